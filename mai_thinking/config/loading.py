@@ -1,0 +1,166 @@
+"""YAML files, `base:` inheritance and `key.path=value` overrides, validated into a tree of Sections.
+
+Every failure is a `UsageError` of one line that names the key and the fix.
+"""
+
+import difflib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from mai_thinking.config.base import Section
+from mai_thinking.errors import UsageError
+
+ConfigType = TypeVar("ConfigType", bound=Section)
+
+
+def load_config(kind: type[ConfigType], path: Path | str, overrides: Iterable[str] = ()) -> ConfigType:
+    """Read `path`, its chain of `base:` parents and the overrides into a `kind`.
+
+    Mappings are merged key by key, the child's values winning; lists and scalars are replaced whole. `base:` is
+    relative to the file that names it. Overrides are `key.path=value` with the value read as YAML; a number in the path
+    picks an element of a list.
+    """
+    tree = read_yaml_with_base(Path(path))
+    for override in overrides:
+        apply_override(tree, override)
+    return validate(kind, tree, str(path))
+
+
+def validate(kind: type[ConfigType], tree: dict[str, Any], where: str) -> ConfigType:
+    """`tree` as a `kind`, or a UsageError of one line for the first thing that is wrong in it."""
+    try:
+        return kind.model_validate(tree)
+    except ValidationError as error:
+        details = error.errors()
+        unknown = [detail for detail in details if detail["type"] == "extra_forbidden"]
+        first = (unknown or details)[0]
+        more = f" (and {len(details) - 1} more)" if len(details) > 1 else ""
+        raise UsageError(f"{where}: {_explain(kind, first)}{more}") from None
+
+
+def save_config(config: Section, path: Path | str) -> None:
+    """Write the resolved tree as YAML, in the order in which the fields are declared."""
+    Path(path).write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
+
+
+def read_yaml_with_base(path: Path, descendants: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The mapping in `path`, laid over those of its `base:` parents."""
+    if path.resolve() in descendants:
+        raise UsageError(f"{path}: `base:` leads back to itself; remove one of the links")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UsageError(f"{path}: no such config file{_nearest_file(path)}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: cannot be read: {error}") from None
+    try:
+        tree = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        line = f", line {error.problem_mark.line + 1}" if getattr(error, "problem_mark", None) else ""
+        raise UsageError(f"{path}{line}: not valid YAML: {getattr(error, 'problem', None) or 'syntax error'}") from None
+    if tree is None:
+        tree = {}
+    if not isinstance(tree, dict):
+        raise UsageError(f"{path}: a config is a mapping of keys to values, not a {type(tree).__name__}")
+    base = tree.pop("base", None)
+    if base is None:
+        return tree
+    parent = read_yaml_with_base(path.parent / str(base), (*descendants, path.resolve()))
+    return merge(parent, tree)
+
+
+def merge(parent: dict[str, Any], child: dict[str, Any]) -> dict[str, Any]:
+    """`parent` with `child`'s values laid over it, mapping by mapping."""
+    merged = dict(parent)
+    for key, value in child.items():
+        both_mappings = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = merge(merged[key], value) if both_mappings else value
+    return merged
+
+
+def apply_override(tree: dict[str, Any], override: str) -> None:
+    """Set one `key.path=value` in `tree`, in place."""
+    path, separator, text = override.partition("=")
+    if not separator or not path:
+        raise UsageError(f"override {override!r}: write it as key.path=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UsageError(f"override {override!r}: the value is not valid YAML") from None
+    *parents, last = path.split(".")
+    node: Any = tree
+    for key in parents:
+        child = _child(node, key, override)
+        if child is None:
+            child = node[key] = {}
+        node = child
+    if isinstance(node, list):
+        node[_index(node, last, override)] = value
+    elif isinstance(node, dict):
+        node[last] = value
+    else:
+        raise UsageError(f"override {override!r}: {'.'.join(parents)} is a plain value and has no keys")
+
+
+def _child(node: Any, key: str, override: str) -> Any:
+    if isinstance(node, list):
+        return node[_index(node, key, override)]
+    if isinstance(node, dict):
+        return node.get(key)
+    raise UsageError(f"override {override!r}: {key} lies inside a plain value, which has no keys")
+
+
+def _index(node: list[Any], key: str, override: str) -> int:
+    if not key.isdigit() or int(key) >= len(node):
+        raise UsageError(f"override {override!r}: {key!r} is not an index of a list of {len(node)}")
+    return int(key)
+
+
+def _explain(kind: type[BaseModel], detail: ErrorDetails) -> str:
+    """One line for one of pydantic's errors: the key, what is wrong, and the nearest valid name."""
+    location = detail["loc"]
+    # Pydantic adds the name of a union's member to the path; a reader wants only keys of the file.
+    key = ".".join(str(part) for part in location if not str(part).startswith(("function-", "tagged-")))
+    if detail["type"] == "extra_forbidden":
+        names = _fields_at(kind, location[:-1])
+        near = difflib.get_close_matches(str(location[-1]), names, n=1, cutoff=0.5)
+        fix = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(names)}"
+        return f"unknown key {key!r}; {fix}"
+    if detail["type"] == "missing":
+        return f"{key!r} is missing; add it"
+    message = detail["msg"].removeprefix("Value error, ")
+    message = message[0].lower() + message[1:]
+    if detail["type"] == "value_error":
+        return f"{key}: {message}" if key else message
+    return f"{key}: {message}, got {detail['input']!r}"
+
+
+def _fields_at(kind: type[BaseModel], location: tuple[str | int, ...]) -> list[str]:
+    """The field names of the section at `location` below `kind`; indices and union tags are stepped over."""
+    sections: list[type[BaseModel]] = [kind]
+    for part in location:
+        below = [
+            inner
+            for section in sections
+            if part in section.model_fields
+            for inner in _sections_in(section.model_fields[str(part)].annotation)
+        ]
+        sections = below or sections
+    return sorted({name for section in sections for name in section.model_fields})
+
+
+def _sections_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [section for argument in get_args(annotation) for section in _sections_in(argument)]
+
+
+def _nearest_file(path: Path) -> str:
+    names = [str(other) for other in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
+    near = difflib.get_close_matches(str(path), names, n=1)
+    return f"; did you mean {near[0]}?" if near else ""
