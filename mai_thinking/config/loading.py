@@ -13,6 +13,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from mai_thinking.config.base import Section
+from mai_thinking.config.names import nearest_name
 from mai_thinking.errors import UsageError
 
 ConfigType = TypeVar("ConfigType", bound=Section)
@@ -128,9 +129,7 @@ def _explain(kind: type[BaseModel], detail: ErrorDetails) -> str:
     key = ".".join(str(part) for part in location if not str(part).startswith(("function-", "tagged-")))
     if detail["type"] == "extra_forbidden":
         names = _fields_at(kind, location[:-1])
-        near = difflib.get_close_matches(str(location[-1]), names, n=1, cutoff=0.5)
-        fix = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(names)}"
-        return f"unknown key {key!r}; {fix}"
+        return f"unknown key {key!r}; {nearest_name(str(location[-1]), names)}"
     if detail["type"] == "missing":
         return f"{key!r} is missing; add it"
     message = detail["msg"].removeprefix("Value error, ")
@@ -140,7 +139,7 @@ def _explain(kind: type[BaseModel], detail: ErrorDetails) -> str:
     return f"{key}: {message}, got {detail['input']!r}"
 
 
-def _fields_at(kind: type[BaseModel], location: tuple[str | int, ...]) -> list[str]:
+def _fields_at(kind: type[BaseModel], location: tuple[str | int, ...]) -> set[str]:
     """The field names of the section at `location` below `kind`; indices and union tags are stepped over."""
     sections: list[type[BaseModel]] = [kind]
     for part in location:
@@ -151,7 +150,7 @@ def _fields_at(kind: type[BaseModel], location: tuple[str | int, ...]) -> list[s
             for inner in _sections_in(section.model_fields[str(part)].annotation)
         ]
         sections = below or sections
-    return sorted({name for section in sections for name in section.model_fields})
+    return {name for section in sections for name in section.model_fields}
 
 
 def _sections_in(annotation: Any) -> list[type[BaseModel]]:

@@ -1,0 +1,151 @@
+"""LatentMoE: 512 experts that work in a shared, narrower space.
+
+    x ──router──────────────► 8 experts and their weights
+    x ──down (D → latent)──► experts (SwiGLU in the latent space) ──► combine ──up (latent → D)──► out
+
+Source: MAI-Thinking-1 report §2.1 and §2.6.3. The router reads the full width; the projections down and up are shared by
+all experts; nothing is normed in between; there is no shared expert; no token is ever dropped.
+
+Shapes: T tokens (batch and sequence flattened), D hidden size, L latent size, F expert inner size, E experts, K chosen
+per token.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.integrations import use_experts_implementation
+
+from mai_thinking.model.configuration import MaiThinkingConfig
+from mai_thinking.model.experts import eager_experts
+
+
+class Routing(NamedTuple):
+    """What the balance loss and the metrics need of a layer's routing; all fp32, padding tokens left out.
+
+    Everything is a sum over tokens, so that micro-batches and ranks can be added up. A model's output holds the same
+    with a leading dimension of MoE layers.
+    """
+
+    counts_E: torch.Tensor
+    """Times that each expert was chosen. No gradient."""
+    probabilities_E: torch.Tensor
+    """Σ over tokens of the router's probabilities, with gradient."""
+    z: torch.Tensor
+    """Σ over tokens of logsumexp(logits)², with gradient; a scalar."""
+    entropy: torch.Tensor
+    """Σ over tokens of the entropy of the router's distribution, in nats. No gradient; a scalar."""
+    tokens: torch.Tensor
+    """The number of tokens that the sums run over; a scalar."""
+
+
+class Router(nn.Module):
+    """Softmax gate over all experts and a stable top-k; weights, product and logits in fp32."""
+
+    def __init__(self, config: MaiThinkingConfig) -> None:
+        super().__init__()
+        self.top_k = config.num_experts_per_tok
+        self.renormalize = config.renormalize_top_k
+        self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
+
+    def forward(self, x_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """→ gate weights [T, K], chosen experts [T, K] int64, logits [T, E], probabilities [T, E]."""
+        with torch.autocast(x_TD.device.type, enabled=False):
+            logits_TE = F.linear(x_TD.float(), self.weight.float())
+        probabilities_TE = logits_TE.softmax(dim=-1)
+        chosen_TK = stable_top_k(probabilities_TE.detach(), self.top_k)
+        gates_TK = probabilities_TE.gather(1, chosen_TK)
+        if self.renormalize:
+            gates_TK = gates_TK / gates_TK.sum(dim=-1, keepdim=True)
+        return gates_TK, chosen_TK, logits_TE, probabilities_TE
+
+
+def stable_top_k(probabilities_TE: torch.Tensor, k: int) -> torch.Tensor:
+    """Indices of each row's k largest non-negative fp32 values, the lower index first among equals; [T, k] int64.
+
+    `torch.topk` promises no order among equals, and a full stable sort is slow. The bits of non-negative floats order
+    like integers, so a key of (value's bits, reversed index) has no equals.
+    """
+    experts = probabilities_TE.size(-1)
+    bits = probabilities_TE.contiguous().view(torch.int32).long()
+    reversed_index = torch.arange(experts - 1, -1, -1, device=bits.device)
+    return (bits * experts + reversed_index).topk(k, dim=-1).indices
+
+
+@use_experts_implementation
+class Experts(nn.Module):
+    """E SwiGLU networks L → F → L as two stacked tensors, in the layout of the transformers experts interface.
+
+    `config._experts_implementation` picks the computation: "bucketed_mm" (ours), or the library's "grouped_mm",
+    "batched_mm", ... ; "eager" is the definition.
+    """
+
+    def __init__(self, config: MaiThinkingConfig) -> None:
+        super().__init__()
+        self.num_experts = config.num_experts
+        E, L, inner = config.num_experts, config.latent_size, config.moe_intermediate_size
+        self.gate_up_proj = nn.Parameter(torch.empty(E, 2 * inner, L))
+        self.down_proj = nn.Parameter(torch.empty(E, L, inner))
+        self.act_fn = F.silu
+
+    def forward(self, x_TL: torch.Tensor, chosen_TK: torch.Tensor, gates_TK: torch.Tensor) -> torch.Tensor:
+        """Latents [T, L], experts [T, K] int64 and their weights [T, K] fp32 → Σ_k gate · expert(latent), [T, L]."""
+        return eager_experts(self, x_TL, chosen_TK, gates_TK)
+
+
+class LatentMoE(nn.Module):
+    """A feed-forward sublayer of experts, [B, T, D] → [B, T, D], without its norms."""
+
+    def __init__(self, config: MaiThinkingConfig) -> None:
+        super().__init__()
+        self.router = Router(config)
+        self.latent_down = nn.Linear(config.hidden_size, config.latent_size, bias=False)
+        self.experts = Experts(config)
+        self.latent_up = nn.Linear(config.latent_size, config.hidden_size, bias=False)
+
+    def forward(
+        self, x_BTD: torch.Tensor, token_mask_BT: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, Routing, torch.Tensor]:
+        """→ output [B, T, D], the routing's sums over real tokens, and router logits [B·T, E] fp32.
+
+        `token_mask_BT` (bool) marks real tokens; padding is computed like any token but not counted.
+        """
+        gates_TK, chosen_TK, logits_TE, probabilities_TE = self.router(x_BTD.flatten(0, -2))
+        latents_TL = self.latent_down(x_BTD.to(self.latent_down.weight.dtype)).flatten(0, -2)
+        mixed_TL = self.experts(latents_TL, chosen_TK, gates_TK)
+        out_BTD = self.latent_up(mixed_TL).view(x_BTD.shape)
+        routing = summarize(chosen_TK, logits_TE, probabilities_TE, token_mask_BT)
+        return out_BTD, routing, logits_TE
+
+
+def summarize(
+    chosen_TK: torch.Tensor,
+    logits_TE: torch.Tensor,
+    probabilities_TE: torch.Tensor,
+    token_mask_BT: torch.Tensor | None,
+) -> Routing:
+    """One layer's routing, summed over the real tokens."""
+    if token_mask_BT is not None:
+        real = token_mask_BT.flatten()
+        chosen_TK, logits_TE, probabilities_TE = chosen_TK[real], logits_TE[real], probabilities_TE[real]
+    log_z_T = logits_TE.logsumexp(dim=-1)
+    with torch.no_grad():
+        counts_E = torch.zeros(logits_TE.size(-1), device=logits_TE.device)
+        counts_E.index_add_(0, chosen_TK.flatten(), torch.ones(chosen_TK.numel(), device=logits_TE.device))
+        # H = −Σ p·log p = log Z − Σ p·logit
+        entropy = log_z_T.sum() - (probabilities_TE * logits_TE).sum()
+        tokens = torch.full((), float(chosen_TK.size(0)), device=logits_TE.device)
+    return Routing(counts_E, probabilities_TE.sum(dim=0), log_z_T.square().sum(), entropy, tokens)
+
+
+def balance_loss(counts_ME: torch.Tensor, probabilities_ME: torch.Tensor, tokens: torch.Tensor | float) -> torch.Tensor:
+    """GShard's load-balance loss, E · Σ_e f_e · P_e, summed over the MoE layers (M); a scalar, M when uniform.
+
+    f_e is expert e's share of all choices in `counts_ME`, P_e = `probabilities_ME` / `tokens` its mean probability. The
+    report takes f over all ranks and micro-batches of a global batch (§2.1): hand in their counts, this micro-batch's
+    probabilities and the global number of tokens, and the micro-batches' losses add up to the global batch's. The sum
+    over layers, not the mean, keeps the pull on each router independent of depth.
+    """
+    shares_ME = counts_ME / counts_ME.sum(dim=-1, keepdim=True)
+    return counts_ME.size(-1) * (shares_ME * probabilities_ME).sum() / tokens

@@ -1,0 +1,329 @@
+"""The decoder: blocks of attention and feed-forward between sandwich norms, with tied embeddings.
+
+Source: MAI-Thinking-1 report §2.1, §2.6.2–2.6.3. Held in fp32 whatever the weights' dtype: the residual stream, norms,
+router, embeddings and logits.
+
+Shapes: B batch, T tokens, D hidden size, V vocabulary, M MoE layers, E experts.
+"""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import ModelOutput
+
+from mai_thinking.model.attention import Attention, RotaryTables, rotary_tables
+from mai_thinking.model.configuration import GLOBAL, LOCAL, MaiThinkingConfig
+from mai_thinking.model.latent_moe import Experts, LatentMoE, Router, Routing, balance_loss
+from mai_thinking.model.loss import chunked_cross_entropy
+from mai_thinking.model.norm import RMSNorm
+
+
+class DenseFeedForward(nn.Module):
+    """SwiGLU, [B, T, D] → [B, T, D], without its norms."""
+
+    def __init__(self, config: MaiThinkingConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x_BTD)) * self.up_proj(x_BTD))
+
+
+class DecoderLayer(GradientCheckpointingLayer):
+    """x + dropout(norm(attention(norm(x)))), then the same with the feed-forward: dense or LatentMoE."""
+
+    def __init__(self, config: MaiThinkingConfig, layer_idx: int) -> None:
+        super().__init__()
+        assert config.layer_types is not None
+        self.kind = config.layer_types[layer_idx]
+        self.is_moe = layer_idx in config.moe_layers
+        self.dropout = config.dropout
+        D, epsilon = config.hidden_size, config.rms_norm_eps
+        self.attention_in_norm = RMSNorm(D, epsilon)
+        self.attention = Attention(config, layer_idx)
+        self.attention_out_norm = RMSNorm(D, epsilon)
+        self.feed_forward_in_norm = RMSNorm(D, epsilon)
+        self.feed_forward = LatentMoE(config) if self.is_moe else DenseFeedForward(config)
+        self.feed_forward_out_norm = RMSNorm(D, epsilon)
+
+    def forward(
+        self,
+        residual_BTD: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        rotary: RotaryTables | None = None,
+        token_mask_BT: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, Routing | None, torch.Tensor | None]:
+        """→ residual stream [B, T, D] fp32 and, of a MoE layer, its routing and router logits [B·T, E]."""
+        weight_dtype = self.attention.o_proj.weight.dtype
+        x_BTD = self.attention_in_norm(residual_BTD).to(weight_dtype)
+        x_BTD = self.attention(x_BTD, rotary, attention_mask, past_key_values, **kwargs)
+        residual_BTD = residual_BTD + self._drop(self.attention_out_norm(x_BTD))
+
+        x_BTD = self.feed_forward_in_norm(residual_BTD)
+        routing = router_logits = None
+        if self.is_moe:
+            # The router reads the norm's fp32 output; the block casts for its own projections.
+            x_BTD, routing, router_logits = self.feed_forward(x_BTD, token_mask_BT)
+        else:
+            x_BTD = self.feed_forward(x_BTD.to(weight_dtype))
+        residual_BTD = residual_BTD + self._drop(self.feed_forward_out_norm(x_BTD))
+        return residual_BTD, routing, router_logits
+
+    def _drop(self, x_BTD: torch.Tensor) -> torch.Tensor:
+        return F.dropout(x_BTD, self.dropout, self.training)
+
+
+class MaiThinkingPreTrainedModel(PreTrainedModel):
+    """What the library needs to know to load, initialise and dispatch the model."""
+
+    config: MaiThinkingConfig
+    config_class = MaiThinkingConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules: ClassVar = ["DecoderLayer"]
+    _skip_keys_device_placement: ClassVar = ["past_key_values"]
+    _keep_in_fp32_modules_strict: ClassVar = ["embed_tokens", "lm_head", "norm", "router"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = False
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        return True  # the library would look for its decorator in this file; ours is in latent_moe.py
+
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        return True  # likewise, in attention.py
+
+    def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
+        """Ours, unless another is asked for: it is the fastest on CPU and hands over to grouped_mm elsewhere."""
+        return super().get_correct_experts_implementation(requested_experts or "bucketed_mm")
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """N(0, 0.02); what feeds the residual stream 1/√(its 2·layers sublayers) smaller; gains 1, attention's 0."""
+        std = self.config.initializer_range
+        residual_std = std / (2 * self.config.num_hidden_layers) ** 0.5
+        if isinstance(module, nn.Linear | nn.Embedding | Router):
+            init.normal_(module.weight, mean=0.0, std=std)
+        elif isinstance(module, RMSNorm):
+            init.ones_(module.weight)
+        elif isinstance(module, Experts):
+            init.normal_(module.gate_up_proj, mean=0.0, std=std)
+            init.normal_(module.down_proj, mean=0.0, std=std)
+        # Parents come after their children, so these overwrite what the lines above gave.
+        elif isinstance(module, Attention):
+            init.normal_(module.o_proj.weight, mean=0.0, std=residual_std)
+        elif isinstance(module, DenseFeedForward):
+            init.normal_(module.down_proj.weight, mean=0.0, std=residual_std)
+        elif isinstance(module, LatentMoE):
+            init.normal_(module.latent_up.weight, mean=0.0, std=residual_std)
+        elif isinstance(module, DecoderLayer) and self.config.zero_init_attention:
+            init.zeros_(module.attention_out_norm.weight)
+
+
+@dataclass
+class MaiThinkingModelOutput(ModelOutput):
+    """The decoder's output; `routing` has a leading dimension of MoE layers."""
+
+    last_hidden_state: torch.Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    router_logits: tuple[torch.Tensor, ...] | None = None
+    routing: Routing | None = None
+
+
+@dataclass
+class MaiThinkingOutput(ModelOutput):
+    """What the language model returns. `loss` is the cross-entropy, plus the weighted `aux_loss` where
+    `output_router_logits` asks for that; a trainer that balances over a global batch takes `routing` instead."""
+
+    loss: torch.Tensor | None = None
+    aux_loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    router_logits: tuple[torch.Tensor, ...] | None = None
+    routing: Routing | None = None
+
+
+class MaiThinkingModel(MaiThinkingPreTrainedModel):
+    """Embeddings, decoder layers, final norm."""
+
+    def __init__(self, config: MaiThinkingConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config, layer) for layer in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_router_logits: bool = False,
+        **kwargs: Any,
+    ) -> MaiThinkingModelOutput:
+        """`input_ids` [B, T] int64 → hidden states [B, T, D] fp32.
+
+        `attention_mask` [B, T] marks padding with 0. Without one, `position_ids` [B, T] that restart inside a row mark
+        packed documents, which `config.document_masking` keeps apart.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        residual_BTD = (self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds).float()
+        use_cache = (self.config.use_cache and not self.training) if use_cache is None else use_cache
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        packed = position_ids is not None and self.config.document_masking
+        if position_ids is None:
+            seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = (seen + torch.arange(residual_BTD.size(1), device=residual_BTD.device))[None]
+        masks = self._masks(residual_BTD, attention_mask, past_key_values, position_ids if packed else None)
+        token_mask_BT = _token_mask(attention_mask, residual_BTD)
+        rotary = rotary_tables(position_ids, self.config.head_dim, self.config.rope_theta)
+
+        hidden_states, routings, router_logits = [], [], []
+        for layer in self.layers:
+            hidden_states.append(residual_BTD)
+            residual_BTD, routing, logits = layer(
+                residual_BTD,
+                attention_mask=masks[layer.kind],
+                rotary=rotary,
+                token_mask_BT=token_mask_BT,
+                past_key_values=past_key_values,
+                position_ids=position_ids,
+                **kwargs,
+            )
+            if routing is not None:
+                routings.append(routing)
+                router_logits.append(logits)
+        residual_BTD = self.norm(residual_BTD)
+        hidden_states.append(residual_BTD)
+        return MaiThinkingModelOutput(
+            last_hidden_state=residual_BTD,
+            past_key_values=past_key_values,
+            hidden_states=tuple(hidden_states) if output_hidden_states else None,
+            router_logits=tuple(router_logits) if output_router_logits else None,
+            routing=Routing(*(torch.stack(parts) for parts in zip(*routings, strict=True))) if routings else None,
+        )
+
+    def _masks(
+        self,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor | dict[str, torch.Tensor | None] | None,
+        past_key_values: Cache | None,
+        position_ids: torch.Tensor | None,
+    ) -> dict[str, torch.Tensor | None]:
+        """One mask a kind of layer, in the form that the chosen attention function takes."""
+        if isinstance(attention_mask, dict):  # `generate` with a static cache prepares them ahead
+            return attention_mask
+        arguments = {
+            "config": self.config,
+            "inputs_embeds": inputs_embeds,
+            "attention_mask": attention_mask,
+            "past_key_values": past_key_values,
+            "position_ids": position_ids,
+        }
+        return {GLOBAL: create_causal_mask(**arguments), LOCAL: create_sliding_window_causal_mask(**arguments)}
+
+
+class MaiThinkingForCausalLM(MaiThinkingPreTrainedModel, GenerationMixin):
+    """The language model. The head is the embedding matrix (tied), applied in fp32."""
+
+    _tied_weights_keys: ClassVar = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: MaiThinkingConfig) -> None:
+        super().__init__(config)
+        self.model = MaiThinkingModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        shift_labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_router_logits: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        skip_logits: bool = False,
+        **kwargs: Any,
+    ) -> MaiThinkingOutput:
+        """Tokens [B, T] → logits [B, T, V] fp32 and, given labels, the loss.
+
+        `labels` are the tokens themselves, shifted here; `shift_labels` are each position's next token already; -100
+        is ignored. The cross-entropy is summed and divided by `num_items_in_batch`, or by the number of labels.
+        `skip_logits` computes the loss without ever holding all logits at once.
+        """
+        if output_router_logits is None:
+            output_router_logits = self.config.output_router_logits
+        output = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_hidden_states=output_hidden_states,
+            output_router_logits=output_router_logits,
+            **kwargs,
+        )
+        hidden_BTD = output.last_hidden_state
+        if labels is not None and shift_labels is None:
+            shift_labels = F.pad(labels, (0, 1), value=-100)[:, 1:]
+        loss = aux_loss = logits = None
+        with torch.autocast(hidden_BTD.device.type, enabled=False):
+            if not skip_logits:
+                kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+                logits = self.lm_head(hidden_BTD[:, kept].to(self.lm_head.weight.dtype)).float()
+            if shift_labels is not None:
+                items = (shift_labels != -100).sum() if num_items_in_batch is None else num_items_in_batch
+                loss = chunked_cross_entropy(hidden_BTD, self.lm_head.weight, shift_labels) / items
+        if output_router_logits and output.routing is not None:
+            routing = output.routing
+            aux_loss = balance_loss(routing.counts_E, routing.probabilities_E, routing.tokens[0])
+            if loss is not None:
+                loss = loss + self.config.router_aux_loss_coef * aux_loss
+        return MaiThinkingOutput(
+            loss=loss,
+            aux_loss=aux_loss,
+            logits=logits,
+            past_key_values=output.past_key_values,
+            hidden_states=output.hidden_states,
+            router_logits=output.router_logits,
+            routing=output.routing,
+        )
+
+
+def _token_mask(attention_mask: Any, x_BTD: torch.Tensor) -> torch.Tensor | None:
+    """Which of the current tokens are real, [B, T] bool; None if all are, or if the mask does not tell."""
+    if not isinstance(attention_mask, torch.Tensor) or attention_mask.dim() != 2:
+        return None
+    return attention_mask[:, -x_BTD.size(1) :].bool()
