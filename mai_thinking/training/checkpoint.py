@@ -1,0 +1,317 @@
+"""Checkpoints that cost a step little, are complete when visible, and are checked before they are believed.
+
+Built on torch.distributed.checkpoint (DCP), which plans who writes what, and reads shards back at any number of ranks;
+`checkpoint_storage` puts them on disk. MAI-Thinking-1 report §2.8: copied to host memory in the step, written and
+committed beside the following steps, at most one in flight, the next as soon as that is done.
+"""
+
+import errno
+import json
+import sys
+import threading
+import time
+import warnings
+from collections.abc import MutableMapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+
+from mai_thinking.config.checkpoint import CheckpointSection
+from mai_thinking.errors import UsageError
+from mai_thinking.training.checkpoint_storage import (
+    CheckpointWriter,
+    find_damage,
+    read_manifest,
+    remove_checkpoint,
+    remove_leftovers,
+    step_folder,
+    visible_steps,
+)
+from mai_thinking.training.state import (
+    ModelState,
+    OptimizerState,
+    PerRank,
+    WorldDependent,
+    check_same_shape,
+    join_tree,
+    split_tree,
+    tensor_places,
+)
+
+State = MutableMapping[str, Any]
+"""name → `ModelState` or `OptimizerState`, which are read in place and may be sharded; or any object with
+`state_dict()` and `load_state_dict(tree)`; or a `PerRank` around one; or a plain tree of tensors and JSON values. Every
+rank passes the same names, and outside of `PerRank` the same values (of JSON values, rank 0's are saved)."""
+
+
+class Checkpointer:
+    """Saves and loads the whole state of a run under `folder` (`runs/NAME/checkpoints`).
+
+    Constructing one is collective: where torch.distributed is initialised, every rank makes it at the same point of
+    the program. Saving in the background talks over a gloo group of its own, so that it meets no gradient.
+    """
+
+    def __init__(self, folder: Path | str, section: CheckpointSection):
+        self.folder = Path(folder)
+        self.section = section
+        distributed = dist.is_initialized()
+        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
+        self.events: list[str] = []
+        """What `load_latest` found out of order, a line each; rank 0 has printed them on stderr."""
+        self.loaded_world: int | None = None
+        """The number of ranks that saved what `load_latest` loaded."""
+        self.last_saved: int | None = None
+        """The step of the newest checkpoint known to be committed."""
+        self._damaged: set[int] = set()
+        self._asked = False
+        self._write: _Write | None = None
+        self._agreement = dist.new_group(backend="gloo") if self.world > 1 else None
+        self._writers = dist.new_group(backend="gloo") if self.world > 1 else None
+        pinned = torch.cuda.is_available()
+        self._stager = DefaultStager(StagingOptions(pinned, False, False, pinned))
+        # DCP warns at every save and load of a single process, which is an ordinary way to use this class.
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+
+    # ------------------------------------------------------------------------------------------------ saving
+
+    def due(self, step: int) -> bool:
+        """Whether to `save` after `step`. Ask after every step, on every rank: this is also where a failed write in
+        the background raises, and where one that ended is noticed.
+
+        A checkpoint that falls due while the one before is being written is not dropped: it is due at the first step
+        after that is done.
+        """
+        self._asked = self._asked or step % self.section.every == 0
+        if self._write is not None and self._agree_minimum(int(self._write.done)):
+            self.wait()
+        return self._asked and self._write is None
+
+    def save(self, step: int, state: State, *, synchronous: bool = False) -> float:
+        """Save `state` as the checkpoint of `step`; return the seconds for which this call held up the loop.
+
+        Returns when the state is copied to host memory, or, if `synchronous` or the section says so, committed. Waits
+        for one in flight first. Saving a step that is saved already does nothing. Collective.
+        """
+        begin = time.perf_counter()
+        self.wait()
+        self._asked = False
+        if step != self.last_saved:
+            tensors, document = self._collect(state)
+            synchronous = synchronous or not self.section.asynchronous
+            staged = tensors if synchronous else self._stager.stage(tensors)
+            writer = CheckpointWriter(self.folder, step, self.rank, self.world, document)
+            self._write = _Write(staged, writer, self._writers)
+            if synchronous:
+                self._write.run()
+                self.wait()
+            else:
+                self._write.start()
+        return time.perf_counter() - begin
+
+    def wait(self) -> None:
+        """Until no write is in flight. Raises what went wrong in it: OSError for a full disk, on every rank."""
+        if self._write is None:
+            return
+        write, self._write = self._write, None
+        write.finish()
+        self.last_saved = write.step
+        self._damaged.discard(write.step)
+        if self.rank == 0:
+            self._retain()
+
+    def close(self) -> None:
+        """Wait, and give the copies in host memory back."""
+        try:
+            self.wait()
+        finally:
+            self._stager.close()
+
+    def _collect(self, state: State) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """All tensors under unique names, and this rank's JSON document, which no later step can change."""
+        tensors: dict[str, Tensor] = {}
+        document: dict[str, dict[str, Any]] = {"shared": {}, "own": {}}
+        for name, value in state.items():
+            if isinstance(value, PerRank):
+                prefix = f"rank-{self.rank}/{name}"
+                document["own"][name] = split_tree(value.state.state_dict(), prefix, tensors)
+            elif self.rank == 0:
+                document["shared"][name] = split_tree(_tree_of(value), name, tensors)
+            else:
+                split_tree(_tree_of(value), name, tensors)
+        return tensors, json.loads(json.dumps(document))
+
+    def _retain(self) -> None:
+        """Remove what is neither among the newest good ones nor to be kept for ever. Damaged ones stay for inspection
+        until their step is saved again."""
+        good = [step for step in visible_steps(self.folder) if step not in self._damaged]
+        for step in good[: -self.section.keep]:
+            if not (self.section.keep_every and step % self.section.keep_every == 0):
+                remove_checkpoint(step_folder(self.folder, step))
+
+    # ----------------------------------------------------------------------------------------------- loading
+
+    def load_latest(self, state: State) -> int | None:
+        """Load the newest good checkpoint into `state`; return its step, or None if there never was a checkpoint.
+
+        Objects get `load_state_dict`, with new CPU tensors; plain trees are replaced in `state`. A newest checkpoint
+        that is torn or damaged is reported and the one before is taken. UsageError if none is good: a run never starts
+        over by itself. Collective.
+        """
+        if self.rank == 0:
+            self._report([f"{name}: an unfinished save, removed" for name in remove_leftovers(self.folder)])
+        steps = visible_steps(self.folder)
+        for step in reversed(steps):
+            path = step_folder(self.folder, step)
+            damage = find_damage(path, self.rank, self.world)
+            if self._agree_minimum(int(damage is None)):
+                self._load(path, state)
+                self.last_saved = step
+                return step
+            self._damaged.add(step)
+            self._report([f"{path}: damaged ({damage or 'seen by another rank'}); going back to the one before"])
+        if steps:
+            raise UsageError(
+                f"{self.folder}: none of its {len(steps)} checkpoints is whole; restore one from a copy, or name a new "
+                "output_dir to start over"
+            )
+        return None
+
+    def _load(self, path: Path, state: State) -> None:
+        self.loaded_world = world = read_manifest(path)["world_size"]
+        reader = CheckpointReader(path)
+        for name, value in state.items():
+            if isinstance(value, PerRank):
+                self._load_own(name, value, reader, world)
+            elif isinstance(value, ModelState | OptimizerState):
+                value.load_state_dict(reader.read(name, like=value.state_dict()))
+            elif hasattr(value, "load_state_dict"):
+                value.load_state_dict(reader.read(name))
+            else:
+                state[name] = reader.read(name)
+
+    def _load_own(self, name: str, value: PerRank, reader: "CheckpointReader", world: int) -> None:
+        if world == self.world:
+            value.state.load_state_dict(reader.read(name, of_rank=self.rank))
+        elif isinstance(value.state, WorldDependent):
+            states = [reader.read(name, of_rank=rank) for rank in range(world)]
+            value.state.load_from_world(states, self.rank, self.world)
+        else:
+            raise UsageError(
+                f"{reader.path} was saved by {world} ranks and {name!r} needs as many; use --nproc {world}"
+            )
+
+    def _report(self, lines: list[str]) -> None:
+        self.events.extend(lines)
+        if self.rank == 0:
+            for line in lines:
+                print(f"checkpoint: {line}", file=sys.stderr, flush=True)
+
+    def _agree_minimum(self, value: int) -> int:
+        """The least of all ranks' values."""
+        if self._agreement is None:
+            return value
+        shared = torch.tensor(value)
+        dist.all_reduce(shared, dist.ReduceOp.MIN, group=self._agreement)
+        return int(shared)
+
+
+class CheckpointReader:
+    """Reads trees out of one checkpoint folder, in any process, distributed or not; checks no checksum."""
+
+    def __init__(self, path: Path | str):
+        self.path = Path(path)
+        self._tensors = HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
+        self._documents: dict[int, dict[str, Any]] = {}
+
+    def names(self) -> list[str]:
+        """The names of the shared states."""
+        return sorted(self._document(0)["shared"])
+
+    def read(self, name: str, *, like: Any = None, of_rank: int | None = None) -> Any:
+        """The tree saved under `name`, or the one that `of_rank` saved as its own.
+
+        Tensors are read into those at the same place of `like` (DTensors: this rank's shard of them); where `like` has
+        none, into new ones on the CPU. UsageError if the name is not there or a shape or dtype differs.
+        """
+        part, rank, prefix = ("shared", 0, name) if of_rank is None else ("own", of_rank, f"rank-{of_rank}/{name}")
+        try:
+            skeleton = self._document(rank)[part][name]
+        except KeyError:
+            raise UsageError(f"{self.path} holds no {name!r}; it was saved by another kind of run") from None
+        given: dict[str, Tensor] = {}
+        given_places = tensor_places(split_tree(like, prefix, given), prefix)
+        targets: dict[str, Tensor] = {}
+        for place, key in tensor_places(skeleton, prefix).items():
+            saved = self._tensors[key]
+            assert isinstance(saved, TensorStorageMetadata)
+            if place in given_places:
+                target = given[given_places[place]]
+                check_same_shape(place, saved.size, saved.properties.dtype, target)
+            else:
+                target = torch.empty(saved.size, dtype=saved.properties.dtype)
+            targets.setdefault(key, target)
+        if targets:
+            storage = HuggingFaceStorageReader(str(self.path))
+            # Every rank reads its own part; there is nothing to agree on.
+            dcp.load(
+                targets, storage_reader=storage, planner=DefaultLoadPlanner(flatten_state_dict=False), no_dist=True
+            )
+        return join_tree(skeleton, targets)
+
+    def _document(self, rank: int) -> dict[str, Any]:
+        if rank not in self._documents:
+            self._documents[rank] = json.loads((self.path / f"rank-{rank:05d}.json").read_bytes())
+        return self._documents[rank]
+
+
+class _Write:
+    """One checkpoint on its way to the disk, in this thread or another."""
+
+    def __init__(self, tensors: Any, writer: CheckpointWriter, group: dist.ProcessGroup | None):
+        self.step = writer.step
+        self._tensors, self._writer, self._group = tensors, writer, group
+        self._thread = threading.Thread(target=self.run, name=f"checkpoint-{writer.step}", daemon=True)
+        self._problem: BaseException | None = None
+        self._ended = threading.Event()
+
+    def start(self) -> None:
+        self._thread.start()
+
+    @property
+    def done(self) -> bool:
+        return self._ended.is_set()
+
+    def run(self) -> None:
+        planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+        try:
+            dcp.save(self._tensors, storage_writer=self._writer, planner=planner, process_group=self._group)
+        except BaseException as problem:  # CheckpointException is no Exception; all are raised again by `finish`
+            self._problem = problem
+            if self._writer.rank == 0:
+                remove_leftovers(self._writer.final.parent)
+        finally:
+            self._ended.set()
+
+    def finish(self) -> None:
+        if self._thread.ident is not None:
+            self._thread.join()
+        if self._problem is None:
+            return
+        causes = self._problem.failures.values() if isinstance(self._problem, CheckpointException) else ()
+        for cause, _ in causes:
+            if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise OSError(cause.errno, cause.strerror, str(self._writer.final)) from None
+        raise RuntimeError(f"the checkpoint of step {self.step} could not be written") from self._problem
+
+
+def _tree_of(value: Any) -> Any:
+    return value.state_dict() if hasattr(value, "state_dict") else value

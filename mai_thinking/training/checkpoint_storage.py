@@ -1,0 +1,237 @@
+"""A checkpoint folder on disk: safetensors and JSON, complete when it is visible, every byte accounted for.
+
+    step-00000100/
+        rank-00000.safetensors   the tensors, or shards of tensors, that rank 0 wrote, in the layout that
+                                 torch.distributed.checkpoint's safetensors reader understands
+        rank-00000.json          the JSON skeletons: what all ranks share (rank 0's file) and what is each rank's own
+        manifest.json            step, world size, and size and checksum of every other file
+
+The folder is written as `step-00000100.tmp`, synchronised to the disk and renamed: under its final name it is complete.
+Checksums are xxh3-128, which finds accidents at the speed of memory; they are no protection against malice.
+All ranks must see the same folder (a shared file system, where there are several machines).
+"""
+
+import json
+import math
+import os
+import re
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
+from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
+from torch.futures import Future
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+_STEP_FOLDER = re.compile(r"step-(\d{8,})")
+_TYPE_NAMES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
+_CHUNK_BYTES = 8 << 20
+
+
+def step_folder(folder: Path, step: int) -> Path:
+    """Where the checkpoint of `step` lies."""
+    return folder / f"step-{step:08d}"
+
+
+def visible_steps(folder: Path) -> list[int]:
+    """The steps of all committed checkpoints, good or damaged, in ascending order."""
+    if not folder.is_dir():
+        return []
+    matches = (_STEP_FOLDER.fullmatch(path.name) for path in folder.iterdir())
+    return sorted(int(match[1]) for match in matches if match)
+
+
+def remove_leftovers(folder: Path) -> list[str]:
+    """Delete what an interrupted save or removal left behind; return the names."""
+    leftovers = [*folder.glob("step-*.tmp"), *folder.glob("step-*.removed")] if folder.is_dir() else []
+    for path in leftovers:
+        shutil.rmtree(path)
+    return sorted(path.name for path in leftovers)
+
+
+def remove_checkpoint(path: Path) -> None:
+    """Delete a checkpoint; an interruption leaves no half of it visible."""
+    hidden = path.with_name(path.name + ".removed")
+    if hidden.exists():
+        shutil.rmtree(hidden)
+    path.rename(hidden)
+    shutil.rmtree(hidden)
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of the checkpoint at `path`; ValueError if it is missing or not what a manifest is."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_bytes())
+    except FileNotFoundError:
+        raise ValueError(f"{MANIFEST} is missing") from None
+    except ValueError:
+        raise ValueError(f"{MANIFEST} is not valid JSON") from None
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise ValueError(f"{MANIFEST} has another format than this version's ({FORMAT})")
+    return manifest
+
+
+def find_damage(path: Path, share: int = 0, shares: int = 1) -> str | None:
+    """What is wrong with the checkpoint at `path`, or None if every byte is as it was written.
+
+    Several ranks may share the work: each reads every `shares`-th file, from its `share` on, and sees only the damage
+    in those.
+    """
+    try:
+        manifest = read_manifest(path)
+    except ValueError as error:
+        return str(error)
+    if manifest["step"] != int(path.name.removeprefix("step-")):
+        return f"{MANIFEST} is of step {manifest['step']}"
+    for name, expected in sorted(manifest["files"].items())[share::shares]:
+        file = path / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != expected["bytes"]:
+            return f"{name} has {file.stat().st_size:,} bytes instead of {expected['bytes']:,}"
+        if checksum(file) != expected["xxh3_128"]:
+            return f"the checksum of {name} does not match"
+    return None
+
+
+def checksum(file: Path) -> str:
+    """xxh3-128 of a file's bytes, in hexadecimal."""
+    digest = xxhash.xxh3_128()
+    with file.open("rb") as stream:
+        while chunk := stream.read(_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def synchronise(path: Path) -> None:
+    """Wait until a file, or a folder's list of names, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class CheckpointWriter(StorageWriter):
+    """Writes one checkpoint for torch.distributed.checkpoint, and commits it.
+
+    DCP plans which rank writes which shard and calls the methods in the order of their definition. `document` is what
+    this rank puts into its JSON file. The writing loop spends its time in system calls and in xxhash, both outside the
+    interpreter's lock: run in a thread, it does not hold up a training step, and it copies no tensor.
+    """
+
+    def __init__(self, folder: Path, step: int, rank: int, world: int, document: dict[str, Any]):
+        self.final = step_folder(folder, step)
+        self.temporary = self.final.with_name(self.final.name + ".tmp")
+        self.step, self.rank, self.world, self.document = step, rank, world, document
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike) -> bool:
+        """Never chosen by DCP on its own."""
+        return False
+
+    def reset(self, checkpoint_id: str | os.PathLike | None = None) -> None:
+        """Nothing: a writer serves one checkpoint."""
+
+    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        """On the coordinator, make the temporary folder: DCP's plan is exchanged before anyone writes."""
+        if is_coordinator:
+            if self.temporary.exists():
+                shutil.rmtree(self.temporary)
+            self.temporary.mkdir(parents=True)
+
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        """As DCP has it."""
+        return plan
+
+    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        """As DCP has it: replicated tensors are already spread over the ranks."""
+        return plans
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        """Write and synchronise this rank's two files; the results carry their sizes and checksums."""
+        text = json.dumps(self.document, separators=(",", ":")).encode()
+        files = {f"rank-{self.rank:05d}.json": self._write_file(f"rank-{self.rank:05d}.json", [text])}
+        if plan.items:
+            name = f"rank-{self.rank:05d}.safetensors"
+            files[name] = self._write_file(name, _safetensors_blocks(plan, planner))
+        future: Future[list[WriteResult]] = Future()
+        future.set_result(
+            [WriteResult(MetadataIndex(name), entry["bytes"], (name, entry)) for name, entry in files.items()]
+        )
+        return future
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        """On the coordinator, when all ranks have written: the manifest, and the rename that makes it a checkpoint."""
+        files = dict(result.storage_data for of_rank in results for result in of_rank)
+        manifest = {"format": FORMAT, "step": self.step, "world_size": self.world, "files": files}
+        self._write_file(MANIFEST, [json.dumps(manifest, indent=1).encode()])
+        synchronise(self.temporary)
+        if self.final.exists():  # damaged, or the same step computed again
+            remove_checkpoint(self.final)
+        self.temporary.rename(self.final)
+        synchronise(self.final.parent)
+
+    def _write_file(self, name: str, blocks: Iterable[bytes | memoryview]) -> dict[str, Any]:
+        digest, size = xxhash.xxh3_128(), 0
+        with (self.temporary / name).open("wb", buffering=0) as stream:
+            for block in blocks:
+                view = memoryview(block)
+                for start in range(0, len(view), _CHUNK_BYTES):
+                    chunk = view[start : start + _CHUNK_BYTES]
+                    digest.update(chunk)  # while the chunk is in the processor's cache
+                    while chunk:
+                        written = stream.write(chunk)
+                        chunk, size = chunk[written:], size + written
+            os.fsync(stream.fileno())
+        return {"bytes": size, "xxh3_128": digest.hexdigest()}
+
+
+def _safetensors_blocks(plan: SavePlan, planner: SavePlanner) -> Iterable[bytes | memoryview]:
+    """The bytes of a safetensors file: its header, then every tensor. DCP's reader takes each shard's place in the
+    whole tensor from the header's `DCP_SHARDING_INFO`."""
+    header: dict[str, Any] = {}
+    offsets: dict[str, Any] = {}
+    position = 0
+    # Widest type first, so that every tensor is aligned to its own type in the file.
+    items = sorted(plan.items, key=lambda item: (-_dtype(item).itemsize, item.index.fqn))
+    for item in items:
+        assert item.tensor_data is not None
+        chunk = item.tensor_data.chunk
+        end = position + math.prod(chunk.sizes) * _dtype(item).itemsize
+        header[item.index.fqn] = {
+            "dtype": _TYPE_NAMES[_dtype(item)],
+            "shape": list(chunk.sizes),
+            "data_offsets": [position, end],
+        }
+        offsets[item.index.fqn] = {"saved_offsets": list(chunk.offsets)}
+        position = end
+    assert len(header) == len(items), "one rank holds two shards of one tensor"
+    header["__metadata__"] = {"format": "pt", "DCP_VERSION": "1.0", "DCP_SHARDING_INFO": json.dumps(offsets)}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    yield len(text).to_bytes(8, "little") + text
+    for item in items:
+        yield _bytes_of(planner.resolve_data(item))
+
+
+def _dtype(item: WriteItem) -> torch.dtype:
+    assert item.tensor_data is not None, f"{item.index.fqn} is not a tensor"
+    return item.tensor_data.properties.dtype
+
+
+def _bytes_of(tensor: Any) -> memoryview:
+    """A view of a tensor's elements in row-major order, without a copy where they lie so on the CPU."""
+    assert isinstance(tensor, Tensor)
+    flat = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
+    return flat.numpy().data

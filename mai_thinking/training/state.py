@@ -1,0 +1,195 @@
+"""What a checkpoint holds, as trees of tensors and JSON values: no pickle anywhere.
+
+A *tree* is nested dicts, lists and tuples with tensors, numbers, strings, booleans and None as leaves. `split_tree`
+takes it apart into named tensors, which are saved as safetensors, and a JSON skeleton with the tensors' names in it;
+`join_tree` is the inverse.
+"""
+
+import hashlib
+import random
+from collections.abc import Mapping
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.checkpoint.stateful import Stateful
+from torch.distributed.tensor import DTensor
+
+from mai_thinking.errors import UsageError
+
+TENSOR, PAIRS, TUPLE = "$tensor", "$pairs", "$tuple"
+"""The keys that mark, in a skeleton, a tensor's name, a dict whose keys are not strings, and a tuple."""
+
+
+def split_tree(tree: Any, name: str, tensors: dict[str, Tensor], seen: dict[Any, str] | None = None) -> Any:
+    """Put the tensors of `tree` into `tensors` under names that begin with `name`; return the JSON skeleton.
+
+    A tensor that occurs twice (tied weights) is put in once; both places of the skeleton name it.
+    """
+    seen = {} if seen is None else seen
+    match tree:
+        case Tensor():
+            return {TENSOR: _name_once(tree, name, tensors, seen)}
+        case Mapping() if all(isinstance(key, str) for key in tree):
+            return {key: split_tree(value, f"{name}/{key}", tensors, seen) for key, value in tree.items()}
+        case Mapping():
+            pairs = tree.items()
+            return {PAIRS: [[key, split_tree(value, f"{name}/{key}", tensors, seen)] for key, value in pairs]}
+        case list():
+            return [split_tree(value, f"{name}/{index}", tensors, seen) for index, value in enumerate(tree)]
+        case tuple():
+            return {TUPLE: [split_tree(value, f"{name}/{index}", tensors, seen) for index, value in enumerate(tree)]}
+        case None | bool() | int() | float() | str():
+            return tree
+    raise TypeError(f"{name}: a checkpoint holds tensors and JSON values, not a {type(tree).__name__}")
+
+
+def join_tree(skeleton: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """The tree that `split_tree` took apart."""
+    match skeleton:
+        case {"$tensor": str(name)}:
+            return tensors[name]
+        case {"$pairs": list(pairs)}:
+            return {key: join_tree(value, tensors) for key, value in pairs}
+        case {"$tuple": list(values)}:
+            return tuple(join_tree(value, tensors) for value in values)
+        case dict():
+            return {key: join_tree(value, tensors) for key, value in skeleton.items()}
+        case list():
+            return [join_tree(value, tensors) for value in skeleton]
+    return skeleton
+
+
+def tensor_places(skeleton: Any, path: str) -> dict[str, str]:
+    """path in the tree → tensor name, for every tensor of a skeleton. Paths are spelled like `split_tree`'s names."""
+    match skeleton:
+        case {"$tensor": str(name)}:
+            return {path: name}
+        case {"$pairs": list(pairs)}:
+            children = [(str(key), value) for key, value in pairs]
+        case {"$tuple": list(values)} | list(values):
+            children = [(str(index), value) for index, value in enumerate(values)]
+        case dict():
+            children = list(skeleton.items())
+        case _:
+            return {}
+    return {place: name for key, value in children for place, name in tensor_places(value, f"{path}/{key}").items()}
+
+
+def _name_once(tensor: Tensor, name: str, tensors: dict[str, Tensor], seen: dict[Any, str]) -> str:
+    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    identity = (local.data_ptr(), local.shape, local.stride(), local.dtype, tensor.shape)
+    if local.numel() == 0 or identity not in seen:
+        seen[identity] = name
+        tensors[name] = tensor.detach()
+        return name
+    return seen[identity]
+
+
+@runtime_checkable
+class WorldDependent(Protocol):
+    """A state of one rank that can be taken up at another number of ranks."""
+
+    def load_from_world(self, states: list[Any], rank: int, world: int) -> None:
+        """Take up, as rank `rank` of `world`, the states saved by `len(states)` ranks, in their order."""
+
+
+class PerRank:
+    """Marks a state as this rank's own (its generators, its place in the data): saved and loaded rank by rank.
+
+    At the world size that it was saved with, each rank gets its own back. At another, `state` must have the method of
+    `WorldDependent`; otherwise loading is a UsageError.
+    """
+
+    def __init__(self, state: Stateful):
+        self.state = state
+
+
+class ModelState:
+    """A model's parameters and persistent buffers by their plain names, whatever wraps it (DDP, FSDP2, compile)."""
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+
+    def state_dict(self) -> dict[str, Any]:
+        """name → Tensor (replicated) or DTensor (FSDP2), sharing memory with the model."""
+        return get_model_state_dict(self.model)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Copy the values into the model. Missing and unknown names are errors."""
+        set_model_state_dict(self.model, state)
+
+
+class OptimizerState:
+    """An optimiser's state by parameter names, whatever wraps the model, so that it loads at another world size."""
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer):
+        self.model, self.optimizer = model, optimizer
+
+    def state_dict(self) -> dict[str, Any]:
+        """`{"state": {name: {"exp_avg": …}}, "param_groups": […]}`, tensors shared with the optimiser."""
+        return dict(get_optimizer_state_dict(self.model, self.optimizer))
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Copy the values into the optimiser."""
+        set_optimizer_state_dict(self.model, self.optimizer, state)
+
+
+class RandomState:
+    """Every random generator of this process: Python's, NumPy's, PyTorch's on the CPU and on the current GPU.
+
+    Generators that a component owns belong in that component's state. Wrap this in `PerRank`.
+    """
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON values and uint8 tensors."""
+        kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+        state = {
+            "python": random.getstate(),
+            "numpy": [kind, [int(key) for key in keys], int(position), int(has_gauss), float(cached)],
+            "torch": torch.get_rng_state(),
+        }
+        if torch.cuda.is_available():
+            state["cuda"] = torch.cuda.get_rng_state()
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Set every generator as it was."""
+        random.setstate(state["python"])
+        kind, keys, *rest = state["numpy"]
+        np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
+        torch.set_rng_state(state["torch"].cpu())
+        if "cuda" in state and torch.cuda.is_available():
+            torch.cuda.set_rng_state(state["cuda"].cpu())
+
+    def load_from_world(self, states: list[Any], rank: int, world: int) -> None:
+        """At another world size, rank r continues the generators of saved rank r; where there was none, it seeds new
+        ones from a hash of rank 0's state and r: reproducible, and unlike any other rank's."""
+        if rank < len(states):
+            self.load_state_dict(states[rank])
+            return
+        digest = hashlib.sha256(states[0]["torch"].numpy().tobytes() + f"rank {rank} of {world}".encode()).digest()
+        seed = int.from_bytes(digest[:8], "little")
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        torch.manual_seed(seed % 2**63)
+
+
+def check_same_shape(name: str, saved_shape: torch.Size, saved_dtype: torch.dtype, target: Tensor) -> None:
+    """UsageError unless a saved tensor fits its place."""
+    if (saved_shape, saved_dtype) != (target.shape, target.dtype):
+        raise UsageError(
+            f"the checkpoint holds {name!r} as {_spell(saved_shape, saved_dtype)} where this run has "
+            f"{_spell(target.shape, target.dtype)}; rerun with the config that it was saved with"
+        )
+
+
+def _spell(shape: torch.Size, dtype: torch.dtype) -> str:
+    return f"{str(dtype).removeprefix('torch.')}[{', '.join(map(str, shape))}]"

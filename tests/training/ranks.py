@@ -1,0 +1,56 @@
+"""Runs a function as several gloo ranks on this machine, each in a process forked from one that has imported torch."""
+
+import multiprocessing
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["torch", "torch.distributed.checkpoint", "torch.distributed.fsdp", "ranks"])
+
+
+def run_ranks(world: int, function: Callable[..., Any], *arguments: Any, timeout: float = 120) -> list[Any]:
+    """`function(rank, *arguments)` in `world` processes with torch.distributed initialised; the results by rank.
+
+    AssertionError with the first traceback if a rank raises.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    pipes = [CONTEXT.Pipe(duplex=False) for _ in range(world)]
+    processes = [
+        CONTEXT.Process(target=_rank_main, args=(rank, world, port, pipes[rank][1], function, arguments), daemon=True)
+        for rank in range(world)
+    ]
+    for process in processes:
+        process.start()
+    results = []
+    try:
+        for rank, (receiving, sending) in enumerate(pipes):
+            sending.close()
+            assert receiving.poll(timeout), f"rank {rank} did not answer within {timeout} s"
+            worked, value = receiving.recv()
+            assert worked, f"rank {rank} raised:\n{value}"
+            results.append(value)
+    finally:
+        for process in processes:
+            process.join(5)
+            process.kill()
+    return results
+
+
+def _rank_main(rank: int, world: int, port: int, pipe: Any, function: Callable[..., Any], arguments: Any) -> None:
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(world))
+    try:
+        dist.init_process_group("gloo")
+        answer = True, function(rank, *arguments)
+        dist.destroy_process_group()
+    except BaseException:
+        answer = False, traceback.format_exc()
+    pipe.send(answer)
