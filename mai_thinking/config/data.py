@@ -1,0 +1,172 @@
+"""What a run reads: sources with a licence and a provenance, cleaning, the held-out split, the tokenizer.
+
+Importable without torch. MAI-Thinking-1 report §2.3–2.4.
+"""
+
+import difflib
+from typing import Any, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from mai_thinking.config.base import Section
+
+Category = Literal["code", "stem", "maths", "general", "multilingual"]
+Provenance = Literal["human", "procedural", "own-model", "third-party-model"]
+
+EMBEDDED_CORPORA = ("stdlib", "stdlib-tests", "scientific", "manuals", "docstrings", "exercises")
+"""Corpora that every Python environment with this package already has; see `mai_thinking.data.embedded`."""
+
+
+class SourceSection(Section):
+    """One source of documents."""
+
+    name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9._-]+$")
+    """Unique in the run; letters, digits, `.`, `_` and `-`."""
+    kind: Literal["embedded", "jsonl", "parquet", "text", "hub"]
+    """`embedded` needs no download; `hub` is a dataset's name on the Hugging Face Hub, read through `datasets`."""
+    path: str = Field(min_length=1)
+    """A file, a folder of such files, a Hub dataset's name, or the name of an embedded corpus."""
+    category: Category
+    """Where its tokens count in the mixture and in the evaluation."""
+    licence: str = Field(min_length=1)
+    """An SPDX expression, or words."""
+    provenance: Provenance
+    """Who wrote the text. `third-party-model` is always refused, `own-model` in pre-training."""
+    weight: float = Field(gt=0)
+    """Share of the training tokens, relative to the other sources' weights."""
+    text_field: str = "text"
+    """The field or column that holds a document's text (JSONL, Parquet, Hub)."""
+    split: str = "train"
+    """The split of a Hub dataset."""
+    subset: str | None = None
+    """The configuration of a Hub dataset, where it has several."""
+    streaming: bool = False
+    """Train from the source directly instead of preparing tokens on disk: for sources larger than memory."""
+    held_out: bool = True
+    """Whether part of it is kept for evaluation."""
+    max_bytes: int | None = Field(default=None, gt=0)
+    """Take whole documents, chosen by the hash of their text, up to this many bytes of UTF-8."""
+
+    @field_validator("provenance")
+    @classmethod
+    def _refuse_third_party(cls, provenance: Provenance) -> Provenance:
+        if provenance == "third-party-model":
+            raise ValueError("text written by somebody else's model is never trained on; remove this source")
+        return provenance
+
+    @model_validator(mode="after")
+    def _check_kind(self) -> Self:
+        if self.kind == "embedded":
+            if self.path not in EMBEDDED_CORPORA:
+                near = difflib.get_close_matches(self.path, EMBEDDED_CORPORA, n=1)
+                fix = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(EMBEDDED_CORPORA)}"
+                raise ValueError(f"source {self.name!r}: no embedded corpus {self.path!r}; {fix}")
+            if self.path == "exercises" and self.max_bytes is None:
+                raise ValueError(f"source {self.name!r}: exercises go on for ever; set `max_bytes`")
+            if self.streaming:
+                raise ValueError(f"source {self.name!r}: an embedded corpus is prepared; remove `streaming`")
+        if self.streaming and self.max_bytes is not None:
+            raise ValueError(f"source {self.name!r}: `max_bytes` is for prepared sources; remove it or `streaming`")
+        return self
+
+
+class TokenizerSection(Section):
+    """A byte-level BPE, trained on the training documents or taken from a former run."""
+
+    vocab_size: int = Field(default=4096, ge=258, le=2**31)
+    """Entries of a new tokenizer: 256 bytes, two special tokens, and merges. Without meaning if `path` is given."""
+    path: str | None = None
+    """A folder with a tokenizer to reuse, such as a former run's `final/`."""
+    training_bytes: int = Field(default=16_000_000, gt=0)
+    """At most this many bytes of training documents, drawn by the sources' weights, are read to learn merges."""
+
+
+class QualitySection(Section):
+    """A document outside any of these bounds is dropped, and counted under the rule's name."""
+
+    min_bytes: int = Field(default=64, ge=0)
+    """Shorter documents teach little: empty `__init__.py` files, stubs."""
+    max_line: int = Field(default=2_000, gt=0)
+    """Characters in the longest line; beyond it: data written as code, minified text."""
+    min_alphabetic: float = Field(default=0.4, ge=0, le=1)
+    """Share of letters among the characters that are not white space; below it: tables of numbers."""
+    max_compression: float = Field(default=12.0, gt=1)
+    """Size over zlib-compressed size; beyond it: generated tables, the same line over and over."""
+
+
+class CleaningSection(Section):
+    """Deduplication, quality filters and decontamination. Every document dropped is counted per rule and source."""
+
+    exact_duplicates: bool = True
+    """Drop a document whose text (white space at line ends apart) was seen before, in any source."""
+    near_duplicates: float | None = Field(default=0.7, gt=0, lt=1)
+    """Estimated Jaccard similarity from which a document is a duplicate of an earlier one; null keeps them all."""
+    minhash_permutations: int = Field(default=128, ge=16, multiple_of=16)
+    """Length of a MinHash signature."""
+    minhash_shingle: int = Field(default=5, ge=1)
+    """Words per shingle."""
+    quality: QualitySection = QualitySection()
+    decontamination_ngram: int | None = Field(default=13, ge=2)
+    """Training text that shares this many consecutive words with a held-out document is cut out; null leaves it."""
+    benchmarks: tuple[str, ...] = ()
+    """More files to keep out of training: JSONL, JSON or text, also gzipped; every string in them counts."""
+
+
+class HeldOutSection(Section):
+    """How much of each source is kept for evaluation: whole documents, chosen by the hash of their text.
+
+    The choice depends on neither weights nor seed, so that a later stage with another mixture keeps the same documents.
+    """
+
+    fraction: float = Field(default=0.05, gt=0, le=0.5)
+    """At most this share of a source's bytes."""
+    max_bytes: int = Field(default=400_000, gt=0)
+    """At most this many bytes of a source. Of a streamed source: these many, from its head."""
+
+
+def _embedded(name: str, category: Category, licence: str, weight: float, **more: Any) -> SourceSection:
+    fields = {"provenance": "human", **more}
+    return SourceSection(
+        name=name, kind="embedded", path=name, category=category, licence=licence, weight=weight, **fields
+    )
+
+
+EMBEDDED_DEFAULT = (
+    _embedded("stdlib", "code", "PSF-2.0", 45),
+    # Not every distribution has the tests. Held-out code is the library itself, so that runs can be compared.
+    _embedded("stdlib-tests", "code", "PSF-2.0", 10, held_out=False, max_bytes=8_000_000),
+    _embedded("scientific", "stem", "BSD-3-Clause", 20, max_bytes=12_000_000),
+    _embedded("exercises", "maths", "MIT", 10, provenance="procedural", max_bytes=4_000_000),
+    _embedded("manuals", "general", "PSF-2.0", 5),
+    _embedded("docstrings", "general", "BSD-3-Clause", 10),
+)
+"""The default mixture: in every Python environment, human-written or procedural, permissively licensed."""
+
+
+class DataSection(Section):
+    """Everything that decides which tokens a run sees."""
+
+    sources: tuple[SourceSection, ...] = Field(default=EMBEDDED_DEFAULT, min_length=1)
+    """Without any: `EMBEDDED_DEFAULT`."""
+    tokenizer: TokenizerSection = TokenizerSection()
+    cleaning: CleaningSection = CleaningSection()
+    held_out: HeldOutSection = HeldOutSection()
+    cache_dir: str = "~/.cache/mai_thinking"
+    """Prepared data is kept below this folder, one folder per content."""
+
+    @model_validator(mode="after")
+    def _check_names(self) -> Self:
+        names = [source.name for source in self.sources]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"two sources are called {twice[0]!r}; give each its own name")
+        return self
+
+    def check_for_pretraining(self) -> None:
+        """Raise ValueError if a source may not be pre-trained on. For a pre-training config's validator (§2.3)."""
+        for source in self.sources:
+            if source.provenance == "own-model":
+                raise ValueError(
+                    f"source {source.name!r} was written by a model (own-model); "
+                    "pre-training takes human and procedural text only: remove it, or use it in self-distillation"
+                )

@@ -1,0 +1,173 @@
+"""The corpora that come with every installation: no download, human-written (or made by rule), clear licences.
+
+CPython's standard library and manuals are PSF-2.0; sympy, mpmath, numpy, networkx and torch, which a torch
+installation brings, are BSD-3-Clause.
+"""
+
+import ast
+import importlib
+import importlib.metadata
+import importlib.util
+import inspect
+import sys
+import sysconfig
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from mai_thinking.data.documents import Document
+from mai_thinking.data.exercises import exercises
+from mai_thinking.errors import UsageError
+
+_SCIENTIFIC = ("sympy", "mpmath", "numpy")
+_DOCUMENTED = ("networkx", "torch")
+_DOCUMENTED_PARTS = ("networkx", "torch/nn", "torch/optim", "torch/distributions", "torch/_torch_docs.py")
+_MIN_DOCSTRING = 400
+_ELSEWHERE = ("site-packages", "dist-packages", "__pycache__", "pydoc_data")
+
+
+def read_embedded(corpus: str) -> Iterator[Document]:
+    """The documents of one of `EMBEDDED_CORPORA`. `stdlib-tests` is empty where a distribution leaves the tests out."""
+    return _READERS[corpus]()
+
+
+def embedded_fingerprint(corpus: str) -> str:
+    """What the corpus's content depends on: versions of its packages, number and size of its files."""
+    if corpus == "exercises":
+        return corpus
+    if corpus in ("scientific", "docstrings"):
+        packages = _SCIENTIFIC if corpus == "scientific" else _DOCUMENTED
+        return " ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
+    sizes = [path.stat().st_size for path, _ in _stdlib_files(tests=corpus == "stdlib-tests")]
+    return f"{sys.version} {len(sizes)} {sum(sizes)}"
+
+
+def _stdlib_root() -> Path:
+    root = Path(sysconfig.get_paths()["stdlib"])
+    if not (root / "os.py").is_file():
+        raise UsageError(
+            f"{root}: this Python has no standard library in source form; name other sources in `data.sources`"
+        )
+    return root
+
+
+def _stdlib_files(tests: bool) -> list[tuple[Path, str]]:
+    """The standard library's modules, or its tests: (file, name below the library)."""
+    found = []
+    root = _stdlib_root()
+    for path in sorted(root.rglob("*.py")):
+        parts = path.relative_to(root).parts
+        if not any(part in _ELSEWHERE for part in parts) and _is_test(parts) == tests:
+            found.append((path, "/".join(parts)))
+    return found
+
+
+def _is_test(parts: tuple[str, ...]) -> bool:
+    return any(part in ("test", "tests", "idle_test", "testing") for part in parts[:-1])
+
+
+def _read_files(files: list[tuple[Path, str]]) -> Iterator[Document]:
+    for path, name in files:
+        try:
+            yield Document(name, path.read_text(encoding="utf-8"))
+        except UnicodeDecodeError:
+            continue  # a few of CPython's tests are in other encodings on purpose
+
+
+def _package_files(names: tuple[str, ...]) -> list[tuple[Path, str]]:
+    """Modules below `names`, which are packages or parts of them; without their tests."""
+    found = []
+    for name in names:
+        spec = importlib.util.find_spec(name.split("/")[0])
+        if spec is None or spec.origin is None:
+            raise UsageError(f"the package {name.split('/')[0]!r} is missing; `pip install {name.split('/')[0]}`")
+        packages = Path(spec.origin).parent.parent
+        start = packages / name
+        for path in [start] if start.is_file() else sorted(start.rglob("*.py")):
+            parts = path.relative_to(packages).parts
+            if not _is_test(parts):
+                found.append((path, "/".join(parts)))
+    return found
+
+
+def _manuals() -> Iterator[Document]:
+    """Chapters of the language reference, and the docstrings of modules written in C: both are in no .py of `stdlib`."""
+    topics = importlib.import_module("pydoc_data.topics").topics
+    for name, text in sorted(topics.items()):
+        yield Document(f"topics/{name}", text)
+    for name in sorted(sys.stdlib_module_names):
+        if name.startswith(("_test", "_xx", "xx")) or not _is_compiled(name):
+            continue
+        try:
+            module = importlib.import_module(name)
+        except ImportError:
+            continue
+        text = _compiled_docs(name, module)
+        if text:
+            yield Document(f"modules/{name}", text)
+
+
+def _is_compiled(name: str) -> bool:
+    if name in sys.builtin_module_names:
+        return True
+    try:
+        spec = importlib.util.find_spec(name)
+    except (ImportError, ValueError):
+        return False
+    return spec is not None and (spec.origin or "").endswith((".so", ".pyd"))
+
+
+def _compiled_docs(name: str, module: object) -> str:
+    """A manual page: each public object's name and docstring, and those of its methods, sorted by name."""
+    parts = [f"{name}\n\n{inspect.getdoc(module) or ''}"]
+    for key, value in sorted(vars(module).items()):
+        if key.startswith("_") or not callable(value) or getattr(value, "__module__", name) not in (name, None):
+            continue
+        parts.append(f"{name}.{key}\n\n{_own_doc(value)}")
+        if isinstance(value, type):
+            parts += [
+                f"{name}.{key}.{method}\n\n{_own_doc(function)}"
+                for method, function in sorted(vars(value).items())
+                if not method.startswith("_") and _own_doc(function)
+            ]
+    return "\n\n".join(part.strip() for part in parts) + "\n"
+
+
+def _own_doc(value: object) -> str:
+    doc = getattr(value, "__doc__", None)
+    return inspect.cleandoc(doc) if isinstance(doc, str) else ""
+
+
+def _docstrings() -> Iterator[Document]:
+    """The longer docstrings of each module of networkx and of torch's documented parts, as one page."""
+    for document in _read_files(_package_files(_DOCUMENTED_PARTS)):
+        try:
+            tree = ast.parse(document.text)
+        except SyntaxError:
+            continue
+        text = "\n\n".join(_docstrings_in(tree))
+        if text:
+            yield Document(document.id, text + "\n")
+
+
+def _docstrings_in(tree: ast.Module) -> Iterator[str]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+            text = ast.get_docstring(node) or ""
+        elif isinstance(node, ast.Call):
+            # torch keeps the manual of its compiled functions in calls: add_docstr(torch.abs, r"""…""")
+            strings = [a.value for a in node.args if isinstance(a, ast.Constant) and isinstance(a.value, str)]
+            text = inspect.cleandoc(max(strings, key=len, default=""))
+        else:
+            continue
+        if len(text) >= _MIN_DOCSTRING:
+            yield text
+
+
+_READERS: dict[str, Callable[[], Iterator[Document]]] = {
+    "stdlib": lambda: _read_files(_stdlib_files(tests=False)),
+    "stdlib-tests": lambda: _read_files(_stdlib_files(tests=True)),
+    "scientific": lambda: _read_files(_package_files(_SCIENTIFIC)),
+    "manuals": _manuals,
+    "docstrings": _docstrings,
+    "exercises": exercises,
+}

@@ -1,0 +1,256 @@
+"""Batches for one rank: deterministic, prefetched, and restorable at any step and any number of ranks."""
+
+import json
+import queue
+import threading
+import time
+import weakref
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mai_thinking.config.data import SourceSection
+from mai_thinking.data.files import open_reader
+from mai_thinking.data.mixture import Mixture
+from mai_thinking.data.packing import PreparedRows, Row, positions
+from mai_thinking.data.prepared import PreparedData
+from mai_thinking.data.streaming import StreamCleaner, StreamedRows
+from mai_thinking.errors import UsageError
+
+
+class Step(NamedTuple):
+    """This rank's share of a global batch."""
+
+    micro_batches: list[dict[str, Tensor]]
+    """Each with `input_ids`, `labels` and `position_ids`, int64 [micro_batch_size, T]."""
+    valid_tokens: int
+    """Labels in them that count (all: no label is ever missing)."""
+    document_ids: list[list[str]]
+    """For each row, in order, `SOURCE/ID` of the documents in it."""
+    rows: range
+    """Which of the run's rows these are, counted from 0."""
+
+
+class Loader:
+    """An endless iterator over `Step`s.
+
+    Row n of the run depends on the seed, the mixture and n alone; a global batch is the next `rows_per_step` rows, of
+    which rank r takes the r-th contiguous part. It neither reads nor advances any global random generator. A background
+    thread makes up to `prefetch` steps ahead; what it raises is raised by the step that would have had the data.
+    `state_dict` is that of the last step delivered, whatever was made ahead. Use it as a context manager, or `close` it.
+
+    A streamed source is read whole by every rank, each keeping its own rows.
+    """
+
+    def __init__(
+        self,
+        prepared: PreparedData,
+        *,
+        context_length: int,
+        micro_batch_size: int,
+        rows_per_step: int,
+        rank: int = 0,
+        world_size: int = 1,
+        seed: int = 0,
+        prefetch: int = 4,
+    ) -> None:
+        """`rows_per_step` is the global batch, over all ranks and accumulation steps; 0 `prefetch` means no thread."""
+        if rows_per_step % (world_size * micro_batch_size):
+            raise UsageError(
+                f"{rows_per_step} rows per step cannot be divided over {world_size} ranks × micro-batches of "
+                f"{micro_batch_size}; make it a multiple of {world_size * micro_batch_size}"
+            )
+        self._rows = _RowMaker(prepared, context_length=context_length, seed=seed)
+        self._shape = rows_per_step, micro_batch_size, rank, world_size
+        self._prefetch = prefetch
+        self._worker: _Worker | None = None
+        self._state = self._rows.state()
+        self.wait_seconds = 0.0
+        """Seconds that the last step waited for its data."""
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Step:
+        begin = time.perf_counter()
+        if self._prefetch == 0:
+            step, self._state = _make_step(self._rows, *self._shape)
+        else:
+            if self._worker is None:
+                self._worker = _Worker(self._rows, self._shape, self._prefetch)
+            step, self._state = self._worker.get()
+        self.wait_seconds = time.perf_counter() - begin
+        return step
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain JSON that describes the position behind the last step delivered; the same on every rank."""
+        state: dict[str, Any] = json.loads(json.dumps(self._state))
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on behind the step that `state` describes. UsageError if it comes from other data, seed or row length."""
+        self.close()
+        self._rows.restore(state)
+        self._state = self._rows.state()
+
+    def close(self) -> None:
+        """Stop the thread; the loader can be iterated again only after `load_state_dict`."""
+        if self._worker is not None:
+            self._worker.stop()
+            self._worker = None
+            self._rows.restore(self._state)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class _RowMaker:
+    """The run's sequence of rows, and the position in it."""
+
+    def __init__(self, prepared: PreparedData, *, context_length: int, seed: int) -> None:
+        self.end_of_text = prepared.encoder.end_of_text
+        self._identity = {"data": prepared.key, "seed": seed, "context_length": context_length}
+        self._weights = {source.name: source.weight for source in prepared.config.sources}
+        self._mixture = Mixture(self._weights)
+        self._prepared: dict[str, PreparedRows] = {}
+        self._streamed: dict[str, StreamedRows] = {}
+        for source in prepared.config.sources:
+            if source.streaming:
+                self._streamed[source.name] = _streamed_rows(prepared, source, context_length)
+            else:
+                self._prepared[source.name] = _prepared_rows(prepared, source, context_length, seed)
+
+    @property
+    def position(self) -> int:
+        """Rows dealt so far."""
+        return sum(self._mixture.rows.values())
+
+    def next_row(self, wanted: bool) -> Row | None:
+        """The run's next row, or None where it is not wanted and need not be made."""
+        name, index = self._mixture.next_source()
+        if name in self._streamed:
+            return self._streamed[name].next_row()
+        return self._prepared[name].row(index) if wanted else None
+
+    def state(self) -> dict[str, Any]:
+        return {
+            **self._identity,
+            "rows": dict(self._mixture.rows),
+            "streams": {name: rows.state() for name, rows in self._streamed.items()},
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        for key, value in self._identity.items():
+            if state.get(key) != value:
+                raise UsageError(
+                    f"the checkpoint's data position has {key} {state.get(key)!r}, this run {value!r}; "
+                    "restore what the checkpoint had, or start a new run from its weights"
+                )
+        self._mixture = Mixture(self._weights)
+        self._mixture.rows.update(state["rows"])
+        for name, rows in self._streamed.items():
+            rows.restore(state["streams"][name])
+
+
+def _prepared_rows(prepared: PreparedData, source: SourceSection, context_length: int, seed: int) -> PreparedRows:
+    data = prepared.sources[source.name]
+    if len(data.tokens) <= context_length:
+        raise UsageError(
+            f"source {source.name!r} has {len(data.tokens)} tokens, too few for a row of context_length {context_length}; "
+            "shorten context_length, add data, or remove the source"
+        )
+    return PreparedRows(source.name, data.tokens, data.offsets, data.ids, context_length=context_length, seed=seed)
+
+
+def _streamed_rows(prepared: PreparedData, source: SourceSection, context_length: int) -> StreamedRows:
+    cleaner = StreamCleaner(prepared.config.cleaning, prepared.overlap)
+    return StreamedRows(
+        source.name,
+        open_reader(source),
+        prepared.stream_start(source),
+        cleaner,
+        prepared.encoder,
+        context_length=context_length,
+    )
+
+
+def _make_step(
+    rows: _RowMaker, rows_per_step: int, micro_batch_size: int, rank: int, world_size: int
+) -> tuple[Step, dict[str, Any]]:
+    """The next step of `rank`, and the state behind it."""
+    share = rows_per_step // world_size
+    first = rows.position
+    mine = range(first + rank * share, first + (rank + 1) * share)
+    made = [rows.next_row(wanted=n in mine) for n in range(first, first + rows_per_step)]
+    kept = [row for n, row in enumerate(made, first) if row is not None and n in mine]
+    micro_batches = [
+        _collate(kept[start : start + micro_batch_size], rows.end_of_text)
+        for start in range(0, share, micro_batch_size)
+    ]
+    valid = sum(batch["labels"].numel() for batch in micro_batches)
+    return Step(micro_batches, valid, [row.document_ids for row in kept], mine), rows.state()
+
+
+def _collate(rows: list[Row], end_of_text: int) -> dict[str, Tensor]:
+    tokens_BT1 = np.stack([row.tokens_T1 for row in rows])
+    input_ids_BT = np.ascontiguousarray(tokens_BT1[:, :-1])
+    position_ids_BT = np.stack([positions(input_ids_T, end_of_text) for input_ids_T in input_ids_BT])
+    return {
+        "input_ids": torch.from_numpy(input_ids_BT),
+        "labels": torch.from_numpy(np.ascontiguousarray(tokens_BT1[:, 1:])),
+        "position_ids": torch.from_numpy(position_ids_BT),
+    }
+
+
+_Item = tuple[Step, dict[str, Any]] | BaseException
+
+
+class _Worker:
+    """A thread that makes steps into a bounded queue. It holds no reference to the loader, which may thus be collected."""
+
+    def __init__(self, rows: _RowMaker, shape: tuple[int, int, int, int], depth: int) -> None:
+        self._queue: queue.Queue[_Item] = queue.Queue(maxsize=depth)
+        self._stopped = threading.Event()
+        arguments = rows, shape, self._queue, self._stopped
+        self._thread = threading.Thread(target=_fill, args=arguments, name="data-prefetch", daemon=True)
+        # Also at interpreter exit: a daemon thread that still computes then can crash the process.
+        self.stop = weakref.finalize(self, _stop, self._stopped, self._thread)
+        self._thread.start()
+
+    def get(self) -> tuple[Step, dict[str, Any]]:
+        """The next step; raises what the thread raised."""
+        item = self._queue.get()
+        if isinstance(item, BaseException):
+            self._queue.put(item)  # a second attempt gets the same answer, not a wait without end
+            raise item
+        return item
+
+
+def _fill(
+    rows: _RowMaker, shape: tuple[int, int, int, int], items: "queue.Queue[_Item]", stopped: threading.Event
+) -> None:
+    while not stopped.is_set():
+        item: _Item
+        try:
+            item = _make_step(rows, *shape)
+        except BaseException as error:
+            item = error
+        while not stopped.is_set():
+            try:
+                items.put(item, timeout=0.1)
+                break
+            except queue.Full:
+                continue
+        if isinstance(item, BaseException):
+            return
+
+
+def _stop(stopped: threading.Event, thread: threading.Thread) -> None:
+    stopped.set()
+    thread.join()

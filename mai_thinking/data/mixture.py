@@ -1,0 +1,62 @@
+"""Which source gives the next row, and the report's table of the mixture (MAI-Thinking-1 report §2.3)."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+
+class Mixture:
+    """Rows are dealt to the source that lags furthest behind its share: no dice, and never more than a row off."""
+
+    def __init__(self, weights: Mapping[str, float]) -> None:
+        total = sum(weights.values())
+        self.shares = {name: weight / total for name, weight in weights.items()}
+        self.rows = dict.fromkeys(weights, 0)
+
+    def next_source(self) -> tuple[str, int]:
+        """The source of the next row, and how many rows it had given before."""
+        dealt = sum(self.rows.values()) + 1
+        name = max(self.rows, key=lambda source: self.shares[source] * dealt - self.rows[source])
+        index = self.rows[name]
+        self.rows[name] += 1
+        return name, index
+
+
+@dataclass(frozen=True)
+class MixtureRow:
+    """A line of the table; tokens include the one that opens each document."""
+
+    source: str
+    category: str
+    licence: str
+    provenance: str
+    unique_tokens: int | None
+    """None for a streamed source, whose size is not known."""
+    training_tokens: int
+    share: float
+
+    @property
+    def epochs(self) -> float | None:
+        """How often the source is seen, on average."""
+        return None if self.unique_tokens is None else self.training_tokens / self.unique_tokens
+
+
+@dataclass(frozen=True)
+class MixtureTable:
+    """The mixture of a run: unique tokens, training tokens, share and average epochs of each source."""
+
+    rows: Sequence[MixtureRow]
+
+    def markdown(self) -> str:
+        """The table as Markdown."""
+        lines = [
+            "| source | category | licence | provenance | unique tokens | training tokens | share | epochs |",
+            "|---|---|---|---|---:|---:|---:|---:|",
+        ]
+        for row in self.rows:
+            unique = "streamed" if row.unique_tokens is None else f"{row.unique_tokens:,}"
+            epochs = "–" if row.epochs is None else f"{row.epochs:.2f}"
+            lines.append(
+                f"| {row.source} | {row.category} | {row.licence} | {row.provenance} | {unique} "
+                f"| {row.training_tokens:,} | {100 * row.share:.1f} % | {epochs} |"
+            )
+        return "\n".join(lines) + "\n"

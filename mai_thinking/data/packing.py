@@ -1,0 +1,88 @@
+"""Rows of tokens cut from an endless sequence of shuffled documents.
+
+T: tokens in a row (`context_length`). A document is its end-of-text token followed by its text. A source's epochs,
+each a new permutation of its documents, are laid end to end, and row k is the T + 1 tokens from k·T on: its inputs
+are the first T, its labels the last T, and its last token is the first of row k + 1. So every token is an input once
+and a label once, whatever T is, and no label is ever missing. The end-of-text token belongs to the document
+that it opens: as an input it has position 0 there, and what it predicts is that document's first token.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+Tokens = NDArray[np.int64]
+
+
+class Row(NamedTuple):
+    """T + 1 tokens, and the ids of the documents whose tokens are among the first T."""
+
+    tokens_T1: Tokens
+    document_ids: list[str]
+
+
+def positions(input_ids_T: Tokens, end_of_text: int) -> Tokens:
+    """Positions [T] that start again from 0 at each document, and at the row's start."""
+    index_T = np.arange(len(input_ids_T))
+    starts_T = np.where(input_ids_T == end_of_text, index_T, 0)
+    return index_T - np.maximum.accumulate(starts_T)
+
+
+class PreparedRows:
+    """The rows of a prepared source; row k is a function of (seed, k) alone."""
+
+    def __init__(
+        self,
+        name: str,
+        tokens: NDArray[np.unsignedinteger],
+        offsets: NDArray[np.int64],
+        ids: Sequence[str],
+        *,
+        context_length: int,
+        seed: int,
+    ) -> None:
+        """`tokens` [all tokens]: the documents one after the other; document d is tokens[offsets[d]:offsets[d + 1]]."""
+        self.name = name
+        self.context_length = context_length
+        self._tokens = tokens
+        self._offsets = offsets
+        self._lengths = np.diff(offsets)
+        self._ids = ids
+        self._seed = [seed, xxhash.xxh3_64_intdigest(name.encode())]
+        self._epochs: dict[int, tuple[NDArray[np.int64], NDArray[np.int64]]] = {}
+
+    def row(self, k: int) -> Row:
+        """Row `k`, from 0."""
+        pieces, ids = [], []
+        start, missing = k * self.context_length, self.context_length + 1
+        while missing:
+            document, piece = self._piece(start, missing)
+            pieces.append(piece)
+            # The last token of the row is only a label: the next row has it as an input.
+            if missing > 1:
+                ids.append(f"{self.name}/{self._ids[document]}")
+            start, missing = start + len(piece), missing - len(piece)
+        return Row(np.concatenate(pieces).astype(np.int64), ids)
+
+    def _piece(self, start: int, most: int) -> tuple[int, NDArray[np.unsignedinteger]]:
+        """From token `start` of the endless sequence to the end of its document: the document and the tokens."""
+        epoch, within = divmod(start, len(self._tokens))
+        order, ends = self._epoch(epoch)
+        place = int(np.searchsorted(ends, within, side="right"))
+        document = int(order[place])
+        begin = within - int(ends[place] - self._lengths[document])
+        first = int(self._offsets[document]) + begin
+        last = min(first + most, int(self._offsets[document + 1]))
+        return document, self._tokens[first:last]
+
+    def _epoch(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The permutation of epoch `epoch` and where, in tokens, each of its documents ends."""
+        if epoch not in self._epochs:
+            order = np.random.default_rng([*self._seed, epoch]).permutation(len(self._lengths))
+            # A row can reach over into the next epoch, so two are kept.
+            self._epochs = {e: kept for e, kept in self._epochs.items() if abs(e - epoch) == 1}
+            self._epochs[epoch] = order, np.cumsum(self._lengths[order])
+        return self._epochs[epoch]

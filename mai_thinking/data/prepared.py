@@ -1,0 +1,169 @@
+"""What preparation leaves on disk, and how it is read back."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerFast
+
+from mai_thinking.config.data import DataSection, SourceSection
+from mai_thinking.data.documents import Document
+from mai_thinking.data.mixture import MixtureRow, MixtureTable
+from mai_thinking.data.ngrams import OverlapIndex
+from mai_thinking.data.tokenizer import Encoder, load_tokenizer
+
+MANIFEST = "manifest.json"
+TOKENIZER = "tokenizer"
+HELD_OUT = "held_out"
+OVERLAP = "held_out_ngrams.npy"
+
+
+@dataclass(frozen=True)
+class PreparedSource:
+    """A source's training tokens."""
+
+    tokens: NDArray[np.unsignedinteger]
+    """[tokens] uint16 or uint32, memory-mapped: each document's end-of-text token and its text, one after the other."""
+    offsets: NDArray[np.int64]
+    """[documents + 1] where each document begins."""
+    ids: list[str]
+    """[documents] their names."""
+
+
+class PreparedData:
+    """A prepared folder: tokenizer, tokens, held-out documents, and the manifest that accounts for all of them.
+
+    The manifest is plain JSON: per source its licence, provenance, and the documents and bytes that each rule
+    dropped; the time each phase took; a checksum of each file.
+    """
+
+    def __init__(self, folder: Path, config: DataSection) -> None:
+        """`folder` as `prepare` leaves it; `config` is the one that it was prepared for."""
+        self.folder = folder
+        self.config = config
+        self.manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+
+    @property
+    def key(self) -> str:
+        """The content's name: hash of config, input and code."""
+        return str(self.manifest["key"])
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerFast:
+        """The tokenizer; `tokenizer.save_pretrained(final)` makes `AutoTokenizer` work there."""
+        return load_tokenizer(self.folder / TOKENIZER)
+
+    @cached_property
+    def encoder(self) -> Encoder:
+        """Encodes any text as training did, also text that spells a special token out."""
+        return Encoder(self.tokenizer)
+
+    @cached_property
+    def sources(self) -> dict[str, PreparedSource]:
+        """Training tokens by name, without the streamed sources."""
+        return {s.name: load_source(self.folder, s.name) for s in self.config.sources if not s.streaming}
+
+    @cached_property
+    def held_out(self) -> dict[str, list[Document]]:
+        """Held-out documents by category, as raw text: for bits per byte, and for compressors on the same bytes."""
+        found: dict[str, list[Document]] = {}
+        for path in sorted((self.folder / HELD_OUT).glob("*.jsonl")):
+            records = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+            found[path.stem] = [Document(record["id"], record["text"]) for record in records]
+        return found
+
+    @cached_property
+    def overlap(self) -> OverlapIndex | None:
+        """What training text must not contain; None where decontamination is off."""
+        n = self.config.cleaning.decontamination_ngram
+        return None if n is None else OverlapIndex(n, np.load(self.folder / OVERLAP, mmap_mode="r"))
+
+    def stream_start(self, source: SourceSection) -> dict[str, Any] | None:
+        """Where the training part of a streamed source begins."""
+        cursor: dict[str, Any] | None = self.manifest["sources"][source.name]["stream_start"]
+        return cursor
+
+    def mixture_table(self, training_tokens: int) -> MixtureTable:
+        """What a run of `training_tokens` sees of each source."""
+        total = sum(source.weight for source in self.config.sources)
+        return MixtureTable(
+            [
+                MixtureRow(
+                    source=source.name,
+                    category=source.category,
+                    licence=source.licence,
+                    provenance=source.provenance,
+                    unique_tokens=self.manifest["sources"][source.name]["tokens"],
+                    training_tokens=round(training_tokens * source.weight / total),
+                    share=source.weight / total,
+                )
+                for source in self.config.sources
+            ]
+        )
+
+
+def save_source(folder: Path, name: str, source: PreparedSource) -> None:
+    """Write a source's three files."""
+    np.save(folder / f"{name}.tokens.npy", source.tokens)
+    np.save(folder / f"{name}.offsets.npy", source.offsets)
+    (folder / f"{name}.ids.json").write_text(json.dumps(source.ids), encoding="utf-8")
+
+
+def load_source(folder: Path, name: str) -> PreparedSource:
+    """Read them back, the tokens memory-mapped."""
+    return PreparedSource(
+        tokens=np.load(folder / f"{name}.tokens.npy", mmap_mode="r"),
+        offsets=np.load(folder / f"{name}.offsets.npy"),
+        ids=json.loads((folder / f"{name}.ids.json").read_text(encoding="utf-8")),
+    )
+
+
+def save_held_out(folder: Path, held_out: Mapping[str, list[Document]]) -> None:
+    """One JSONL per category."""
+    (folder / HELD_OUT).mkdir()
+    for category, documents in held_out.items():
+        lines = [json.dumps(document._asdict(), ensure_ascii=False) + "\n" for document in documents]
+        (folder / HELD_OUT / f"{category}.jsonl").write_text("".join(lines), encoding="utf-8", newline="\n")
+
+
+def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Write `manifest` with a checksum of every other file; the last step, so that a folder without it is unfinished."""
+    files = {
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "xxh3": _checksum(path)}
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+    text = json.dumps({**manifest, "files": files}, indent=1, ensure_ascii=False)
+    (folder / MANIFEST).write_text(text, encoding="utf-8")
+
+
+def find_damage(folder: Path, key: str) -> str | None:
+    """What is wrong with a prepared folder, or None. Reads every file once, at the disk's speed."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        files = manifest["files"]
+        if manifest["key"] != key:
+            return f"{MANIFEST} belongs to {manifest['key']}"
+        for name, expected in files.items():
+            path = folder / name
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != expected["bytes"] or _checksum(path) != expected["xxh3"]:
+                return f"{name} has changed"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return f"{MANIFEST} is missing or cannot be read"
+    return None
+
+
+def _checksum(path: Path) -> str:
+    digest = xxhash.xxh3_64()
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()

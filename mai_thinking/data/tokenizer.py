@@ -1,0 +1,87 @@
+"""Byte-level BPE: training, reuse, and encoding of text that may contain anything."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from mai_thinking.errors import UsageError
+
+END_OF_TEXT = "<|endoftext|>"
+"""Opens every document, so that its first token has something to be predicted from, and so also ends the one before."""
+PADDING = "<|pad|>"
+
+# A newline takes the indentation behind it, a word the space before it; each digit stands alone, for arithmetic.
+_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE of `vocab_size` entries (fewer if the text has no more pairs): special tokens 0 and 1, bytes, merges."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_PATTERN), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT, PADDING],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=END_OF_TEXT,
+        eos_token=END_OF_TEXT,
+        pad_token=PADDING,
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
+    """The tokenizer in the folder `path`; UsageError unless it is a fast one with an end-of-text token."""
+    if not (Path(path).expanduser() / "tokenizer.json").is_file():
+        raise UsageError(f"tokenizer.path: {path}: no tokenizer.json there; name a folder such as a run's `final/`")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(Path(path).expanduser()), local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"tokenizer.path: {path}: cannot be loaded: {str(error).splitlines()[0]}") from None
+    if not isinstance(tokenizer, PreTrainedTokenizerFast) or tokenizer.eos_token_id is None:
+        raise UsageError(f"tokenizer.path: {path}: a fast tokenizer with an end-of-text token (eos_token) is needed")
+    return tokenizer
+
+
+class Encoder:
+    """Text → token ids, in which the end-of-text token stands only where it was put on purpose.
+
+    Text that spells `<|endoftext|>` out is encoded as ordinary characters; otherwise a document could contain a
+    document boundary.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        self.end_of_text = int(tokenizer.eos_token_id)
+        self.vocab_size = len(tokenizer)
+        self._backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+        self._backend.encode_special_tokens = True
+        self._backend.no_truncation()
+        self._backend.no_padding()
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of `text`, without any special token."""
+        return self._backend.encode(text, add_special_tokens=False).ids
+
+    def encode_document(self, text: str) -> NDArray[np.int64]:
+        """The ids of `text` behind the end-of-text token that opens a document."""
+        return np.array([self.end_of_text, *self.encode(text)], dtype=np.int64)
+
+    def encode_documents(self, texts: Sequence[str]) -> list[NDArray[np.int64]]:
+        """`encode_document` of each, on all cores."""
+        encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.array([self.end_of_text, *encoding.ids], dtype=np.int64) for encoding in encodings]
