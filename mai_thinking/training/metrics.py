@@ -1,0 +1,117 @@
+"""`metrics.jsonl`: one record a step, each once, however often the run was interrupted.
+
+After a restart the steps since the checkpoint are computed again. What the file already holds of them stays; the new
+values must equal it bit for bit (MAI-Thinking-1 report §2.8), and then are not written a second time.
+"""
+
+import json
+import math
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+Record = dict[str, Any]
+
+
+class NotReproducedError(Exception):
+    """A step computed again gave another result than the first time: the run is not deterministic."""
+
+
+class MetricsLog:
+    """Appends records to `path`, and compares those of steps that it already holds.
+
+    A record has a `step` and, unless it is an ordinary training step, a `kind` ("evaluation"); there is one record for
+    each (kind, step). One process of a run has the log (rank 0). A record is with the operating system when `append`
+    returns, so that it survives the death of the process, and on the disk after `synchronise`, which belongs just
+    before each checkpoint. A torn last line, which only the death of the machine can leave, is cut off.
+    """
+
+    def __init__(self, path: Path | str, *, tolerance: float = 0.0):
+        """`tolerance`: the relative difference allowed between the two results of a step. Zero asks for the same bits;
+        a run that goes on at another world size adds in another order and needs something like 1e-4."""
+        self.path = Path(path)
+        self.tolerance = tolerance
+        self._recorded: dict[tuple[str, int], Record] = {}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._cut_torn_line()
+        for record in read_records(self.path):
+            self._recorded[_identity(record)] = record
+        self._descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+
+    def recorded(self, step: int, kind: str = "step") -> Record | None:
+        """What the file holds of `step`, if anything."""
+        return self._recorded.get((kind, step))
+
+    def append(self, record: Record, *, exact: tuple[str, ...] = ("loss", "grad_norm")) -> bool:
+        """Write `record`, or, if its step is there already, compare the fields named in `exact` and write nothing.
+
+        Returns whether it was written. NotReproducedError, naming the step, if a field differs.
+        """
+        before = self._recorded.get(_identity(record))
+        if before is not None:
+            self._compare(before, record, exact)
+            return False
+        line = json.dumps(record, separators=(", ", ": ")) + "\n"
+        # One call for the whole line: no reader sees half of it.
+        written = os.write(self._descriptor, line.encode())
+        if written < len(line.encode()):
+            raise OSError(28, "No space left on device", str(self.path))
+        self._recorded[_identity(record)] = record
+        return True
+
+    def synchronise(self) -> None:
+        """Wait until all records are on the disk."""
+        os.fsync(self._descriptor)
+
+    def close(self) -> None:
+        """Synchronise and close."""
+        self.synchronise()
+        os.close(self._descriptor)
+
+    def _compare(self, before: Record, again: Record, exact: tuple[str, ...]) -> None:
+        for name in exact:
+            old, new = before.get(name), again.get(name)
+            if _same(old, new) or (self.tolerance and _close(old, new, self.tolerance)):
+                continue
+            raise NotReproducedError(
+                f"step {again['step']}, computed again after a restart, gave {name} {_spell(new)} where {self.path} "
+                f"has {_spell(old)}: the run is not deterministic, or its config, code, data or machine changed"
+            )
+
+    def _cut_torn_line(self) -> None:
+        if not self.path.exists():
+            return
+        content = self.path.read_bytes()
+        whole = content.rfind(b"\n") + 1
+        if whole < len(content):
+            print(f"metrics: {self.path}: cut off a torn last line", file=sys.stderr, flush=True)
+            os.truncate(self.path, whole)
+
+
+def read_records(path: Path | str) -> list[Record]:
+    """All whole records of a metrics or events file, in order; [] if there is none. A torn last line is left out."""
+    path = Path(path)
+    if not path.exists():
+        return []
+    lines = path.read_bytes().split(b"\n")
+    return [json.loads(line) for line in lines[:-1] if line]
+
+
+def _identity(record: Record) -> tuple[str, int]:
+    return record.get("kind", "step"), record["step"]
+
+
+def _same(old: Any, new: Any) -> bool:
+    if isinstance(old, float) and isinstance(new, float):
+        return old.hex() == new.hex()
+    return bool(old == new)
+
+
+def _close(old: Any, new: Any, tolerance: float) -> bool:
+    numbers = isinstance(old, int | float) and isinstance(new, int | float)
+    return numbers and math.isclose(old, new, rel_tol=tolerance)
+
+
+def _spell(value: Any) -> str:
+    return f"{value!r} ({value.hex()})" if isinstance(value, float) else repr(value)
