@@ -34,7 +34,7 @@ class MetricsLog:
         self.tolerance = tolerance
         self._recorded: dict[tuple[str, int], Record] = {}
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._cut_torn_line()
+        cut_torn_line(self.path)
         for record in read_records(self.path):
             self._recorded[_identity(record)] = record
         self._descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
@@ -79,14 +79,16 @@ class MetricsLog:
                 f"has {_spell(old)}: the run is not deterministic, or its config, code, data or machine changed"
             )
 
-    def _cut_torn_line(self) -> None:
-        if not self.path.exists():
-            return
-        content = self.path.read_bytes()
-        whole = content.rfind(b"\n") + 1
-        if whole < len(content):
-            print(f"metrics: {self.path}: cut off a torn last line", file=sys.stderr, flush=True)
-            os.truncate(self.path, whole)
+
+def cut_torn_line(path: Path) -> None:
+    """Shorten a file of lines, if it is there, to the end of its last whole line; say so on stderr."""
+    if not path.exists():
+        return
+    content = path.read_bytes()
+    whole = content.rfind(b"\n") + 1
+    if whole < len(content):
+        print(f"{path}: cut off a torn last line", file=sys.stderr, flush=True)
+        os.truncate(path, whole)
 
 
 def read_records(path: Path | str) -> list[Record]:
