@@ -4,7 +4,7 @@ Every rule has the name of its config key, under which the documents and bytes t
 """
 
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -141,7 +141,8 @@ def clean(
 ) -> dict[str, list[Document]]:
     """Apply all rules to `(name, procedural?, documents)`; the first source that has a text keeps it.
 
-    Procedural text is spared the near-duplicate rule: exercises from one template are alike by design.
+    Procedural text is deduplicated by its exact text alone: exercises from one template are alike by design, and short
+    or full of digits where they should be.
     """
     exact = ExactDuplicates()
     near = NearDuplicates(cleaning) if cleaning.near_duplicates is not None else None
@@ -150,9 +151,10 @@ def clean(
         tally = tallies[name]
         if cleaning.exact_duplicates:
             documents = _filtered(documents, map(exact.is_new, documents), "exact_duplicates", tally)
-        documents = _without_faults(documents, lambda text: quality_fault(text, cleaning.quality), tally)
-        if near is not None and not procedural:
-            documents = _filtered(documents, near.are_new(documents), "near_duplicates", tally)
+        if not procedural:
+            documents = _without_faults(documents, cleaning.quality, tally)
+            if near is not None:
+                documents = _filtered(documents, near.are_new(documents), "near_duplicates", tally)
         kept[name] = documents
     return kept
 
@@ -167,10 +169,10 @@ def _filtered(documents: list[Document], flags: Iterable[bool], rule: str, tally
     return kept
 
 
-def _without_faults(documents: list[Document], fault: Callable[[str], str | None], tally: Tally) -> list[Document]:
+def _without_faults(documents: list[Document], quality: QualitySection, tally: Tally) -> list[Document]:
     kept = []
     for document in documents:
-        rule = fault(document.text)
+        rule = quality_fault(document.text, quality)
         if rule is None:
             kept.append(document)
         else:

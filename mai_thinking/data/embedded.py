@@ -26,7 +26,7 @@ _ELSEWHERE = ("site-packages", "dist-packages", "__pycache__", "pydoc_data")
 
 
 def read_embedded(corpus: str) -> Iterator[Document]:
-    """The documents of one of `EMBEDDED_CORPORA`. `stdlib-tests` is empty where a distribution leaves the tests out."""
+    """The documents of one of `EMBEDDED_CORPORA`."""
     return _READERS[corpus]()
 
 
@@ -39,6 +39,11 @@ def embedded_fingerprint(corpus: str) -> str:
         return " ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
     sizes = [path.stat().st_size for path, _ in _stdlib_files(tests=corpus == "stdlib-tests")]
     return f"{sys.version} {len(sizes)} {sum(sizes)}"
+
+
+def has_tests() -> bool:
+    """Whether `stdlib-tests` has documents."""
+    return bool(_stdlib_files(tests=True))
 
 
 def _stdlib_root() -> Path:
@@ -90,7 +95,7 @@ def _package_files(names: tuple[str, ...]) -> list[tuple[Path, str]]:
 
 
 def _manuals() -> Iterator[Document]:
-    """Chapters of the language reference, and the docstrings of modules written in C: both are in no .py of `stdlib`."""
+    """Chapters of the language reference, and docstrings of modules written in C: both are in no file of `stdlib`."""
     topics = importlib.import_module("pydoc_data.topics").topics
     for name, text in sorted(topics.items()):
         yield Document(f"topics/{name}", text)

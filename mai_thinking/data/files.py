@@ -37,9 +37,13 @@ class Reader(Protocol):
 
 def open_reader(source: SourceSection) -> Reader:
     """The reader for a source that is not embedded."""
-    readers = {"jsonl": JsonlReader, "parquet": ParquetReader, "text": TextReader, "hub": HubReader}
-    reader: Reader = readers[source.kind](source)
-    return reader
+    readers: dict[str, type[JsonlReader | ParquetReader | TextReader | HubReader]] = {
+        "jsonl": JsonlReader,
+        "parquet": ParquetReader,
+        "text": TextReader,
+        "hub": HubReader,
+    }
+    return readers[source.kind](source)
 
 
 class _FilesReader:
@@ -160,13 +164,15 @@ class ParquetReader(_FilesReader):
     suffixes = (".parquet",)
 
     def check(self) -> None:
-        """Every file is Parquet and has the column, of strings."""
+        """Every file is Parquet and has the column, of strings; one has a row."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
+        rows = 0
         for path in self.files():
             try:
                 schema = pq.read_schema(path)
+                rows += pq.read_metadata(path).num_rows
             except (OSError, pa.ArrowException) as error:
                 raise self._error(f"{path}: not a readable Parquet file: {_first_line(error)}") from None
             column = self.source.text_field
@@ -175,6 +181,8 @@ class ParquetReader(_FilesReader):
             kind = schema.field(column).type
             if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
                 raise self._error(f"{path}: column {column!r} holds {kind}, not strings")
+        if not rows:
+            raise self._error(f"{self.root}: no documents in it")
 
     def read(self, cursor: Cursor | None = None) -> Iterator[tuple[Document, Cursor]]:
         """Documents are named `FILE:ROW`. Null rows are skipped."""
@@ -185,19 +193,25 @@ class ParquetReader(_FilesReader):
         files = self.files()
         for index in range(at["file"], len(files)):
             with pq.ParquetFile(files[index]) as file:
-                # Row groups before the cursor are not read.
-                sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
-                ends = list(itertools.accumulate(sizes))
-                for group, end in enumerate(ends):
-                    start = end - sizes[group]
+                end = 0
+                for group in range(file.num_row_groups):
+                    start, end = end, end + file.metadata.row_group(group).num_rows
                     if end <= first:
                         continue
-                    texts = file.read_row_group(group, columns=[self.source.text_field]).column(0).to_pylist()
+                    texts = self._texts(file, group)
                     for row in range(max(first, start), end):
-                        if texts[row - start] is not None:
-                            document = Document(f"{self._name(files[index])}:{row}", texts[row - start])
-                            yield document, {"file": index, "row": row + 1}
+                        text = texts[row - start]
+                        if text is not None:
+                            yield Document(f"{self._name(files[index])}:{row}", text), {"file": index, "row": row + 1}
             first = 0
+
+    def _texts(self, file: Any, group: int) -> list[str | None]:
+        try:
+            column = file.read_row_group(group, columns=[self.source.text_field]).column(0)
+            texts: list[str | None] = column.to_pylist()
+        except (OSError, UnicodeDecodeError) as error:  # pyarrow's own errors are OSErrors here
+            raise self._error(f"{self.root}, row group {group}: cannot be read: {_first_line(error)}") from None
+        return texts
 
 
 class HubReader:
@@ -218,8 +232,6 @@ class HubReader:
         dataset = self._load()
         row = cursor["row"] if cursor else 0
         streaming = self.source.streaming
-        if streaming:
-            dataset = dataset.skip(0) if cursor is None else dataset
         if streaming and cursor:
             dataset.load_state_dict(cursor["state"])
         for record in dataset if streaming else itertools.islice(dataset, row, None):
@@ -262,6 +274,11 @@ def _field(record: dict[str, Any], source: SourceSection, where: str) -> str:
     text = record[name]
     if not isinstance(text, str):
         raise UsageError(f"source {source.name!r}: {where}: field {name!r} holds {type(text).__name__}, not a string")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        # JSON can spell half of a surrogate pair, which is no character.
+        raise UsageError(f"source {source.name!r}: {where}: field {name!r} holds a broken character") from None
     return text
 
 

@@ -1,5 +1,6 @@
 """Batches for one rank: deterministic, prefetched, and restorable at any step and any number of ranks."""
 
+import functools
 import json
 import queue
 import threading
@@ -40,7 +41,7 @@ class Loader:
     Row n of the run depends on the seed, the mixture and n alone; a global batch is the next `rows_per_step` rows, of
     which rank r takes the r-th contiguous part. It neither reads nor advances any global random generator. A background
     thread makes up to `prefetch` steps ahead; what it raises is raised by the step that would have had the data.
-    `state_dict` is that of the last step delivered, whatever was made ahead. Use it as a context manager, or `close` it.
+    `state_dict` is that of the last step delivered, whatever was made ahead. Use as a context manager, or `close`.
 
     A streamed source is read whole by every rank, each keeping its own rows.
     """
@@ -63,7 +64,9 @@ class Loader:
                 f"{rows_per_step} rows per step cannot be divided over {world_size} ranks × micro-batches of "
                 f"{micro_batch_size}; make it a multiple of {world_size * micro_batch_size}"
             )
-        self._rows = _RowMaker(prepared, context_length=context_length, seed=seed)
+        # A thread that was stopped keeps its row maker: in mid-read it may not be interrupted, so it is not reused.
+        self._new_rows = functools.partial(_RowMaker, prepared, context_length=context_length, seed=seed)
+        self._rows = self._new_rows()
         self._shape = rows_per_step, micro_batch_size, rank, world_size
         self._prefetch = prefetch
         self._worker: _Worker | None = None
@@ -92,15 +95,17 @@ class Loader:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on behind the step that `state` describes. UsageError if it comes from other data, seed or row length."""
+        rows = self._new_rows()
+        rows.restore(state)
         self.close()
-        self._rows.restore(state)
-        self._state = self._rows.state()
+        self._rows, self._state = rows, rows.state()
 
     def close(self) -> None:
-        """Stop the thread; the loader can be iterated again only after `load_state_dict`."""
+        """Stop the thread. Iterating again goes on behind the last step delivered."""
         if self._worker is not None:
             self._worker.stop()
             self._worker = None
+            self._rows = self._new_rows()
             self._rows.restore(self._state)
 
     def __enter__(self) -> Self:
@@ -115,8 +120,13 @@ class _RowMaker:
 
     def __init__(self, prepared: PreparedData, *, context_length: int, seed: int) -> None:
         self.end_of_text = prepared.encoder.end_of_text
-        self._identity = {"data": prepared.key, "seed": seed, "context_length": context_length}
         self._weights = {source.name: source.weight for source in prepared.config.sources}
+        self._identity = {
+            "data": prepared.content,
+            "weights": self._weights,
+            "seed": seed,
+            "context_length": context_length,
+        }
         self._mixture = Mixture(self._weights)
         self._prepared: dict[str, PreparedRows] = {}
         self._streamed: dict[str, StreamedRows] = {}
@@ -162,8 +172,8 @@ def _prepared_rows(prepared: PreparedData, source: SourceSection, context_length
     data = prepared.sources[source.name]
     if len(data.tokens) <= context_length:
         raise UsageError(
-            f"source {source.name!r} has {len(data.tokens)} tokens, too few for a row of context_length {context_length}; "
-            "shorten context_length, add data, or remove the source"
+            f"source {source.name!r} has {len(data.tokens)} tokens, too few for a row of context_length "
+            f"{context_length}; shorten context_length, add data, or remove the source"
         )
     return PreparedRows(source.name, data.tokens, data.offsets, data.ids, context_length=context_length, seed=seed)
 
@@ -198,7 +208,7 @@ def _make_step(
 
 
 def _collate(rows: list[Row], end_of_text: int) -> dict[str, Tensor]:
-    tokens_BT1 = np.stack([row.tokens_T1 for row in rows])
+    tokens_BT1 = np.stack([row.tokens for row in rows])
     input_ids_BT = np.ascontiguousarray(tokens_BT1[:, :-1])
     position_ids_BT = np.stack([positions(input_ids_T, end_of_text) for input_ids_T in input_ids_BT])
     return {
@@ -212,7 +222,7 @@ _Item = tuple[Step, dict[str, Any]] | BaseException
 
 
 class _Worker:
-    """A thread that makes steps into a bounded queue. It holds no reference to the loader, which may thus be collected."""
+    """A thread that makes steps into a bounded queue. It knows no loader, so a loader that is dropped is collected."""
 
     def __init__(self, rows: _RowMaker, shape: tuple[int, int, int, int], depth: int) -> None:
         self._queue: queue.Queue[_Item] = queue.Queue(maxsize=depth)
@@ -253,4 +263,5 @@ def _fill(
 
 def _stop(stopped: threading.Event, thread: threading.Thread) -> None:
     stopped.set()
-    thread.join()
+    # Longer than making a step takes; a read from a network that hangs must not hold up the exit.
+    thread.join(timeout=10)

@@ -18,9 +18,9 @@ Tokens = NDArray[np.int64]
 
 
 class Row(NamedTuple):
-    """T + 1 tokens, and the ids of the documents whose tokens are among the first T."""
+    """Tokens [T + 1], and the ids of the documents whose tokens are among the first T."""
 
-    tokens_T1: Tokens
+    tokens: Tokens
     document_ids: list[str]
 
 

@@ -22,7 +22,7 @@ from filelock import FileLock
 from mai_thinking.config.data import DataSection, SourceSection
 from mai_thinking.data.cleaning import Tally, clean
 from mai_thinking.data.documents import Document
-from mai_thinking.data.embedded import embedded_fingerprint, read_embedded
+from mai_thinking.data.embedded import embedded_fingerprint, has_tests, read_embedded
 from mai_thinking.data.files import Cursor, Reader, open_reader
 from mai_thinking.data.ngrams import OverlapIndex
 from mai_thinking.data.prepared import (
@@ -50,13 +50,13 @@ def prepare(config: DataSection, *, say: Callable[[str], None] = lambda line: No
     The same for every seed and every rank. Processes that start together make it once. `say` gets a line per phase.
     Raises UsageError for whatever is wrong with the input, before anything long begins.
     """
+    config = _without_absent_tests(config, say)
     readers = {source.name: open_reader(source) for source in config.sources if source.kind != "embedded"}
     for reader in readers.values():
         reader.check()
     _check_files_exist(config)
     key = _key(config, readers)
-    cache = Path(config.cache_dir).expanduser()
-    cache.mkdir(parents=True, exist_ok=True)
+    cache = _make_cache(config.cache_dir)
     folder = cache / key
     with FileLock(cache / f"{key}.lock"):
         damage = find_damage(folder, key) if folder.exists() else "not there"
@@ -336,6 +336,27 @@ def _strings(value: Any) -> list[str]:
         return [value]
     children = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
     return [string for child in children for string in _strings(child)]
+
+
+def _without_absent_tests(config: DataSection, say: Callable[[str], None]) -> DataSection:
+    """Some distributions of Python leave the standard library's tests out; a mixture does without them then."""
+    absent = [s for s in config.sources if s.path == "stdlib-tests" and s.kind == "embedded" and not has_tests()]
+    if not absent:
+        return config
+    if len(absent) == len(config.sources):
+        raise UsageError(f"source {absent[0].name!r}: this Python comes without its tests; name another source")
+    say(f"data: this Python comes without its tests; the mixture does without {absent[0].name!r}")
+    return config.model_copy(update={"sources": tuple(s for s in config.sources if s not in absent)})
+
+
+def _make_cache(cache_dir: str) -> Path:
+    cache = Path(cache_dir).expanduser()
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=cache):
+            return cache
+    except (FileExistsError, NotADirectoryError, PermissionError) as error:
+        raise UsageError(f"data.cache_dir: {cache}: cannot be written: {error.strerror}; name another folder") from None
 
 
 def _check_files_exist(config: DataSection) -> None:

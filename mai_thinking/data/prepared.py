@@ -51,8 +51,15 @@ class PreparedData:
 
     @property
     def key(self) -> str:
-        """The content's name: hash of config, input and code."""
+        """The folder's name: hash of config, input and code."""
         return str(self.manifest["key"])
+
+    @cached_property
+    def content(self) -> str:
+        """Hash of the training tokens, or of where streams begin: what a position in them refers to."""
+        files = {name: entry["xxh3"] for name, entry in self.manifest["files"].items() if "/" not in name}
+        starts = {name: entry["stream_start"] for name, entry in self.manifest["sources"].items()}
+        return xxhash.xxh3_64_hexdigest(json.dumps([files, starts], sort_keys=True).encode())
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerFast:
@@ -133,7 +140,7 @@ def save_held_out(folder: Path, held_out: Mapping[str, list[Document]]) -> None:
 
 
 def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Write `manifest` with a checksum of every other file; the last step, so that a folder without it is unfinished."""
+    """Write `manifest` with a checksum of every other file. The last step: a folder without it is unfinished."""
     files = {
         path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "xxh3": _checksum(path)}
         for path in sorted(folder.rglob("*"))

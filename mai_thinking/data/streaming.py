@@ -25,65 +25,90 @@ MEMORY = 8192
 """How many documents exact deduplication of a stream remembers."""
 
 
+class Mark(NamedTuple):
+    """A moment in the life of a `StreamCleaner`: documents remembered since its first, and what it had dropped."""
+
+    remembered: int
+    dropped: dict[str, int]
+
+
 class StreamCleaner:
     """The per-document rules of a stream. Its memory and its counts are part of the stream's state."""
 
     def __init__(self, cleaning: CleaningSection, overlap: OverlapIndex | None) -> None:
         self._cleaning = cleaning
         self._overlap = overlap
-        self._order: deque[int] = deque()
-        self._seen: set[int] = set()
-        self.dropped: dict[str, int] = {}
+        self._log: deque[int] = deque()
+        self._forgotten = 0
+        self._recent: set[int] = set()
+        self._dropped: dict[str, int] = {}
 
-    def clean(self, text: str) -> str | None:
-        """The text to train on, or None; counts what it drops."""
-        if self._cleaning.exact_duplicates and not self._remember(Document("", text).fingerprint):
-            return self._drop("exact_duplicates")
-        fault = quality_fault(text, self._cleaning.quality)
-        if fault:
-            return self._drop(fault)
-        kept = self._overlap.clean(text) if self._overlap else text
-        return kept if kept else self._drop("decontamination")
+    def clean(self, text: str, epoch: int = 0) -> str | None:
+        """The text to train on, or None; counts what it drops. A text is a duplicate only within its epoch."""
+        kept: str | None = text
+        rule = "exact_duplicates" if self._is_duplicate(text, epoch) else quality_fault(text, self._cleaning.quality)
+        if rule is None and self._overlap is not None:
+            kept = self._overlap.clean(text)
+            rule = None if kept is not None else "decontamination"
+        if rule is None:
+            return kept
+        self._dropped = {**self._dropped, rule: self._dropped.get(rule, 0) + 1}
+        return None
 
-    def forget(self) -> None:
-        """Start anew, as at the stream's end: the next pass is not a duplicate of this one."""
-        self._order.clear()
-        self._seen.clear()
+    def mark(self) -> Mark:
+        """Now, to be given to `state` later."""
+        return Mark(self._forgotten + len(self._log), self._dropped)
 
-    def state(self) -> dict[str, Any]:
-        """Memory (base64 of 64-bit hashes, oldest first) and counts."""
-        memory = base64.b64encode(np.array(self._order, dtype="<u8").tobytes()).decode()
-        return {"memory": memory, "dropped": dict(self.dropped)}
+    def state(self, mark: Mark) -> dict[str, Any]:
+        """What there was at `mark`: the memory, as base64 of 64-bit hashes, oldest first, and the counts."""
+        end = mark.remembered - self._forgotten
+        memory = np.array(list(self._log)[max(end - MEMORY, 0) : end], dtype="<u8")
+        return {"memory": base64.b64encode(memory.tobytes()).decode(), "dropped": mark.dropped}
 
     def restore(self, state: dict[str, Any]) -> None:
         """The inverse of `state`."""
-        self._order = deque(np.frombuffer(base64.b64decode(state["memory"]), dtype="<u8").tolist())
-        self._seen = set(self._order)
-        self.dropped = dict(state["dropped"])
+        self._log = deque(np.frombuffer(base64.b64decode(state["memory"]), dtype="<u8").tolist())
+        self._forgotten = 0
+        self._recent = set(self._log)
+        self._dropped = dict(state["dropped"])
 
-    def _remember(self, fingerprint: int) -> bool:
-        if fingerprint in self._seen:
+    def forget_before(self, mark: Mark) -> None:
+        """No `state` of an earlier moment than `mark` will be asked for."""
+        while self._forgotten + MEMORY < mark.remembered:
+            self._log.popleft()
+            self._forgotten += 1
+
+    def _is_duplicate(self, text: str, epoch: int) -> bool:
+        if not self._cleaning.exact_duplicates:
             return False
-        self._seen.add(fingerprint)
-        self._order.append(fingerprint)
-        if len(self._order) > MEMORY:
-            self._seen.discard(self._order.popleft())
-        return True
+        fingerprint = (Document("", text).fingerprint + epoch) % 2**64
+        if fingerprint in self._recent:
+            return True
+        self._recent.add(fingerprint)
+        self._log.append(fingerprint)
+        if len(self._recent) > MEMORY:
+            self._recent.discard(self._log[-1 - MEMORY])
+        return False
 
-    def _drop(self, rule: str) -> None:
-        self.dropped[rule] = self.dropped.get(rule, 0) + 1
+
+class _Place(NamedTuple):
+    """From where a document would be read again."""
+
+    epoch: int
+    cursor: Cursor | None
+    mark: Mark
 
 
 class _Segment(NamedTuple):
-    """A document in the buffer, and the state in which it would be read again."""
+    """A document in the buffer."""
 
     id: str
     tokens: Tokens
-    before: dict[str, Any]
+    place: _Place
 
 
 class StreamedRows:
-    """The rows of a stream, in order only. Its state is that of the document in which the next row begins."""
+    """The rows of a stream, in order only. Its state is the place of the document in which the next row begins."""
 
     def __init__(
         self,
@@ -99,7 +124,7 @@ class StreamedRows:
         self.name = name
         self.context_length = context_length
         self._reader, self._start, self._cleaner, self._encoder = reader, start, cleaner, encoder
-        self._restart({"pass": 0, "cursor": start, **cleaner.state()}, offset=0)
+        self._begin(0, start, offset=0)
 
     def next_row(self) -> Row:
         """The next T + 1 tokens; the last of them is the first of the row after."""
@@ -108,26 +133,31 @@ class StreamedRows:
             segment = next(self._documents)
             self._segments.append(segment)
             self._available += len(segment.tokens)
-        first = self._segments[0].tokens[self._offset :]
-        tokens_T1 = np.concatenate([first, *(segment.tokens for segment in list(self._segments)[1:])])[: T + 1]
-        ids = self._advance(T)
-        return Row(tokens_T1, ids)
+        tokens = np.concatenate([segment.tokens for segment in self._segments])[self._offset : self._offset + T + 1]
+        return Row(tokens, self._advance(T))
 
     def state(self) -> dict[str, Any]:
         """Plain JSON; `restore` with it makes `next_row` give what it would give now."""
-        before = self._segments[0].before if self._segments else self._initial
-        return {**before, "offset": self._offset}
+        place = self._segments[0].place if self._segments else self._first
+        return {
+            "epoch": place.epoch,
+            "cursor": place.cursor,
+            "offset": self._offset,
+            **self._cleaner.state(place.mark),
+        }
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from a `state`."""
-        self._restart({key: value for key, value in state.items() if key != "offset"}, state["offset"])
+        self._cleaner.restore(state)
+        self._begin(state["epoch"], state["cursor"], state["offset"])
 
-    def _restart(self, initial: dict[str, Any], offset: int) -> None:
-        self._initial, self._offset = initial, offset
-        self._cleaner.restore(initial)
-        self._segments: deque[_Segment] = deque()
+    def _begin(self, epoch: int, cursor: Cursor | None, offset: int) -> None:
+        """Read on from `cursor`; the next row begins `offset` tokens into the document there."""
+        self._first = _Place(epoch, cursor, self._cleaner.mark())
+        self._offset = offset
         self._available = -offset
-        self._documents = self._read(initial["cursor"], initial["pass"])
+        self._segments: deque[_Segment] = deque()
+        self._documents = self._read(epoch, cursor)
 
     def _advance(self, tokens: int) -> list[str]:
         """Drop `tokens` from the buffer's head; the ids of the documents that they came from."""
@@ -138,20 +168,20 @@ class StreamedRows:
             self._offset -= len(self._segments.popleft().tokens)
             if self._offset:
                 ids.append(f"{self.name}/{self._segments[0].id}")
+        self._cleaner.forget_before(self._segments[0].place.mark)
         return ids
 
-    def _read(self, cursor: Cursor | None, epoch: int) -> Iterator[_Segment]:
+    def _read(self, epoch: int, cursor: Cursor | None) -> Iterator[_Segment]:
         """Cleaned documents without end."""
         while True:
-            found = False
-            before = {"pass": epoch, "cursor": cursor, **self._cleaner.state()}
-            for document, cursor in self._reader.read(cursor):
-                text = self._cleaner.clean(document.text)
+            whole_pass, found = cursor == self._start, False
+            for document, behind in self._reader.read(cursor):
+                place = _Place(epoch, cursor, self._cleaner.mark())
+                text = self._cleaner.clean(document.text, epoch)
                 if text is not None:
                     found = True
-                    yield _Segment(document.id, self._encoder.encode_document(text), before)
-                before = {"pass": epoch, "cursor": cursor, **self._cleaner.state()}
-            if not found and before["cursor"] is not None and epoch > 0:
+                    yield _Segment(document.id, self._encoder.encode_document(text), place)
+                cursor = behind
+            if whole_pass and not found:
                 raise UsageError(f"source {self.name!r}: a whole pass over the stream left no document to train on")
-            cursor, epoch = self._start, epoch + 1
-            self._cleaner.forget()
+            epoch, cursor = epoch + 1, self._start
