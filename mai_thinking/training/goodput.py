@@ -44,6 +44,9 @@ BEST_WINDOW = 50
 CAUSE_VARIABLE = "MAI_RESTART_CAUSE"
 """The launcher tells a restarted worker in this environment variable why."""
 
+LAUNCHED_VARIABLE = "MAI_LAUNCHED_AT"
+"""The launcher tells the first attempt's workers in this environment variable when itself was started, in Unix time."""
+
 
 class GoodputLedger:
     """Appends what a run does to `events.jsonl`, a line each, with the operating system when the call returns.
@@ -53,7 +56,7 @@ class GoodputLedger:
     """
 
     def __init__(self, path: Path | str, *, enabled: bool = True):
-        """Opens the ledger and begins an attempt, dated back to the start of this process."""
+        """Opens the ledger and begins an attempt, dated back to the start of this process, or of its launcher."""
         self.path = Path(path)
         self.enabled = enabled
         if not enabled:
@@ -63,7 +66,7 @@ class GoodputLedger:
         self._descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         # Within an attempt the monotonic clock counts: nobody sets it.
         self._offset = time.time() - time.monotonic()
-        started = time.time() - seconds_since_process_start()
+        started = float(os.environ.get(LAUNCHED_VARIABLE) or time.time() - seconds_since_process_start())
         world = int(os.environ.get("WORLD_SIZE", 1))
         self._write("attempt", time=started, world=world, cause=os.environ.get(CAUSE_VARIABLE))
 

@@ -1,0 +1,275 @@
+"""Starts a script as several ranks on this machine, watches them, and restarts them when one dies or hangs.
+
+The work is torch elastic's (`LocalElasticAgent`), which also gives the ranks the environment that torch.distributed and
+Accelerate read. What is ours: workers are forked from a warm standby; a rank that is left behind is killed at once and
+not asked to leave; restarts are budgeted per time; a job that is alive but does not move is restarted too; exit codes
+mean something. Several machines: the same script under `torchrun --nnodes`.
+"""
+
+import contextlib
+import json
+import logging
+import os
+import signal
+import socket
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec, WorkerState
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException, Std
+from torch.distributed.elastic.rendezvous.static_tcp_rendezvous import StaticTCPRendezvous
+
+from mai_thinking.config.command import EXIT_INTERRUPTED, EXIT_USAGE
+from mai_thinking.config.faults import parse_faults
+from mai_thinking.config.launch import LaunchSection
+from mai_thinking.training.chaos import Chaos
+from mai_thinking.training.goodput import CAUSE_VARIABLE, LAUNCHED_VARIABLE, seconds_since_process_start
+from mai_thinking.training.worker import HEARTBEAT_VARIABLE, heartbeat_path, read_heartbeat, run_script
+
+EXIT_FAILED = 1
+_POLL_SECONDS = 0.05
+
+
+def launch(section: LaunchSection, script: Path, arguments: list[str]) -> int:
+    """Run `script` with `arguments` as `section.nproc` ranks until it is done; the exit code of the whole job.
+
+    0: done. 2: a rank refused its config or input (its line is on stderr). 75: stopped by SIGTERM or Ctrl-C after
+    saving. 1: given up, with the first failure's traceback on stderr. 128 + signal: stopped without having saved.
+    """
+    _silence_elastic()
+    with tempfile.TemporaryDirectory(prefix="mai-launch-") as scratch:
+        agent = Agent(section, script, arguments, Path(scratch))
+        chaos = Chaos(parse_faults(section.chaos), section.chaos_seed, agent.live_workers, agent.heartbeats)
+        chaos.start()
+        try:
+            agent.run()
+        except SignalException as stop:
+            return agent.exit_code_after(stop.sigval)
+        finally:
+            chaos.stop()
+            agent.kill_workers()
+        return agent.exit_code
+
+
+@dataclass
+class Failure:
+    """Why an attempt ended."""
+
+    what: str
+    """One line: "rank 1 died (SIGKILL)"."""
+    traceback: str = ""
+
+
+class Agent(LocalElasticAgent):
+    """Torch elastic's agent for one machine, with the differences that the module's docstring names."""
+
+    def __init__(self, section: LaunchSection, script: Path, arguments: list[str], scratch: Path):
+        self.section = section
+        self.exit_code = 0
+        self.heartbeats = scratch / "heartbeats"
+        self.heartbeats.mkdir()
+        self._environment = {
+            HEARTBEAT_VARIABLE: str(self.heartbeats),
+            LAUNCHED_VARIABLE: str(time.time() - seconds_since_process_start()),
+        }
+        self._arguments = (str(script), arguments)
+        self._attempt_began = time.time()
+        self._restart_times: list[float] = []
+        self._fruitless = 0
+        self._furthest = 0
+        self._first_failure: Failure | None = None  # of those since the last new step
+        spec = WorkerSpec(
+            role="rank",
+            local_world_size=section.nproc,
+            entrypoint=run_script,
+            rdzv_handler=StaticTCPRendezvous("127.0.0.1", _free_port(), 0, 1, "launch", 60),
+            max_restarts=sys.maxsize,  # the budget is ours
+            monitor_interval=_POLL_SECONDS,
+        )
+        # Rank 0 writes to the terminal itself, its live line included; the others' lines are marked.
+        logs = DefaultLogsSpecs(log_dir=str(scratch / "logs"), tee=dict.fromkeys(range(1, section.nproc), Std.ALL))
+        super().__init__(
+            spec,
+            logs,
+            start_method="forkserver",
+            log_line_prefix_template="[rank ${rank}] ",
+            shutdown_timeout=int(section.grace_seconds),
+        )
+
+    # -------------------------------------------------------------------------------------- torch elastic's hooks
+
+    def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
+        for rank in range(self.section.nproc):
+            heartbeat_path(self.heartbeats, rank).unlink(missing_ok=True)
+        worker_group.spec.args = (*self._arguments, dict(self._environment))
+        self._attempt_began = time.time()
+        return super()._start_workers(worker_group)
+
+    def _stop_workers(self, worker_group: WorkerGroup) -> None:
+        """Elastic would ask with SIGTERM and wait; a rank whose peer is gone cannot answer."""
+        self.kill_workers()
+        super()._stop_workers(worker_group)
+
+    def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+        codes = self._exit_codes()
+        if any(codes.values()):
+            failure = self._end_attempt(codes)
+        elif idle := self._seconds_too_long():
+            failure = Failure(f"no step for {idle:.0f} s: {self._describe_states()}")
+        else:
+            result: RunResult = super()._monitor_workers(worker_group)
+            if result.state != WorkerState.FAILED:
+                return result
+            failure = self._end_attempt(self._exit_codes())  # died between the two looks
+        if self.exit_code or not self._may_restart(failure):
+            self._remaining_restarts = 0
+        return RunResult(state=WorkerState.FAILED)
+
+    def _record_worker_events(self, result: RunResult) -> None:
+        """Elastic's event log has no reader here."""
+
+    # ------------------------------------------------------------------------------------------------- workers
+
+    def live_workers(self) -> dict[int, int]:
+        """rank → process id, of the workers that are running."""
+        return {rank: process.pid for rank, process in self._processes().items() if process.is_alive()}
+
+    def kill_workers(self) -> None:
+        """SIGKILL every worker, with all that it started. Works on stopped ones too."""
+        for process in self._processes().values():
+            with contextlib.suppress(ProcessLookupError):  # all gone, or so young that it has no group yet
+                os.killpg(process.pid, signal.SIGKILL)
+            if process.is_alive():
+                process.kill()
+
+    def exit_code_after(self, name: signal.Signals) -> int:
+        """The job's exit code when this process was told to stop by the signal `name`."""
+        codes = set(self._exit_codes().values())
+        if codes == {0}:
+            return 0
+        if codes == {EXIT_INTERRUPTED}:
+            return EXIT_INTERRUPTED
+        _say(f"stopped by {name.name} before the workers had saved")
+        return 128 + int(name)
+
+    def _processes(self) -> dict[int, Any]:
+        context = getattr(self._pcontext, "_pc", None)
+        return dict(enumerate(context.processes)) if context else {}
+
+    def _exit_codes(self) -> dict[int, int | None]:
+        """rank → exit code, negative for a signal, None while it runs."""
+        return {rank: process.exitcode for rank, process in self._processes().items()}
+
+    # ------------------------------------------------------------------------------------------------- verdicts
+
+    def _end_attempt(self, codes: dict[int, int | None]) -> Failure:
+        """A rank has ended, and not well: let the others end too, and say why."""
+        if EXIT_INTERRUPTED in codes.values():
+            self._wait_for_workers(self.section.grace_seconds)
+            self.exit_code = EXIT_INTERRUPTED
+        elif EXIT_USAGE in codes.values():
+            self.exit_code = EXIT_USAGE
+        failure = self._first_cause(codes)
+        self.kill_workers()
+        return failure
+
+    def _first_cause(self, codes: dict[int, int | None]) -> Failure:
+        """When one rank dies the others soon fail in talking to it: of several failures, a signal comes before an
+        exception, and the earliest exception before the others."""
+        failed = {rank: code for rank, code in codes.items() if code}
+        for rank, code in failed.items():
+            if code < 0:
+                return Failure(f"rank {rank} died ({signal.Signals(-code).name})")
+        errors = [(*self._read_error(rank), rank) for rank in failed]
+        _, message, traceback, rank = min(errors)
+        return Failure(f"rank {rank} failed: {message or f'exit code {failed[rank]}'}", traceback)
+
+    def _read_error(self, rank: int) -> tuple[float, str, str]:
+        """(Unix time, message, traceback) of the exception that ended a rank, as elastic's `record` left them."""
+        assert self._pcontext is not None
+        try:
+            error = json.loads(Path(self._pcontext.error_files[rank]).read_text())["message"]
+            details = error["extraInfo"]
+            return float(details["timestamp"]), error["message"], details["py_callstack"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return float("inf"), "", ""
+
+    def _may_restart(self, failure: Failure) -> bool:
+        """Announce the failure, and the restart or the end. False ends the job."""
+        furthest = max((beat[1]["step"] for beat in self._beats() if beat), default=0)
+        if furthest > self._furthest:
+            self._furthest, self._fruitless, self._first_failure = furthest, 0, None
+        else:
+            self._fruitless += 1
+        now = time.monotonic()
+        self._restart_times = [when for when in self._restart_times if now - when < self.section.window_seconds]
+        self._restart_times.append(now)
+        if self._first_failure is None:
+            self._first_failure = failure
+            if failure.traceback:
+                print(failure.traceback, file=sys.stderr, end="", flush=True)
+        if self._fruitless > self.section.fruitless_restarts:
+            return self._give_up(f"{self._fruitless} restarts in a row reached no new step")
+        if len(self._restart_times) > self.section.restarts:
+            return self._give_up(f"more than {self.section.restarts} failures in {self.section.window_seconds:g} s")
+        _say(f"{failure.what}; restarting from the newest good checkpoint")
+        self._environment = {HEARTBEAT_VARIABLE: str(self.heartbeats), CAUSE_VARIABLE: failure.what}
+        return True
+
+    def _give_up(self, why: str) -> bool:
+        assert self._first_failure is not None
+        _say(f"giving up: {why}. The first failure was: {self._first_failure.what}")
+        print(self._first_failure.traceback, file=sys.stderr, end="", flush=True)
+        self.exit_code = EXIT_FAILED
+        return False
+
+    def _seconds_too_long(self) -> float | None:
+        """How long the job has not moved, if that is longer than it may be."""
+        beats = [beat[0] if beat else None for beat in self._beats()]
+        if None in beats:
+            idle, limit = time.time() - self._attempt_began, self.section.start_seconds
+        else:
+            idle, limit = time.time() - min(when for when in beats if when), self.section.hang_seconds
+        return idle if idle > limit else None
+
+    def _beats(self) -> list[tuple[float, dict[str, Any]] | None]:
+        return [read_heartbeat(self.heartbeats, rank) for rank in range(self.section.nproc)]
+
+    def _describe_states(self) -> str:
+        """The kernel's word for what each rank is doing, which tells a stopped process from a waiting one."""
+        states = []
+        for rank, pid in self.live_workers().items():
+            try:
+                lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+                state = next(line.split("(")[1].rstrip(")") for line in lines if line.startswith("State:"))
+            except (OSError, StopIteration):
+                state = "alive"
+            states.append(f"rank {rank} {state}")
+        return ", ".join(states)
+
+    def _wait_for_workers(self, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while self.live_workers() and time.monotonic() < deadline:
+            time.sleep(_POLL_SECONDS)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _silence_elastic() -> None:
+    """Elastic logs each restart with tracebacks of its own; the launcher says the same in a line."""
+    for name in list(logging.root.manager.loggerDict):
+        if name.startswith(("torch.distributed.elastic", "torch.multiprocessing")):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
+
+
+def _say(text: str) -> None:
+    print(f"launch: {text}", file=sys.stderr, flush=True)

@@ -1,0 +1,37 @@
+"""The warm standby: a fork server that has already imported what the workers need (MAI-Thinking-1 report §2.8).
+
+Importing torch, transformers and datasets takes longer than anything else in a restart. A worker that is forked from
+the standby has them from the start. The standby itself computes nothing, opens no device and starts no thread, so that
+it is safe to fork. This module imports nothing heavy: the standby warms up while the launcher is still importing torch.
+"""
+
+import ast
+import multiprocessing
+from multiprocessing import forkserver
+from pathlib import Path
+
+_ALWAYS = (
+    "mai_thinking.training.standby_process",  # first, so that the standby dies with its launcher from the start
+    "torch",
+    "torch.distributed",
+    "torch.distributed.elastic.multiprocessing",
+    "mai_thinking.training.worker",
+)
+
+
+def start_standby(script: Path) -> None:
+    """Start the fork server of this process, with everything imported that `script` imports at its top."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([*_ALWAYS, *imports_of(script)])
+    forkserver.ensure_running()
+
+
+def imports_of(script: Path) -> list[str]:
+    """The names of the modules that a script imports at its top level, in their order."""
+    names: list[str] = []
+    for statement in ast.parse(script.read_text(encoding="utf-8"), str(script)).body:
+        if isinstance(statement, ast.Import):
+            names.extend(alias.name for alias in statement.names)
+        elif isinstance(statement, ast.ImportFrom) and statement.module and statement.level == 0:
+            names.append(statement.module)
+    return names

@@ -1,0 +1,115 @@
+"""A worker's side of the launcher: how a script is run as a rank, tells that it moves, and is asked to stop."""
+
+import json
+import os
+import runpy
+import signal
+import sys
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Any, TextIO, cast
+
+import torch
+import torch.distributed as dist
+
+from mai_thinking.training.orphans import die_with_parent
+
+HEARTBEAT_VARIABLE = "MAI_HEARTBEATS"
+"""The launcher names a folder in this environment variable; each rank's heartbeat is a file in it."""
+
+
+def run_script(script: str, arguments: list[str], environment: dict[str, str]) -> None:
+    """Run `script` as `__main__` in this process, forked from the standby, as one rank of a job.
+
+    The process gets a group of its own: a Ctrl-C at the terminal goes to the launcher alone, which passes it on once,
+    and the launcher can kill a rank together with all that it started.
+    """
+    die_with_parent()
+    os.setpgrp()
+    # The standby ignores both; a script that wants to save first installs a `StopRequest`.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.environ.update(environment)
+    for stream in (sys.stdout, sys.stderr):
+        cast(TextIO, stream).reconfigure(line_buffering=True)  # type: ignore[attr-defined]
+    sys.argv = [script, *arguments]
+    sys.path[0] = str(Path(script).resolve().parent)
+    try:
+        runpy.run_path(script, run_name="__main__")
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+
+
+class StopRequest:
+    """Turns SIGTERM and SIGINT into a question that all ranks answer alike at the end of a step.
+
+    Constructing one is collective where torch.distributed is initialised. A second signal, a second or more after the
+    first, is not taken for an echo of it: the process ends at once.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+        """Whether a signal has reached this rank."""
+        self._when = 0.0
+        self._group = dist.new_group(backend="gloo") if dist.is_initialized() and dist.get_world_size() > 1 else None
+        self._before = {name: signal.signal(name, self._take) for name in (signal.SIGTERM, signal.SIGINT)}
+
+    def agreed(self) -> bool:
+        """Whether any rank was asked to stop. Collective, once after each step: all ranks stop after the same one."""
+        if self._group is None:
+            return self.requested
+        flag = torch.tensor(int(self.requested))
+        dist.all_reduce(flag, dist.ReduceOp.MAX, group=self._group)
+        return bool(flag)
+
+    def close(self) -> None:
+        """Give the signals back to whoever had them."""
+        for name, handler in self._before.items():
+            signal.signal(name, handler)
+
+    def _take(self, name: int, frame: FrameType | None) -> None:
+        if self.requested and time.monotonic() - self._when > 1:
+            self.close()
+            raise KeyboardInterrupt
+        if not self.requested:
+            self._when = time.monotonic()
+        self.requested = True
+
+
+class Heartbeat:
+    """Tells the launcher which step this rank has reached; without a launcher it does nothing.
+
+    A beat is one write of a few bytes, some microseconds.
+    """
+
+    def __init__(self, output_dir: Path | str):
+        """`output_dir`: the run's folder, which the launcher's fault injection needs to find checkpoints."""
+        self._descriptor: int | None = None
+        self._output_dir = str(Path(output_dir).resolve())
+        if folder := os.environ.get(HEARTBEAT_VARIABLE):
+            path = heartbeat_path(Path(folder), int(os.environ["RANK"]))
+            self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
+
+    def beat(self, step: int) -> None:
+        """Step `step` is complete. May be repeated in long stretches without a step, such as an evaluation."""
+        if self._descriptor is not None:
+            record = json.dumps({"step": step, "output_dir": self._output_dir})
+            os.pwrite(self._descriptor, record.ljust(4096).encode(), 0)
+
+
+def heartbeat_path(folder: Path, rank: int) -> Path:
+    """The file of a rank's heartbeat; its time of modification is the time of the last beat."""
+    return folder / f"rank-{rank}"
+
+
+def read_heartbeat(folder: Path, rank: int) -> tuple[float, dict[str, Any]] | None:
+    """(Unix time, content) of a rank's last beat, or None before the first."""
+    path = heartbeat_path(folder, rank)
+    try:
+        return path.stat().st_mtime, json.loads(path.read_bytes())
+    except (FileNotFoundError, ValueError):
+        return None
