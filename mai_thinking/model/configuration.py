@@ -126,6 +126,10 @@ class MaiThinkingConfig(PretrainedConfig):
             return cls.mai_base_1(**given)
         return cls(**given) if rung is None else cls.ladder(rung, **given)
 
+    def to_section(self) -> dict[str, Any]:
+        """The `model:` section that makes this architecture."""
+        return {name: getattr(self, name) for name in _section_schema().model_fields if name not in _SHORTHANDS}
+
     @property
     def moe_layers(self) -> list[int]:
         """Indices of the layers whose feed-forward is a LatentMoE."""
@@ -169,6 +173,10 @@ class MaiThinkingConfig(PretrainedConfig):
         return 6.0 * (in_products + scores_and_values)
 
 
+_SHORTHANDS = {"ladder": (int | None, None), "preset": (Literal["mai-base-1"] | None, None)}
+"""Keys of a `model:` section that stand for many fields."""
+
+
 @cache
 def _section_schema() -> type[Section]:
     """The fields above as a pydantic model, so that the YAML section has their names and types and no second list."""
@@ -176,9 +184,7 @@ def _section_schema() -> type[Section]:
     own: dict[str, Any] = {
         field.name: (field.type, field.default) for field in fields(MaiThinkingConfig) if field.name not in inherited
     }
-    return create_model(
-        "ModelSection", __base__=Section, ladder=(int | None, None), preset=(Literal["mai-base-1"] | None, None), **own
-    )
+    return create_model("ModelSection", __base__=Section, **_SHORTHANDS, **own)
 
 
 def _check(config: MaiThinkingConfig) -> None:

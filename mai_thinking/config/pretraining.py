@@ -1,0 +1,58 @@
+"""The config of `scripts/pretrain.py`: pre-training and mid-training."""
+
+from typing import Any, Self
+
+from pydantic import Field, model_validator
+
+from mai_thinking.config.base import Section
+from mai_thinking.config.checkpoint import CheckpointSection
+from mai_thinking.config.data import DataSection
+from mai_thinking.config.run import (
+    BatchSection,
+    ExecutionSection,
+    OptimizerSection,
+    PlanSection,
+    RunConfig,
+    ScheduleSection,
+    TrackingSection,
+)
+
+
+class EvaluationSection(Section):
+    """Held-out bits per byte by category, at intervals and at the end."""
+
+    every: int = Field(200, ge=1)
+    """Steps from one evaluation to the next."""
+    max_bytes: int | None = Field(100_000, gt=0)
+    """Per category at the intervals, whole documents; the last evaluation always reads all that is held out."""
+    batch_size: int = Field(16, ge=1)
+    """Windows at once."""
+    sample_prompts: tuple[str, ...] = ("def ", "The ", "import ")
+    """Continued at the end of the run, so that one sees what was learned."""
+    sample_tokens: int = Field(80, ge=0)
+
+
+class PretrainConfig(RunConfig):
+    """A run over text. Mid-training is the same with `init_from`, another context and another mixture (§2.4)."""
+
+    steps: int = Field(ge=1)
+    init_from: str | None = None
+    """A model folder to start from (a run's `final/`), instead of fresh weights."""
+    model: dict[str, Any] = {}
+    """Fields of MaiThinkingConfig, or `ladder: L`, or `preset: mai-base-1`. The vocabulary size is the tokenizer's."""
+    data: DataSection = DataSection()
+    batch: BatchSection
+    optimizer: OptimizerSection = OptimizerSection()
+    schedule: ScheduleSection = ScheduleSection()
+    evaluation: EvaluationSection = EvaluationSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    execution: ExecutionSection = ExecutionSection()
+    tracking: TrackingSection = TrackingSection()
+    plan: PlanSection = PlanSection()
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        self.data.check_for_pretraining()
+        if self.schedule.warmup_steps > self.steps:
+            raise ValueError(f"schedule.warmup_steps: {self.schedule.warmup_steps} is more than the {self.steps} steps")
+        return self

@@ -1,0 +1,115 @@
+"""Sections that every training run shares: who it is, how it steps, where it runs, what it shows."""
+
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from mai_thinking.config.base import Section
+
+
+class RunConfig(Section):
+    """The root of every run's config."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Names the run, and its folder unless `output_dir` says otherwise."""
+    seed: int = Field(0, ge=0, lt=2**31)
+    """Everything random in a run follows from this and the config: weights, data order, dropout."""
+    output_dir: str = ""
+    """The run's folder; empty means `runs/NAME`."""
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder."""
+        return Path(self.output_dir or f"runs/{self.name}").expanduser()
+
+
+class OptimizerSection(Section):
+    """AdamW with the report's parameter groups (§2.4); the values are the report's for pre-training."""
+
+    learning_rate: float = Field(2e-4, gt=0)
+    """At the top of the schedule."""
+    betas: tuple[float, float] = (0.95, 0.925)
+    epsilon: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.1, ge=0)
+    weight_decay_attention: float = Field(0.01, ge=0)
+    weight_decay_embeddings: float = Field(0.005, ge=0)
+    clip_norm: float = Field(1.0, gt=0)
+    """Gradients are scaled down to this global L2 norm."""
+
+
+class ScheduleSection(Section):
+    """The learning rate over a run: a linear warm-up, then a cosine from the top to the floor, or constant."""
+
+    shape: Literal["cosine", "constant"] = "cosine"
+    warmup_steps: int = Field(0, ge=0)
+    floor: float = Field(0.1, ge=0, le=1)
+    """The cosine's end as a share of its top. The report kept 0.1 because RL went better from there."""
+
+
+class BatchSection(Section):
+    """How many tokens a step learns from, and in what pieces."""
+
+    context_length: int = Field(ge=2)
+    """Tokens in a row."""
+    global_batch_size: int = Field(ge=1)
+    """Rows in a step, over all ranks and micro-batches."""
+    micro_batch_size: int = Field(ge=1)
+    """Rows that a rank takes through the model at once; what is left is accumulated."""
+
+    @model_validator(mode="after")
+    def _check_divides(self) -> Self:
+        if self.global_batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"batch.global_batch_size: {self.global_batch_size} is not a multiple of micro_batch_size "
+                f"{self.micro_batch_size}"
+            )
+        return self
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens in a global batch."""
+        return self.context_length * self.global_batch_size
+
+
+class ExecutionSection(Section):
+    """How the arithmetic is carried out. Nothing here changes what is computed, but for rounding."""
+
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """bf16 autocast over fp32 weights, or fp32 throughout; auto takes bf16 on a GPU and fp32 on a CPU."""
+    attention: str = "sdpa"
+    """An attention function that the transformers library knows."""
+    experts: str = "bucketed_mm"
+    """An experts function that the transformers library knows; ours hands over to `grouped_mm` off the CPU."""
+    activation_checkpointing: bool = False
+    """Compute a layer's activations again in the backward pass instead of keeping them. With accumulation this also
+    makes the balance loss exact over micro-batches (see `training.step`)."""
+    compile: bool = False
+    """Compile the model with torch.compile."""
+
+
+class TrackingSection(Section):
+    """Where numbers go besides metrics.jsonl and the terminal."""
+
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
+    """From the `trackers` extra."""
+    print_every: float = Field(10.0, gt=0)
+    """Seconds between progress lines where the output is not a terminal."""
+
+
+class PlanSection(Section):
+    """The machine that `--dry-run` reckons with. A run itself takes the ranks that its launcher gives it."""
+
+    gpus: int | None = Field(None, ge=1)
+    """Null: the ranks that there are."""
+    expert_parallel: int = Field(1, ge=1)
+    """Ranks that share one copy of the experts. Reckoned only: our own runs hold all experts on every rank, or shard
+    them with FSDP."""
+    zero_stage: Literal[0, 1, 2, 3] = 0
+    """What data-parallel ranks shard: 1 optimiser state, 2 gradients too, 3 weights too."""
+
+    @model_validator(mode="after")
+    def _check_divides(self) -> Self:
+        if self.gpus is not None and self.gpus % self.expert_parallel:
+            raise ValueError(f"plan.gpus: {self.gpus} is not a multiple of expert_parallel {self.expert_parallel}")
+        return self

@@ -1,0 +1,293 @@
+"""The pre-training and mid-training loop (MAI-Thinking-1 report §2.4): text in, a Hugging Face folder out.
+
+Mid-training is the same loop with `init_from`, another context and another mixture.
+"""
+
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+
+from mai_thinking.config.pretraining import PretrainConfig
+from mai_thinking.data import Loader, PreparedData, Step, prepare
+from mai_thinking.model import MaiThinkingConfig, MaiThinkingForCausalLM
+from mai_thinking.training.checkpoint import Checkpointer
+from mai_thinking.training.evaluation import Likelihood, evaluate_texts, summarize
+from mai_thinking.training.goodput import CHECKPOINT, EVALUATION, GoodputLedger
+from mai_thinking.training.initialization import build_model, model_config
+from mai_thinking.training.metrics import MetricsLog
+from mai_thinking.training.optimizer import build_optimizer, learning_rate
+from mai_thinking.training.plan import Plan
+from mai_thinking.training.progress import ProgressLine
+from mai_thinking.training.report import write_report
+from mai_thinking.training.run_folder import RunFolder, atomic_folder
+from mai_thinking.training.sampling import sample_text
+from mai_thinking.training.state import ModelState, OptimizerState, PerRank, RandomState
+from mai_thinking.training.step import StepResult, TrainStep
+
+
+def pretrain(config: PretrainConfig, *, dry_run: bool = False) -> int:
+    """Run `config`, or go on with it where it was; returns the exit code. `dry_run` prints what it costs and stops."""
+    architecture = model_config(config)
+    if dry_run:
+        print(Plan.of(config, architecture).text())
+        return 0
+    folder = RunFolder(config.folder)
+    folder.check(config)
+    if folder.finished:
+        print(f"{folder.path} is finished: see {folder.report}/summary.md. Another name or seed makes another run.")
+        return 0
+    accelerator = make_accelerator(config, folder)
+    with ExitStack() as stack:
+        if accelerator.is_main_process:
+            stack.enter_context(folder.claim(config))
+        run = Pretraining(config, folder, accelerator)
+        stack.callback(run.close)
+        return run.run()
+
+
+def make_accelerator(config: PretrainConfig, folder: RunFolder) -> Accelerator:
+    """Device, ranks, precision and trackers, as the config and the launcher say."""
+    precision = config.execution.precision
+    if precision == "auto":
+        precision = "bf16" if torch.cuda.is_available() else "fp32"
+    return Accelerator(
+        mixed_precision="bf16" if precision == "bf16" else "no",
+        log_with=list(config.tracking.trackers) or None,
+        project_dir=str(folder.path / "trackers"),
+        step_scheduler_with_optimizer=False,
+    )
+
+
+class Pretraining:
+    """One run in progress: its parts, built in the order in which they depend on each other."""
+
+    def __init__(self, config: PretrainConfig, folder: RunFolder, accelerator: Accelerator) -> None:
+        self.config, self.folder, self.accelerator = config, folder, accelerator
+        self.rank, self.ranks = accelerator.process_index, accelerator.num_processes
+        self.ledger = GoodputLedger(folder.events, enabled=self.rank == 0)
+        self.data: PreparedData = prepare(config.data, say=self._say)
+        self.architecture: MaiThinkingConfig = self._architecture()
+        self.model = accelerator.prepare(build_model(config, self.architecture))
+        if config.execution.activation_checkpointing:
+            self.plain_model.gradient_checkpointing_enable({"use_reentrant": False})
+        if config.execution.compile:
+            self.plain_model.compile()
+        self.optimizer = build_optimizer(self.model, config.optimizer)
+        self.loader = Loader(
+            self.data,
+            context_length=config.batch.context_length,
+            micro_batch_size=config.batch.micro_batch_size,
+            rows_per_step=config.batch.global_batch_size,
+            rank=self.rank,
+            world_size=self.ranks,
+            seed=config.seed,
+        )
+        self.train_step = TrainStep(
+            self.model,
+            self.optimizer,
+            accelerator,
+            clip_norm=config.optimizer.clip_norm,
+            balance=self.architecture.router_aux_loss_coef,
+            z=self.architecture.router_z_loss_coef,
+            exact_balance=config.execution.activation_checkpointing,
+        )
+        # From here on random numbers are drawn by dropout alone; every rank has its own.
+        torch.manual_seed(config.seed + 1_000_003 * (1 + self.rank))
+        self.checkpointer = Checkpointer(folder.checkpoints, config.checkpoint)
+        self.progress = {"step": 0, "tokens": 0}
+        self.step = self._resume()
+        self.metrics = MetricsLog(folder.metrics) if self.rank == 0 else None
+        self.line = ProgressLine(
+            config.steps, done=self.step, every=config.tracking.print_every, show=self.rank == 0
+        )
+        if config.tracking.trackers:
+            accelerator.init_trackers(config.name, config={"name": config.name, "seed": config.seed})
+
+    @property
+    def plain_model(self) -> MaiThinkingForCausalLM:
+        """The model without the wrappers that make it data-parallel."""
+        return self.accelerator.unwrap_model(self.model)
+
+    def run(self) -> int:
+        """Train to the last step, evaluate, save `final/`, write the report."""
+        self._announce()
+        self.model.train()
+        with self.line:
+            for batch in self.loader:
+                if self.step >= self.config.steps:
+                    break
+                self._train(batch)
+                if self.step % self.config.evaluation.every == 0 and self.step < self.config.steps:
+                    self._evaluate(self.config.evaluation.max_bytes)
+                if self.checkpointer.due(self.step):
+                    self._save()
+        self._save(synchronous=True)
+        self._finish()
+        self.ledger.end("done")
+        return 0
+
+    def close(self) -> None:
+        """Leave no thread and no half-written file behind."""
+        self.loader.close()
+        self.checkpointer.close()
+        if self.metrics is not None:
+            self.metrics.close()
+        if self.config.tracking.trackers:
+            self.accelerator.end_training()
+
+    # ----------------------------------------------------------------------------------------------- one step
+
+    def _train(self, batch: Step) -> None:
+        begin = time.perf_counter()
+        step = self.step + 1
+        rate = learning_rate(step, self.config.steps, self.config.optimizer.learning_rate, self.config.schedule)
+        result = self.train_step(batch.micro_batches, rate, step)
+        seconds = time.perf_counter() - begin + self.loader.wait_seconds
+        self.step = step
+        self.progress = {"step": step, "tokens": self.progress["tokens"] + self.config.batch.tokens_per_step}
+        self.ledger.step(step, seconds, data_wait=self.loader.wait_seconds)
+        self._record(result, rate, seconds)
+
+    def _record(self, result: StepResult, rate: float, seconds: float) -> None:
+        tokens = self.progress["tokens"]
+        record = {
+            "step": self.step,
+            "tokens": tokens,
+            "loss": result.loss,
+            "balance_loss": result.balance_loss,
+            "router_z_loss": result.router_z_loss,
+            "grad_norm": result.grad_norm,
+            "lr": rate,
+            **result.routing,
+            "tokens_per_second": self.config.batch.tokens_per_step / seconds,
+            "data_wait": self.loader.wait_seconds,
+            "seconds": seconds,
+        }
+        if self.metrics is not None:
+            self.metrics.append(record)
+        self._track(record)
+        self.line.update(self.step, tokens, result.loss, f"violation {result.routing['violation_max']:.2f}")
+
+    def _track(self, record: dict[str, Any]) -> None:
+        if self.config.tracking.trackers:
+            numbers = {name: value for name, value in record.items() if isinstance(value, int | float)}
+            self.accelerator.log(numbers, step=self.step)
+
+    # ------------------------------------------------------------------------------------ evaluation, checkpoints
+
+    def _evaluate(self, max_bytes: int | None) -> dict[str, Any]:
+        """Held-out likelihood by category, each rank its share of the documents."""
+        with self.ledger.span(EVALUATION), self.accelerator.autocast():
+            results = {
+                category: self._likelihood(_first_bytes([d.text for d in documents], max_bytes))
+                for category, documents in self.data.held_out.items()
+                if documents
+            }
+        record = {"kind": "evaluation", "step": self.step, "tokens": self.progress["tokens"], **summarize(results)}
+        if self.metrics is not None:
+            self.metrics.append(record, exact=("bits_per_byte",))
+        self._track(record)
+        self.line.say(f"step {self.step}: held-out bits per byte {_spell_bits(record)}")
+        return record
+
+    def _likelihood(self, texts: Sequence[str]) -> Likelihood:
+        mine = evaluate_texts(
+            self.plain_model,
+            self.data.tokenizer,
+            texts[self.rank :: self.ranks],
+            context_length=self.config.batch.context_length,
+            batch_size=self.config.evaluation.batch_size,
+        )
+        if self.ranks == 1:
+            return mine
+        sums = torch.tensor([mine.nats, mine.tokens, mine.bytes], dtype=torch.float64, device=self.accelerator.device)
+        dist.all_reduce(sums)
+        nats, tokens, size = sums.tolist()
+        return Likelihood(nats, round(tokens), round(size))
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "model": ModelState(self.model),
+            "optimizer": OptimizerState(self.model, self.optimizer),
+            "loader": self.loader,
+            "random": PerRank(RandomState()),
+            "progress": self.progress,
+            "ledger": self.ledger,
+        }
+
+    def _resume(self) -> int:
+        state = self._state()
+        step = self.checkpointer.load_latest(state) or 0
+        self.progress = state["progress"]
+        if step:
+            self._say(f"going on after step {step}")
+        return step
+
+    def _save(self, *, synchronous: bool = False) -> None:
+        if self.metrics is not None:
+            self.metrics.synchronise()
+        with self.ledger.span(CHECKPOINT):
+            self.checkpointer.save(self.step, self._state(), synchronous=synchronous)
+
+    # --------------------------------------------------------------------------------------------- begin and end
+
+    def _architecture(self) -> MaiThinkingConfig:
+        architecture = model_config(self.config, len(self.data.tokenizer))
+        architecture.bos_token_id = architecture.eos_token_id = self.data.tokenizer.eos_token_id
+        architecture.pad_token_id = self.data.tokenizer.pad_token_id
+        return architecture
+
+    def _announce(self) -> None:
+        table = self.data.mixture_table(self.config.steps * self.config.batch.tokens_per_step)
+        self.line.say(f"{self.config.name} in {self.folder.path}\n\n{Plan.of(self.config, self.architecture).text()}\n")
+        self.line.say(table.markdown() + "\n")
+
+    def _finish(self) -> None:
+        """The last evaluation reads all held-out text; then the model folder, the report, and a look at what it says."""
+        evaluation = self._evaluate(None)
+        if self.rank == 0:
+            with atomic_folder(self.folder.final) as final:
+                self.plain_model.save_pretrained(final)
+                self.data.tokenizer.save_pretrained(final)
+            samples = self._samples()
+            write_report(self.folder, self.config, self.architecture, self.data, evaluation, samples)
+            for prompt, text in samples.items():
+                self.line.say(f"\n── {prompt!r}\n{prompt}{text}")
+            self.line.say(f"\nmodel in {self.folder.final}, report in {self.folder.report}/summary.md")
+        self.accelerator.wait_for_everyone()
+
+    def _samples(self) -> dict[str, str]:
+        evaluation = self.config.evaluation
+        return {
+            prompt: sample_text(
+                self.plain_model, self.data.tokenizer, prompt, tokens=evaluation.sample_tokens, seed=self.config.seed
+            )
+            for prompt in evaluation.sample_prompts
+        }
+
+    def _say(self, text: str) -> None:
+        if self.rank == 0:
+            print(text, flush=True)
+
+
+def _first_bytes(texts: Sequence[str], limit: int | None) -> list[str]:
+    """Whole texts from the front until `limit` bytes are reached; at least one."""
+    taken: list[str] = []
+    size = 0
+    for text in texts:
+        size += len(text.encode())
+        if limit is not None and size > limit and taken:
+            break
+        taken.append(text)
+    return taken
+
+
+def _spell_bits(record: dict[str, Any]) -> str:
+    prefix = "bits_per_byte/"
+    parts = [f"{name.removeprefix(prefix)} {value:.3f}" for name, value in record.items() if name.startswith(prefix)]
+    return f"{', '.join(parts)}; weighted {record['bits_per_byte']:.3f}"

@@ -1,0 +1,176 @@
+"""Held-out likelihood: bits per byte by category, the report's weighted score, and compressors as a yardstick.
+
+MAI-Thinking-1 report §2.5: NLL per category, weighted; bits per byte where tokenizers differ.
+"""
+
+import gzip
+import lzma
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from transformers import PreTrainedTokenizerBase
+
+from mai_thinking.model import MaiThinkingForCausalLM
+
+CATEGORY_WEIGHTS = {"code": 0.5, "stem": 0.175, "maths": 0.175, "general": 0.1, "multilingual": 0.05}
+"""The report's weights. Categories without held-out text are left out and the rest scaled to sum to 1."""
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """How well text was predicted."""
+
+    nats: float
+    """Σ −log p over the predicted tokens."""
+    tokens: int
+    bytes: int
+    """Length of the same text in UTF-8."""
+
+    @property
+    def nll(self) -> float:
+        """Nats per token."""
+        return self.nats / max(1, self.tokens)
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Comparable across tokenizers, and with a compressor's ratio."""
+        return self.nats / math.log(2) / max(1, self.bytes)
+
+
+@torch.no_grad()
+def evaluate_texts(
+    model: MaiThinkingForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Iterable[str],
+    *,
+    context_length: int,
+    batch_size: int,
+) -> Likelihood:
+    """Likelihood of whole documents, each after an end-of-text token and followed by one.
+
+    Windows of `context_length` overlap by half: every token is predicted once, and but for a document's beginning with
+    at least half a context before it. The end of a document is predicted too, as in training. Leaves the model in the
+    mode it was in and touches no random generator.
+    """
+    was_training = model.training
+    model.eval()
+    nats = torch.zeros((), dtype=torch.float64)
+    tokens = length = 0
+    try:
+        counted = _count(texts)
+        for windows in _batched(_windows(counted, tokenizer, context_length), batch_size):
+            inputs, targets = _pad(windows, tokenizer.eos_token_id)
+            inputs, targets = inputs.to(model.device), targets.to(model.device)
+            hidden = model.model(input_ids=inputs, use_cache=False).last_hidden_state
+            scored = targets != -100
+            logits = F.linear(hidden[scored], model.lm_head.weight).float()
+            nats += F.cross_entropy(logits, targets[scored], reduction="sum").double().cpu()
+            tokens += int(scored.sum())
+        length = counted.bytes
+    finally:
+        model.train(was_training)
+    return Likelihood(float(nats), tokens, length)
+
+
+class _count:  # noqa: N801 - reads as a function
+    """Pass texts on and add up their bytes."""
+
+    def __init__(self, texts: Iterable[str]) -> None:
+        self.texts, self.bytes = texts, 0
+
+    def __iter__(self) -> Iterator[str]:
+        for text in self.texts:
+            self.bytes += len(text.encode())
+            yield text
+
+
+Window = tuple[list[int], list[int]]
+"""Input tokens, and for each the next one or -100 where another window predicts it."""
+
+
+def _windows(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, context: int) -> Iterator[Window]:
+    end = tokenizer.eos_token_id
+    for text in texts:
+        tokens = [end, *tokenizer.encode(text, add_special_tokens=False), end]
+        yield from _cut(tokens, context)
+
+
+def _cut(tokens: list[int], context: int) -> Iterator[Window]:
+    inputs, targets = tokens[:-1], tokens[1:]
+    done = 0
+    while done < len(targets):
+        stop = min(len(targets), done + (context if done == 0 else max(1, context // 2)))
+        start = max(0, stop - context)
+        yield inputs[start:stop], [-100] * (done - start) + targets[done:stop]
+        done = stop
+
+
+def _batched(windows: Iterable[Window], size: int) -> Iterator[list[Window]]:
+    # Windows of one length stay together: most are full, and the short rest is padded among its like.
+    for window_list in _chunks(windows, 16 * size):
+        window_list.sort(key=lambda window: -len(window[0]))
+        for begin in range(0, len(window_list), size):
+            yield window_list[begin : begin + size]
+
+
+def _chunks(windows: Iterable[Window], size: int) -> Iterator[list[Window]]:
+    chunk: list[Window] = []
+    for window in windows:
+        chunk.append(window)
+        if len(chunk) == size:
+            yield chunk
+            chunk = []
+    if chunk:
+        yield chunk
+
+
+def _pad(windows: Sequence[Window], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Right-padded [B, T]; attention is causal, so what stands to the right of a token does not reach it."""
+    longest = max(len(inputs) for inputs, _ in windows)
+    inputs = torch.tensor([inputs + [pad] * (longest - len(inputs)) for inputs, _ in windows])
+    targets = torch.tensor([targets + [-100] * (longest - len(targets)) for _, targets in windows])
+    return inputs, targets
+
+
+def weighted_score(values: Mapping[str, float]) -> float:
+    """The report's weighted mean over the categories that are present."""
+    weights = {category: CATEGORY_WEIGHTS[category] for category in values}
+    return sum(weights[category] * value for category, value in values.items()) / sum(weights.values())
+
+
+def summarize(likelihoods: Mapping[str, Likelihood]) -> dict[str, Any]:
+    """Flat metrics: `bits_per_byte/CATEGORY`, `nll/CATEGORY`, and the weighted score of each."""
+    bits = {category: result.bits_per_byte for category, result in likelihoods.items()}
+    nll = {category: result.nll for category, result in likelihoods.items()}
+    return {
+        **{f"bits_per_byte/{category}": value for category, value in bits.items()},
+        **{f"nll/{category}": value for category, value in nll.items()},
+        "bits_per_byte": weighted_score(bits),
+        "nll": weighted_score(nll),
+    }
+
+
+@dataclass(frozen=True)
+class Yardstick:
+    """What general-purpose compressors make of the same bytes, all documents in one stream; in bits per byte."""
+
+    gzip: float
+    xz: float
+
+    def as_dict(self) -> dict[str, float]:
+        """{"gzip": …, "xz": …}"""
+        return asdict(self)
+
+
+def compressors(texts: Sequence[str]) -> Yardstick:
+    """`gzip -9` and `xz -9e` on the concatenated texts."""
+    content = "".join(texts).encode()
+    bits = 8 / max(1, len(content))
+    return Yardstick(
+        gzip=len(gzip.compress(content, compresslevel=9, mtime=0)) * bits,
+        xz=len(lzma.compress(content, preset=9 | lzma.PRESET_EXTREME)) * bits,
+    )

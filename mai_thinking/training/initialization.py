@@ -1,0 +1,92 @@
+"""Where a run's model comes from: fresh weights of its seed, or a model folder."""
+
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from mai_thinking.config.pretraining import PretrainConfig
+from mai_thinking.errors import UsageError
+from mai_thinking.model import MaiThinkingConfig, MaiThinkingForCausalLM
+
+MAY_CHANGE = {
+    "dropout",
+    "document_masking",
+    "max_position_embeddings",
+    "router_aux_loss_coef",
+    "router_z_loss_coef",
+}
+"""Fields that a later stage may set otherwise than the checkpoint that it starts from; the others are its weights'."""
+
+
+def model_config(config: PretrainConfig, vocab_size: int | None = None) -> MaiThinkingConfig:
+    """The architecture of a run: its `model:` section, or that of `init_from` with the section laid over it.
+
+    `vocab_size` is the tokenizer's. Raises `UsageError` for sizes that do not fit together or the checkpoint.
+    """
+    changes = {} if vocab_size is None else {"vocab_size": vocab_size}
+    if "max_position_embeddings" not in config.model:
+        changes["max_position_embeddings"] = config.batch.context_length
+    if config.init_from is None:
+        return MaiThinkingConfig.from_section(config.model, **changes)
+    before = load_model_config(config.init_from)
+    if vocab_size is not None and before.vocab_size != vocab_size:
+        raise UsageError(
+            f"init_from: {config.init_from} has a vocabulary of {before.vocab_size}, the tokenizer {vocab_size}; "
+            f"set data.tokenizer.path={config.init_from}"
+        )
+    asked = MaiThinkingConfig.from_section(before.to_section() | config.model)
+    for name, value in asked.to_section().items():
+        if name not in MAY_CHANGE and value != before.to_section()[name]:
+            raise UsageError(
+                f"model.{name}: {value} does not fit {config.init_from}, which has {before.to_section()[name]}; "
+                "remove the key"
+            )
+    return MaiThinkingConfig.from_section(asked.to_section() | changes)
+
+
+def build_model(config: PretrainConfig, architecture: MaiThinkingConfig) -> MaiThinkingForCausalLM:
+    """The model in fp32 on the CPU, ready to train. Fresh weights follow from the seed alone."""
+    kinds = {
+        "attn_implementation": config.execution.attention,
+        "experts_implementation": config.execution.experts,
+    }
+    try:
+        if config.init_from is not None:
+            return load_model(config.init_from, config=architecture, **kinds)
+        torch.manual_seed(config.seed)
+        return MaiThinkingForCausalLM._from_config(architecture, **kinds)
+    except (ValueError, ImportError, KeyError) as error:
+        if any(name in str(error) for name in ("attn_implementation", "experts_implementation", "attention")):
+            raise UsageError(f"execution: {' '.join(str(error).split())}") from None
+        raise
+
+
+def load_model_config(folder: str | Path) -> MaiThinkingConfig:
+    """The architecture of a model folder, or a `UsageError` that says what is missing there."""
+    path = Path(folder).expanduser()
+    if not (path / "config.json").is_file():
+        hint = "; the run is not finished" if (path.parent / "config.yaml").is_file() else ""
+        raise UsageError(f"{folder}: no model here (config.json is missing){hint}")
+    config = MaiThinkingConfig.from_pretrained(path)
+    if config.model_type != MaiThinkingConfig.model_type:
+        raise UsageError(f"{folder}: a {config.model_type!r} model, not {MaiThinkingConfig.model_type!r}")
+    return config
+
+
+def load_model(folder: str | Path, **changes: object) -> MaiThinkingForCausalLM:
+    """A model folder's weights in fp32; keywords as `from_pretrained` takes them."""
+    load_model_config(folder)
+    try:
+        return MaiThinkingForCausalLM.from_pretrained(Path(folder).expanduser(), dtype=torch.float32, **changes)
+    except (SafetensorError, OSError, RuntimeError) as error:
+        raise UsageError(f"{folder}: the weights cannot be loaded: {' '.join(str(error).split())}") from None
+
+
+def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
+    """A model folder's tokenizer."""
+    path = Path(folder).expanduser()
+    if not (path / "tokenizer.json").is_file():
+        raise UsageError(f"{folder}: no tokenizer here (tokenizer.json is missing)")
+    return AutoTokenizer.from_pretrained(path)

@@ -1,0 +1,154 @@
+"""What a run will cost, before it costs anything: `--dry-run`."""
+
+import os
+from dataclasses import dataclass
+
+import torch
+
+from mai_thinking.config.pretraining import PretrainConfig
+from mai_thinking.config.run import PlanSection
+from mai_thinking.model import MaiThinkingConfig, MaiThinkingForCausalLM
+from mai_thinking.model.loss import CHUNK_ELEMENTS
+
+WEIGHT, GRADIENT, MOMENTS = 4, 4, 8
+"""Bytes per parameter: fp32 weights, fp32 gradients, AdamW's two fp32 moments (REPORT §1: fp32 always)."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one rank."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    logits: float
+
+    @property
+    def total(self) -> float:
+        """All of it, without the framework's own and fragmentation."""
+        return self.weights + self.gradients + self.optimizer + self.activations + self.logits
+
+
+def memory_per_rank(
+    architecture: MaiThinkingConfig,
+    plan: PlanSection,
+    *,
+    gpus: int,
+    tokens: int,
+    compute_bytes: int,
+    activation_checkpointing: bool,
+) -> Memory:
+    """Memory of one rank that takes micro-batches of `tokens` tokens through the model.
+
+    Experts are split over `plan.expert_parallel` ranks, all else is on each of `gpus` ranks; what the ZeRO stage
+    shards is split over the ranks that hold the same weights. Activations are an estimate: what each sublayer keeps
+    for its backward pass at `compute_bytes` a number, or with checkpointing the fp32 residual stream at each layer
+    and one layer's full set.
+    """
+    total, _ = architecture.parameter_counts()
+    experts = architecture.parameter_breakdown()["experts"]
+    # (parameters held, ranks that hold the same ones)
+    shares = [(total - experts, gpus), (experts / plan.expert_parallel, gpus / plan.expert_parallel)]
+
+    def held(bytes_each: int, sharded_from_stage: int) -> float:
+        return sum(
+            bytes_each * parameters / (copies if plan.zero_stage >= sharded_from_stage else 1)
+            for parameters, copies in shares
+        )
+
+    per_layer = _activations_per_token(architecture, compute_bytes)
+    layers = architecture.num_hidden_layers
+    kept = tokens * (4 * architecture.hidden_size * layers + max(per_layer)) if activation_checkpointing else 0
+    return Memory(
+        weights=held(WEIGHT, 3),
+        gradients=held(GRADIENT, 2),
+        optimizer=held(MOMENTS, 1),
+        activations=kept or tokens * sum(per_layer),
+        logits=3 * 4 * min(CHUNK_ELEMENTS, tokens * architecture.vocab_size),
+    )
+
+
+def _activations_per_token(architecture: MaiThinkingConfig, compute_bytes: int) -> list[float]:
+    """Bytes that each layer keeps for one token."""
+    c = architecture
+    queries, keys = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+    norms = 4 * 4 * c.hidden_size  # fp32 inputs of the four norms
+    attention = compute_bytes * (2 * c.hidden_size + queries) + 4 * 2 * (queries + keys) + compute_bytes * 2 * keys
+    dense = compute_bytes * (2 * c.hidden_size + 4 * c.intermediate_size)
+    per_choice = compute_bytes * (2 * c.latent_size + 4 * c.moe_intermediate_size)
+    moe = compute_bytes * 2 * (c.hidden_size + c.latent_size) + 4 * 3 * c.num_experts + c.num_experts_per_tok * per_choice
+    return [norms + attention + (moe if layer in c.moe_layers else dense) for layer in range(c.num_hidden_layers)]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run's size."""
+
+    config: PretrainConfig
+    architecture: MaiThinkingConfig
+    ranks: int
+    memory: Memory
+
+    @classmethod
+    def of(cls, config: PretrainConfig, architecture: MaiThinkingConfig) -> "Plan":
+        """Reckon `config` with the ranks of `config.plan`, or those that the launcher gives."""
+        ranks = config.plan.gpus or int(os.environ.get("WORLD_SIZE", "1"))
+        bf16 = config.execution.precision == "bf16" or (
+            config.execution.precision == "auto" and (torch.cuda.is_available() or config.plan.gpus is not None)
+        )
+        memory = memory_per_rank(
+            architecture,
+            config.plan,
+            gpus=ranks,
+            tokens=config.batch.micro_batch_size * config.batch.context_length,
+            compute_bytes=2 if bf16 else 4,
+            activation_checkpointing=config.execution.activation_checkpointing,
+        )
+        return cls(config, architecture, ranks, memory)
+
+    def text(self) -> str:
+        """The lines that `--dry-run` prints."""
+        total, active = self.architecture.parameter_counts()
+        flops = self.architecture.flops_per_token(self.config.batch.context_length)
+        tokens = self.config.steps * self.config.batch.tokens_per_step
+        plan, memory = self.config.plan, self.memory
+        parts = {
+            "weights": memory.weights,
+            "gradients": memory.gradients,
+            "optimiser": memory.optimizer,
+            "activations": memory.activations,
+            "logits": memory.logits,
+        }
+        rows = [
+            ("parameters", f"{quantity(total)} total, {quantity(active)} active ({total:,} / {active:,})"),
+            ("FLOPs", f"{quantity(flops)} a token, {quantity(flops * tokens)} in all"),
+            (
+                "tokens",
+                f"{quantity(tokens)} = {self.config.steps:,} steps of {self.config.batch.global_batch_size:,} rows of "
+                f"{self.config.batch.context_length:,}; {tokens / active:.2f} per active parameter",
+            ),
+            (
+                "ranks",
+                f"{self.ranks:,} ({self.ranks // plan.expert_parallel:,} data-parallel copies of the experts, "
+                f"each over {plan.expert_parallel} ranks; ZeRO stage {plan.zero_stage})",
+            ),
+            ("memory", f"{memory.total / 2**30:,.2f} GiB per rank"),
+            *((f"  {name}", f"{value / 2**30:,.2f} GiB") for name, value in parts.items()),
+        ]
+        return "\n".join(f"{name:<12}  {value}" for name, value in rows)
+
+
+def count_on_meta(architecture: MaiThinkingConfig) -> int:
+    """Parameters of the real modules, built without memory for them; what `parameter_counts` reckons in closed form."""
+    with torch.device("meta"):
+        model = MaiThinkingForCausalLM._from_config(architecture)
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def quantity(value: float) -> str:
+    """`962.1B`, `34.66B`, `1.66M`: four digits and a letter."""
+    for size, letter in ((1e24, "Y"), (1e21, "Z"), (1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if value >= size:
+            return f"{value / size:.4g}{letter}"
+    return f"{value:.4g}"

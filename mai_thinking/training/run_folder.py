@@ -1,0 +1,111 @@
+"""The folder that a run lives in: one config, one process at a time, nothing overwritten."""
+
+import fcntl
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mai_thinking.config.loading import save_config
+from mai_thinking.config.run import RunConfig
+from mai_thinking.errors import UsageError
+
+FREE_TO_CHANGE = ("output_dir", "tracking", "checkpoint", "launch", "plan", "data.cache_dir")
+"""Keys that a run may be resumed with other values of: they do not change what is computed."""
+
+
+class RunFolder:
+    """`config.yaml`, `metrics.jsonl`, `events.jsonl`, `checkpoints/`, `final/`, `report/` under one path."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = path / "config.yaml"
+        self.metrics = path / "metrics.jsonl"
+        self.evaluations = path / "evaluations.jsonl"
+        self.events = path / "events.jsonl"
+        self.checkpoints = path / "checkpoints"
+        self.final = path / "final"
+        self.report = path / "report"
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run came to its end."""
+        return self.final.is_dir()
+
+    def check(self, config: RunConfig) -> None:
+        """Raise `UsageError` if the folder belongs to another run, naming the first keys that differ."""
+        if not self.path.exists():
+            return
+        if not self.path.is_dir():
+            raise UsageError(f"{self.path}: is a file; choose another output_dir")
+        if not self.config.exists():
+            if any(entry.name != "lock" for entry in self.path.iterdir()):
+                raise UsageError(f"{self.path}: holds files but no config.yaml of a run; choose another output_dir")
+            return
+        before, now = yaml.safe_load(self.config.read_text()), yaml.safe_load(yaml.safe_dump(config.model_dump(mode="json")))
+        changed = [key for key in _differences(before, now) if not _is_free(key)]
+        if changed:
+            shown = ", ".join(changed[:3]) + (f" and {len(changed) - 3} more" if len(changed) > 3 else "")
+            raise UsageError(
+                f"{self.path}: belongs to a run with another config ({shown} differ); "
+                "choose another name or output_dir, or remove the folder yourself"
+            )
+
+    @contextmanager
+    def claim(self, config: RunConfig) -> Iterator[None]:
+        """Make the folder this run's while the block runs, for one process (rank 0) at a time."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        with open(self.path / "lock", "w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise UsageError(f"{self.path}: another process is running this run; wait for it or stop it") from None
+            self.check(config)
+            if not self.config.exists():
+                with atomic_file(self.config) as path:
+                    save_config(config, path)
+            yield
+
+
+def _differences(before: Any, now: Any, prefix: str = "") -> list[str]:
+    if isinstance(before, dict) and isinstance(now, dict):
+        keys = list(dict.fromkeys((*before, *now)))
+        return [path for key in keys for path in _differences(before.get(key), now.get(key), f"{prefix}{key}.")]
+    return [] if before == now else [prefix.rstrip(".")]
+
+
+def _is_free(key: str) -> bool:
+    return any(key == free or key.startswith(free + ".") for free in FREE_TO_CHANGE)
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """A path to write to; what was written takes `path`'s place when the block ends, or nothing changes."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        temporary.chmod(0o644)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """A new folder to fill; it takes `path`'s place when the block ends, or nothing changes."""
+    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    try:
+        yield temporary
+        temporary.chmod(0o755)
+        if path.exists():
+            shutil.rmtree(path)
+        os.replace(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

@@ -1,0 +1,44 @@
+"""Text from a model, for people to look at."""
+
+import torch
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers.generation.streamers import BaseStreamer
+
+from mai_thinking.model import MaiThinkingForCausalLM
+
+
+def sample_text(
+    model: MaiThinkingForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    *,
+    tokens: int,
+    temperature: float = 0.8,
+    top_p: float = 0.95,
+    seed: int = 0,
+    streamer: BaseStreamer | None = None,
+) -> str:
+    """Continue `prompt` (without returning it) by up to `tokens` tokens. The same seed gives the same text; global
+    random generators are left as they were. `temperature` 0 takes the likeliest token each time."""
+    ids = [tokenizer.eos_token_id, *tokenizer.encode(prompt, add_special_tokens=False)]
+    inputs = torch.tensor([ids], device=model.device)
+    greedy = temperature == 0
+    settings = GenerationConfig(
+        max_new_tokens=tokens,
+        do_sample=not greedy,
+        temperature=None if greedy else temperature,
+        top_p=None if greedy else top_p,
+        top_k=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    was_training = model.training
+    model.eval()
+    devices = [model.device] if model.device.type == "cuda" else []
+    try:
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(seed)
+            output = model.generate(inputs, generation_config=settings, streamer=streamer)
+    finally:
+        model.train(was_training)
+    return tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True)

@@ -1,0 +1,172 @@
+"""One step of training: forward and backward over the micro-batches of a global batch, clip, update.
+
+Losses are normalised by counts over the *global* batch, so that how it is cut into ranks and micro-batches does not
+change what is learned. The balance loss takes expert frequencies over the global batch too (MAI-Thinking-1 report
+§2.1): exactly over ranks. Over micro-batches it has two modes:
+
+- With activation checkpointing, exactly. All micro-batches go forward first, keeping little more than each layer's
+  input, and one backward follows when all counts are known. This costs no arithmetic beyond the checkpointing's own.
+- Without, by running counts: micro-batch i is balanced against the counts of micro-batches 1 … i. Waiting for the rest
+  would mean to keep every graph, which is what accumulation is there to avoid.
+"""
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from torch import nn
+
+from mai_thinking.model.latent_moe import Routing, balance_loss
+
+MicroBatch = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step did, over the global batch."""
+
+    loss: float
+    """Cross-entropy per predicted token, in nats."""
+    balance_loss: float
+    """Mean over the MoE layers; 1 when all experts are used alike."""
+    router_z_loss: float
+    grad_norm: float
+    """L2 norm before clipping."""
+    routing: dict[str, Any]
+    """`violation` (a list, layer by layer), `violation_max`, `dead_experts`, `router_entropy`."""
+
+
+class NonFiniteError(RuntimeError):
+    """A loss or gradient that is not a number any more; the weights have not been updated with it."""
+
+
+class TrainStep:
+    """Callable that takes this rank's micro-batches of a global batch through the model and the optimiser.
+
+    `model` is what Accelerate prepared; `balance` and `z` are the weights of the two router losses.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        accelerator: Accelerator,
+        *,
+        clip_norm: float,
+        balance: float,
+        z: float,
+        exact_balance: bool,
+    ) -> None:
+        self.model, self.optimizer, self.accelerator = model, optimizer, accelerator
+        self.clip_norm, self.balance, self.z, self.exact_balance = clip_norm, balance, z, exact_balance
+        self.ranks = accelerator.num_processes
+
+    def __call__(self, micro_batches: Sequence[MicroBatch], learning_rate: float, step: int) -> StepResult:
+        """Learn from `micro_batches`: dicts of [B, T] int64 `input_ids`, `labels` (next tokens, -100 for none) and
+        `position_ids`. Raises `NonFiniteError`, before any weight changes, when a loss or gradient is not finite."""
+        labels = torch.tensor([float((batch["labels"] != -100).sum()) for batch in micro_batches]).sum()
+        label_count = self._sum(labels.to(self.accelerator.device))
+        token_count = self.ranks * sum(batch["input_ids"].numel() for batch in micro_batches)
+        accumulate = self._accumulate_exact if self.exact_balance else self._accumulate_running
+        losses, counts, entropy = accumulate(micro_batches, label_count, token_count)
+        grad_norm = self._clip()
+        cross_entropy, balance, z = self._sum(losses).tolist()
+        self._guard(step, cross_entropy, grad_norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        layers = max(1, counts.size(0))
+        return StepResult(
+            loss=cross_entropy,
+            balance_loss=balance / layers,
+            router_z_loss=z / layers,
+            grad_norm=grad_norm,
+            routing=routing_metrics(counts, self._sum(entropy) / token_count),
+        )
+
+    def _accumulate_running(
+        self, micro_batches: Sequence[MicroBatch], label_count: torch.Tensor, token_count: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        losses, counts, entropy = 0.0, 0.0, 0.0
+        for index, batch in enumerate(micro_batches):
+            last = index == len(micro_batches) - 1
+            with nullcontext() if last else self.accelerator.no_sync(self.model):
+                cross_entropy, routing = self._forward(batch, label_count)
+                counts = counts + self._sum(routing.counts_E)
+                total, parts = self._total(cross_entropy, routing, counts, token_count)
+                self.accelerator.backward(total * self.ranks)  # DDP averages over ranks; the counts are global
+            losses, entropy = losses + parts, entropy + routing.entropy
+        return losses, counts, entropy
+
+    def _accumulate_exact(
+        self, micro_batches: Sequence[MicroBatch], label_count: torch.Tensor, token_count: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        forwards = []
+        for index, batch in enumerate(micro_batches):
+            last = index == len(micro_batches) - 1
+            # Whether DDP reduces is decided in the forward pass; here one backward follows the last of them.
+            with nullcontext() if last else self.accelerator.no_sync(self.model):
+                forwards.append(self._forward(batch, label_count))
+        counts = self._sum(torch.stack([routing.counts_E for _, routing in forwards]).sum(dim=0))
+        results = [self._total(cross_entropy, routing, counts, token_count) for cross_entropy, routing in forwards]
+        self.accelerator.backward(torch.stack([total for total, _ in results]).sum() * self.ranks)
+        losses = torch.stack([parts for _, parts in results]).sum(dim=0)
+        return losses, counts, torch.stack([routing.entropy for _, routing in forwards]).sum(dim=0)
+
+    def _forward(self, batch: MicroBatch, label_count: torch.Tensor) -> tuple[torch.Tensor, Routing]:
+        device = self.accelerator.device
+        output = self.model(
+            input_ids=batch["input_ids"].to(device),
+            position_ids=batch["position_ids"].to(device),
+            shift_labels=batch["labels"].to(device),
+            num_items_in_batch=label_count,
+            skip_logits=True,
+            use_cache=False,
+            output_router_logits=False,
+        )
+        return output.loss, output.routing
+
+    def _total(
+        self, cross_entropy: torch.Tensor, routing: Routing, counts_ME: torch.Tensor, token_count: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """This micro-batch's share of the objective, and its three parts, detached."""
+        balance = balance_loss(counts_ME, routing.probabilities_E, token_count)
+        z = routing.z.sum() / token_count
+        total = cross_entropy + self.balance * balance + self.z * z
+        return total, torch.stack([cross_entropy.detach(), balance.detach(), z.detach()])
+
+    def _clip(self) -> float:
+        return float(self.accelerator.clip_grad_norm_(self.model.parameters(), self.clip_norm))
+
+    def _sum(self, value: torch.Tensor) -> torch.Tensor:
+        """Over all ranks, in a fixed order."""
+        if self.ranks > 1:
+            value = value.detach().clone()
+            dist.all_reduce(value)
+        return value
+
+    @staticmethod
+    def _guard(step: int, loss: float, grad_norm: float) -> None:
+        for name, value in (("loss", loss), ("gradient norm", grad_norm)):
+            if not torch.isfinite(torch.tensor(value)):
+                raise NonFiniteError(
+                    f"step {step}: the {name} is {value}; weights are as after step {step - 1}. "
+                    "Lower the learning rate, or start again from the newest checkpoint with another seed"
+                )
+
+
+def routing_metrics(counts_ME: torch.Tensor, entropy_M: torch.Tensor) -> dict[str, Any]:
+    """Violation rate (max load / mean load − 1) layer by layer, its maximum, experts that no token chose, and the
+    router's entropy in nats, mean over layers; from global counts [M, E]."""
+    violation_M = counts_ME.max(dim=-1).values / counts_ME.mean(dim=-1) - 1
+    return {
+        "violation": violation_M.tolist(),
+        "violation_max": float(violation_M.max()),
+        "dead_experts": int((counts_ME == 0).sum()),
+        "router_entropy": float(entropy_M.mean()),
+    }

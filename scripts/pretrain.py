@@ -1,0 +1,16 @@
+"""Pre-train or mid-train: `python scripts/pretrain.py CONFIG.yaml [key.path=value …] [--dry-run]`."""
+
+from mai_thinking.config.command import exit_with, parse_run_command
+from mai_thinking.config.pretraining import PretrainConfig
+
+
+def main() -> int:
+    """Parse, build, run."""
+    config, dry_run = parse_run_command(PretrainConfig, "configs/nano.yaml", __doc__ or "")
+    from mai_thinking.pretraining import pretrain  # after the config, so that a mistake in it is told at once
+
+    return pretrain(config, dry_run=dry_run)
+
+
+if __name__ == "__main__":
+    exit_with(main)
