@@ -65,7 +65,7 @@ def memory_per_rank(
         gradients=held(GRADIENT, 2),
         optimizer=held(MOMENTS, 1),
         activations=kept or tokens * sum(per_layer),
-        logits=3 * 4 * min(CHUNK_ELEMENTS, tokens * architecture.vocab_size),
+        logits=2 * 4 * min(CHUNK_ELEMENTS["cuda"], tokens * architecture.vocab_size),
     )
 
 
