@@ -102,9 +102,7 @@ class Pretraining:
         self.progress = {"step": 0, "tokens": 0}
         self.step = self._resume()
         self.metrics = MetricsLog(folder.metrics) if self.rank == 0 else None
-        self.line = ProgressLine(
-            config.steps, done=self.step, every=config.tracking.print_every, show=self.rank == 0
-        )
+        self.line = ProgressLine(config.steps, done=self.step, every=config.tracking.print_every, show=self.rank == 0)
         if config.tracking.trackers:
             accelerator.init_trackers(config.name, config={"name": config.name, "seed": config.seed})
 
@@ -116,6 +114,7 @@ class Pretraining:
     def run(self) -> int:
         """Train to the last step, evaluate, save `final/`, write the report."""
         self._announce()
+        self._save_architecture()
         self.model.train()
         with self.line:
             for batch in self.loader:
@@ -242,13 +241,19 @@ class Pretraining:
         architecture.pad_token_id = self.data.tokenizer.pad_token_id
         return architecture
 
+    def _save_architecture(self) -> None:
+        if self.rank == 0 and not self.folder.architecture.exists():
+            with atomic_folder(self.folder.architecture) as path:
+                self.architecture.save_pretrained(path)
+                self.data.tokenizer.save_pretrained(path)
+
     def _announce(self) -> None:
         table = self.data.mixture_table(self.config.steps * self.config.batch.tokens_per_step)
         self.line.say(f"{self.config.name} in {self.folder.path}\n\n{Plan.of(self.config, self.architecture).text()}\n")
         self.line.say(table.markdown() + "\n")
 
     def _finish(self) -> None:
-        """The last evaluation reads all held-out text; then the model folder, the report, and a look at what it says."""
+        """Evaluate on all held-out text, save the model folder, write the report, show what the model says."""
         evaluation = self._evaluate(None)
         if self.rank == 0:
             with atomic_folder(self.folder.final) as final:

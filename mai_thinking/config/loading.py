@@ -62,8 +62,9 @@ def read_yaml_with_base(path: Path, descendants: tuple[Path, ...] = ()) -> dict[
     try:
         tree = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        line = f", line {error.problem_mark.line + 1}" if getattr(error, "problem_mark", None) else ""
-        raise UsageError(f"{path}{line}: not valid YAML: {getattr(error, 'problem', None) or 'syntax error'}") from None
+        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        raise UsageError(f"{path}{line}: not valid YAML: {problem or 'syntax error'}") from None
     if tree is None:
         tree = {}
     if not isinstance(tree, dict):

@@ -38,7 +38,7 @@ class PretrainConfig(RunConfig):
     steps: int = Field(ge=1)
     init_from: str | None = None
     """A model folder to start from (a run's `final/`), instead of fresh weights."""
-    model: dict[str, Any] = {}
+    model: dict[str, Any] = Field(default_factory=dict)
     """Fields of MaiThinkingConfig, or `ladder: L`, or `preset: mai-base-1`. The vocabulary size is the tokenizer's."""
     data: DataSection = DataSection()
     batch: BatchSection

@@ -94,7 +94,9 @@ class MaiThinkingConfig(PretrainedConfig):
     def ladder(cls, rung: int, **changes: Any) -> Self:
         """The ladder's rung L: one number, a multiple of 6, sets every size (§2.2, Table 1)."""
         if rung <= 0 or rung % 6:
-            raise UsageError(f"ladder: {rung} is not a multiple of 6; the nearest rung is L{max(6, round(rung / 6) * 6)}")
+            raise UsageError(
+                f"ladder: {rung} is not a multiple of 6; the nearest rung is L{max(6, round(rung / 6) * 6)}"
+            )
         hidden = rung * 256 // 3
         sizes = {
             "num_hidden_layers": rung,
@@ -173,7 +175,7 @@ class MaiThinkingConfig(PretrainedConfig):
         return 6.0 * (in_products + scores_and_values)
 
 
-_SHORTHANDS = {"ladder": (int | None, None), "preset": (Literal["mai-base-1"] | None, None)}
+_SHORTHANDS: dict[str, Any] = {"ladder": (int | None, None), "preset": (Literal["mai-base-1"] | None, None)}
 """Keys of a `model:` section that stand for many fields."""
 
 
@@ -189,10 +191,11 @@ def _section_schema() -> type[Section]:
 
 def _check(config: MaiThinkingConfig) -> None:
     """Sizes that do not fit together, each with the fix."""
-    for name in (
+    sizes = (
         "vocab_size hidden_size num_hidden_layers intermediate_size num_attention_heads num_key_value_heads head_dim "
         "attention_period sliding_window moe_period num_experts num_experts_per_tok latent_size moe_intermediate_size"
-    ).split():
+    )
+    for name in sizes.split():
         if getattr(config, name) < 1:
             raise UsageError(f"model.{name}: must be at least 1, got {getattr(config, name)}")
     layers, period = config.num_hidden_layers, config.attention_period

@@ -3,8 +3,8 @@
     x ──router──────────────► 8 experts and their weights
     x ──down (D → latent)──► experts (SwiGLU in the latent space) ──► combine ──up (latent → D)──► out
 
-Source: MAI-Thinking-1 report §2.1 and §2.6.3. The router reads the full width; the projections down and up are shared by
-all experts; nothing is normed in between; there is no shared expert; no token is ever dropped.
+Source: MAI-Thinking-1 report §2.1 and §2.6.3. The router reads the full width; the projections down and up are
+shared by all experts; nothing is normed in between; there is no shared expert; no token is ever dropped.
 
 Shapes: T tokens (batch and sequence flattened), D hidden size, L latent size, F expert inner size, E experts, K chosen
 per token.

@@ -45,7 +45,7 @@ class DecoderLayer(GradientCheckpointingLayer):
     def __init__(self, config: MaiThinkingConfig, layer_idx: int) -> None:
         super().__init__()
         assert config.layer_types is not None
-        self.kind = config.layer_types[layer_idx]
+        self.kind: str = config.layer_types[layer_idx]
         self.is_moe = layer_idx in config.moe_layers
         self.dropout = config.dropout
         D, epsilon = config.hidden_size, config.rms_norm_eps
@@ -208,7 +208,7 @@ class MaiThinkingModel(MaiThinkingPreTrainedModel):
             hidden_states.append(residual_BTD)
             residual_BTD, routing, logits = layer(
                 residual_BTD,
-                attention_mask=masks[layer.kind],
+                attention_mask=masks[str(layer.kind)],
                 rotary=rotary,
                 token_mask_BT=token_mask_BT,
                 past_key_values=past_key_values,

@@ -8,12 +8,14 @@ import lzma
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from transformers import PreTrainedTokenizerBase
 
+from mai_thinking.errors import UsageError
 from mai_thinking.model import MaiThinkingForCausalLM
 
 CATEGORY_WEIGHTS = {"code": 0.5, "stem": 0.175, "maths": 0.175, "general": 0.1, "multilingual": 0.05}
@@ -174,3 +176,46 @@ def compressors(texts: Sequence[str]) -> Yardstick:
         gzip=len(gzip.compress(content, compresslevel=9, mtime=0)) * bits,
         xz=len(lzma.compress(content, preset=9 | lzma.PRESET_EXTREME)) * bits,
     )
+
+
+def evaluate_files(
+    model: MaiThinkingForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    paths: Sequence[Path],
+    *,
+    context_length: int | None,
+    batch_size: int,
+) -> str:
+    """A line per file and one for all of them: bits per byte of the model, of `gzip -9` and of `xz -9e`.
+
+    Raises `UsageError` for a file that is missing, empty or not UTF-8, before anything is computed.
+    """
+    context_length = context_length or model.config.max_position_embeddings
+    texts = {str(path): read_text(path) for path in paths}
+    rows = [(name, _measure(model, tokenizer, [text], context_length, batch_size)) for name, text in texts.items()]
+    if len(texts) > 1:
+        rows.append(("all", _measure(model, tokenizer, list(texts.values()), context_length, batch_size)))
+    width = max(len(name) for name, _ in rows)
+    heading = f"{'bits per byte':<{width}}   model  gzip -9  xz -9e     bytes"
+    return "\n".join([heading, *(f"{name:<{width}}  {cells}" for name, cells in rows)])
+
+
+def _measure(
+    model: MaiThinkingForCausalLM, tokenizer: PreTrainedTokenizerBase, texts: list[str], context: int, batch_size: int
+) -> str:
+    result = evaluate_texts(model, tokenizer, texts, context_length=context, batch_size=batch_size)
+    yardstick = compressors(texts)
+    return f"{result.bits_per_byte:6.4f}   {yardstick.gzip:6.4f}  {yardstick.xz:6.4f}  {result.bytes:>8}"
+
+
+def read_text(path: Path) -> str:
+    """A UTF-8 file's text, or a `UsageError` that says why not."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path}: not UTF-8 (byte {error.start}); convert it first") from None
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read: {error.strerror}") from None
+    if not text:
+        raise UsageError(f"{path}: is empty")
+    return text

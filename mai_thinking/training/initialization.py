@@ -9,6 +9,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from mai_thinking.config.pretraining import PretrainConfig
 from mai_thinking.errors import UsageError
 from mai_thinking.model import MaiThinkingConfig, MaiThinkingForCausalLM
+from mai_thinking.training.checkpoint import CheckpointReader
 
 MAY_CHANGE = {
     "dropout",
@@ -82,6 +83,41 @@ def load_model(folder: str | Path, **changes: object) -> MaiThinkingForCausalLM:
         return MaiThinkingForCausalLM.from_pretrained(Path(folder).expanduser(), dtype=torch.float32, **changes)
     except (SafetensorError, OSError, RuntimeError) as error:
         raise UsageError(f"{folder}: the weights cannot be loaded: {' '.join(str(error).split())}") from None
+
+
+def load_model_and_tokenizer(path: str | Path) -> tuple[MaiThinkingForCausalLM, PreTrainedTokenizerBase]:
+    """What `path` holds: a model folder, a run's folder (its `final/`, else its newest checkpoint), or a checkpoint.
+
+    On a GPU if there is one. Raises `UsageError` if there is no model, or its tokenizer is another's.
+    """
+    path = Path(path).expanduser()
+    if (path / "config.json").is_file():
+        model, tokenizer = load_model(path), load_tokenizer(path)
+    elif (path / "final" / "config.json").is_file():
+        return load_model_and_tokenizer(path / "final")
+    elif (path / "manifest.json").is_file():
+        model, tokenizer = _load_checkpoint(path)
+    elif checkpoints := sorted((path / "checkpoints").glob("step-*")):
+        return load_model_and_tokenizer(checkpoints[-1])
+    else:
+        hint = "" if path.exists() else " (no such folder); `python scripts/pretrain.py` makes runs/nano"
+        raise UsageError(f"{path}: no model here{hint}")
+    if len(tokenizer) != model.config.vocab_size:
+        raise UsageError(
+            f"{path}: the tokenizer has {len(tokenizer)} entries, the model {model.config.vocab_size}; "
+            "one of them belongs to another model"
+        )
+    if torch.cuda.is_available():
+        model.to("cuda")
+    return model, tokenizer
+
+
+def _load_checkpoint(path: Path) -> tuple[MaiThinkingForCausalLM, PreTrainedTokenizerBase]:
+    """The model of a run's checkpoint, with the architecture and tokenizer that the run keeps beside them."""
+    start = path.parent.parent / "architecture"
+    model = MaiThinkingForCausalLM._from_config(load_model_config(start))
+    model.load_state_dict(CheckpointReader(path).read("model"))
+    return model, load_tokenizer(start)
 
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:

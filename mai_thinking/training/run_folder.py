@@ -20,7 +20,10 @@ FREE_TO_CHANGE = ("output_dir", "tracking", "checkpoint", "launch", "plan", "dat
 
 
 class RunFolder:
-    """`config.yaml`, `metrics.jsonl`, `events.jsonl`, `checkpoints/`, `final/`, `report/` under one path."""
+    """`config.yaml`, `metrics.jsonl`, `events.jsonl`, `checkpoints/`, `final/`, `report/` under one path.
+
+    `architecture/` holds what a checkpoint needs to be read as a model: the model's config and the tokenizer.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -29,6 +32,7 @@ class RunFolder:
         self.evaluations = path / "evaluations.jsonl"
         self.events = path / "events.jsonl"
         self.checkpoints = path / "checkpoints"
+        self.architecture = path / "architecture"
         self.final = path / "final"
         self.report = path / "report"
 
@@ -47,7 +51,10 @@ class RunFolder:
             if any(entry.name != "lock" for entry in self.path.iterdir()):
                 raise UsageError(f"{self.path}: holds files but no config.yaml of a run; choose another output_dir")
             return
-        before, now = yaml.safe_load(self.config.read_text()), yaml.safe_load(yaml.safe_dump(config.model_dump(mode="json")))
+        before, now = (
+            yaml.safe_load(self.config.read_text()),
+            yaml.safe_load(yaml.safe_dump(config.model_dump(mode="json"))),
+        )
         changed = [key for key in _differences(before, now) if not _is_free(key)]
         if changed:
             shown = ", ".join(changed[:3]) + (f" and {len(changed) - 3} more" if len(changed) > 3 else "")

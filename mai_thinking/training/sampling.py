@@ -1,7 +1,10 @@
 """Text from a model, for people to look at."""
 
+import sys
+from typing import Any
+
 import torch
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase, TextStreamer
 from transformers.generation.streamers import BaseStreamer
 
 from mai_thinking.model import MaiThinkingForCausalLM
@@ -42,3 +45,28 @@ def sample_text(
     finally:
         model.train(was_training)
     return tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True)
+
+
+def stream_text(model: MaiThinkingForCausalLM, tokenizer: PreTrainedTokenizerBase, prompt: str, **settings: Any) -> str:
+    """Print `prompt` and its continuation while it is written; keywords as for `sample_text`."""
+    print(prompt, end="", flush=True)
+    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    return sample_text(model, tokenizer, prompt, streamer=streamer, **settings)
+
+
+def converse(
+    model: MaiThinkingForCausalLM, tokenizer: PreTrainedTokenizerBase, *, seed: int = 0, **settings: Any
+) -> None:
+    """Read prompts line by line and continue each, until the input ends. `\\n` in a line stands for a line break."""
+    interactive = sys.stdin.isatty()
+    if interactive:
+        print("A base model continues text. Type its beginning (\\n for a line break); Ctrl-D ends.")
+    while True:
+        try:
+            prompt = input("> " if interactive else "")
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return
+        if prompt:
+            stream_text(model, tokenizer, prompt.replace("\\n", "\n"), seed=seed, **settings)
+            seed += 1

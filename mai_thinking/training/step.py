@@ -92,7 +92,7 @@ class TrainStep:
     def _accumulate_running(
         self, micro_batches: Sequence[MicroBatch], label_count: torch.Tensor, token_count: int
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        losses, counts, entropy = 0.0, 0.0, 0.0
+        losses = counts = entropy = torch.zeros((), device=self.accelerator.device)
         for index, batch in enumerate(micro_batches):
             last = index == len(micro_batches) - 1
             with nullcontext() if last else self.accelerator.no_sync(self.model):

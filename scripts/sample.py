@@ -1,0 +1,40 @@
+"""Talk to a model: `python scripts/sample.py [MODEL] [--prompt TEXT]`. Without a prompt, an interactive session.
+
+MODEL is a Hugging Face folder, a run's folder (default: runs/nano) or a run's `checkpoints/step-…`.
+Text streams as it is written.
+"""
+
+import argparse
+
+from mai_thinking.config.command import exit_with
+
+
+def main() -> None:
+    """Parse, load, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="?", default="runs/nano", help="a model folder, a run's folder or a checkpoint")
+    parser.add_argument("--prompt", help="continue this text and stop")
+    parser.add_argument("--tokens", type=int, default=200, help="at most so many new tokens")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token each time")
+    parser.add_argument("--top-p", type=float, default=0.95)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+
+    from mai_thinking.training.initialization import load_model_and_tokenizer
+    from mai_thinking.training.sampling import converse, stream_text
+
+    model, tokenizer = load_model_and_tokenizer(options.model)
+    settings = {
+        "tokens": options.tokens,
+        "temperature": options.temperature,
+        "top_p": options.top_p,
+        "seed": options.seed,
+    }
+    if options.prompt is None:
+        converse(model, tokenizer, **settings)
+    else:
+        stream_text(model, tokenizer, options.prompt, **settings)
+
+
+if __name__ == "__main__":
+    exit_with(main)
