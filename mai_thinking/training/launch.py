@@ -22,6 +22,7 @@ from typing import Any
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException, Std
+from torch.distributed.elastic.rendezvous import RendezvousInfo
 from torch.distributed.elastic.rendezvous.static_tcp_rendezvous import StaticTCPRendezvous
 
 from mai_thinking.config.command import EXIT_INTERRUPTED, EXIT_USAGE
@@ -87,7 +88,7 @@ class Agent(LocalElasticAgent):
             role="rank",
             local_world_size=section.nproc,
             entrypoint=run_script,
-            rdzv_handler=StaticTCPRendezvous("127.0.0.1", _free_port(), 0, 1, "launch", 60),
+            rdzv_handler=LocalRendezvous(),
             max_restarts=sys.maxsize,  # the budget is ours
             monitor_interval=_POLL_SECONDS,
         )
@@ -258,10 +259,19 @@ class Agent(LocalElasticAgent):
             time.sleep(_POLL_SECONDS)
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+class LocalRendezvous(StaticTCPRendezvous):
+    """One agent needs nobody to meet, only a store for its workers: a new one, at a new port, for each attempt. In an
+    old one the workers would find the addresses of their dead predecessors."""
+
+    def __init__(self) -> None:
+        super().__init__("127.0.0.1", 0, rank=0, world_size=1, run_id="launch", timeout=60)
+
+    def next_rendezvous(self) -> RendezvousInfo:
+        self._store = None
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.master_port = probe.getsockname()[1]
+        return super().next_rendezvous()
 
 
 def _silence_elastic() -> None:
