@@ -16,6 +16,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mai_thinking.model.configuration import LOCAL, MaiThinkingConfig
 from mai_thinking.model.norm import RMSNorm
+from mai_thinking.model.projection import residual_projection
 
 RotaryTables = tuple[torch.Tensor, torch.Tensor]
 
@@ -44,7 +45,7 @@ class Attention(nn.Module):
         self.q_proj = nn.Linear(D, queries, bias=False)
         self.k_proj = nn.Linear(D, keys, bias=False)
         self.v_proj = nn.Linear(D, keys, bias=False)
-        self.o_proj = nn.Linear(queries, D, bias=False)
+        self.o_proj = residual_projection(queries, D)
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
 

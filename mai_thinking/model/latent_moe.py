@@ -19,6 +19,7 @@ from transformers.integrations import use_experts_implementation
 
 from mai_thinking.model.configuration import MaiThinkingConfig
 from mai_thinking.model.experts import eager_experts
+from mai_thinking.model.projection import residual_projection
 
 
 class Routing(NamedTuple):
@@ -102,7 +103,7 @@ class LatentMoE(nn.Module):
         self.router = Router(config)
         self.latent_down = nn.Linear(config.hidden_size, config.latent_size, bias=False)
         self.experts = Experts(config)
-        self.latent_up = nn.Linear(config.latent_size, config.hidden_size, bias=False)
+        self.latent_up = residual_projection(config.latent_size, config.hidden_size)
 
     def forward(
         self, x_BTD: torch.Tensor, token_mask_BT: torch.Tensor | None = None

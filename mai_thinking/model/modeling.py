@@ -24,6 +24,7 @@ from mai_thinking.model.configuration import GLOBAL, LOCAL, MaiThinkingConfig
 from mai_thinking.model.latent_moe import Experts, LatentMoE, Router, Routing, balance_loss
 from mai_thinking.model.loss import chunked_cross_entropy
 from mai_thinking.model.norm import RMSNorm
+from mai_thinking.model.projection import residual_projection
 
 
 class DenseFeedForward(nn.Module):
@@ -33,7 +34,7 @@ class DenseFeedForward(nn.Module):
         super().__init__()
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.down_proj = residual_projection(config.intermediate_size, config.hidden_size)
 
     def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
         return self.down_proj(F.silu(self.gate_proj(x_BTD)) * self.up_proj(x_BTD))
@@ -51,7 +52,7 @@ class DecoderLayer(GradientCheckpointingLayer):
         D, epsilon = config.hidden_size, config.rms_norm_eps
         self.attention_in_norm = RMSNorm(D, epsilon)
         self.attention = Attention(config, layer_idx)
-        self.attention_out_norm = RMSNorm(D, epsilon)
+        self.attention_out_norm = RMSNorm(D, epsilon, 0.0 if config.zero_init_attention else 1.0)
         self.feed_forward_in_norm = RMSNorm(D, epsilon)
         self.feed_forward = LatentMoE(config) if self.is_moe else DenseFeedForward(config)
         self.feed_forward_out_norm = RMSNorm(D, epsilon)
@@ -117,23 +118,15 @@ class MaiThinkingPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         """N(0, 0.02); what feeds the residual stream 1/√(its 2·layers sublayers) smaller; gains 1, attention's 0."""
         std = self.config.initializer_range
-        residual_std = std / (2 * self.config.num_hidden_layers) ** 0.5
         if isinstance(module, nn.Linear | nn.Embedding | Router):
+            if getattr(module, "feeds_residual", False):
+                std /= (2 * self.config.num_hidden_layers) ** 0.5
             init.normal_(module.weight, mean=0.0, std=std)
         elif isinstance(module, RMSNorm):
-            init.ones_(module.weight)
+            init.constant_(module.weight, module.initial_gain)
         elif isinstance(module, Experts):
             init.normal_(module.gate_up_proj, mean=0.0, std=std)
             init.normal_(module.down_proj, mean=0.0, std=std)
-        # Parents come after their children, so these overwrite what the lines above gave.
-        elif isinstance(module, Attention):
-            init.normal_(module.o_proj.weight, mean=0.0, std=residual_std)
-        elif isinstance(module, DenseFeedForward):
-            init.normal_(module.down_proj.weight, mean=0.0, std=residual_std)
-        elif isinstance(module, LatentMoE):
-            init.normal_(module.latent_up.weight, mean=0.0, std=residual_std)
-        elif isinstance(module, DecoderLayer) and self.config.zero_init_attention:
-            init.zeros_(module.attention_out_norm.weight)
 
 
 @dataclass

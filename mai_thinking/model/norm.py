@@ -6,10 +6,11 @@ from torch import nn
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) · gain over the last dimension; input of any dtype, output fp32."""
+    """x / rms(x) · gain over the last dimension; input of any dtype, output fp32. Gains start at `initial_gain`."""
 
-    def __init__(self, size: int, epsilon: float) -> None:
+    def __init__(self, size: int, epsilon: float, initial_gain: float = 1.0) -> None:
         super().__init__()
+        self.initial_gain = initial_gain
         self.weight = nn.Parameter(torch.ones(size))
         self.epsilon = epsilon
 

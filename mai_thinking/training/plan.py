@@ -77,7 +77,9 @@ def _activations_per_token(architecture: MaiThinkingConfig, compute_bytes: int) 
     attention = compute_bytes * (2 * c.hidden_size + queries) + 4 * 2 * (queries + keys) + compute_bytes * 2 * keys
     dense = compute_bytes * (2 * c.hidden_size + 4 * c.intermediate_size)
     per_choice = compute_bytes * (2 * c.latent_size + 4 * c.moe_intermediate_size)
-    moe = compute_bytes * 2 * (c.hidden_size + c.latent_size) + 4 * 3 * c.num_experts + c.num_experts_per_tok * per_choice
+    moe = (
+        compute_bytes * 2 * (c.hidden_size + c.latent_size) + 4 * 3 * c.num_experts + c.num_experts_per_tok * per_choice
+    )
     return [norms + attention + (moe if layer in c.moe_layers else dense) for layer in range(c.num_hidden_layers)]
 
 
@@ -148,7 +150,16 @@ def count_on_meta(architecture: MaiThinkingConfig) -> int:
 
 def quantity(value: float) -> str:
     """`962.1B`, `34.66B`, `1.66M`: four digits and a letter."""
-    for size, letter in ((1e24, "Y"), (1e21, "Z"), (1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+    for size, letter in (
+        (1e24, "Y"),
+        (1e21, "Z"),
+        (1e18, "E"),
+        (1e15, "P"),
+        (1e12, "T"),
+        (1e9, "B"),
+        (1e6, "M"),
+        (1e3, "k"),
+    ):
         if value >= size:
             return f"{value / size:.4g}{letter}"
     return f"{value:.4g}"

@@ -98,7 +98,9 @@ def _draw_bits(path: Path, evaluations: Sequence[Record], yardsticks: Mapping[st
     tokens = [record["tokens"] / 1e6 for record in evaluations]
     for index, (category, yardstick) in enumerate(yardsticks.items()):
         color = f"C{index}"
-        axes.plot(tokens, [record[BITS + category] for record in evaluations], "o-", markersize=3, color=color, label=category)
+        axes.plot(
+            tokens, [record[BITS + category] for record in evaluations], "o-", markersize=3, color=color, label=category
+        )
         axes.axhline(yardstick.xz, color=color, linestyle="--", linewidth=0.8)
     axes.plot([], [], "k--", linewidth=0.8, label="xz -9e on the same bytes")
     axes.set(xlabel="training tokens (millions)", ylabel="bits per byte", title="held-out text")
