@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException, Std
@@ -74,10 +75,11 @@ class Agent(LocalElasticAgent):
         self.exit_code = 0
         self.heartbeats = scratch / "heartbeats"
         self.heartbeats.mkdir()
-        self._environment = {
-            HEARTBEAT_VARIABLE: str(self.heartbeats),
-            LAUNCHED_VARIABLE: str(time.time() - seconds_since_process_start()),
-        }
+        self._environment = {HEARTBEAT_VARIABLE: str(self.heartbeats)}
+        if not torch.accelerator.is_available():
+            # Without it, Accelerate takes the ranks of a machine without an accelerator for separate runs.
+            self._environment["ACCELERATE_USE_CPU"] = "true"
+        self._told_once = {LAUNCHED_VARIABLE: str(time.time() - seconds_since_process_start())}
         self._arguments = (str(script), arguments)
         self._attempt_began = time.time()
         self._restart_times: list[float] = []
@@ -107,7 +109,7 @@ class Agent(LocalElasticAgent):
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
         for rank in range(self.section.nproc):
             heartbeat_path(self.heartbeats, rank).unlink(missing_ok=True)
-        worker_group.spec.args = (*self._arguments, dict(self._environment))
+        worker_group.spec.args = (*self._arguments, {**self._environment, **self._told_once})
         self._attempt_began = time.time()
         return super()._start_workers(worker_group)
 
@@ -219,7 +221,7 @@ class Agent(LocalElasticAgent):
         if len(self._restart_times) > self.section.restarts:
             return self._give_up(f"more than {self.section.restarts} failures in {self.section.window_seconds:g} s")
         _say(f"{failure.what}; restarting from the newest good checkpoint")
-        self._environment = {HEARTBEAT_VARIABLE: str(self.heartbeats), CAUSE_VARIABLE: failure.what}
+        self._told_once = {CAUSE_VARIABLE: failure.what}
         return True
 
     def _give_up(self, why: str) -> bool:

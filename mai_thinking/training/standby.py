@@ -20,18 +20,20 @@ _ALWAYS = (
 
 
 def start_standby(script: Path) -> None:
-    """Start the fork server of this process, with everything imported that `script` imports at its top."""
+    """Start the fork server of this process, with everything imported that `script` imports."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([*_ALWAYS, *imports_of(script)])
     forkserver.ensure_running()
 
 
 def imports_of(script: Path) -> list[str]:
-    """The names of the modules that a script imports at its top level, in their order."""
+    """The names of the modules that a script imports, at its top or in its functions, in the order of its lines."""
+    nodes = ast.walk(ast.parse(script.read_text(encoding="utf-8"), str(script)))
+    statements = sorted((n for n in nodes if isinstance(n, ast.Import | ast.ImportFrom)), key=lambda n: n.lineno)
     names: list[str] = []
-    for statement in ast.parse(script.read_text(encoding="utf-8"), str(script)).body:
+    for statement in statements:
         if isinstance(statement, ast.Import):
             names.extend(alias.name for alias in statement.names)
-        elif isinstance(statement, ast.ImportFrom) and statement.module and statement.level == 0:
+        elif statement.module and statement.level == 0:
             names.append(statement.module)
     return names
