@@ -1,61 +1,109 @@
 """Ways to compute `Σ_k gate · expert(x)` for all tokens, registered with the transformers experts interface.
 
+`eager_experts` is the definition. `bucketed_experts` is for CPUs, where one product an expert costs more to start than
+to compute, and where memory traffic decides the rest. It sorts the experts by load and cuts them into buckets of like
+load, each padded with rows of zeros to its busiest expert:
+
+    ████████  ███████·  ███████·  |  ████  ████  ███·  ███·  |  █  █  █  █        one bar an expert, one block a pair
+
+A bucket is a few batched products. It is as large as a cache holds; its inputs and weights are gathered into the same
+scratch memory as the last one's, and worked on there in place. So main memory sees each weight read once and each
+gradient written once. The backward is written out, since autograd would write a full-size zero gradient of the weights
+for every bucket.
+
 Shapes: T tokens, K chosen experts per token, S = T·K token-expert pairs, E experts, L latent size, F inner size;
-in a bucket, n experts with room for c pairs each.
+P rows of all buckets, a pair's or padding; in one bucket n experts with room for c pairs each, R = n·c rows.
 """
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch.autograd.function import once_differentiable
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
 
-BUCKETS = 8
-"""Sorted by load, eight groups of experts waste little padding and still cost few products."""
+CACHE_BYTES = 4 * 2**20
+"""A bucket's working set. With 1 MiB of L2 a core, 2 to 6 MiB did alike and 12 MiB took a third more time."""
+LIKE_LOAD = 0.8
+"""No expert joins a bucket that has less than this share of its busiest one's load: the rest would be padding,"""
+FEW_EXPERTS = 16
+"""unless the bucket has fewer experts than this: then another round of products costs more than the padding."""
+PAIRS_PER_EXPERT = 1 / 8
+"""With fewer pairs than this, as in decoding, hardly any share an expert, and sorting costs more than it saves."""
+
+
+class ExpertWeights(Protocol):
+    """What the experts interface hands to an implementation: usually a module with these attributes."""
+
+    @property
+    def gate_up_proj(self) -> torch.Tensor:
+        """[E, 2F, L]; gate first."""
+
+    @property
+    def down_proj(self) -> torch.Tensor:
+        """[E, L, F]."""
+
+    @property
+    def act_fn(self) -> Callable[[torch.Tensor], torch.Tensor]:
+        """Of the gate; `bucketed_experts` takes it to be silu."""
 
 
 def eager_experts(
-    module: nn.Module, x_TL: torch.Tensor, chosen_TK: torch.Tensor, gates_TK: torch.Tensor
+    module: ExpertWeights, x_TL: torch.Tensor, chosen_TK: torch.Tensor, gates_TK: torch.Tensor
 ) -> torch.Tensor:
     """The definition: one expert after another. [T, L], [T, K] int64, [T, K] → [T, L]. Slow to differentiate."""
-    out_TL = torch.zeros(x_TL.shape, dtype=torch.float32, device=x_TL.device)
+    out_TL = torch.zeros(x_TL.shape, dtype=_wide(x_TL), device=x_TL.device)
     for expert in chosen_TK.unique().tolist():
         token, slot = torch.where(chosen_TK == expert)
         gate, up = F.linear(x_TL[token], module.gate_up_proj[expert]).chunk(2, dim=-1)
         y = F.linear(module.act_fn(gate) * up, module.down_proj[expert])
-        out_TL = out_TL.index_add(0, token, y.float() * gates_TK[token, slot, None])
+        out_TL = out_TL.index_add(0, token, y.to(out_TL.dtype) * gates_TK[token, slot, None])
     return out_TL.to(x_TL.dtype)
 
 
 def bucketed_experts(
-    module: nn.Module, x_TL: torch.Tensor, chosen_TK: torch.Tensor, gates_TK: torch.Tensor
+    module: ExpertWeights, x_TL: torch.Tensor, chosen_TK: torch.Tensor, gates_TK: torch.Tensor
 ) -> torch.Tensor:
-    """The same by batched products over groups of experts of like load. [T, L], [T, K] int64, [T, K] → [T, L].
+    """The same by batched products over buckets of experts. [T, L], [T, K] int64, [T, K] → [T, L].
 
-    For CPUs, where one product an expert costs more to launch than to compute. On an accelerator the library's
-    grouped product takes over. The combination is summed in fp32.
+    No pair is dropped, and the same inputs give the same bits. The combination is summed in fp32, or in float64 if that
+    is what comes in. On an accelerator the library's grouped product takes over.
     """
+    device = x_TL.device.type
     w_gate_up, w_down = module.gate_up_proj, module.down_proj
-    if torch.is_autocast_enabled(x_TL.device.type):
+    if torch.is_autocast_enabled(device):
         # Neither a custom autograd function nor the grouped product is cast by autocast itself.
-        dtype = torch.get_autocast_dtype(x_TL.device.type)
+        dtype = torch.get_autocast_dtype(device)
         x_TL, w_gate_up, w_down = x_TL.to(dtype), w_gate_up.to(dtype), w_down.to(dtype)
-    if x_TL.device.type != "cpu":
+    if device != "cpu":
         return grouped_mm_experts_forward(_CastExperts(module, w_gate_up, w_down), x_TL, chosen_TK, gates_TK)
-    y_SL = _BucketedSwiGLU.apply(x_TL, w_gate_up, w_down, chosen_TK)
-    y_TKL = y_SL.view(*chosen_TK.shape, -1).float()
-    return torch.einsum("tk,tkl->tl", gates_TK, y_TKL).to(x_TL.dtype)
+    with torch.autocast(device, enabled=False):
+        return _bucketed_on_cpu(x_TL, w_gate_up, w_down, gates_TK, chosen_TK)
 
 
 class _CastExperts:
     """An experts module whose weights stand in cast, as `grouped_mm_experts_forward` reads it."""
 
-    def __init__(self, module: nn.Module, gate_up_proj: torch.Tensor, down_proj: torch.Tensor) -> None:
+    def __init__(self, module: ExpertWeights, gate_up_proj: torch.Tensor, down_proj: torch.Tensor) -> None:
         self._module, self.gate_up_proj, self.down_proj = module, gate_up_proj, down_proj
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._module, name)
+
+
+@torch.compiler.disable  # Shapes that depend on the data, in NumPy: nothing here for the compiler.
+def _bucketed_on_cpu(
+    x_TL: torch.Tensor, w_gate_up: torch.Tensor, w_down: torch.Tensor, gates_TK: torch.Tensor, chosen_TK: torch.Tensor
+) -> torch.Tensor:
+    if torch.is_grad_enabled():
+        return _BucketedSwiGLU.apply(x_TL, w_gate_up, w_down, gates_TK, chosen_TK)
+    if chosen_TK.numel() <= PAIRS_PER_EXPERT * w_gate_up.size(0):
+        y_TKL = _pair_by_pair(x_TL, w_gate_up, w_down, chosen_TK)
+    else:
+        y_TKL = _bucket_by_bucket(plan_buckets(chosen_TK, w_gate_up), x_TL, w_gate_up, w_down, gate_up_P=None)
+    return _combine(gates_TK, y_TKL)
 
 
 class Bucket(NamedTuple):
@@ -63,76 +111,205 @@ class Bucket(NamedTuple):
 
     experts_n: torch.Tensor
     """Their indices, int64."""
-    pairs_nc: torch.Tensor
-    """Indices of their token-expert pairs, int64; S where there is none."""
+    rows: slice
+    """Their rows among P: the first expert's c, the second's c, ..."""
+    room: int
+    """c, the busiest one's load."""
+
+    def of(self, whole_P: torch.Tensor) -> torch.Tensor:
+        """This bucket's part of a tensor over all rows, [P, d] → [n, c, d]; a view."""
+        return whole_P[self.rows].view(self.experts_n.size(0), self.room, -1)
+
+    def on(self, scratch: torch.Tensor) -> torch.Tensor:
+        """As much of a scratch tensor as this bucket needs, [at least R, d] → [n, c, d]; a view."""
+        n = self.experts_n.size(0)
+        return scratch[: n * self.room].view(n, self.room, -1)
 
 
-def make_buckets(chosen_TK: torch.Tensor, experts: int) -> list[Bucket]:
-    """Sort experts by load, leave out those without work, cut into groups and pad each to its own busiest expert."""
-    expert_S = chosen_TK.flatten()
-    by_expert_S = expert_S.argsort(stable=True)
-    load_E = torch.bincount(expert_S, minlength=experts)
-    start_E = load_E.cumsum(0) - load_E
-    load_sorted, expert_sorted = load_E.sort(descending=True, stable=True)
-    busy = int((load_sorted > 0).sum())
-    # A pair index of S stands for "none": it reads the zero row that is appended to the inputs.
-    by_expert_S = torch.cat((by_expert_S, by_expert_S.new_full((1,), expert_S.numel())))
-    buckets = []
-    for experts_n in expert_sorted[:busy].split(max(1, -(-busy // BUCKETS))):
-        room = int(load_E[experts_n[0]])
-        slot_c = torch.arange(room)
-        place_nc = start_E[experts_n, None] + slot_c
-        filled_nc = slot_c < load_E[experts_n, None]
-        buckets.append(Bucket(experts_n, by_expert_S[torch.where(filled_nc, place_nc, expert_S.numel())]))
-    return buckets
+class Plan(NamedTuple):
+    """Where each token-expert pair is computed. All indices int64."""
+
+    pair_P: torch.Tensor
+    """Each row's pair (token · K + slot); S where the row is padding."""
+    row_TK: torch.Tensor
+    """Each pair's row."""
+    idle: torch.Tensor
+    """Experts without work."""
+    buckets: list[Bucket]
+
+    def tokens(self) -> torch.Tensor:
+        """Each row's token, [P]; T where the row is padding."""
+        return self.pair_P // self.row_TK.size(1)
+
+    def scratch(self, like: torch.Tensor, *widths: int) -> list[torch.Tensor]:
+        """Uninitialised [R, width] tensors with room for the largest bucket."""
+        rows = max((b.rows.stop - b.rows.start for b in self.buckets), default=0)
+        return [like.new_empty(rows, width) for width in widths]
+
+    def weight_scratch(self, *weights: torch.Tensor) -> list[torch.Tensor]:
+        """Uninitialised [n, ...] tensors with room for the largest bucket's share of each of `weights`."""
+        most = max((b.experts_n.size(0) for b in self.buckets), default=0)
+        return [w.new_empty(most, *w.shape[1:]) for w in weights]
+
+
+def plan_buckets(chosen_TK: torch.Tensor, w_gate_up: torch.Tensor) -> Plan:
+    """Sort experts by load, leave out those without work, and cut where the load falls off or the cache is full.
+
+    In NumPy: these many small steps, which start several times faster there, are a good part of decoding.
+    """
+    experts, width, latent = w_gate_up.shape
+    expert_S = chosen_TK.flatten().numpy()
+    load_E = np.bincount(expert_S, minlength=experts)
+    by_load_E = np.argsort(-load_E, kind="stable")
+    loads = load_E[by_load_E[: np.count_nonzero(load_E)]].tolist()
+    by_load = torch.from_numpy(by_load_E)
+
+    # The backward holds, of a row, x and dy, gate and up, their gradients, the inner activation and its gradient.
+    row_bytes = (2 * latent + 3 * width) * w_gate_up.itemsize
+    expert_bytes = 3 * latent * width // 2 * w_gate_up.itemsize
+    buckets: list[Bucket] = []
+    first_row_E = np.zeros(experts, dtype=np.int64)
+    start = row = 0
+    while start < len(loads):
+        room = loads[start]
+        fitting = min(len(loads), start + max(1, CACHE_BYTES // (expert_bytes + room * row_bytes)))
+        stop = min(fitting, start + FEW_EXPERTS)
+        while stop < fitting and loads[stop] >= LIKE_LOAD * room:
+            stop += 1
+        end = row + (stop - start) * room
+        buckets.append(Bucket(by_load[start:stop], slice(row, end), room))
+        first_row_E[by_load_E[start:stop]] = np.arange(row, end, room)
+        start, row = stop, end
+
+    # 16-bit integers are sorted by radix, several times faster.
+    by_expert_S = np.argsort(expert_S.astype(np.int16) if experts < 2**15 else expert_S, kind="stable")
+    # A pair's row: its expert's first row, plus the pair's place among its expert's pairs.
+    shift_E = first_row_E - (np.cumsum(load_E) - load_E)
+    row_by_expert_S = shift_E[expert_S[by_expert_S]] + np.arange(expert_S.size)
+    pair_P = np.full(row, expert_S.size)
+    pair_P[row_by_expert_S] = by_expert_S
+    row_S = np.empty_like(by_expert_S)
+    row_S[by_expert_S] = row_by_expert_S
+    return Plan(torch.from_numpy(pair_P), torch.from_numpy(row_S).view(chosen_TK.shape), by_load[len(loads) :], buckets)
 
 
 class _BucketedSwiGLU(torch.autograd.Function):
-    """Every pair's expert output [S, L], in the order token-major; backward written out, since autograd would write a
-    full-size zero gradient of the weights for every bucket."""
+    """The experts and their combination, differentiable in inputs, weights and gates."""
 
     @staticmethod
     def forward(
-        ctx: Any, x_TL: torch.Tensor, w_gate_up: torch.Tensor, w_down: torch.Tensor, chosen_TK: torch.Tensor
+        ctx: Any,
+        x_TL: torch.Tensor,
+        w_gate_up: torch.Tensor,
+        w_down: torch.Tensor,
+        gates_TK: torch.Tensor,
+        chosen_TK: torch.Tensor,
     ) -> torch.Tensor:
-        tokens, top_k = chosen_TK.shape
-        pairs = tokens * top_k
-        buckets = make_buckets(chosen_TK, w_gate_up.size(0))
-        padded_x = torch.cat((x_TL, x_TL.new_zeros(1, x_TL.size(1))))
-        y_SL = x_TL.new_empty(pairs + 1, x_TL.size(1))
-        saved = []
-        for experts_n, pairs_nc in buckets:
-            x_ncL = padded_x[pairs_nc // top_k]
-            gate_up_nc = x_ncL @ w_gate_up[experts_n].mT
-            gate, up = gate_up_nc.chunk(2, dim=-1)
-            y_ncL = (F.silu(gate) * up) @ w_down[experts_n].mT
-            y_SL[pairs_nc.flatten()] = y_ncL.flatten(0, 1)
-            saved += [experts_n, pairs_nc, x_ncL, gate_up_nc]
-        ctx.save_for_backward(w_gate_up, w_down, *saved)
-        ctx.shape = (tokens, top_k)
-        return y_SL[:pairs]
+        plan = plan_buckets(chosen_TK, w_gate_up)
+        gate_up_P = x_TL.new_empty(plan.pair_P.size(0), w_gate_up.size(1))
+        y_TKL = _bucket_by_bucket(plan, x_TL, w_gate_up, w_down, gate_up_P)
+        ctx.save_for_backward(x_TL, w_gate_up, w_down, gates_TK, y_TKL, gate_up_P, plan.pair_P, plan.row_TK, plan.idle)
+        ctx.buckets = plan.buckets
+        return _combine(gates_TK, y_TKL)
 
     @staticmethod
-    def backward(ctx: Any, dy_SL: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, None]:
-        w_gate_up, w_down, *saved = ctx.saved_tensors
-        tokens, top_k = ctx.shape
-        padded_dy = torch.cat((dy_SL, dy_SL.new_zeros(1, dy_SL.size(1))))
-        dx_SL = dy_SL.new_empty(padded_dy.shape)
-        dw_gate_up, dw_down = torch.zeros_like(w_gate_up), torch.zeros_like(w_down)
-        for i in range(0, len(saved), 4):
-            experts_n, pairs_nc, x_ncL, gate_up_nc = saved[i : i + 4]
-            dy_ncL = padded_dy[pairs_nc]
-            gate, up = gate_up_nc.chunk(2, dim=-1)
-            sigmoid = gate.sigmoid()
-            silu = gate * sigmoid
-            dw_down[experts_n] = dy_ncL.mT @ (silu * up)
-            d_inner = dy_ncL @ w_down[experts_n]
-            # d silu(g)/dg = σ(g)·(1 + g·(1 − σ(g))) = σ + silu·(1 − σ)
-            d_gate_up = torch.cat((d_inner * up * (sigmoid + silu * (1 - sigmoid)), d_inner * silu), dim=-1)
-            dw_gate_up[experts_n] = d_gate_up.mT @ x_ncL
-            dx_SL[pairs_nc.flatten()] = (d_gate_up @ w_gate_up[experts_n]).flatten(0, 1)
-        dx_TL = dx_SL[:-1].view(tokens, top_k, -1).sum(dim=1)
-        return dx_TL, dw_gate_up, dw_down, None
+    @once_differentiable
+    def backward(ctx: Any, dout_TL: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x_TL, w_gate_up, w_down, gates_TK, y_TKL, gate_up_P, pair_P, row_TK, idle = ctx.saved_tensors
+        plan = Plan(pair_P, row_TK, idle, ctx.buckets)
+        latent, width = x_TL.size(1), w_gate_up.size(1)
+        weights_too = any(ctx.needs_input_grad[1:3])
+        dw_gate_up, dw_down = (torch.empty_like(w) if weights_too else None for w in (w_gate_up, w_down))
+        if dw_gate_up is not None and dw_down is not None:
+            dw_gate_up.index_fill_(0, plan.idle, 0.0)
+            dw_down.index_fill_(0, plan.idle, 0.0)
+        padded_x, padded_dout, token_P = _with_zero_row(x_TL), _with_zero_row(dout_TL), plan.tokens()
+        gate_P1 = _with_zero_row(gates_TK.reshape(-1, 1)).index_select(0, plan.pair_P)
+        dx_PL = x_TL.new_empty(plan.pair_P.size(0), latent)
+        x, dy, inner, d_inner, d_gate_up = plan.scratch(x_TL, latent, latent, width // 2, width // 2, width)
+        w_scratch, d_scratch = plan.weight_scratch(w_gate_up, w_down)
+        for bucket in plan.buckets:
+            n = bucket.experts_n.size(0)
+            w_n = torch.index_select(w_gate_up, 0, bucket.experts_n, out=w_scratch[:n])
+            d_n = torch.index_select(w_down, 0, bucket.experts_n, out=d_scratch[:n])
+            dy_nc = _gather(padded_dout, token_P[bucket.rows], out=bucket.on(dy))
+            torch.mul(dy_nc, bucket.of(gate_P1), out=dy_nc)  # in fp32, if the gates are
+            gate, up = bucket.of(gate_up_P).chunk(2, dim=-1)
+            d_gate, d_up = bucket.on(d_gate_up).chunk(2, dim=-1)
+            # inner = silu(gate) · up
+            d_inner_nc = torch.bmm(dy_nc, d_n, out=bucket.on(d_inner))
+            silu = torch.ops.aten.silu.out(gate, out=bucket.on(inner))
+            torch.mul(d_inner_nc, silu, out=d_up)
+            torch.ops.aten.silu_backward.grad_input(d_inner_nc.mul_(up), gate, grad_input=d_gate)
+            torch.bmm(bucket.on(d_gate_up), w_n, out=bucket.of(dx_PL))
+            if dw_gate_up is not None and dw_down is not None:
+                # The weights' scratch has served: their gradients take its place.
+                x_nc = _gather(padded_x, token_P[bucket.rows], out=bucket.on(x))
+                torch.bmm(bucket.on(d_gate_up).mT, x_nc, out=w_n)
+                torch.bmm(dy_nc.mT, silu.mul_(up), out=d_n)
+                dw_gate_up.index_copy_(0, bucket.experts_n, w_n)
+                dw_down.index_copy_(0, bucket.experts_n, d_n)
+        dx_TL = dx_PL.index_select(0, plan.row_TK.flatten()).view_as(y_TKL).sum(dim=1)
+        dgates_TK = _products(y_TKL, dout_TL.unsqueeze(2)).squeeze(2).to(gates_TK.dtype)
+        return dx_TL, dw_gate_up, dw_down, dgates_TK, None
+
+
+def _bucket_by_bucket(
+    plan: Plan, x_TL: torch.Tensor, w_gate_up: torch.Tensor, w_down: torch.Tensor, gate_up_P: torch.Tensor | None
+) -> torch.Tensor:
+    """→ every pair's output [T, K, L]. Every row's gate and up are left in `gate_up_P` [P, 2F], if given."""
+    latent, width = x_TL.size(1), w_gate_up.size(1)
+    y_PL = x_TL.new_empty(plan.pair_P.size(0), latent)
+    padded_x, token_P = _with_zero_row(x_TL), plan.tokens()
+    x, inner, gate_up = plan.scratch(x_TL, latent, width // 2, width)
+    w_scratch, d_scratch = plan.weight_scratch(w_gate_up, w_down)
+    for bucket in plan.buckets:
+        n = bucket.experts_n.size(0)
+        w_n = torch.index_select(w_gate_up, 0, bucket.experts_n, out=w_scratch[:n])
+        d_n = torch.index_select(w_down, 0, bucket.experts_n, out=d_scratch[:n])
+        x_nc = _gather(padded_x, token_P[bucket.rows], out=bucket.on(x))
+        gate_up_nc = bucket.on(gate_up) if gate_up_P is None else bucket.of(gate_up_P)
+        gate, up = torch.bmm(x_nc, w_n.mT, out=gate_up_nc).chunk(2, dim=-1)
+        inner_nc = torch.ops.aten.silu.out(gate, out=bucket.on(inner)).mul_(up)
+        torch.bmm(inner_nc, d_n.mT, out=bucket.of(y_PL))
+    return y_PL.index_select(0, plan.row_TK.flatten()).view(*plan.row_TK.shape, latent)
+
+
+def _pair_by_pair(
+    x_TL: torch.Tensor, w_gate_up: torch.Tensor, w_down: torch.Tensor, chosen_TK: torch.Tensor
+) -> torch.Tensor:
+    """→ every pair's output [T, K, L], each with its own copy of its expert's weights."""
+    pair_S = chosen_TK.flatten()
+    x_S1L = x_TL.unsqueeze(1).expand(*chosen_TK.shape, -1).reshape(-1, 1, x_TL.size(1))
+    gate, up = torch.bmm(x_S1L, w_gate_up.index_select(0, pair_S).mT).chunk(2, dim=-1)
+    y_S1L = torch.bmm(F.silu(gate).mul_(up), w_down.index_select(0, pair_S).mT)
+    return y_S1L.view(*chosen_TK.shape, x_TL.size(1))
+
+
+def _combine(gates_TK: torch.Tensor, y_TKL: torch.Tensor) -> torch.Tensor:
+    """Σ_k gate · y, [T, K] and [T, K, L] → [T, L]."""
+    return _products(gates_TK.unsqueeze(1), y_TKL).squeeze(1).to(y_TKL.dtype)
+
+
+def _products(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """A batched product in at least fp32, also where a backward runs under autocast, which leaves `out=` alone."""
+    a, b = a.to(_wide(a)), b.to(_wide(b))
+    return torch.bmm(a, b, out=a.new_empty(a.size(0), a.size(1), b.size(2)))
+
+
+def _gather(source: torch.Tensor, index_R: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """Rows of `source` into `out` [n, c, d]. `index_select` copies rows, in parallel; `source[index]` is far slower."""
+    torch.index_select(source, 0, index_R, out=out.view(index_R.size(0), -1))
+    return out
+
+
+def _with_zero_row(rows: torch.Tensor) -> torch.Tensor:
+    """Padding reads the last row. Zero times an uninitialised row could be NaN."""
+    return torch.cat((rows, rows.new_zeros(1, rows.size(1))))
+
+
+def _wide(x: torch.Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 ALL_EXPERTS_FUNCTIONS.register("bucketed_mm", bucketed_experts)
