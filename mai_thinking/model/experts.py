@@ -79,8 +79,7 @@ def bucketed_experts(
         x_TL, w_gate_up, w_down = x_TL.to(dtype), w_gate_up.to(dtype), w_down.to(dtype)
     if device != "cpu":
         return grouped_mm_experts_forward(_CastExperts(module, w_gate_up, w_down), x_TL, chosen_TK, gates_TK)
-    with torch.autocast(device, enabled=False):
-        return _bucketed_on_cpu(x_TL, w_gate_up, w_down, gates_TK, chosen_TK)
+    return _bucketed_on_cpu(x_TL, w_gate_up, w_down, gates_TK, chosen_TK)
 
 
 class _CastExperts:
