@@ -150,16 +150,7 @@ def count_on_meta(architecture: MaiThinkingConfig) -> int:
 
 def quantity(value: float) -> str:
     """`962.1B`, `34.66B`, `1.66M`: four digits and a letter."""
-    for size, letter in (
-        (1e24, "Y"),
-        (1e21, "Z"),
-        (1e18, "E"),
-        (1e15, "P"),
-        (1e12, "T"),
-        (1e9, "B"),
-        (1e6, "M"),
-        (1e3, "k"),
-    ):
-        if value >= size:
-            return f"{value / size:.4g}{letter}"
+    for power, letter in reversed(list(enumerate("kMBTPEZY", start=1))):
+        if value >= 1000**power:
+            return f"{value / 1000**power:.4g}{letter}"
     return f"{value:.4g}"

@@ -7,7 +7,7 @@ import torch
 
 from mai_thinking.errors import UsageError
 from mai_thinking.model import MaiThinkingConfig, MaiThinkingForCausalLM
-from tests.model.tiny import SIZES
+from tiny_models import SIZES
 
 # Table 1: rung → (active, total, hidden, query heads, latent, expert inner), numbers as printed there.
 TABLE_1 = {

@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from mai_thinking.model import MaiThinkingConfig, MaiThinkingForCausalLM
 from mai_thinking.model.modeling import DecoderLayer
-from tests.model.tiny import SIZES, tiny_model
+from tiny_models import SIZES, tiny_model
 
 
 def tokens(*shape: int, seed: int = 1) -> torch.Tensor:
