@@ -99,10 +99,9 @@ def _bucketed_on_cpu(
     if torch.is_grad_enabled():
         return _BucketedSwiGLU.apply(x_TL, w_gate_up, w_down, gates_TK, chosen_TK)
     if chosen_TK.numel() <= PAIRS_PER_EXPERT * w_gate_up.size(0):
-        y_TKL = _pair_by_pair(x_TL, w_gate_up, w_down, chosen_TK)
-    else:
-        y_TKL = _bucket_by_bucket(plan_buckets(chosen_TK, w_gate_up), x_TL, w_gate_up, w_down, gate_up_P=None)
-    return _combine(gates_TK, y_TKL)
+        return _pair_by_pair(x_TL, w_gate_up, w_down, gates_TK, chosen_TK)
+    plan = plan_buckets(chosen_TK, w_gate_up)
+    return _combine(_bucket_by_bucket(plan, x_TL, w_gate_up, w_down, gate_up_P=None), plan.row_TK, gates_TK)
 
 
 class Bucket(NamedTuple):
@@ -117,12 +116,16 @@ class Bucket(NamedTuple):
 
     def of(self, whole_P: torch.Tensor) -> torch.Tensor:
         """This bucket's part of a tensor over all rows, [P, d] → [n, c, d]; a view."""
-        return whole_P[self.rows].view(self.experts_n.size(0), self.room, -1)
+        return whole_P[self.rows].view(-1, self.room, whole_P.size(1))
 
     def on(self, scratch: torch.Tensor) -> torch.Tensor:
         """As much of a scratch tensor as this bucket needs, [at least R, d] → [n, c, d]; a view."""
-        n = self.experts_n.size(0)
-        return scratch[: n * self.room].view(n, self.room, -1)
+        return scratch[: self.rows.stop - self.rows.start].view(-1, self.room, scratch.size(1))
+
+    def gather(self, source: torch.Tensor, index_P: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        """Rows of `source` [·, d] into scratch → [n, c, d]. `source[index]` would be five times slower."""
+        out_R = out[: self.rows.stop - self.rows.start]
+        return torch.index_select(source, 0, index_P[self.rows], out=out_R).view(-1, self.room, source.size(1))
 
 
 class Plan(NamedTuple):
@@ -206,57 +209,57 @@ class _BucketedSwiGLU(torch.autograd.Function):
     ) -> torch.Tensor:
         plan = plan_buckets(chosen_TK, w_gate_up)
         gate_up_P = x_TL.new_empty(plan.pair_P.size(0), w_gate_up.size(1))
-        y_TKL = _bucket_by_bucket(plan, x_TL, w_gate_up, w_down, gate_up_P)
-        ctx.save_for_backward(x_TL, w_gate_up, w_down, gates_TK, y_TKL, gate_up_P, plan.pair_P, plan.row_TK, plan.idle)
+        y_PL = _bucket_by_bucket(plan, x_TL, w_gate_up, w_down, gate_up_P)
+        ctx.save_for_backward(x_TL, w_gate_up, w_down, gates_TK, y_PL, gate_up_P, plan.pair_P, plan.row_TK, plan.idle)
         ctx.buckets = plan.buckets
-        return _combine(gates_TK, y_TKL)
+        return _combine(y_PL, plan.row_TK, gates_TK)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout_TL: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x_TL, w_gate_up, w_down, gates_TK, y_TKL, gate_up_P, pair_P, row_TK, idle = ctx.saved_tensors
+        x_TL, w_gate_up, w_down, gates_TK, y_PL, gate_up_P, pair_P, row_TK, idle = ctx.saved_tensors
         plan = Plan(pair_P, row_TK, idle, ctx.buckets)
         latent, width = x_TL.size(1), w_gate_up.size(1)
+        y_TKL = y_PL.index_select(0, row_TK.flatten()).view(*row_TK.shape, latent)
+        dgates_TK = _products(dout_TL.unsqueeze(1), y_TKL.mT).squeeze(1).to(gates_TK.dtype)
+
         weights_too = any(ctx.needs_input_grad[1:3])
         dw_gate_up, dw_down = (torch.empty_like(w) if weights_too else None for w in (w_gate_up, w_down))
         if dw_gate_up is not None and dw_down is not None:
-            dw_gate_up.index_fill_(0, plan.idle, 0.0)
-            dw_down.index_fill_(0, plan.idle, 0.0)
-        padded_x, padded_dout, token_P = _with_zero_row(x_TL), _with_zero_row(dout_TL), plan.tokens()
-        gate_P1 = _with_zero_row(gates_TK.reshape(-1, 1)).index_select(0, plan.pair_P)
-        dx_PL = x_TL.new_empty(plan.pair_P.size(0), latent)
-        x, dy, inner, d_inner, d_gate_up = plan.scratch(x_TL, latent, latent, width // 2, width // 2, width)
+            dw_gate_up.index_fill_(0, idle, 0.0)
+            dw_down.index_fill_(0, idle, 0.0)
+        dx_PL = torch.empty_like(y_PL)
+        token_P = plan.tokens()
+        gate_P1 = _with_zero_row(gates_TK.reshape(-1, 1)).index_select(0, pair_P)
+        x_dout = _with_zero_row(torch.cat((x_TL, dout_TL), dim=1))
+        x_dy, inner, d_inner, d_gate_up = plan.scratch(x_TL, 2 * latent, width // 2, width // 2, width)
         w_scratch, d_scratch = plan.weight_scratch(w_gate_up, w_down)
         for bucket in plan.buckets:
             n = bucket.experts_n.size(0)
             w_n = torch.index_select(w_gate_up, 0, bucket.experts_n, out=w_scratch[:n])
             d_n = torch.index_select(w_down, 0, bucket.experts_n, out=d_scratch[:n])
-            dy_nc = _gather(padded_dout, token_P[bucket.rows], out=bucket.on(dy))
-            torch.mul(dy_nc, bucket.of(gate_P1), out=dy_nc)  # in fp32, if the gates are
+            x_nc, dy_nc = bucket.gather(x_dout, token_P, out=x_dy).chunk(2, dim=-1)
+            dy_nc.mul_(bucket.of(gate_P1))
             gate, up = bucket.of(gate_up_P).chunk(2, dim=-1)
-            d_gate, d_up = bucket.on(d_gate_up).chunk(2, dim=-1)
+            d_gate_up_nc = bucket.on(d_gate_up)
+            d_gate, d_up = d_gate_up_nc.chunk(2, dim=-1)
             # inner = silu(gate) · up
             d_inner_nc = torch.bmm(dy_nc, d_n, out=bucket.on(d_inner))
             silu = torch.ops.aten.silu.out(gate, out=bucket.on(inner))
             torch.mul(d_inner_nc, silu, out=d_up)
             torch.ops.aten.silu_backward.grad_input(d_inner_nc.mul_(up), gate, grad_input=d_gate)
-            torch.bmm(bucket.on(d_gate_up), w_n, out=bucket.of(dx_PL))
+            torch.bmm(d_gate_up_nc, w_n, out=bucket.of(dx_PL))
             if dw_gate_up is not None and dw_down is not None:
                 # The weights' scratch has served: their gradients take its place.
-                x_nc = _gather(padded_x, token_P[bucket.rows], out=bucket.on(x))
-                torch.bmm(bucket.on(d_gate_up).mT, x_nc, out=w_n)
-                torch.bmm(dy_nc.mT, silu.mul_(up), out=d_n)
-                dw_gate_up.index_copy_(0, bucket.experts_n, w_n)
-                dw_down.index_copy_(0, bucket.experts_n, d_n)
-        dx_TL = dx_PL.index_select(0, plan.row_TK.flatten()).view_as(y_TKL).sum(dim=1)
-        dgates_TK = _products(y_TKL, dout_TL.unsqueeze(2)).squeeze(2).to(gates_TK.dtype)
-        return dx_TL, dw_gate_up, dw_down, dgates_TK, None
+                dw_gate_up.index_copy_(0, bucket.experts_n, torch.bmm(d_gate_up_nc.mT, x_nc, out=w_n))
+                dw_down.index_copy_(0, bucket.experts_n, torch.bmm(dy_nc.mT, silu.mul_(up), out=d_n))
+        return F.embedding_bag(row_TK, dx_PL, mode="sum"), dw_gate_up, dw_down, dgates_TK, None
 
 
 def _bucket_by_bucket(
     plan: Plan, x_TL: torch.Tensor, w_gate_up: torch.Tensor, w_down: torch.Tensor, gate_up_P: torch.Tensor | None
 ) -> torch.Tensor:
-    """→ every pair's output [T, K, L]. Every row's gate and up are left in `gate_up_P` [P, 2F], if given."""
+    """→ every row's output [P, L]. Its gate and up are left in `gate_up_P` [P, 2F], if given."""
     latent, width = x_TL.size(1), w_gate_up.size(1)
     y_PL = x_TL.new_empty(plan.pair_P.size(0), latent)
     padded_x, token_P = _with_zero_row(x_TL), plan.tokens()
@@ -266,40 +269,37 @@ def _bucket_by_bucket(
         n = bucket.experts_n.size(0)
         w_n = torch.index_select(w_gate_up, 0, bucket.experts_n, out=w_scratch[:n])
         d_n = torch.index_select(w_down, 0, bucket.experts_n, out=d_scratch[:n])
-        x_nc = _gather(padded_x, token_P[bucket.rows], out=bucket.on(x))
+        x_nc = bucket.gather(padded_x, token_P, out=x)
         gate_up_nc = bucket.on(gate_up) if gate_up_P is None else bucket.of(gate_up_P)
         gate, up = torch.bmm(x_nc, w_n.mT, out=gate_up_nc).chunk(2, dim=-1)
         inner_nc = torch.ops.aten.silu.out(gate, out=bucket.on(inner)).mul_(up)
         torch.bmm(inner_nc, d_n.mT, out=bucket.of(y_PL))
-    return y_PL.index_select(0, plan.row_TK.flatten()).view(*plan.row_TK.shape, latent)
+    return y_PL
 
 
 def _pair_by_pair(
-    x_TL: torch.Tensor, w_gate_up: torch.Tensor, w_down: torch.Tensor, chosen_TK: torch.Tensor
+    x_TL: torch.Tensor, w_gate_up: torch.Tensor, w_down: torch.Tensor, gates_TK: torch.Tensor, chosen_TK: torch.Tensor
 ) -> torch.Tensor:
-    """→ every pair's output [T, K, L], each with its own copy of its expert's weights."""
-    pair_S = chosen_TK.flatten()
+    """Without sorting: each pair its own copy of its expert's weights."""
+    expert_S = chosen_TK.flatten()
     x_S1L = x_TL.unsqueeze(1).expand(*chosen_TK.shape, -1).reshape(-1, 1, x_TL.size(1))
-    gate, up = torch.bmm(x_S1L, w_gate_up.index_select(0, pair_S).mT).chunk(2, dim=-1)
-    y_S1L = torch.bmm(F.silu(gate).mul_(up), w_down.index_select(0, pair_S).mT)
-    return y_S1L.view(*chosen_TK.shape, x_TL.size(1))
+    gate, up = torch.bmm(x_S1L, w_gate_up.index_select(0, expert_S).mT).chunk(2, dim=-1)
+    y_S1L = torch.bmm(F.silu(gate).mul_(up), w_down.index_select(0, expert_S).mT)
+    y_TKL = y_S1L.view(*chosen_TK.shape, x_TL.size(1))
+    return _products(gates_TK.unsqueeze(1), y_TKL).squeeze(1).to(x_TL.dtype)
 
 
-def _combine(gates_TK: torch.Tensor, y_TKL: torch.Tensor) -> torch.Tensor:
-    """Σ_k gate · y, [T, K] and [T, K, L] → [T, L]."""
-    return _products(gates_TK.unsqueeze(1), y_TKL).squeeze(1).to(y_TKL.dtype)
+def _combine(y_PL: torch.Tensor, row_TK: torch.Tensor, gates_TK: torch.Tensor) -> torch.Tensor:
+    """Σ_k gate · y: one pass that never holds all pairs' weighted outputs."""
+    wide = _wide(y_PL)
+    out_TL = F.embedding_bag(row_TK, y_PL.to(wide), mode="sum", per_sample_weights=gates_TK.to(wide))
+    return out_TL.to(y_PL.dtype)
 
 
 def _products(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """A batched product in at least fp32, also where a backward runs under autocast, which leaves `out=` alone."""
+    """A batched product in at least fp32, also where autocast is on, which leaves `out=` alone."""
     a, b = a.to(_wide(a)), b.to(_wide(b))
     return torch.bmm(a, b, out=a.new_empty(a.size(0), a.size(1), b.size(2)))
-
-
-def _gather(source: torch.Tensor, index_R: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """Rows of `source` into `out` [n, c, d]. `index_select` copies rows, in parallel; `source[index]` is far slower."""
-    torch.index_select(source, 0, index_R, out=out.view(index_R.size(0), -1))
-    return out
 
 
 def _with_zero_row(rows: torch.Tensor) -> torch.Tensor:
