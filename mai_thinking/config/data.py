@@ -98,7 +98,7 @@ class CleaningSection(Section):
     """Deduplication, quality filters and decontamination. Every document dropped is counted per rule and source."""
 
     exact_duplicates: bool = True
-    """Drop a document whose text (white space at line ends apart) was seen before, in any source."""
+    """Drop a document whose text (but for white space) was seen before, in any source."""
     near_duplicates: float | None = Field(default=0.7, gt=0, lt=1)
     """Estimated Jaccard similarity from which a document is a duplicate of an earlier one; null keeps them all."""
     minhash_permutations: int = Field(default=128, ge=16, multiple_of=16)

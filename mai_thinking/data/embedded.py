@@ -154,18 +154,19 @@ def _docstrings() -> Iterator[Document]:
             yield Document(document.id, text + "\n")
 
 
-def _docstrings_in(tree: ast.Module) -> Iterator[str]:
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
-            text = ast.get_docstring(node) or ""
-        elif isinstance(node, ast.Call):
+def _docstrings_in(node: ast.Module | ast.ClassDef | ast.FunctionDef) -> Iterator[str]:
+    text = ast.get_docstring(node) or ""
+    if len(text) >= _MIN_DOCSTRING:
+        yield text
+    for child in node.body:
+        if isinstance(child, ast.ClassDef | ast.FunctionDef):
+            yield from _docstrings_in(child)
+        elif isinstance(child, ast.Expr) and isinstance(child.value, ast.Call):
             # torch keeps the manual of its compiled functions in calls: add_docstr(torch.abs, r"""…""")
-            strings = [a.value for a in node.args if isinstance(a, ast.Constant) and isinstance(a.value, str)]
+            strings = [a.value for a in child.value.args if isinstance(a, ast.Constant) and isinstance(a.value, str)]
             text = inspect.cleandoc(max(strings, key=len, default=""))
-        else:
-            continue
-        if len(text) >= _MIN_DOCSTRING:
-            yield text
+            if len(text) >= _MIN_DOCSTRING:
+                yield text
 
 
 _READERS: dict[str, Callable[[], Iterator[Document]]] = {

@@ -56,8 +56,8 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
         raise UsageError(f"tokenizer.path: {path}: no tokenizer.json there; name a folder such as a run's `final/`")
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(Path(path).expanduser()), local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise UsageError(f"tokenizer.path: {path}: cannot be loaded: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # The library raises what it stumbles over: KeyError, ValueError, bare Exception, ...
+        raise UsageError(f"tokenizer.path: {path}: cannot be loaded: {error!r:.200}") from None
     if not isinstance(tokenizer, PreTrainedTokenizerFast) or tokenizer.eos_token_id is None:
         raise UsageError(f"tokenizer.path: {path}: a fast tokenizer with an end-of-text token (eos_token) is needed")
     return tokenizer

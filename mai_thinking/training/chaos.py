@@ -16,7 +16,7 @@ from pathlib import Path
 
 from mai_thinking.config.faults import Fault
 from mai_thinking.training.checkpoint_storage import step_folder, visible_steps
-from mai_thinking.training.worker import read_heartbeat
+from mai_thinking.training.heartbeat import read_heartbeat
 
 _TICK_SECONDS = 0.005
 

@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mai_thinking.training.heartbeat import Heartbeat
 from mai_thinking.training.metrics import Record, cut_torn_line, read_records
 
 PRODUCTIVE = "productive steps"
@@ -52,13 +53,15 @@ class GoodputLedger:
     """Appends what a run does to `events.jsonl`, a line each, with the operating system when the call returns.
 
     Spans and steps follow one another and do not overlap; what lies between them is accounted as `other`. A call costs
-    some ten microseconds. Only rank 0 keeps the ledger; elsewhere (`enabled=False`) all calls do nothing.
+    some ten microseconds. Only rank 0 keeps the ledger; elsewhere (`enabled=False`) nothing is written. On every rank
+    each call also beats for the launcher's watchdog.
     """
 
     def __init__(self, path: Path | str, *, enabled: bool = True):
         """Opens the ledger and begins an attempt, dated back to the start of this process, or of its launcher."""
         self.path = Path(path)
         self.enabled = enabled
+        self._heartbeat = Heartbeat(self.path.parent)
         if not enabled:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -72,6 +75,7 @@ class GoodputLedger:
 
     def step(self, step: int, seconds: float, *, data_wait: float = 0.0) -> None:
         """A training step has just ended that took `seconds`, `data_wait` of them waiting for its data."""
+        self._heartbeat.beat(step)
         self._write("step", step=step, seconds=round(seconds, 6), data_wait=round(data_wait, 6))
 
     @contextmanager
@@ -81,6 +85,7 @@ class GoodputLedger:
         try:
             yield
         finally:
+            self._heartbeat.beat()
             self._write("span", category=category, seconds=round(time.perf_counter() - begin, 6))
 
     def end(self, how: str) -> None:

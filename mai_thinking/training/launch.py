@@ -31,7 +31,8 @@ from mai_thinking.config.faults import parse_faults
 from mai_thinking.config.launch import LaunchSection
 from mai_thinking.training.chaos import Chaos
 from mai_thinking.training.goodput import CAUSE_VARIABLE, LAUNCHED_VARIABLE, seconds_since_process_start
-from mai_thinking.training.worker import HEARTBEAT_VARIABLE, heartbeat_path, read_heartbeat, run_script
+from mai_thinking.training.heartbeat import HEARTBEAT_VARIABLE, heartbeat_path, read_heartbeat
+from mai_thinking.training.worker import run_script
 
 EXIT_FAILED = 1
 _POLL_SECONDS = 0.05

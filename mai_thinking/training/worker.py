@@ -1,6 +1,5 @@
-"""A worker's side of the launcher: how a script is run as a rank, tells that it moves, and is asked to stop."""
+"""A worker's side of the launcher: how a script is run as a rank, and how it is asked to stop."""
 
-import json
 import os
 import runpy
 import signal
@@ -8,15 +7,12 @@ import sys
 import time
 from pathlib import Path
 from types import FrameType
-from typing import Any, TextIO, cast
+from typing import TextIO, cast
 
 import torch
 import torch.distributed as dist
 
 from mai_thinking.training.orphans import die_with_parent
-
-HEARTBEAT_VARIABLE = "MAI_HEARTBEATS"
-"""The launcher names a folder in this environment variable; each rank's heartbeat is a file in it."""
 
 
 def run_script(script: str, arguments: list[str], environment: dict[str, str]) -> None:
@@ -78,38 +74,3 @@ class StopRequest:
         if not self.requested:
             self._when = time.monotonic()
         self.requested = True
-
-
-class Heartbeat:
-    """Tells the launcher which step this rank has reached; without a launcher it does nothing.
-
-    A beat is one write of a few bytes, some microseconds.
-    """
-
-    def __init__(self, output_dir: Path | str):
-        """`output_dir`: the run's folder, which the launcher's fault injection needs to find checkpoints."""
-        self._descriptor: int | None = None
-        self._output_dir = str(Path(output_dir).resolve())
-        if folder := os.environ.get(HEARTBEAT_VARIABLE):
-            path = heartbeat_path(Path(folder), int(os.environ["RANK"]))
-            self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
-
-    def beat(self, step: int) -> None:
-        """Step `step` is complete. May be repeated in long stretches without a step, such as an evaluation."""
-        if self._descriptor is not None:
-            record = json.dumps({"step": step, "output_dir": self._output_dir})
-            os.pwrite(self._descriptor, record.ljust(4096).encode(), 0)
-
-
-def heartbeat_path(folder: Path, rank: int) -> Path:
-    """The file of a rank's heartbeat; its time of modification is the time of the last beat."""
-    return folder / f"rank-{rank}"
-
-
-def read_heartbeat(folder: Path, rank: int) -> tuple[float, dict[str, Any]] | None:
-    """(Unix time, content) of a rank's last beat, or None before the first."""
-    path = heartbeat_path(folder, rank)
-    try:
-        return path.stat().st_mtime, json.loads(path.read_bytes())
-    except (FileNotFoundError, ValueError):
-        return None

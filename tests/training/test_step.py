@@ -6,10 +6,10 @@ import pytest
 import torch
 from accelerate import Accelerator
 from ranks import run_ranks
-from tiny_models import tiny_model
 
 from mai_thinking.model.latent_moe import balance_loss
 from mai_thinking.training.step import NonFiniteError, StepResult, TrainStep, routing_metrics
+from tiny_models import tiny_model
 
 BALANCE, Z = 0.7, 0.01
 Gradients = dict[str, torch.Tensor]

@@ -21,7 +21,7 @@ from mai_thinking.training.checkpoint import Checkpointer
 from mai_thinking.training.goodput import GoodputLedger
 from mai_thinking.training.metrics import MetricsLog
 from mai_thinking.training.state import ModelState, OptimizerState, PerRank, RandomState
-from mai_thinking.training.worker import Heartbeat, StopRequest
+from mai_thinking.training.worker import StopRequest
 
 
 class Loader:
@@ -48,11 +48,12 @@ def main() -> int:
     if options["refuse"]:
         raise UsageError("the config is refused")
     torch.set_num_threads(1)
-    dist.init_process_group("gloo")
+    if not dist.is_initialized():
+        dist.init_process_group("gloo")
     rank, world = dist.get_rank(), dist.get_world_size()
     print(f"toy: {rank} of {world}, process {os.getpid()}")
     ledger = GoodputLedger(folder / "events.jsonl", enabled=rank == 0)
-    stop, heartbeat = StopRequest(), Heartbeat(folder)
+    stop = StopRequest()
 
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(16, 32), nn.Dropout(0.3), nn.Linear(32, 16))
@@ -92,7 +93,6 @@ def main() -> int:
         if log:
             log.append({"step": step, "loss": float(shared), "grad_norm": float(norm), "document": document})
         ledger.step(step, time.perf_counter() - begin)
-        heartbeat.beat(step)
         stopping = stop.agreed()
         if checkpointer.due(step) or stopping:
             with ledger.span(goodput.CHECKPOINT):

@@ -1,0 +1,67 @@
+"""The tokenizer: any text survives, and no text can fake a document boundary."""
+
+import random
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer
+
+from mai_thinking.data import PreparedData
+from mai_thinking.data.tokenizer import END_OF_TEXT, PADDING, Encoder, load_tokenizer, train_tokenizer
+from mai_thinking.errors import UsageError
+
+SAMPLES = [
+    "def f(x):\n    if x:\n        return {'a': [1, 2.5e-3]}\n\n\n",
+    "naïve café, Straße, Ελληνικά, русский, हिन्दी, العربية, 中文, 日本語, 한국어",
+    "👩‍👩‍👧‍👦 🏳️‍🌈 e\u0301 \u200d\ufeff \x00\x01\x7f \r\n\t\v\f \u2028\u2029\xa0",
+    f"a literal {END_OF_TEXT} and {PADDING} in a text",
+    "",
+    "   leading and trailing   ",
+]
+
+
+def random_text(generator: random.Random) -> str:
+    code_points = [generator.choice([generator.randrange(128), generator.randrange(0x110000)]) for _ in range(60)]
+    return "".join(chr(point) for point in code_points if not 0xD800 <= point < 0xE000)
+
+
+def test_any_text_survives_and_has_no_boundary(two_sources: PreparedData) -> None:
+    generator = random.Random(1)
+    for text in SAMPLES + [random_text(generator) for _ in range(200)]:
+        ids = two_sources.encoder.encode(text)
+        assert two_sources.tokenizer.decode(ids) == text
+        assert not {two_sources.tokenizer.eos_token_id, two_sources.tokenizer.pad_token_id} & set(ids)
+    batch = two_sources.encoder.encode_documents(SAMPLES)
+    assert [document.tolist() for document in batch] == [
+        two_sources.encoder.encode_document(text).tolist() for text in SAMPLES
+    ]
+
+
+def test_a_saved_tokenizer_is_the_same(two_sources: PreparedData, tmp_path: Path) -> None:
+    two_sources.tokenizer.save_pretrained(tmp_path / "final")
+    loaded = AutoTokenizer.from_pretrained(tmp_path / "final")
+    assert (loaded.eos_token, loaded.pad_token, loaded.padding_side) == (END_OF_TEXT, PADDING, "left")
+    assert len(loaded) == 400
+    for text in SAMPLES:
+        assert Encoder(loaded).encode(text) == two_sources.encoder.encode(text)
+        if END_OF_TEXT not in text:
+            assert loaded(text)["input_ids"] == two_sources.encoder.encode(text)
+
+
+def test_digits_stand_alone() -> None:
+    tokenizer = train_tokenizer(["1234567 1234567 abc"] * 50, 400)
+    assert len(Encoder(tokenizer).encode("1234567")) == 7
+
+
+def test_training_is_deterministic(two_sources: PreparedData) -> None:
+    texts = [document.text for documents in two_sources.held_out.values() for document in documents]
+    first, second = (train_tokenizer(texts, 500).backend_tokenizer.to_str() for _ in range(2))
+    assert first == second
+
+
+def test_a_folder_without_a_tokenizer_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"no tokenizer.json there"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(UsageError, match="cannot be loaded"):
+        load_tokenizer(tmp_path)
