@@ -1,9 +1,15 @@
-"""The one exception that means "the user can mend this"."""
+"""The exceptions whose message is all that a user needs; whatever else is raised is a bug, with its traceback."""
 
 
 class UsageError(Exception):
     """Bad input: a config, a data file, a checkpoint, a command line.
 
-    The message is a single line that says what is wrong and names the fix. Scripts print it and exit with code 2,
-    without a traceback; everything else that is raised is a bug and keeps its traceback.
+    The message is a single line that says what is wrong and names the fix. Scripts print it and exit with code 2.
+    """
+
+
+class RunError(Exception):
+    """A run that must not go on: its numbers are wrong, though its input is well-formed.
+
+    The message is a single line that names the step. Scripts print it and exit with code 1.
     """

@@ -12,15 +12,17 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 
+from mai_thinking.config.command import EXIT_INTERRUPTED
 from mai_thinking.config.pretraining import PretrainConfig
 from mai_thinking.data import Loader, PreparedData, Step, prepare
 from mai_thinking.model import MaiThinkingConfig, MaiThinkingForCausalLM
 from mai_thinking.training.checkpoint import Checkpointer
 from mai_thinking.training.evaluation import Likelihood, evaluate_texts, summarize
 from mai_thinking.training.goodput import CHECKPOINT, EVALUATION, GoodputLedger
-from mai_thinking.training.initialization import build_model, model_config
 from mai_thinking.training.metrics import MetricsLog
+from mai_thinking.training.model_files import build_model, model_config, save_model
 from mai_thinking.training.optimizer import build_optimizer, learning_rate
+from mai_thinking.training.parallel import share
 from mai_thinking.training.plan import Plan
 from mai_thinking.training.progress import ProgressLine
 from mai_thinking.training.report import write_report
@@ -28,6 +30,7 @@ from mai_thinking.training.run_folder import RunFolder, atomic_folder
 from mai_thinking.training.sampling import sample_text
 from mai_thinking.training.state import ModelState, OptimizerState, PerRank, RandomState
 from mai_thinking.training.step import StepResult, TrainStep
+from mai_thinking.training.worker import StopRequest
 
 
 def pretrain(config: PretrainConfig, *, dry_run: bool = False) -> int:
@@ -70,14 +73,16 @@ class Pretraining:
         self.config, self.folder, self.accelerator = config, folder, accelerator
         self.rank, self.ranks = accelerator.process_index, accelerator.num_processes
         self.ledger = GoodputLedger(folder.events, enabled=self.rank == 0)
+        self.stop = StopRequest()
         self.data: PreparedData = prepare(config.data, say=self._say)
-        self.architecture: MaiThinkingConfig = self._architecture()
-        self.model = accelerator.prepare(build_model(config, self.architecture))
+        self.architecture: MaiThinkingConfig = model_config(config, self.data.tokenizer)
+        model = build_model(config, self.architecture)
         if config.execution.activation_checkpointing:
-            self.plain_model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.gradient_checkpointing_enable({"use_reentrant": False})
         if config.execution.compile:
-            self.plain_model.compile()
-        self.optimizer = build_optimizer(self.model, config.optimizer)
+            model.compile()
+        self.parallel = share(model, accelerator, config.execution.parallel)
+        self.optimizer = build_optimizer(self.parallel.model, config.optimizer)
         self.loader = Loader(
             self.data,
             context_length=config.batch.context_length,
@@ -88,9 +93,8 @@ class Pretraining:
             seed=config.seed,
         )
         self.train_step = TrainStep(
-            self.model,
+            self.parallel,
             self.optimizer,
-            accelerator,
             clip_norm=config.optimizer.clip_norm,
             balance=self.architecture.router_aux_loss_coef,
             z=self.architecture.router_z_loss_coef,
@@ -101,21 +105,19 @@ class Pretraining:
         self.checkpointer = Checkpointer(folder.checkpoints, config.checkpoint)
         self.progress = {"step": 0, "tokens": 0}
         self.step = self._resume()
-        self.metrics = MetricsLog(folder.metrics) if self.rank == 0 else None
+        # Another number of ranks adds in another order.
+        same_ranks = self.checkpointer.loaded_world in (None, self.ranks)
+        self.metrics = MetricsLog(folder.metrics, tolerance=0.0 if same_ranks else 1e-3) if self.rank == 0 else None
+        self.documents = MetricsLog(folder.documents(self.rank, self.ranks)) if config.tracking.documents else None
         self.line = ProgressLine(config.steps, done=self.step, every=config.tracking.print_every, show=self.rank == 0)
         if config.tracking.trackers:
             accelerator.init_trackers(config.name, config={"name": config.name, "seed": config.seed})
 
-    @property
-    def plain_model(self) -> MaiThinkingForCausalLM:
-        """The model without the wrappers that make it data-parallel."""
-        return self.accelerator.unwrap_model(self.model)
-
     def run(self) -> int:
-        """Train to the last step, evaluate, save `final/`, write the report."""
+        """Train to the last step, evaluate, save `final/`, write the report. Or, when asked to stop, save and stop."""
         self._announce()
         self._save_architecture()
-        self.model.train()
+        self.parallel.model.train()
         with self.line:
             for batch in self.loader:
                 if self.step >= self.config.steps:
@@ -123,8 +125,13 @@ class Pretraining:
                 self._train(batch)
                 if self.step % self.config.evaluation.every == 0 and self.step < self.config.steps:
                     self._evaluate(self.config.evaluation.max_bytes)
-                if self.checkpointer.due(self.step):
-                    self._save()
+                stopping = self.stop.agreed()
+                if self.checkpointer.due(self.step) or stopping:
+                    self._save(synchronous=stopping)
+                if stopping:
+                    self.line.say(f"stopped after step {self.step}, which is saved; the same command goes on with it")
+                    self.ledger.end("interrupted")
+                    return EXIT_INTERRUPTED
         self._save(synchronous=True)
         self._finish()
         self.ledger.end("done")
@@ -132,10 +139,12 @@ class Pretraining:
 
     def close(self) -> None:
         """Leave no thread and no half-written file behind."""
+        self.stop.close()
         self.loader.close()
         self.checkpointer.close()
-        if self.metrics is not None:
-            self.metrics.close()
+        for log in (self.metrics, self.documents):
+            if log is not None:
+                log.close()
         if self.config.tracking.trackers:
             self.accelerator.end_training()
 
@@ -151,6 +160,8 @@ class Pretraining:
         self.progress = {"step": step, "tokens": self.progress["tokens"] + self.config.batch.tokens_per_step}
         self.ledger.step(step, seconds, data_wait=self.loader.wait_seconds)
         self._record(result, rate, seconds)
+        if self.documents is not None:
+            self.documents.append({"step": step, "documents": batch.document_ids}, exact=("documents",))
 
     def _record(self, result: StepResult, rate: float, seconds: float) -> None:
         tokens = self.progress["tokens"]
@@ -182,8 +193,9 @@ class Pretraining:
     def _evaluate(self, max_bytes: int | None) -> dict[str, Any]:
         """Held-out likelihood by category, each rank its share of the documents."""
         with self.ledger.span(EVALUATION), self.accelerator.autocast():
+            model = self.parallel.whole()
             results = {
-                category: self._likelihood(_first_bytes([d.text for d in documents], max_bytes))
+                category: self._likelihood(model, _first_bytes([d.text for d in documents], max_bytes))
                 for category, documents in self.data.held_out.items()
                 if documents
             }
@@ -194,9 +206,9 @@ class Pretraining:
         self.line.say(f"step {self.step}: held-out bits per byte {_spell_bits(record)}")
         return record
 
-    def _likelihood(self, texts: Sequence[str]) -> Likelihood:
+    def _likelihood(self, model: MaiThinkingForCausalLM, texts: Sequence[str]) -> Likelihood:
         mine = evaluate_texts(
-            self.plain_model,
+            model,
             self.data.tokenizer,
             texts[self.rank :: self.ranks],
             context_length=self.config.batch.context_length,
@@ -211,8 +223,8 @@ class Pretraining:
 
     def _state(self) -> dict[str, Any]:
         return {
-            "model": ModelState(self.model),
-            "optimizer": OptimizerState(self.model, self.optimizer),
+            "model": ModelState(self.parallel.model),
+            "optimizer": OptimizerState(self.parallel.model, self.optimizer),
             "loader": self.loader,
             "random": PerRank(RandomState()),
             "progress": self.progress,
@@ -235,12 +247,6 @@ class Pretraining:
 
     # --------------------------------------------------------------------------------------------- begin and end
 
-    def _architecture(self) -> MaiThinkingConfig:
-        architecture = model_config(self.config, len(self.data.tokenizer))
-        architecture.bos_token_id = architecture.eos_token_id = self.data.tokenizer.eos_token_id
-        architecture.pad_token_id = self.data.tokenizer.pad_token_id
-        return architecture
-
     def _save_architecture(self) -> None:
         if self.rank == 0 and not self.folder.architecture.exists():
             with atomic_folder(self.folder.architecture) as path:
@@ -255,22 +261,22 @@ class Pretraining:
     def _finish(self) -> None:
         """Evaluate on all held-out text, save the model folder, write the report, show what the model says."""
         evaluation = self._evaluate(None)
+        model = self.parallel.whole()
         if self.rank == 0:
-            with atomic_folder(self.folder.final) as final:
-                self.plain_model.save_pretrained(final)
-                self.data.tokenizer.save_pretrained(final)
-            samples = self._samples()
+            samples = self._samples(model)
             write_report(self.folder, self.config, self.architecture, self.data, evaluation, samples)
             for prompt, text in samples.items():
                 self.line.say(f"\n── {prompt!r}\n{prompt}{text}")
+            # Last, since a run with this folder is finished.
+            save_model(model, self.data.tokenizer, self.folder.final)
             self.line.say(f"\nmodel in {self.folder.final}, report in {self.folder.report}/summary.md")
         self.accelerator.wait_for_everyone()
 
-    def _samples(self) -> dict[str, str]:
+    def _samples(self, model: MaiThinkingForCausalLM) -> dict[str, str]:
         evaluation = self.config.evaluation
         return {
             prompt: sample_text(
-                self.plain_model, self.data.tokenizer, prompt, tokens=evaluation.sample_tokens, seed=self.config.seed
+                model, self.data.tokenizer, prompt, tokens=evaluation.sample_tokens, seed=self.config.seed
             )
             for prompt in evaluation.sample_prompts
         }

@@ -20,7 +20,7 @@ def main() -> None:
     options = parser.parse_args()
 
     from mai_thinking.training.evaluation import evaluate_files
-    from mai_thinking.training.initialization import load_model_and_tokenizer
+    from mai_thinking.training.model_files import load_model_and_tokenizer
 
     model, tokenizer = load_model_and_tokenizer(options.model)
     print(

@@ -20,7 +20,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
 
-    from mai_thinking.training.initialization import load_model_and_tokenizer
+    from mai_thinking.training.model_files import load_model_and_tokenizer
     from mai_thinking.training.sampling import converse, stream_text
 
     model, tokenizer = load_model_and_tokenizer(options.model)

@@ -7,8 +7,9 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from mai_thinking.config.loading import ConfigType, load_config
-from mai_thinking.errors import UsageError
+from mai_thinking.errors import RunError, UsageError
 
+EXIT_FAILED = 1
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 75
 """A SIGTERM came and the run was saved: the same command goes on with it (sysexits' EX_TEMPFAIL)."""
@@ -30,14 +31,18 @@ def parse_run_command(
 
 
 def exit_with(main: Callable[[], int | None]) -> NoReturn:
-    """Run a script's `main`; turn a user's mistake or a full disk into one line and exit code 2."""
+    """Run a script's `main`; turn a user's mistake or a full disk into one line and exit code 2, a run that went wrong
+    into one line and exit code 1."""
+    code = EXIT_USAGE
     try:
         sys.exit(main() or 0)
     except UsageError as error:
         problem = str(error)
+    except RunError as error:
+        problem, code = str(error), EXIT_FAILED
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         problem = f"no space left on the disk{f' for {error.filename}' if error.filename else ''}; free some and rerun"
     print(f"error: {problem}", file=sys.stderr)
-    sys.exit(EXIT_USAGE)
+    sys.exit(code)

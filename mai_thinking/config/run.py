@@ -84,6 +84,8 @@ class ExecutionSection(Section):
     activation_checkpointing: bool = False
     """Compute a layer's activations again in the backward pass instead of keeping them. With accumulation this also
     makes the balance loss exact over micro-batches (see `training.step`)."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """Every rank holds the whole model, or (FSDP2) its share of weights, gradients and optimiser state."""
     compile: bool = False
     """Compile the model with torch.compile."""
 
@@ -93,6 +95,8 @@ class TrackingSection(Section):
 
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
     """From the `trackers` extra."""
+    documents: bool = False
+    """Write which documents each rank reads at each step below `documents/`: for tracing a spike to its text."""
     print_every: float = Field(10.0, gt=0)
     """Seconds between progress lines where the output is not a terminal."""
 

@@ -53,13 +53,13 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
     """The tokenizer in the folder `path`; UsageError unless it is a fast one with an end-of-text token."""
     if not (Path(path).expanduser() / "tokenizer.json").is_file():
-        raise UsageError(f"tokenizer.path: {path}: no tokenizer.json there; name a folder such as a run's `final/`")
+        raise UsageError(f"{path}: no tokenizer.json there; name a folder such as a run's `final/`")
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(Path(path).expanduser()), local_files_only=True)
     except Exception as error:  # The library raises what it stumbles over: KeyError, ValueError, bare Exception, ...
-        raise UsageError(f"tokenizer.path: {path}: cannot be loaded: {error!r:.200}") from None
+        raise UsageError(f"{path}: the tokenizer cannot be loaded: {error!r:.200}") from None
     if not isinstance(tokenizer, PreTrainedTokenizerFast) or tokenizer.eos_token_id is None:
-        raise UsageError(f"tokenizer.path: {path}: a fast tokenizer with an end-of-text token (eos_token) is needed")
+        raise UsageError(f"{path}: a fast tokenizer with an end-of-text token (eos_token) is needed")
     return tokenizer
 
 

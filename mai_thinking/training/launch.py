@@ -26,7 +26,7 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalEx
 from torch.distributed.elastic.rendezvous import RendezvousInfo
 from torch.distributed.elastic.rendezvous.static_tcp_rendezvous import StaticTCPRendezvous
 
-from mai_thinking.config.command import EXIT_INTERRUPTED, EXIT_USAGE
+from mai_thinking.config.command import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE
 from mai_thinking.config.faults import parse_faults
 from mai_thinking.config.launch import LaunchSection
 from mai_thinking.training.chaos import Chaos
@@ -34,7 +34,6 @@ from mai_thinking.training.goodput import CAUSE_VARIABLE, LAUNCHED_VARIABLE, sec
 from mai_thinking.training.heartbeat import HEARTBEAT_VARIABLE, heartbeat_path, read_heartbeat
 from mai_thinking.training.worker import run_script
 
-EXIT_FAILED = 1
 _POLL_SECONDS = 0.05
 
 

@@ -11,10 +11,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from mai_thinking.errors import RunError
+
 Record = dict[str, Any]
 
 
-class NotReproducedError(Exception):
+class NotReproducedError(RunError):
     """A step computed again gave another result than the first time: the run is not deterministic."""
 
 

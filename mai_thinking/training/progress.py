@@ -18,7 +18,7 @@ class ProgressLine:
 
     def __init__(self, steps: int, *, done: int, every: float, show: bool) -> None:
         self.steps, self.every, self.show = steps, every, show
-        self.console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
+        self.console = Console(file=sys.stdout, highlight=False, markup=False, emoji=False, soft_wrap=True)
         self._recent: deque[tuple[float, int, int]] = deque(maxlen=50)
         self._last_print = 0.0
         self._bar: Progress | None = None
@@ -27,7 +27,7 @@ class ProgressLine:
                 TextColumn("step"),
                 MofNCompleteColumn(),
                 BarColumn(bar_width=24),
-                TextColumn("{task.fields[text]}"),
+                TextColumn("{task.fields[text]}", markup=False),
                 console=self.console,
             )
             self._task = self._bar.add_task("training", total=steps, completed=done, text="")

@@ -36,6 +36,10 @@ class RunFolder:
         self.final = path / "final"
         self.report = path / "report"
 
+    def documents(self, rank: int, ranks: int) -> Path:
+        """The record of what one of so many ranks has read, step by step."""
+        return self.path / "documents" / f"rank-{rank}-of-{ranks}.jsonl"
+
     @property
     def finished(self) -> bool:
         """Whether the run came to its end."""

@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator
-from torch import nn
 
+from mai_thinking.errors import RunError
 from mai_thinking.model.latent_moe import Routing, balance_loss
+from mai_thinking.training.parallel import Parallel, clip_gradients
 
 MicroBatch = dict[str, torch.Tensor]
 
@@ -40,40 +40,39 @@ class StepResult:
     """`violation` (a list, layer by layer), `violation_max`, `dead_experts`, `router_entropy`."""
 
 
-class NonFiniteError(RuntimeError):
+class NonFiniteError(RunError):
     """A loss or gradient that is not a number any more; the weights have not been updated with it."""
 
 
 class TrainStep:
     """Callable that takes this rank's micro-batches of a global batch through the model and the optimiser.
 
-    `model` is what Accelerate prepared; `balance` and `z` are the weights of the two router losses.
+    `balance` and `z` are the weights of the two router losses.
     """
 
     def __init__(
         self,
-        model: nn.Module,
+        parallel: Parallel,
         optimizer: torch.optim.Optimizer,
-        accelerator: Accelerator,
         *,
         clip_norm: float,
         balance: float,
         z: float,
         exact_balance: bool,
     ) -> None:
-        self.model, self.optimizer, self.accelerator = model, optimizer, accelerator
+        self.parallel, self.optimizer = parallel, optimizer
         self.clip_norm, self.balance, self.z, self.exact_balance = clip_norm, balance, z, exact_balance
-        self.ranks = accelerator.num_processes
+        self.ranks, self.device = parallel.accelerator.num_processes, parallel.accelerator.device
 
     def __call__(self, micro_batches: Sequence[MicroBatch], learning_rate: float, step: int) -> StepResult:
         """Learn from `micro_batches`: dicts of [B, T] int64 `input_ids`, `labels` (next tokens, -100 for none) and
         `position_ids`. Raises `NonFiniteError`, before any weight changes, when a loss or gradient is not finite."""
         labels = torch.tensor([float((batch["labels"] != -100).sum()) for batch in micro_batches]).sum()
-        label_count = self._sum(labels.to(self.accelerator.device))
+        label_count = self._sum(labels.to(self.device))
         token_count = self.ranks * sum(batch["input_ids"].numel() for batch in micro_batches)
         accumulate = self._accumulate_exact if self.exact_balance else self._accumulate_running
         losses, counts, entropy = accumulate(micro_batches, label_count, token_count)
-        grad_norm = self._clip()
+        grad_norm = clip_gradients(self.parallel.model, self.clip_norm)
         cross_entropy, balance, z = self._sum(losses).tolist()
         self._guard(step, cross_entropy, grad_norm)
         for group in self.optimizer.param_groups:
@@ -92,14 +91,14 @@ class TrainStep:
     def _accumulate_running(
         self, micro_batches: Sequence[MicroBatch], label_count: torch.Tensor, token_count: int
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        losses = counts = entropy = torch.zeros((), device=self.accelerator.device)
+        losses = counts = entropy = torch.zeros((), device=self.device)
         for index, batch in enumerate(micro_batches):
             last = index == len(micro_batches) - 1
-            with nullcontext() if last else self.accelerator.no_sync(self.model):
+            with nullcontext() if last else self.parallel.deferred():
                 cross_entropy, routing = self._forward(batch, label_count)
                 counts = counts + self._sum(routing.counts_E)
                 total, parts = self._total(cross_entropy, routing, counts, token_count)
-                self.accelerator.backward(total * self.ranks)  # DDP averages over ranks; the counts are global
+                (total * self.ranks).backward()  # gradients are averaged over ranks; the counts are global
             losses, entropy = losses + parts, entropy + routing.entropy
         return losses, counts, entropy
 
@@ -110,25 +109,25 @@ class TrainStep:
         for index, batch in enumerate(micro_batches):
             last = index == len(micro_batches) - 1
             # Whether DDP reduces is decided in the forward pass; here one backward follows the last of them.
-            with nullcontext() if last else self.accelerator.no_sync(self.model):
+            with nullcontext() if last else self.parallel.deferred():
                 forwards.append(self._forward(batch, label_count))
         counts = self._sum(torch.stack([routing.counts_E for _, routing in forwards]).sum(dim=0))
         results = [self._total(cross_entropy, routing, counts, token_count) for cross_entropy, routing in forwards]
-        self.accelerator.backward(torch.stack([total for total, _ in results]).sum() * self.ranks)
+        (torch.stack([total for total, _ in results]).sum() * self.ranks).backward()
         losses = torch.stack([parts for _, parts in results]).sum(dim=0)
         return losses, counts, torch.stack([routing.entropy for _, routing in forwards]).sum(dim=0)
 
     def _forward(self, batch: MicroBatch, label_count: torch.Tensor) -> tuple[torch.Tensor, Routing]:
-        device = self.accelerator.device
-        output = self.model(
-            input_ids=batch["input_ids"].to(device),
-            position_ids=batch["position_ids"].to(device),
-            shift_labels=batch["labels"].to(device),
-            num_items_in_batch=label_count,
-            skip_logits=True,
-            use_cache=False,
-            output_router_logits=False,
-        )
+        with self.parallel.accelerator.autocast():
+            output = self.parallel.model(
+                input_ids=batch["input_ids"].to(self.device),
+                position_ids=batch["position_ids"].to(self.device),
+                shift_labels=batch["labels"].to(self.device),
+                num_items_in_batch=label_count,
+                skip_logits=True,
+                use_cache=False,
+                output_router_logits=False,
+            )
         return output.loss, output.routing
 
     def _total(
@@ -139,9 +138,6 @@ class TrainStep:
         z = routing.z.sum() / token_count
         total = cross_entropy + self.balance * balance + self.z * z
         return total, torch.stack([cross_entropy.detach(), balance.detach(), z.detach()])
-
-    def _clip(self) -> float:
-        return float(self.accelerator.clip_grad_norm_(self.model.parameters(), self.clip_norm))
 
     def _sum(self, value: torch.Tensor) -> torch.Tensor:
         """Over all ranks, in a fixed order."""

@@ -6,8 +6,10 @@ import pytest
 import torch
 from accelerate import Accelerator
 from ranks import run_ranks
+from torch.distributed.tensor import DTensor
 
 from mai_thinking.model.latent_moe import balance_loss
+from mai_thinking.training.parallel import share
 from mai_thinking.training.step import NonFiniteError, StepResult, TrainStep, routing_metrics
 from tiny_models import tiny_model
 
@@ -30,27 +32,32 @@ def cut(batch: dict[str, torch.Tensor], pieces: int) -> list[dict[str, torch.Ten
     return [{name: values[index] for name, values in chunks.items()} for index in range(pieces)]
 
 
-def one_step(micro_batches: list[dict[str, torch.Tensor]], *, exact: bool = False) -> tuple[StepResult, Gradients]:
+def one_step(
+    micro_batches: list[dict[str, torch.Tensor]], *, exact: bool = False, how: Any = "ddp"
+) -> tuple[StepResult, Gradients]:
     """What a step reports, and the gradients that it handed to the optimiser (before clipping: the norm is high)."""
     accelerator = Accelerator(cpu=True)
     plain = tiny_model().train()
     if exact:
         plain.gradient_checkpointing_enable({"use_reentrant": False})
-    model = accelerator.prepare(plain)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    parallel = share(plain, accelerator, how)
+    optimizer = torch.optim.SGD(parallel.model.parameters(), lr=0.0)
     gradients: Gradients = {}
 
     def keep(*_: Any) -> None:
-        gradients.update({name: p.grad.clone() for name, p in plain.named_parameters() if p.grad is not None})
+        for name, parameter in plain.named_parameters():
+            if parameter.grad is not None:
+                gradient = parameter.grad
+                gradients[name] = gradient.full_tensor() if isinstance(gradient, DTensor) else gradient.clone()
 
     optimizer.register_step_pre_hook(keep)
-    step = TrainStep(model, optimizer, accelerator, clip_norm=1e9, balance=BALANCE, z=Z, exact_balance=exact)
+    step = TrainStep(parallel, optimizer, clip_norm=1e9, balance=BALANCE, z=Z, exact_balance=exact)
     return step(micro_batches, 0.0, 1), gradients
 
 
-def rank_step(rank: int, world: int, accumulate: int, exact: bool) -> tuple[StepResult, dict[str, Any]]:
+def rank_step(rank: int, world: int, accumulate: int, exact: bool, how: str) -> tuple[StepResult, dict[str, Any]]:
     mine = cut(global_batch(), world)[rank]
-    result, gradients = one_step(cut(mine, accumulate), exact=exact)
+    result, gradients = one_step(cut(mine, accumulate), exact=exact, how=how)
     return result, {name: gradient.numpy() for name, gradient in gradients.items()}
 
 
@@ -83,10 +90,11 @@ def test_whole_batch_equals_plain_autograd() -> None:
         torch.testing.assert_close(gradients[name], parameter.grad, atol=1e-6, rtol=1e-5, msg=name)
 
 
+@pytest.mark.parametrize("how", ["ddp", "fsdp"])
 @pytest.mark.parametrize(("accumulate", "exact"), [(1, False), (2, True)])
-def test_two_ranks_equal_one(accumulate: int, exact: bool) -> None:
+def test_two_ranks_equal_one(accumulate: int, exact: bool, how: str) -> None:
     """The balance loss too: each rank balances against both ranks' counts."""
-    both = run_ranks(2, rank_step, 2, accumulate, exact)
+    both = run_ranks(2, rank_step, 2, accumulate, exact, how)
     whole = one_step([global_batch()])
     for result, gradients in both:
         assert_same((result, {name: torch.from_numpy(gradient) for name, gradient in gradients.items()}), whole)
@@ -132,13 +140,14 @@ def test_routing_metrics_by_hand() -> None:
 
 
 def test_non_finite_loss_names_the_step_and_leaves_the_weights() -> None:
-    accelerator = Accelerator(cpu=True)
     model = tiny_model().train()
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     with torch.no_grad():
         model.model.norm.weight[0] = float("nan")
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
-    step = TrainStep(model, optimizer, accelerator, clip_norm=1.0, balance=0.0, z=0.0, exact_balance=False)
+    step = TrainStep(
+        share(model, Accelerator(cpu=True), "ddp"), optimizer, clip_norm=1.0, balance=0.0, z=0.0, exact_balance=False
+    )
     with pytest.raises(NonFiniteError, match="step 17"):
         step([global_batch()], 1.0, 17)
     for name, parameter in model.named_parameters():
@@ -146,11 +155,12 @@ def test_non_finite_loss_names_the_step_and_leaves_the_weights() -> None:
 
 
 def test_clipping_bounds_the_update() -> None:
-    accelerator = Accelerator(cpu=True)
     model = tiny_model().train()
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     before = [parameter.clone() for parameter in model.parameters()]
-    step = TrainStep(model, optimizer, accelerator, clip_norm=0.01, balance=0.0, z=0.0, exact_balance=False)
+    step = TrainStep(
+        share(model, Accelerator(cpu=True), "ddp"), optimizer, clip_norm=0.01, balance=0.0, z=0.0, exact_balance=False
+    )
     result = step([global_batch()], 1.0, 1)
     moved = torch.stack([(now - old).norm() for now, old in zip(model.parameters(), before, strict=True)]).norm()
     assert result.grad_norm > 0.01

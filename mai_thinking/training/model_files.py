@@ -1,15 +1,18 @@
-"""Where a run's model comes from: fresh weights of its seed, or a model folder."""
+"""Where a run's model comes from, fresh weights of its seed or a model folder, and where it goes."""
 
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from mai_thinking.config.pretraining import PretrainConfig
+from mai_thinking.data.tokenizer import load_tokenizer
 from mai_thinking.errors import UsageError
 from mai_thinking.model import MaiThinkingConfig, MaiThinkingForCausalLM
 from mai_thinking.training.checkpoint import CheckpointReader
+from mai_thinking.training.run_folder import atomic_folder
 
 MAY_CHANGE = {
     "dropout",
@@ -21,20 +24,28 @@ MAY_CHANGE = {
 """Fields that a later stage may set otherwise than the checkpoint that it starts from; the others are its weights'."""
 
 
-def model_config(config: PretrainConfig, vocab_size: int | None = None) -> MaiThinkingConfig:
+def model_config(config: PretrainConfig, tokenizer: PreTrainedTokenizerBase | None = None) -> MaiThinkingConfig:
     """The architecture of a run: its `model:` section, or that of `init_from` with the section laid over it.
 
-    `vocab_size` is the tokenizer's. Raises `UsageError` for sizes that do not fit together or the checkpoint.
+    `tokenizer` is the prepared data's; before there is one, the vocabulary is as large as the config asks. Raises
+    `UsageError` for sizes that do not fit together or the checkpoint, or another tokenizer than the checkpoint's.
     """
-    changes = {} if vocab_size is None else {"vocab_size": vocab_size}
+    if tokenizer is None and config.data.tokenizer.path is not None:
+        tokenizer = load_tokenizer(config.data.tokenizer.path)
+    vocab_size = config.data.tokenizer.vocab_size if tokenizer is None else len(tokenizer)
+    changes = {"vocab_size": vocab_size}
+    if tokenizer is not None:
+        end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+        changes |= {"bos_token_id": end, "eos_token_id": end, "pad_token_id": pad}
     if "max_position_embeddings" not in config.model:
         changes["max_position_embeddings"] = config.batch.context_length
     if config.init_from is None:
         return MaiThinkingConfig.from_section(config.model, **changes)
     before = load_model_config(config.init_from)
-    if vocab_size is not None and before.vocab_size != vocab_size:
+    # Equal sizes are not enough: the same id would mean another token.
+    if tokenizer is None or tokenizer.get_vocab() != load_tokenizer(config.init_from).get_vocab():
         raise UsageError(
-            f"init_from: {config.init_from} has a vocabulary of {before.vocab_size}, the tokenizer {vocab_size}; "
+            f"init_from: {config.init_from} was trained with a tokenizer of its own; "
             f"set data.tokenizer.path={config.init_from}"
         )
     asked = MaiThinkingConfig.from_section(before.to_section() | config.model)
@@ -120,9 +131,9 @@ def _load_checkpoint(path: Path) -> tuple[MaiThinkingForCausalLM, PreTrainedToke
     return model, load_tokenizer(start)
 
 
-def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
-    """A model folder's tokenizer."""
-    path = Path(folder).expanduser()
-    if not (path / "tokenizer.json").is_file():
-        raise UsageError(f"{folder}: no tokenizer here (tokenizer.json is missing)")
-    return AutoTokenizer.from_pretrained(path)
+def save_model(model: MaiThinkingForCausalLM, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """A Hugging Face folder of both, whole or not at all."""
+    logging.disable_progress_bar()
+    with atomic_folder(folder) as path:
+        model.save_pretrained(path)
+        tokenizer.save_pretrained(path)

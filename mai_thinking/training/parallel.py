@@ -1,0 +1,98 @@
+"""How ranks share a model: a replica each (DDP, through Accelerate), or a shard each (FSDP2).
+
+With either, gradients meet once per global batch, while the backward pass of its last micro-batch still runs.
+"""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Literal, Protocol
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
+
+from mai_thinking.model import MaiThinkingForCausalLM
+
+
+class Parallel(Protocol):
+    """A model shared by the ranks of a job."""
+
+    accelerator: Accelerator
+    model: nn.Module
+    """What to call in training; its parameters are the optimiser's."""
+
+    def deferred(self) -> AbstractContextManager[None]:
+        """Around the forward and backward of every micro-batch but the last: gradients stay on their rank."""
+
+    def whole(self) -> MaiThinkingForCausalLM:
+        """The model with all its weights, on every rank and without any wrapper, for evaluation, sampling and saving.
+        Collective; to be taken anew after each step."""
+
+
+class Replicated:
+    """Every rank holds the whole model (DDP; with one rank, the model itself)."""
+
+    def __init__(self, model: MaiThinkingForCausalLM, accelerator: Accelerator) -> None:
+        self.accelerator = accelerator
+        self._plain = model
+        self.model: nn.Module = accelerator.prepare(model)
+
+    def deferred(self) -> AbstractContextManager[None]:
+        return self.accelerator.no_sync(self.model)
+
+    def whole(self) -> MaiThinkingForCausalLM:
+        return self._plain
+
+
+class Sharded:
+    """Weights, gradients and optimiser state lie in shards, an equal part on each rank (FSDP2, as ZeRO stage 3). A
+    layer is gathered while it is computed. Accelerate falls back to DDP where there is no GPU; `fully_shard` works
+    over gloo too."""
+
+    def __init__(self, model: MaiThinkingForCausalLM, accelerator: Accelerator) -> None:
+        self.accelerator = accelerator
+        self._config = model.config
+        self._implementations = {
+            "attn_implementation": model.config._attn_implementation,
+            "experts_implementation": model.config._experts_implementation,
+        }
+        model.to(accelerator.device)
+        mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
+        for layer in model.model.layers:
+            fully_shard(layer, mesh=mesh)
+        self._shards: FSDPModule = fully_shard(model, mesh=mesh)
+        self.model: nn.Module = model
+
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        self._shards.set_requires_gradient_sync(False)
+        try:
+            yield
+        finally:
+            self._shards.set_requires_gradient_sync(True)
+
+    def whole(self) -> MaiThinkingForCausalLM:
+        state = get_model_state_dict(self.model, options=StateDictOptions(full_state_dict=True))
+        with torch.device("meta"):
+            model = MaiThinkingForCausalLM._from_config(self._config, **self._implementations)
+        model.to_empty(device=self.accelerator.device)
+        model.tie_weights()  # which `to_empty` undoes
+        model.load_state_dict(state)
+        return model
+
+
+def share(model: MaiThinkingForCausalLM, accelerator: Accelerator, how: Literal["ddp", "fsdp"]) -> Parallel:
+    """`model`, the same on every rank, as `execution.parallel` says. A single rank has nobody to share with."""
+    if how == "fsdp" and accelerator.num_processes > 1:
+        return Sharded(model, accelerator)
+    return Replicated(model, accelerator)
+
+
+def clip_gradients(model: nn.Module, largest: float) -> float:
+    """Scale all gradients to a global L2 norm of `largest` if it is more; returns the norm before."""
+    norm = nn.utils.clip_grad_norm_(model.parameters(), largest)
+    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
