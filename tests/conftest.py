@@ -1,0 +1,33 @@
+"""A finished tiny run that several tests look at, and the config that it came from."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mai_thinking.config.loading import load_config
+from mai_thinking.config.pretraining import PretrainConfig
+from mai_thinking.pretraining import pretrain
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+
+
+@pytest.fixture(scope="session")
+def tiny_config(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., PretrainConfig]:
+    """`tiny_config(folder, "key=value", …)`: configs/tiny.yaml with an output folder; prepared data is shared."""
+    cache = tmp_path_factory.mktemp("cache")
+
+    def make(folder: Path, *overrides: str) -> PretrainConfig:
+        places = [f"output_dir={folder}", f"data.cache_dir={cache}"]
+        return load_config(PretrainConfig, CONFIGS / "tiny.yaml", [*places, *overrides])
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory: pytest.TempPathFactory, tiny_config: Callable[..., Any]) -> Path:
+    """The folder of a finished run of configs/tiny.yaml."""
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    assert pretrain(tiny_config(folder)) == 0
+    return folder

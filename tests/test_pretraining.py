@@ -1,0 +1,216 @@
+"""The whole loop on configs/tiny.yaml: what it leaves, what it repeats, what it refuses, and how it stops."""
+
+import json
+import math
+import os
+import runpy
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from mai_thinking.config.pretraining import PretrainConfig
+from mai_thinking.errors import UsageError
+from mai_thinking.pretraining import Pretraining, pretrain
+from mai_thinking.training.checkpoint import CheckpointReader
+from mai_thinking.training.metrics import read_records
+from mai_thinking.training.model_files import load_model_and_tokenizer
+
+SCRIPTS = Path(__file__).parents[1] / "scripts"
+TIMINGS = {"tokens_per_second", "seconds", "data_wait"}
+Make = Callable[..., PretrainConfig]
+
+
+def untimed(folder: Path) -> list[str]:
+    """metrics.jsonl, line by line and digit for digit, without what a clock says."""
+    records = read_records(folder / "metrics.jsonl")
+    return [json.dumps({name: value for name, value in r.items() if name not in TIMINGS}) for r in records]
+
+
+def last_state(folder: Path) -> dict[str, Any]:
+    reader = CheckpointReader(sorted((folder / "checkpoints").glob("step-*"))[-1])
+    return {name: reader.read(name) for name in ("model", "optimizer", "loader", "progress")} | {
+        "random": reader.read("random", of_rank=0)
+    }
+
+
+def stop_at(step: int, monkeypatch: pytest.MonkeyPatch, name: signal.Signals = signal.SIGTERM) -> None:
+    """The signal reaches this process while step `step` is computed."""
+    train = Pretraining._train
+
+    def with_signal(self: Pretraining, batch: Any) -> None:
+        if self.step + 1 == step:
+            os.kill(os.getpid(), name)
+        train(self, batch)
+
+    monkeypatch.setattr(Pretraining, "_train", with_signal)
+
+
+def script(name: str, *arguments: object) -> int:
+    """Run one of scripts/ as a user would; its exit code."""
+    before = sys.argv
+    sys.argv = [name, *map(str, arguments)]
+    try:
+        runpy.run_path(str(SCRIPTS / name), run_name="__main__")
+    except SystemExit as end:
+        return int(end.code or 0)
+    finally:
+        sys.argv = before
+    return 0
+
+
+def test_it_learns_and_leaves_what_it_promises(tiny_run: Path) -> None:
+    steps = [r for r in read_records(tiny_run / "metrics.jsonl") if "kind" not in r]
+    assert [r["step"] for r in steps] == list(range(1, 21))
+    assert steps[0]["loss"] == pytest.approx(math.log(512), abs=0.3)
+    assert steps[-1]["loss"] < steps[0]["loss"] - 1
+    assert {"tokens", "grad_norm", "lr", "tokens_per_second", "violation", "dead_experts", "router_entropy"} <= set(
+        steps[0]
+    )
+    evaluations = [r for r in read_records(tiny_run / "metrics.jsonl") if r.get("kind") == "evaluation"]
+    assert [r["step"] for r in evaluations] == [10, 20]
+    assert evaluations[1]["bits_per_byte"] < evaluations[0]["bits_per_byte"] < 8
+    summary = (tiny_run / "report" / "summary.md").read_text()
+    assert "xz -9e" in summary
+    for figure in ("loss", "bits_per_byte", "expert_load"):
+        assert (tiny_run / "report" / f"{figure}.png").read_bytes().startswith(b"\x89PNG")
+        assert f"({figure}.png)" in summary
+
+
+def test_final_is_a_hugging_face_folder(tiny_run: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_run / "final")
+    for name, value in last_state(tiny_run)["model"].items():
+        assert torch.equal(model.state_dict()[name], value), name
+    tokenizer = AutoTokenizer.from_pretrained(tiny_run / "final")
+    inputs = tokenizer(["The interpreter", "def"], return_tensors="pt", padding=True)
+    output = model.generate(**inputs, max_new_tokens=30, do_sample=False)
+    assert output.shape[1] == inputs["input_ids"].shape[1] + 30 or (output == tokenizer.eos_token_id).any()
+    alone = model.generate(**tokenizer("def", return_tensors="pt"), max_new_tokens=10, do_sample=False)
+    assert tokenizer.decode(output[1], skip_special_tokens=True).startswith(
+        tokenizer.decode(alone[0], skip_special_tokens=True)
+    )
+
+
+def test_one_seed_gives_the_same_digits_and_another_others(tiny_run: Path, tmp_path: Path, tiny_config: Make) -> None:
+    assert pretrain(tiny_config(tmp_path / "again")) == 0
+    assert untimed(tmp_path / "again") == untimed(tiny_run)
+    assert pretrain(tiny_config(tmp_path / "other", "seed=1")) == 0
+    assert untimed(tmp_path / "other") != untimed(tiny_run)
+
+
+@pytest.mark.parametrize("step", [3, 10])
+def test_stopped_and_gone_on_with_is_the_same_run(
+    tiny_run: Path, tmp_path: Path, tiny_config: Make, monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    """Dropout is on, so the generators matter; step 10 has an evaluation and a checkpoint of its own."""
+    config = tiny_config(tmp_path / "run")
+    with monkeypatch.context() as patch:
+        stop_at(step, patch)
+        assert pretrain(config) == 75
+    assert not (tmp_path / "run" / "final").exists()
+    assert pretrain(config) == 0
+    assert untimed(tmp_path / "run") == untimed(tiny_run)
+    torch.testing.assert_close(last_state(tmp_path / "run"), last_state(tiny_run), atol=0, rtol=0)
+
+
+def test_sharded_by_one_rank_is_the_same_run(tiny_run: Path, tmp_path: Path, tiny_config: Make) -> None:
+    assert pretrain(tiny_config(tmp_path / "run", "execution.parallel=fsdp")) == 0
+    assert untimed(tmp_path / "run") == untimed(tiny_run)
+
+
+def test_a_finished_run_is_left_alone(tiny_run: Path, tiny_config: Make, capsys: pytest.CaptureFixture[str]) -> None:
+    before = {path: path.stat().st_mtime_ns for path in tiny_run.rglob("*")}
+    assert pretrain(tiny_config(tiny_run)) == 0
+    assert "is finished" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in tiny_run.rglob("*")} == before
+
+
+def test_a_folder_of_another_config_is_refused(tiny_run: Path, tmp_path: Path, tiny_config: Make) -> None:
+    with pytest.raises(UsageError, match=r"belongs to a run with another config \(optimizer\.learning_rate differ"):
+        pretrain(tiny_config(tiny_run, "optimizer.learning_rate=0.1"))
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(UsageError, match=r"holds files but no config\.yaml"):
+        pretrain(tiny_config(tmp_path))
+
+
+def test_mid_training_starts_from_a_model_folder(tiny_run: Path, tmp_path: Path, tiny_config: Make) -> None:
+    final = tiny_run / "final"
+    longer = ["batch.context_length=128", "batch.global_batch_size=4", "steps=5"]
+    stage = [f"init_from={final}", f"data.tokenizer.path={final}", *longer]
+    assert pretrain(tiny_config(tmp_path / "mid", *stage)) == 0
+    first = read_records(tmp_path / "mid" / "metrics.jsonl")[0]
+    last = [r for r in read_records(tiny_run / "metrics.jsonl") if "kind" not in r][-1]
+    assert first["loss"] == pytest.approx(last["loss"], abs=0.7)
+    assert load_model_and_tokenizer(tmp_path / "mid")[0].config.max_position_embeddings == 128
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["model.num_hidden_layers=7"], "num_hidden_layers"),
+        (["model.num_experts_per_tok=17"], "num_experts_per_tok"),
+        (["model.num_attention_heads=3", "model.num_key_value_heads=2"], "num_key_value_heads"),
+        (["model.hidden_sise=7"], "did you mean 'hidden_size'"),
+        (["batch.context_length=5000000"], "context"),
+        (["execution.attention=flesh"], "flesh"),
+        (["execution.experts=nobody"], "nobody"),
+        (["init_from=nowhere"], "nowhere: no model here"),
+        (["data.tokenizer.path=nowhere"], "nowhere: no tokenizer"),
+        (["init_from={final}"], "was trained with a tokenizer of its own; set data.tokenizer.path={final}"),
+        (["init_from={final}", "data.tokenizer.path={final}", "model.hidden_size=64"], "hidden_size: 64 does not fit"),
+        (["data.sources.0.kind=text", "data.sources.0.path=nowhere"], "nowhere: no such file or folder"),
+    ],
+)
+def test_what_does_not_fit_is_refused_in_one_line(
+    tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], overrides: list[str], message: str
+) -> None:
+    overrides = [override.format(final=tiny_run / "final") for override in overrides]
+    places = [f"output_dir={tmp_path / 'run'}", f"data.cache_dir={tmp_path / 'cache'}"]
+    assert script("pretrain.py", SCRIPTS.parent / "configs" / "tiny.yaml", *places, *overrides) == 2
+    error = capsys.readouterr().err
+    assert message.format(final=tiny_run / "final") in error
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert not (tmp_path / "run" / "config.yaml").exists()
+
+
+def test_evaluate_and_sample_any_checkpoint(
+    tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = tmp_path / "text.py"
+    text.write_text(Path(__file__).read_text())
+    bits = []
+    for place in (tiny_run, tiny_run / "final", tiny_run / "checkpoints" / "step-00000020"):
+        assert script("evaluate.py", place, text) == 0
+        bits.append(capsys.readouterr().out.splitlines()[-1])
+    assert len(set(bits)) == 1
+    assert 2 < float(bits[0].split()[1]) < 8
+    assert script("sample.py", tiny_run, "--prompt", "def ", "--tokens", 12) == 0
+    first = capsys.readouterr().out
+    assert script("sample.py", tiny_run, "--prompt", "def ", "--tokens", 12) == 0
+    assert capsys.readouterr().out == first
+    assert first.startswith("def ")
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    for wrong, message in [("latin.txt", "not UTF-8 (byte 3)"), ("nothing.txt", "cannot be read")]:
+        assert script("evaluate.py", tiny_run, tmp_path / wrong) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_dry_run_of_the_full_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The published totals; and ZeRO-2 with EP 64 on 8,192 GPUs, by hand, for what does not depend on estimates."""
+    config = SCRIPTS.parent / "configs" / "mai-base-1.yaml"
+    assert script("pretrain.py", config, f"output_dir={tmp_path / 'run'}", "--dry-run") == 0
+    out = capsys.readouterr().out
+    assert "962.1B total, 34.66B active" in out
+    assert not (tmp_path / "run").exists()
+    experts, rest = 39 * 512 * 3 * 3072 * 5120, 962.1e9 - 39 * 512 * 3 * 3072 * 5120
+    weights = 4 * (experts / 64 + rest) / 2**30
+    optimizer = 8 * (experts + rest) / 8192 / 2**30
+    printed = {line.split()[0]: float(line.split()[1].replace(",", "")) for line in out.splitlines() if " GiB" in line}
+    assert printed["weights"] == pytest.approx(weights, rel=0.01)
+    assert printed["optimiser"] == pytest.approx(optimizer, rel=0.05)
