@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from accelerate.utils import set_seed
 
 from mai_thinking.config.command import EXIT_INTERRUPTED
 from mai_thinking.config.pretraining import PretrainConfig
@@ -100,8 +101,9 @@ class Pretraining:
             z=self.architecture.router_z_loss_coef,
             exact_balance=config.execution.activation_checkpointing,
         )
-        # From here on random numbers are drawn by dropout alone; every rank has its own.
-        torch.manual_seed(config.seed + 1_000_003 * (1 + self.rank))
+        # From here on random numbers are drawn by dropout alone; every rank has its own. Python's and NumPy's too, for
+        # whoever adds something that draws from them.
+        set_seed(config.seed + 1_000_003 * (1 + self.rank))
         self.checkpointer = Checkpointer(folder.checkpoints, config.checkpoint)
         self.progress = {"step": 0, "tokens": 0}
         self.step = self._resume()

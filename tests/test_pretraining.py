@@ -179,9 +179,7 @@ def test_what_does_not_fit_is_refused_in_one_line(
     assert not (tmp_path / "run" / "config.yaml").exists()
 
 
-def test_evaluate_and_sample_any_checkpoint(
-    tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_evaluate_and_sample_any_checkpoint(tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = tmp_path / "text.py"
     text.write_text(Path(__file__).read_text())
     bits = []

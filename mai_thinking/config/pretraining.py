@@ -29,7 +29,7 @@ class EvaluationSection(Section):
     """Windows at once."""
     sample_prompts: tuple[str, ...] = ("def ", "The ", "import ")
     """Continued at the end of the run, so that one sees what was learned."""
-    sample_tokens: int = Field(80, ge=0)
+    sample_tokens: int = Field(80, ge=1)
 
 
 class PretrainConfig(RunConfig):

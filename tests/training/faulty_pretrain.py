@@ -1,0 +1,70 @@
+"""scripts/pretrain.py with faults at exact places of exact steps, each once in the life of a run's folder.
+
+`FAULTS` in the environment is a JSON list of {"step", "place", "rank", "how"}; `OMIT` names a part of the state that
+checkpoints leave out. Places: `between` (two micro-batches), `update` (gradients are there, weights not yet changed),
+`save` (half of the checkpoint's files are written). How: `kill`, `hang`, or `tear` (cut the newest checkpoint, die).
+"""
+
+import json
+import os
+import runpy
+import signal
+from pathlib import Path
+from typing import Any
+
+from mai_thinking.pretraining import Pretraining
+from mai_thinking.training import step as step_module
+from mai_thinking.training.checkpoint_storage import CheckpointWriter, step_folder, visible_steps
+from mai_thinking.training.step import TrainStep
+
+FAULTS = json.loads(os.environ.get("FAULTS", "[]"))
+RANK = int(os.environ.get("RANK", "0"))
+now: dict[str, Any] = {"step": 0, "forwards": 0, "folder": None}
+
+
+def strike(place: str, step: int) -> None:
+    for number, fault in enumerate(FAULTS):
+        mark = now["folder"].parent / f"struck-{number}"
+        if (fault["place"], fault["step"], fault["rank"]) == (place, step, RANK) and not mark.exists():
+            mark.touch()
+            if fault["how"] == "tear":
+                checkpoints = now["folder"] / "checkpoints"
+                file = step_folder(checkpoints, visible_steps(checkpoints)[-1]) / "rank-00001.safetensors"
+                os.truncate(file, file.stat().st_size // 2)
+            os.kill(os.getpid(), signal.SIGSTOP if fault["how"] == "hang" else signal.SIGKILL)
+
+
+def patch(owner: Any, name: str, before: Any) -> None:
+    original = getattr(owner, name)
+
+    def patched(*arguments: Any, **keywords: Any) -> Any:
+        before(*arguments)
+        return original(*arguments, **keywords)
+
+    setattr(owner, name, patched)
+
+
+def at_train(run: Pretraining, *_: Any) -> None:
+    now.update(step=run.step + 1, forwards=0, folder=Path(run.folder.path))
+
+
+def at_forward(*_: Any) -> None:
+    if now["forwards"] == 1:
+        strike("between", now["step"])
+    now["forwards"] += 1
+
+
+def at_write(writer: CheckpointWriter, name: str, *_: Any) -> None:
+    if name.endswith(".safetensors"):  # its JSON is there already
+        strike("save", writer.step)
+
+
+patch(Pretraining, "_train", at_train)
+patch(TrainStep, "_forward", at_forward)
+patch(step_module, "clip_gradients", lambda *_: strike("update", now["step"]))
+patch(CheckpointWriter, "_write_file", at_write)
+if omitted := os.environ.get("OMIT"):
+    state = Pretraining._state
+    Pretraining._state = lambda run: {name: value for name, value in state(run).items() if name != omitted}  # type: ignore[method-assign]
+
+runpy.run_path(str(Path(__file__).parents[2] / "scripts" / "pretrain.py"), run_name="__main__")

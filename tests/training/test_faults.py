@@ -1,0 +1,171 @@
+"""Two gloo workers on the real script: whatever strikes them, the run ends as the undisturbed one did, bit for bit."""
+
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mai_thinking.config.loading import save_config
+from mai_thinking.training.checkpoint import CheckpointReader
+from mai_thinking.training.goodput import account_of
+from mai_thinking.training.metrics import read_records
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+STEPS, EVERY = 24, 4
+Fault = dict[str, Any]
+
+
+def fault(step: int, place: str, rank: int, how: str = "kill") -> Fault:
+    return {"step": step, "place": place, "rank": rank, "how": how}
+
+
+class Job:
+    """A run of configs/tiny.yaml under the launcher, in a folder of its own."""
+
+    def __init__(self, folder: Path, make: Callable[..., Any], *overrides: str):
+        folder.mkdir(parents=True)
+        self.run = folder / "run"
+        self.config = folder / "config.yaml"
+        settings = [f"steps={STEPS}", f"checkpoint.every={EVERY}", "batch.micro_batch_size=2", "evaluation.every=6"]
+        more = ["tracking.documents=true", "evaluation.sample_prompts=[]", "evaluation.max_bytes=1000"]
+        save_config(make(self.run, *settings, *more, *overrides), self.config)
+
+    def start(
+        self, faults: Sequence[Fault] = (), omit: str = "", hang_seconds: float = 60, nproc: int = 2
+    ) -> "subprocess.Popen[str]":
+        options = [f"--nproc={nproc}", "--restarts=100", f"--hang-seconds={hang_seconds}"]
+        command = [sys.executable, str(ROOT / "scripts" / "launch.py"), *options]
+        return subprocess.Popen(
+            [*command, str(HERE / "faulty_pretrain.py"), str(self.config)],
+            env=os.environ | {"FAULTS": json.dumps(list(faults)), "OMIT": omit, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def finish(self, *arguments: Any, **keywords: Any) -> tuple[int, str]:
+        process = self.start(*arguments, **keywords)
+        output, _ = process.communicate(timeout=280)
+        return process.returncode, output
+
+    def wait_for(self, step: int) -> None:
+        deadline = time.monotonic() + 120
+        while not any(record["step"] >= step for record in read_records(self.run / "metrics.jsonl")):
+            assert time.monotonic() < deadline, f"step {step} was not reached"
+            time.sleep(0.02)
+
+    def trace(self, *, state: bool = True) -> dict[str, Any]:
+        """All that must not depend on what happened on the way."""
+        metrics = read_records(self.run / "metrics.jsonl")
+        steps = [record for record in metrics if "kind" not in record]
+        documents = sorted((self.run / "documents").glob("*.jsonl"))
+        return {
+            "losses": [(r["step"], r["loss"].hex(), r["grad_norm"].hex(), r["balance_loss"].hex()) for r in steps],
+            "evaluations": [(r["step"], r["bits_per_byte"].hex()) for r in metrics if r.get("kind") == "evaluation"],
+            "documents": {path.name: read_records(path) for path in documents},
+            "state": self.state_hashes() if state else {},
+        }
+
+    def state_hashes(self) -> dict[str, str]:
+        """SHA-256 of each part of the last checkpoint."""
+        path = sorted((self.run / "checkpoints").glob("step-*"))[-1]
+        reader = CheckpointReader(path)
+        parts = {name: reader.read(name) for name in ("model", "optimizer", "loader", "progress")}
+        parts |= {f"random-{rank}": reader.read("random", of_rank=rank) for rank in (0, 1)}
+        return {name: sha256_of(part) for name, part in parts.items()}
+
+
+def sha256_of(tree: Any) -> str:
+    digest = hashlib.sha256()
+
+    def add(node: Any) -> None:
+        if isinstance(node, torch.Tensor):
+            digest.update(f"{node.dtype}{list(node.shape)}".encode() + node.contiguous().numpy().tobytes())
+        elif isinstance(node, dict):
+            for key in sorted(node, key=str):
+                digest.update(str(key).encode())
+                add(node[key])
+        elif isinstance(node, list | tuple):
+            for value in node:
+                add(value)
+        else:
+            digest.update(repr(node).encode())
+
+    add(tree)
+    return digest.hexdigest()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, tiny_config: Callable[..., Any]) -> dict[str, Any]:
+    job = Job(tmp_path_factory.mktemp("undisturbed") / "job", tiny_config)
+    code, output = job.finish()
+    assert code == 0, output
+    trace = job.trace()
+    assert len(trace["losses"]) == STEPS
+    assert [step for step, _ in trace["evaluations"]] == [6, 12, 18, 24]
+    assert [len(records) for records in trace["documents"].values()] == [STEPS, STEPS]
+    return trace
+
+
+def test_every_kind_of_fault(undisturbed: dict[str, Any], tmp_path: Path, tiny_config: Callable[..., Any]) -> None:
+    """Killed between micro-batches, before an update, in mid-checkpoint; the newest checkpoint torn; hung; and stopped
+    by SIGTERM and started again."""
+    job = Job(tmp_path / "job", tiny_config)
+    faults = [
+        fault(3, "between", 0),  # before there is a checkpoint
+        fault(6, "update", 1),
+        fault(8, "save", 1),
+        fault(14, "update", 0, "tear"),
+        fault(17, "between", 1, "hang"),
+    ]
+    process = job.start(faults, hang_seconds=6)
+    job.wait_for(18)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 75, output
+    assert "no step for" in output
+    assert "damaged" in output
+    code, output = job.finish()
+    assert code == 0, output
+    assert sorted(path.name for path in tmp_path.glob("job/struck-*")) == [f"struck-{n}" for n in range(len(faults))]
+    assert job.trace() == undisturbed
+    account = account_of(job.run)
+    assert len(account.recoveries) == len(faults)
+    assert sum(account.seconds.values()) == pytest.approx(account.wall_clock)
+
+
+@pytest.mark.parametrize("omitted", ["random", "loader", "optimizer"])
+def test_a_checkpoint_without_a_part_of_the_state_is_found_out(
+    undisturbed: dict[str, Any], tmp_path: Path, tiny_config: Callable[..., Any], omitted: str
+) -> None:
+    """The negative control: what the test above claims to see, it sees."""
+    job = Job(tmp_path / "job", tiny_config)
+    code, output = job.finish([fault(7, "between", 0)], omit=omitted)
+    if code == 0:  # without an error, the trace must tell
+        assert job.trace(state=False) != undisturbed | {"state": {}}
+    else:
+        assert "the run is not deterministic" in output
+
+
+@pytest.mark.slow
+def test_25_random_kill_points(undisturbed: dict[str, Any], tmp_path: Path, tiny_config: Callable[..., Any]) -> None:
+    draw = random.Random(2024)
+    places = [("between", step) for step in range(1, STEPS + 1)] + [("update", step) for step in range(1, STEPS + 1)]
+    places += [("save", step) for step in range(EVERY, STEPS + 1, EVERY)]
+    job = Job(tmp_path / "job", tiny_config)
+    faults = [fault(step, place, draw.randrange(2)) for place, step in draw.sample(places, 25)]
+    code, output = job.finish(faults)
+    assert code == 0, output
+    assert len(list(tmp_path.glob("job/struck-*"))) == 25, output
+    assert job.trace() == undisturbed
