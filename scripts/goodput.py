@@ -1,20 +1,38 @@
-"""Where a run's time went: `python scripts/goodput.py RUN` prints a table and draws RUN/report/goodput.png."""
+"""Where a run's time went, and what to expect elsewhere.
+
+`python scripts/goodput.py RUN` prints a table and draws RUN/report/goodput.png. `python scripts/goodput.py project RUN`
+takes RUN's costs to 8 … 8,192 GPUs; with `--chaos-period S --steps N` it predicts a run like RUN under
+`--chaos kill:Ss`.
+"""
 
 import argparse
+import sys
 from pathlib import Path
 
 from rich.console import Console
 
 from mai_thinking.config.command import exit_with
-from mai_thinking.training.goodput_report import report
+from mai_thinking.training.goodput_projection import FAILURES_PER_GPU_HOUR
+from mai_thinking.training.goodput_report import report, report_prediction, report_projection
 
 
 def main() -> None:
     """Parse the command line and report."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    arguments = sys.argv[1:]
+    projecting = arguments[:1] == ["project"]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="a run's output_dir, such as runs/nano")
-    options = parser.parse_args()
-    report(options.run, Console())
+    if projecting:
+        parser.add_argument("--failures-per-gpu-hour", type=float, default=FAILURES_PER_GPU_HOUR)
+        parser.add_argument("--chaos-period", type=float, help="predict a run with one kill in each so many seconds")
+        parser.add_argument("--steps", type=int, help="of the predicted run")
+    options = parser.parse_args(arguments[projecting:])
+    if not projecting:
+        report(options.run, Console())
+    elif options.chaos_period is None:
+        report_projection(options.run, options.failures_per_gpu_hour, Console())
+    else:
+        report_prediction(options.run, options.chaos_period, options.steps, Console())
 
 
 if __name__ == "__main__":

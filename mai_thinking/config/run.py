@@ -77,8 +77,8 @@ class ExecutionSection(Section):
 
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """bf16 autocast over fp32 weights, or fp32 throughout; auto takes bf16 on a GPU and fp32 on a CPU."""
-    attention: str = "sdpa"
-    """An attention function that the transformers library knows."""
+    attention: str = "windowed_sdpa"
+    """An attention function that the transformers library knows; ours skips what lies outside the windows."""
     experts: str = "bucketed_mm"
     """An experts function that the transformers library knows; ours hands over to `grouped_mm` off the CPU."""
     activation_checkpointing: bool = False

@@ -3,15 +3,19 @@
 Source: MAI-Thinking-1 report §2.1. Kernels, masks and caches are the transformers library's, chosen by
 `config._attn_implementation` ("sdpa", "eager", "flash_attention_2", "flex_attention", ...).
 
-Shapes: B batch, T queries, H query heads, G key-value heads, d head size.
+"windowed_sdpa" is ours: SDPA that does not compute, only to mask it, what lies outside a local layer's window.
+
+Shapes: B batch, T queries, H query heads, G key-value heads, d head size, W window, n blocks of W.
 """
 
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers.cache_utils import Cache
-from transformers.integrations.sdpa_attention import repeat_kv
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mai_thinking.model.configuration import LOCAL, MaiThinkingConfig
@@ -113,3 +117,46 @@ def eager_attention(
         scores = scores + attention_mask
     weights = scores.softmax(dim=-1)
     return (weights.to(value.dtype) @ value).transpose(1, 2).contiguous(), weights
+
+
+def windowed_sdpa(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """SDPA where a local layer's queries, in blocks as long as the window, meet only their own block of keys and the
+    one before it: 2·W keys a query instead of T. Anything that is not whole blocks goes through the library's SDPA.
+    """
+    B, _, T, _ = query.shape
+    W = sliding_window
+    if W is None or attention_mask is None or T % W or T <= 2 * W or key.size(2) != T:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    n = T // W
+    q_BnHWd = query.unflatten(2, (n, W)).transpose(1, 2).flatten(0, 1)
+    k_BnG2Wd, v_BnG2Wd = _two_blocks(key, W), _two_blocks(value, W)
+    mask_Bn1W2W = _mask_of_two_blocks(attention_mask, W)
+    out_BnWHd, _ = sdpa_attention_forward(module, q_BnHWd, k_BnG2Wd, v_BnG2Wd, mask_Bn1W2W, **kwargs)
+    return out_BnWHd.reshape(B, T, *out_BnWHd.shape[2:]), None
+
+
+def _two_blocks(states_BGTd: torch.Tensor, W: int) -> torch.Tensor:
+    """Keys or values [B, G, T, d] → [B·n, G, 2W, d]: each block behind the one before it (zeros for the first)."""
+    blocks = states_BGTd.unflatten(2, (-1, W)).transpose(1, 2)
+    before = F.pad(blocks[:, :-1], (0, 0, 0, 0, 0, 0, 1, 0))
+    return torch.cat((before, blocks), dim=3).flatten(0, 1)
+
+
+def _mask_of_two_blocks(mask_B1TT: torch.Tensor, W: int) -> torch.Tensor:
+    """The mask's part for the same, [B·n, 1, W, 2W]: its diagonal blocks, and left of each the one before."""
+    blocks = mask_B1TT.unflatten(3, (-1, W)).unflatten(2, (-1, W))
+    own = blocks.diagonal(dim1=2, dim2=4).movedim(-1, 1)
+    before = F.pad(blocks.diagonal(offset=-1, dim1=2, dim2=4).movedim(-1, 1), (0, 0, 0, 0, 0, 0, 1, 0))
+    return torch.cat((before, own), dim=-1).flatten(0, 1)
+
+
+ALL_ATTENTION_FUNCTIONS.register("windowed_sdpa", windowed_sdpa)
+ALL_MASK_ATTENTION_FUNCTIONS.register("windowed_sdpa", sdpa_mask)

@@ -1,8 +1,10 @@
 """What `scripts/goodput.py RUN` shows of a run's ledger: a table, and the timeline as a figure."""
 
+import random
 from pathlib import Path
 from statistics import mean
 
+import yaml
 from rich.console import Console
 from rich.table import Table
 
@@ -21,6 +23,7 @@ from mai_thinking.training.goodput import (
     Account,
     account_of,
 )
+from mai_thinking.training.goodput_projection import Costs, measure, once_a_period, projection, simulate
 
 _COLOURS = {
     PRODUCTIVE: "#2a9d5c", SLOW: "#b5d99c", EVALUATION: "#3a7ebf", START_UP: "#e9c46a", RESTART: "#d1495b",
@@ -38,6 +41,44 @@ def report(run: Path, console: Console) -> None:
     figure = run / "report" / "goodput.png"
     draw(result, figure)
     console.print(f"timeline: {figure}")
+
+
+def report_projection(run: Path, failures_per_gpu_hour: float, console: Console) -> None:
+    """Print what the costs of the run in folder `run` would come to on 8 … 8,192 GPUs."""
+    costs, every = measure(run), _saves_every(run)
+    console.print(_spell_costs(costs))
+    console.print(f"one failure in {1 / failures_per_gpu_hour:,.0f} GPU-hours; the costs are taken to stay the same")
+    view = Table(title=f"expected goodput, from the costs of {run}")
+    headings = "GPUs", "hours between faults", f"saving every {every} steps", "best interval, s", "goodput"
+    for name in (*headings, "Young's interval, s", "closed form (Daly)"):
+        view.add_column(name, justify="right")
+    for row in projection(costs, every, failures_per_gpu_hour):
+        view.add_row(*row)
+    console.print(view)
+
+
+def report_prediction(run: Path, period: float, steps: int | None, console: Console) -> None:
+    """Print the goodput that a run like the one in folder `run` should have with one kill in every `period` seconds."""
+    costs, every = measure(run), _saves_every(run)
+    steps = steps or account_of(run).steps
+    outcomes = [simulate(costs, every, once_a_period(period, random.Random(seed)), steps) for seed in range(200)]
+    console.print(_spell_costs(costs))
+    console.print(
+        f"{steps:,} steps, one kill in every {period:g} s: goodput {mean(outcomes):.2%} "
+        f"(200 simulated runs from {min(outcomes):.2%} to {max(outcomes):.2%})"
+    )
+
+
+def _saves_every(run: Path) -> int:
+    return int(yaml.safe_load((run / "config.yaml").read_text())["checkpoint"]["every"])
+
+
+def _spell_costs(costs: Costs) -> str:
+    return (
+        f"step {costs.step:.4f} s (best {costs.ideal_step:.4f}), evaluation {costs.evaluation:.4f} s a step, "
+        f"save {costs.stall:.3f} s + {costs.commit:.2f} s in the background, restart {costs.restart:.2f} s, "
+        f"start-up {costs.start_up:.1f} s"
+    )
 
 
 def table(result: Account, title: str) -> Table:

@@ -220,3 +220,21 @@ def test_routing_has_a_row_for_each_moe_layer() -> None:
     assert [isinstance(layer, DecoderLayer) and layer.is_moe for layer in model.model.layers] == [False, True] * 3
     every = tiny_model(moe_period=1)
     assert every(ids).routing.counts_E.shape == (6, 12)
+
+
+@pytest.mark.parametrize("length", [64, 61, 16, 8])
+def test_attention_implementations_agree(length: int) -> None:
+    """Whole blocks of the window (8), a ragged length, and lengths that fit into one or two windows; two documents."""
+    ids = torch.randint(2, 97, (3, length), generator=torch.Generator().manual_seed(length))
+    cut = length // 3
+    positions = torch.cat([torch.arange(cut), torch.arange(length - cut)]).expand(3, length)
+    results = []
+    for attention in ("eager", "sdpa", "windowed_sdpa"):
+        model = tiny_model(attention=attention).train()
+        output = model(input_ids=ids, position_ids=positions, labels=ids, use_cache=False)
+        output.loss.backward()
+        results.append((output.logits, [parameter.grad for parameter in model.parameters()]))
+    for logits, gradients in results[1:]:
+        torch.testing.assert_close(logits, results[0][0], atol=1e-4, rtol=1e-4)
+        for one, other in zip(gradients, results[0][1], strict=True):
+            torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)

@@ -1,0 +1,166 @@
+"""What goodput to expect elsewhere: measured costs and a failure rate in, an event simulation and a closed form out.
+
+A run works in cycles of `every` steps and a save. A fault throws it back to the newest committed checkpoint and costs
+a restart. Closed forms: J. W. Young, "A first order approximation to the optimum checkpoint interval" (CACM 1974), for the
+interval; J. T. Daly, "A higher order estimate of the optimum checkpoint interval for restart dumps" (FGCS 2006), eq. 7,
+for the expected wall-clock.
+"""
+
+import itertools
+import math
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+
+from mai_thinking.errors import UsageError
+from mai_thinking.training.checkpoint_storage import MANIFEST
+from mai_thinking.training.goodput import CHECKPOINT, DATA, EVALUATION, OTHER, PRODUCTIVE, SLOW, START_UP, account
+from mai_thinking.training.metrics import read_records
+
+FAILURES_PER_GPU_HOUR = 419 / (54 * 24 * 16_384)
+"""Llama 3's pre-training: 419 unexpected interruptions in 54 days on 16,384 GPUs (arXiv 2407.21783, §3.3.4): one in
+50,700 GPU-hours."""
+
+GPUS = tuple(2**power for power in range(3, 14))
+_FAULTS = 4000
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What a run's parts take, in seconds."""
+
+    ideal_step: float
+    """A step at the run's own best throughput."""
+    step: float
+    """A step as they come, with waits for data and what lies between steps."""
+    evaluation: float
+    """Evaluations, spread over the steps."""
+    stall: float
+    """For which a save holds up the loop."""
+    commit: float
+    """From the end of the stall until the checkpoint is one."""
+    restart: float
+    """From a fault to the beginning of the first whole step."""
+    start_up: float
+    """From the launch to the beginning of the first step."""
+
+    @property
+    def cadence(self) -> float:
+        """Seconds from one step to the next, but for saves and faults."""
+        return self.step + self.evaluation
+
+
+def measure(run: Path) -> Costs:
+    """The costs of a run that had at least one fault, from its ledger and its checkpoints."""
+    events = read_records(run / "events.jsonl")
+    result = account(events)
+    if not result.steps or not result.recoveries or not result.saves:
+        raise UsageError(
+            f"{run}: its ledger has {result.steps} steps, {len(result.saves)} saves, {len(result.recoveries)} restarts; "
+            "measure on a run that had each, such as one under `scripts/launch.py --chaos kill:60s`"
+        )
+    kept, seconds = result.steps, result.seconds
+    # The recomputed steps' share of data waits is small, and is left with the kept ones.
+    step = (seconds[PRODUCTIVE] + seconds[SLOW] + seconds[DATA] + seconds[OTHER]) / kept
+    return Costs(
+        ideal_step=result.best_step_seconds,
+        step=step,
+        evaluation=seconds[EVALUATION] / kept,
+        stall=mean(result.saves),
+        commit=_commit_seconds(run, events),
+        restart=mean(result.recoveries) - step,
+        start_up=seconds[START_UP],
+    )
+
+
+def _commit_seconds(run: Path, events: list[dict]) -> float:
+    """From the stall's end in the ledger to the time of the manifest, for the checkpoints that are still there."""
+    ends = [event["time"] for event in events if event.get("category") == CHECKPOINT]
+    delays = []
+    for manifest in (run / "checkpoints").glob(f"step-*/{MANIFEST}"):
+        written = manifest.stat().st_mtime
+        delays += [written - max((end for end in ends if end <= written), default=written)]
+    return mean(delays) if delays else 0.0
+
+
+def poisson(rate: float, draw: random.Random) -> Iterator[float]:
+    """Fault times in seconds from the first step, `rate` a second on average, without memory."""
+    return itertools.accumulate(draw.expovariate(rate) for _ in itertools.count())
+
+
+def once_a_period(period: float, draw: random.Random) -> Iterator[float]:
+    """Fault times as `--chaos kill:60s` has them: one in each period, at a uniformly random moment of it."""
+    return ((number + draw.random()) * period for number in itertools.count())
+
+
+def simulate(costs: Costs, every: int, faults: Iterator[float], steps: float) -> float:
+    """The report's goodput of a run of `steps` steps that saves after each `every`, struck by `faults`."""
+    cycle = every * costs.cadence + costs.stall
+    done, now, fault = 0.0, 0.0, next(faults)
+    while True:
+        left = steps - done
+        finish = now + left * costs.cadence + math.ceil(left / every) * costs.stall
+        if finish <= fault:
+            wall = costs.start_up + finish
+            return steps * (costs.ideal_step + costs.evaluation) / wall
+        cycles, into = divmod(fault - now, cycle)
+        # The last save may not be committed yet; then the one before it counts.
+        committed = cycles if into >= costs.commit - 1e-9 or not cycles else cycles - 1
+        done += committed * every
+        now = fault + costs.restart
+        fault = next(faults)
+        while fault < now:  # struck again while restarting
+            now = fault + costs.restart
+            fault = next(faults)
+
+
+def closed_form(costs: Costs, every: float, rate: float) -> float:
+    """Daly's expected wall-clock for a cycle, as a goodput; without start-up, and with commits that take no time."""
+    between_faults = 1 / rate
+    cycle = every * costs.cadence + costs.stall
+    wall = between_faults * math.exp(costs.restart / between_faults) * math.expm1(cycle / between_faults)
+    return every * (costs.ideal_step + costs.evaluation) / wall
+
+
+def young_interval(costs: Costs, rate: float) -> float:
+    """Seconds of work between saves that waste least, to first order: √(2 · stall / rate)."""
+    return math.sqrt(2 * costs.stall / rate)
+
+
+def expected(costs: Costs, every: int, rate: float, *, faults: int = _FAULTS, seed: int = 0) -> float:
+    """Goodput of a run that is long enough for some `faults` faults at `rate` a second."""
+    steps = faults / rate / costs.cadence / 2
+    return simulate(costs, every, poisson(rate, random.Random(seed)), steps)
+
+
+def best_interval(costs: Costs, rate: float) -> tuple[int, float]:
+    """(steps between saves, goodput) that simulates best, by scanning around Young's interval; the same faults for
+    all. No interval is shorter than a commit takes."""
+    centre = young_interval(costs, rate) / costs.cadence
+    least = max(1, math.ceil(costs.commit / costs.cadence))
+    candidates = sorted({max(least, round(centre * 2 ** (power / 4))) for power in range(-12, 13)})
+    return max(((every, expected(costs, every, rate)) for every in candidates), key=lambda pair: pair[1])
+
+
+def projection(costs: Costs, every: int, rate_per_gpu_hour: float) -> list[tuple[str, ...]]:
+    """Rows for 8 … 8,192 GPUs: GPUs, hours between faults, goodput at `every`, best interval, its goodput, Young's
+    interval, the closed form's goodput there. The costs are taken to stay what they are on the measured machine."""
+    rows = []
+    for gpus in GPUS:
+        rate = gpus * rate_per_gpu_hour / 3600
+        best, goodput = best_interval(costs, rate)
+        young = young_interval(costs, rate)
+        rows.append(
+            (
+                f"{gpus:,}",
+                f"{1 / rate / 3600:,.1f}",
+                f"{expected(costs, every, rate):.2%}",
+                f"{best * costs.cadence:,.1f}",
+                f"{goodput:.2%}",
+                f"{young:,.1f}",
+                f"{closed_form(costs, young / costs.cadence, rate):.2%}",
+            )
+        )
+    return rows
