@@ -13,7 +13,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
@@ -59,13 +58,15 @@ def experts() -> None:
     import torch
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+    from mai_thinking.model.latent_moe import Experts
     from mai_thinking.training.model_files import build_model, model_config
 
     config = load_config(PretrainConfig, NANO)
-    layer = build_model(config, model_config(config)).model.layers[1].feed_forward.experts
+    model = build_model(config, model_config(config))
+    layer = next(module for module in model.modules() if isinstance(module, Experts))
     print(f"{'tokens':>7}{'bucketed_mm':>13}{'grouped_mm':>12}   (median ms of 15, alternating)")
     for tokens in (512, 4096):
-        x = torch.randn(tokens, 64, requires_grad=True)
+        x = torch.randn(tokens, layer.gate_up_proj.size(2), requires_grad=True)
         chosen = torch.stack([torch.randperm(512)[:8] for _ in range(tokens)])
         gates = torch.rand(tokens, 8, requires_grad=True)
         seconds: dict[str, list[float]] = {"bucketed_mm": [], "grouped_mm": []}
@@ -88,7 +89,7 @@ def checkpoint() -> None:
         config = load_config(PretrainConfig, NANO, [f"output_dir={name}/run", "steps=10000"])
         folder = RunFolder(config.folder)
         run = Pretraining(config, folder, make_accelerator(config, folder))
-        cost: dict[bool, list[float]] = {False: [], True: []}
+        cost: dict[bool, list[tuple[float, int]]] = {False: [], True: []}
         steps: list[float] = []
         for batch in run.loader:
             begin = time.perf_counter()
@@ -125,14 +126,14 @@ def recovery() -> None:
             begin = time.monotonic()
             process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
             before = _steps(folder)
-            _wait(lambda before=before: _steps(folder) > before)
+            _wait_for_steps(folder, before + 1)
             if number:
                 cold.append(time.monotonic() - begin)
-            _wait(lambda before=before: _steps(folder) >= before + 25)
+            _wait_for_steps(folder, before + 25)
             victims = subprocess.run(["pgrep", "-g", str(_worker(process.pid))], capture_output=True, text=True)
             before, begin = _steps(folder), time.monotonic()
             os.kill(int(victims.stdout.split()[0]), signal.SIGKILL)
-            _wait(lambda before=before: _steps(folder) > before)
+            _wait_for_steps(folder, before + 1)
             warm.append(time.monotonic() - begin)
             process.terminate()
             process.wait()
@@ -157,9 +158,9 @@ def _worker(launcher: int) -> int:
     return next(pid for pid, _, group in rows if pid in descendants and pid == group and pid != launcher)
 
 
-def _wait(condition: Callable[[], bool]) -> None:
+def _wait_for_steps(folder: Path, count: int) -> None:
     deadline = time.monotonic() + 300
-    while not condition():
+    while _steps(folder) < count:
         if time.monotonic() > deadline:
             raise TimeoutError("nothing happened for 300 s")
         time.sleep(0.01)

@@ -1,8 +1,8 @@
 """What goodput to expect elsewhere: measured costs and a failure rate in, an event simulation and a closed form out.
 
 A run works in cycles of `every` steps and a save. A fault throws it back to the newest committed checkpoint and costs
-a restart. Closed forms: J. W. Young, "A first order approximation to the optimum checkpoint interval" (CACM 1974), for the
-interval; J. T. Daly, "A higher order estimate of the optimum checkpoint interval for restart dumps" (FGCS 2006), eq. 7,
+a restart. Closed forms: J. W. Young, "A first order approximation to the optimum checkpoint interval" (CACM 1974), for
+the interval; J. T. Daly, "A higher order estimate of the optimum checkpoint interval for restart dumps" (FGCS 2006),
 for the expected wall-clock.
 """
 
@@ -57,10 +57,8 @@ def measure(run: Path) -> Costs:
     events = read_records(run / "events.jsonl")
     result = account(events)
     if not result.steps or not result.recoveries or not result.saves:
-        raise UsageError(
-            f"{run}: its ledger has {result.steps} steps, {len(result.saves)} saves, {len(result.recoveries)} restarts; "
-            "measure on a run that had each, such as one under `scripts/launch.py --chaos kill:60s`"
-        )
+        had = f"{result.steps} steps, {len(result.saves)} saves and {len(result.recoveries)} restarts"
+        raise UsageError(f"{run}: {had}; measure on a run with each, as under `scripts/launch.py --chaos kill:60s`")
     kept, seconds = result.steps, result.seconds
     # The recomputed steps' share of data waits is small, and is left with the kept ones.
     step = (seconds[PRODUCTIVE] + seconds[SLOW] + seconds[DATA] + seconds[OTHER]) / kept
@@ -147,7 +145,7 @@ def best_interval(costs: Costs, rate: float) -> tuple[int, float]:
 def projection(costs: Costs, every: int, rate_per_gpu_hour: float) -> list[tuple[str, ...]]:
     """Rows for 8 … 8,192 GPUs: GPUs, hours between faults, goodput at `every`, best interval, its goodput, Young's
     interval, the closed form's goodput there. The costs are taken to stay what they are on the measured machine."""
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for gpus in GPUS:
         rate = gpus * rate_per_gpu_hour / 3600
         best, goodput = best_interval(costs, rate)
