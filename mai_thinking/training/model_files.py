@@ -30,6 +30,7 @@ def model_config(config: PretrainConfig, tokenizer: PreTrainedTokenizerBase | No
     `tokenizer` is the prepared data's; before there is one, the vocabulary is as large as the config asks. Raises
     `UsageError` for sizes that do not fit together or the checkpoint, or another tokenizer than the checkpoint's.
     """
+    before = None if config.init_from is None else load_model_config(config.init_from)
     if tokenizer is None and config.data.tokenizer.path is not None:
         tokenizer = load_tokenizer(config.data.tokenizer.path)
     vocab_size = config.data.tokenizer.vocab_size if tokenizer is None else len(tokenizer)
@@ -39,9 +40,8 @@ def model_config(config: PretrainConfig, tokenizer: PreTrainedTokenizerBase | No
         changes |= {"bos_token_id": end, "eos_token_id": end, "pad_token_id": pad}
     if "max_position_embeddings" not in config.model:
         changes["max_position_embeddings"] = config.batch.context_length
-    if config.init_from is None:
+    if before is None or config.init_from is None:
         return MaiThinkingConfig.from_section(config.model, **changes)
-    before = load_model_config(config.init_from)
     # Equal sizes are not enough: the same id would mean another token.
     if tokenizer is None or tokenizer.get_vocab() != load_tokenizer(config.init_from).get_vocab():
         raise UsageError(
@@ -79,8 +79,9 @@ def load_model_config(folder: str | Path) -> MaiThinkingConfig:
     """The architecture of a model folder, or a `UsageError` that says what is missing there."""
     path = Path(folder).expanduser()
     if not (path / "config.json").is_file():
-        hint = "; the run is not finished" if (path.parent / "config.yaml").is_file() else ""
-        raise UsageError(f"{folder}: no model here (config.json is missing){hint}")
+        unfinished = (path.parent / "config.yaml").is_file()
+        hint = "the run is not finished" if unfinished else "`python scripts/pretrain.py` makes runs/nano/final"
+        raise UsageError(f"{folder}: no model here (config.json is missing); {hint}")
     config = MaiThinkingConfig.from_pretrained(path)
     if config.model_type != MaiThinkingConfig.model_type:
         raise UsageError(f"{folder}: a {config.model_type!r} model, not {MaiThinkingConfig.model_type!r}")

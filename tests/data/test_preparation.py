@@ -146,7 +146,7 @@ def test_a_stream_gives_the_cleaned_text_after_its_held_out_head(corpus: Corpus,
         seen: list[str] = []
         while len(seen) < 60 - head:
             seen += [name for row in next(loader).document_ids for name in row if name not in seen]
-    names = [f"a.jsonl:{line}" for line in range(head + 1, 63) if line not in (41, 42)]
+    names = [f"a/a.jsonl:{line}" for line in range(head + 1, 63) if line not in (41, 42)]
     assert sorted(seen) == sorted(names)
 
 
