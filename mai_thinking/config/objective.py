@@ -1,0 +1,55 @@
+"""What a gradient step of RL minimises, and its rivals."""
+
+import math
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from mai_thinking.config.base import Section
+
+
+class ObjectiveSection(Section):
+    """`objective:` in an RL run's config; `mai_thinking.rl.objective` carries it out. The values are the report's (§3).
+
+    Its rivals: `entropy_control: fixed` or `bonus`; `outer_clip: false`; `dual_clip: 3` with `outer_clip: false`.
+    """
+
+    epsilon: float = Field(0.6, ge=0, lt=1)
+    """ε: the trust region of the ratio is [1 − ε, 1/(1 − ε) + k]."""
+    outer_clip: bool = True
+    """Clip the ratio to [ratio_min, ratio_max] in every branch, also where the trust region leaves it alone."""
+    ratio_min: float = Field(0.0, ge=0)
+    ratio_max: float = Field(50.0, gt=0)
+    dual_clip: float | None = Field(None, gt=1)
+    """c of dual-clip PPO (Ye et al. 2020): a token with A < 0 costs at most c·|A|; null for none."""
+
+    entropy_control: Literal["adaptive", "fixed", "bonus"] = "adaptive"
+    """Move k by the entropy after each step; keep k as it is; keep k and add `entropy_bonus` times the entropy."""
+    clip_relaxation: float = Field(0.0, ge=0)
+    """k₀: the k that a run starts with, and stays with unless the control is adaptive."""
+    max_relaxation: float = Field(2.5, ge=0)
+    """k_max."""
+    relaxation_step: float = Field(0.25, gt=0)
+    """δ: how far k moves after a step."""
+    target_entropy: float = Field(0.3, ge=0)
+    """H*, in nats per token."""
+    entropy_bonus: float = Field(0.01, ge=0)
+    """Weight of the entropy in the objective, where the control is `bonus`; there only."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.clip_relaxation > self.max_relaxation:
+            raise ValueError(
+                f"objective.clip_relaxation: {self.clip_relaxation} is more than max_relaxation {self.max_relaxation}"
+            )
+        if self.outer_clip and not self.ratio_min <= 1 <= self.ratio_max:
+            raise ValueError(
+                f"objective.ratio_max: the outer clip [{self.ratio_min}, {self.ratio_max}] must contain 1, "
+                "the ratio of an unchanged policy"
+            )
+        return self
+
+    @property
+    def ratio_range(self) -> tuple[float, float]:
+        """(r_min, r_max); (0, ∞) where the outer clip is off."""
+        return (self.ratio_min, self.ratio_max) if self.outer_clip else (0.0, math.inf)
