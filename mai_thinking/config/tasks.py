@@ -1,0 +1,156 @@
+"""What a model is asked in RL, in which frame, how its answers are graded and what they earn.
+
+Importable without torch. MAI-Thinking-1 report §3.1, §3.6.
+"""
+
+import re
+from typing import Any, Literal, Self, get_args
+
+from pydantic import Field, field_validator, model_validator
+
+from mai_thinking.config.base import Section
+
+Family = Literal["sum", "difference", "largest", "count", "position", "sort", "next"]
+"""The procedural families of `mai_thinking.rl.tasks.procedural`."""
+
+FAMILIES: tuple[Family, ...] = get_args(Family)
+LISTS: tuple[Family, ...] = ("largest", "count", "position", "sort", "next")
+"""Families whose question shows a list."""
+
+Combination = Literal["sum", "gate", "lexicographic"]
+"""How several graders of one problem become one score; see `mai_thinking.rl.rewards.combine`."""
+
+_Range = tuple[int, int]
+
+
+class GraderSection(Section):
+    """One more grader of a task's answers, beside the task's own."""
+
+    pattern: str = Field(min_length=1)
+    """A regular expression that the whole answer must match, white space around it apart."""
+    weight: float = Field(default=1.0, ge=0)
+    """In a sum of graders; the task's own counts 1."""
+
+    @field_validator("pattern")
+    @classmethod
+    def _check_pattern(cls, pattern: str) -> str:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"{pattern!r} is not a regular expression: {error}") from None
+        return pattern
+
+
+class TaskSection(Section):
+    """One family of problems."""
+
+    name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9._-]+$")
+    """Unique in the run; letters, digits, `.`, `_` and `-`."""
+    kind: Family | Literal["reasoning-gym", "jsonl"]
+    """A procedural family, a data set of the library reasoning-gym, or a file of questions and answers."""
+    weight: float = Field(default=1.0, gt=0)
+    """Share of the problems, relative to the other tasks' weights."""
+    digits: _Range | None = None
+    """Procedural: fewest and most digits of a number, each count as likely as the others; null means 1 to 2."""
+    length: _Range | None = None
+    """Procedural, with a list: fewest and most items of it; null means 3 to 6."""
+    dataset: str | None = None
+    """reasoning-gym: the data set's name."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """reasoning-gym: fields of the data set's configuration."""
+    path: str | None = None
+    """JSONL: the file."""
+    question_field: str = "question"
+    """JSONL: the field that holds the question."""
+    answer_field: str = "answer"
+    """JSONL: the field that holds the answer; of a worked solution only what follows its last `####` counts."""
+    grading: Literal["exact", "math"] = "math"
+    """JSONL: equal text but for white space, or equal mathematically."""
+    graders: tuple[GraderSection, ...] = ()
+    """Further graders of the same answer."""
+    combination: Combination = "gate"
+    """How the task's own grade and those of `graders`, in this order, become one score."""
+
+    @model_validator(mode="after")
+    def _check_kind(self) -> Self:
+        kinds = {
+            "digits": FAMILIES, "length": LISTS, "dataset": ("reasoning-gym",), "options": ("reasoning-gym",),
+            "path": ("jsonl",),
+        }  # fmt: skip
+        for field, allowed in kinds.items():
+            if getattr(self, field) and self.kind not in allowed:
+                raise ValueError(f"task {self.name!r}: `{field}` is not for kind {self.kind!r}; remove it")
+        for field, kind in (("dataset", "reasoning-gym"), ("path", "jsonl")):
+            if self.kind == kind and not getattr(self, field):
+                raise ValueError(f"task {self.name!r}: kind {kind!r} needs `{field}`")
+        for field, low, high in (("digits", 1, 12), ("length", 2, 30)):
+            bounds = getattr(self, field)
+            if bounds and not low <= bounds[0] <= bounds[1] <= high:
+                raise ValueError(
+                    f"task {self.name!r}: `{field}` is [fewest, most], from {low} to {high}, not {list(bounds)}"
+                )
+        return self
+
+
+_PRESETS: dict[str, dict[str, str]] = {
+    # Our words for the report's frame (§3.1): plain text, no chat tokens, the thought opened for the model.
+    "r1-zero": {
+        "prompt": (
+            "A user asks and an assistant replies. The assistant first works the problem out between <think> and"
+            " </think>, then gives the bare result between <answer> and </answer>.\n"
+            "User: {question}\nAssistant: <think>"
+        ),
+        "answer_start": "<answer>",
+        "answer_end": "</answer>",
+    },
+    # The form of the embedded corpus of exercises, which a small base model knows.
+    "exercise": {"prompt": "Question: {question}\n", "answer_start": "Answer:", "answer_end": "\n"},
+}
+
+
+class TemplateSection(Section):
+    """The frame of a question, and where the answer lies in a response (§3.1). Fields not given are the preset's."""
+
+    preset: Literal["r1-zero", "exercise"] = "r1-zero"
+    prompt: str
+    """With `{question}` in it."""
+    answer_start: str = Field(min_length=1)
+    """The answer is what follows the last of these …"""
+    answer_end: str
+    """… up to the next of these. Empty: the end of the text. A line break: the end of the line or of the text."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_from_preset(cls, fields: Any) -> Any:
+        if not isinstance(fields, dict):
+            return fields
+        return {**_PRESETS.get(str(fields.get("preset", "r1-zero")), {}), **fields}
+
+    @field_validator("prompt")
+    @classmethod
+    def _check_prompt(cls, prompt: str) -> str:
+        if "{question}" not in prompt:
+            raise ValueError("the prompt lacks `{question}`, the place of the question")
+        return prompt
+
+
+class GradingSection(Section):
+    """Limits of the processes that grade what a model wrote."""
+
+    workers: int = Field(default=1, ge=1)
+    """Processes, beside the trainer."""
+    seconds: float = Field(default=2.0, gt=0)
+    """Processor time that one answer may take; waiting, it may take `grading.WAIT_FACTOR` times as long."""
+    megabytes: int = Field(default=1024, ge=16)
+    """Memory that a process may take beyond what it starts with."""
+
+
+class RewardSection(Section):
+    """R = R_task + w_language·R_language − w_length·R_length (§3.1)."""
+
+    w_language: float = Field(default=0.5, ge=0)
+    """0 switches the term off."""
+    alpha: float = Field(default=0.005, ge=0)
+    """What one word of another language costs: R_language = max(1 − alpha·n, 0)."""
+    w_length: float = Field(default=0.25, ge=0)
+    """0 switches the term off, as in the last stage of the length curriculum."""

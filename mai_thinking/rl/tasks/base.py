@@ -1,0 +1,78 @@
+"""What a task is, and the rule that keeps its held-out problems out of training."""
+
+import re
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import xxhash
+
+Split = Literal["train", "held_out"]
+
+HELD_OUT_PERCENT = 15
+"""Share of all questions that is held out. A constant and no option: a question that was held out stays so."""
+
+LONGEST_ANSWER = 10_000
+"""Characters; a longer answer is wrong, unread."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A question with its reference answer."""
+
+    task: str
+    """The task's name in the config."""
+    id: str
+    """Hash of the question's text: 16 hexadecimal digits."""
+    question: str
+    answer: str
+    """The reference, as text."""
+    difficulty: float
+    """0 (easiest the options allow) to 1 (hardest); 0.5 where the task cannot tell."""
+    item: int = 0
+    """Number in the task's source, for a verifier that needs more than the reference."""
+
+
+class Task(Protocol):
+    """A family of problems with a verifier."""
+
+    name: str
+
+    def problem(self, split: Split, index: int) -> Problem:
+        """Problem `index` (0, 1, 2, …) of a split: a function of the task's section and the arguments alone. Different
+        indices may give the same problem. Raises UsageError if the split is empty."""
+        ...
+
+    def verify(self, problem: Problem, answer: str) -> float:
+        """0 (wrong) to 1 (right). Never raises, on any text. Fast on any text too for the procedural tasks; for others
+        the grading process has the limits."""
+        ...
+
+
+def question_hash(question: str) -> int:
+    """64 bits of a question's text, but for case and white space."""
+    return xxhash.xxh3_64_intdigest(" ".join(question.split()).casefold().encode(errors="surrogatepass"))
+
+
+def question_id(question: str) -> str:
+    return f"{question_hash(question):016x}"
+
+
+def split_of(question: str) -> Split:
+    """The split goes by the question's text alone, so no seed, weight or option moves a question across."""
+    return "held_out" if question_hash(question) % 100 < HELD_OUT_PERCENT else "train"
+
+
+_SPACE = re.compile(r"[ \t\r\n]+")
+_COMMA = re.compile(r" ?, ?")
+
+
+def normalise(answer: str) -> str:
+    """`answer` without white space around it and around commas, and without one full stop at the end. Nothing else:
+    `07`, `+7` and digits of other scripts are not `7`."""
+    text = _COMMA.sub(", ", _SPACE.sub(" ", answer).strip(" "))
+    return text[:-1].rstrip(" ") if text.endswith(".") else text
+
+
+def same_text(reference: str, answer: str) -> bool:
+    """Whether `answer` is `reference` but for what `normalise` takes away."""
+    return len(answer) <= LONGEST_ANSWER and normalise(answer) == normalise(reference)

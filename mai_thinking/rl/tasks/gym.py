@@ -1,0 +1,75 @@
+"""Data sets of the library reasoning-gym as tasks (extra `tasks`).
+
+Two of its habits are not ours. It pays partial credit, for the reference as a part of the answer among other things:
+only a score of 0.99 or more counts. And item i of a data set with seed s is item 0 of one with seed s + i, so that two
+seeds give no two splits: ours go by the question's text.
+"""
+
+import random
+import re
+from functools import lru_cache
+from typing import Any
+
+from mai_thinking.config.names import nearest_name
+from mai_thinking.config.tasks import TaskSection
+from mai_thinking.errors import UsageError
+from mai_thinking.rl.tasks.base import LONGEST_ANSWER, Problem, Split, question_id, split_of
+
+_FULL = 0.99
+_ITEMS = 2**31
+_ATTEMPTS = 500
+
+# Several of its verifiers hand the answer to Python's or sympy's eval. No answer needs these; code that does harm does.
+_CODE = re.compile(
+    r"__|\b(?:import|eval|exec|compile|open|input|breakpoint|lambda|globals|locals|vars|dir|(?:get|set|del|has)attr|"
+    r"memoryview|exit|quit|help|type|object|super|print)\b"
+)
+
+
+class GymTask:
+    """One data set of reasoning-gym, with its section's options."""
+
+    def __init__(self, section: TaskSection) -> None:
+        """Raises UsageError if the library is missing, or does not know the data set or an option."""
+        self.name, dataset = section.name, section.dataset
+        try:
+            import reasoning_gym
+        except ImportError:
+            raise UsageError(
+                f"task {self.name!r} needs reasoning-gym: pip install 'mai_thinking[tasks]', or remove the task"
+            ) from None
+        if dataset not in reasoning_gym.factory.DATASETS:
+            near = nearest_name(str(dataset), reasoning_gym.factory.DATASETS)
+            raise UsageError(f"task {self.name!r}: reasoning-gym has no data set {dataset!r}; {near}")
+        try:
+            self._dataset = reasoning_gym.create_dataset(dataset, **{**section.options, "seed": 0, "size": _ITEMS})
+        except (TypeError, ValueError, AssertionError) as error:
+            raise UsageError(f"task {self.name!r}: {dataset} does not take these `options`: {error}") from None
+        self._entry = lru_cache(maxsize=256)(self._make_entry)
+
+    def problem(self, split: Split, index: int) -> Problem:
+        """See `Task.problem`. Makes items until one falls into the split."""
+        rng = random.Random(f"{split} {index}")
+        for _ in range(_ATTEMPTS):
+            item = rng.randrange(_ITEMS)
+            entry = self._entry(item)
+            question = str(entry["question"]).strip()
+            if split_of(question) == split:
+                return Problem(self.name, question_id(question), question, str(entry["answer"]), 0.5, item)
+        raise UsageError(
+            f"task {self.name!r} has no {split.replace('_', '-')} question among {_ATTEMPTS}; "
+            "give it `options` with more distinct questions"
+        )
+
+    def verify(self, problem: Problem, answer: str) -> float:
+        """See `Task.verify`: 1 if the library's own verifier gives 0.99 or more. For a grading process only."""
+        answer = answer.strip()
+        if len(answer) > LONGEST_ANSWER or _CODE.search(answer):
+            return 0.0
+        try:
+            return float(self._dataset.score_answer(answer, self._entry(problem.item)) >= _FULL)
+        except Exception:  # verifiers raise all kinds of errors on text that is no answer
+            return 0.0
+
+    def _make_entry(self, item: int) -> dict[str, Any]:
+        return self._dataset[item]

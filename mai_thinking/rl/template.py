@@ -1,0 +1,40 @@
+"""The frame around a question, and the answer in a response. MAI-Thinking-1 report §3.1."""
+
+from dataclasses import dataclass
+
+from mai_thinking.config.tasks import TemplateSection
+
+
+@dataclass(frozen=True)
+class Parsed:
+    """A response, taken apart."""
+
+    thought: str
+    """What comes before the answer; the whole response if there is none."""
+    answer: str | None
+    """The last answer, without white space around it; None if the response has none."""
+
+
+class Template:
+    """Prompts and answers by a section's strings."""
+
+    def __init__(self, section: TemplateSection) -> None:
+        self._prompt = section.prompt
+        self._start, self._end = section.answer_start, section.answer_end
+
+    def prompt(self, question: str) -> str:
+        """The text that the model continues."""
+        return self._prompt.replace("{question}", question)
+
+    def parse(self, response_text: str) -> Parsed:
+        """Look at the response alone, never at the prompt: what the template itself says cannot pass for an answer. Of
+        several answers the last counts, so that listing guesses gains nothing."""
+        # An answer that is cut off has not been given; but at the end of a text, a line ends too.
+        text = response_text if self._end.strip() else response_text + self._end
+        last_end = text.rfind(self._end)  # of the empty string: the end of the text
+        start = text.rfind(self._start, 0, last_end) if last_end >= 0 else -1
+        if start < 0:
+            return Parsed(response_text, None)
+        first = start + len(self._start)
+        answer = text[first : text.find(self._end, first) if self._end else None]
+        return Parsed(response_text[:start], answer.strip())
