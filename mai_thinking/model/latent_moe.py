@@ -50,12 +50,18 @@ class Router(nn.Module):
         self.renormalize = config.renormalize_top_k
         self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
 
-    def forward(self, x_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """→ gate weights [T, K], chosen experts [T, K] int64, logits [T, E], probabilities [T, E]."""
+    def forward(
+        self, x_TD: torch.Tensor, chosen_TK: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """→ gate weights [T, K], chosen experts [T, K] int64, logits [T, E], probabilities [T, E].
+
+        Given `chosen_TK`, it weighs these experts instead of choosing (routing replay, §3.1).
+        """
         with torch.autocast(x_TD.device.type, enabled=False):
             logits_TE = F.linear(x_TD.float(), self.weight.float())
         probabilities_TE = logits_TE.softmax(dim=-1)
-        chosen_TK = stable_top_k(probabilities_TE.detach(), self.top_k)
+        if chosen_TK is None:
+            chosen_TK = stable_top_k(probabilities_TE.detach(), self.top_k)
         gates_TK = probabilities_TE.gather(1, chosen_TK)
         if self.renormalize:
             gates_TK = gates_TK / gates_TK.sum(dim=-1, keepdim=True)
@@ -106,18 +112,23 @@ class LatentMoE(nn.Module):
         self.latent_up = residual_projection(config.latent_size, config.hidden_size)
 
     def forward(
-        self, x_BTD: torch.Tensor, token_mask_BT: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, Routing, torch.Tensor]:
-        """→ output [B, T, D], the routing's sums over real tokens, and router logits [B·T, E] fp32.
+        self,
+        x_BTD: torch.Tensor,
+        token_mask_BT: torch.Tensor | None = None,
+        chosen_BTK: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, Routing, torch.Tensor, torch.Tensor]:
+        """→ output [B, T, D], the routing's sums over real tokens, router logits [B·T, E] fp32, experts [B, T, K] int64.
 
-        `token_mask_BT` (bool) marks real tokens; padding is computed like any token but not counted.
+        `token_mask_BT` (bool) marks real tokens; padding is computed like any token but not counted. `chosen_BTK`
+        (int64) are experts to use in place of the router's choice; their weights are the router's still.
         """
-        gates_TK, chosen_TK, logits_TE, probabilities_TE = self.router(x_BTD.flatten(0, -2))
+        replayed_TK = None if chosen_BTK is None else chosen_BTK.flatten(0, -2)
+        gates_TK, chosen_TK, logits_TE, probabilities_TE = self.router(x_BTD.flatten(0, -2), replayed_TK)
         latents_TL = self.latent_down(x_BTD.to(self.latent_down.weight.dtype)).flatten(0, -2)
         mixed_TL = self.experts(latents_TL, chosen_TK, gates_TK)
         out_BTD = self.latent_up(mixed_TL).view(x_BTD.shape)
         routing = summarize(chosen_TK, logits_TE, probabilities_TE, token_mask_BT)
-        return out_BTD, routing, logits_TE
+        return out_BTD, routing, logits_TE, chosen_TK.view(*x_BTD.shape[:-1], -1)
 
 
 def summarize(

@@ -3,9 +3,10 @@
 Source: MAI-Thinking-1 report §2.1, §2.6.2–2.6.3. Held in fp32 whatever the weights' dtype: the residual stream, norms,
 router, embeddings and logits.
 
-Shapes: B batch, T tokens, D hidden size, V vocabulary, M MoE layers, E experts.
+Shapes: B batch, T tokens, D hidden size, V vocabulary, M MoE layers, E experts, K chosen per token.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -64,9 +65,11 @@ class DecoderLayer(GradientCheckpointingLayer):
         rotary: RotaryTables | None = None,
         token_mask_BT: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
+        chosen_BTK: torch.Tensor | None = None,
         **kwargs: Any,
-    ) -> tuple[torch.Tensor, Routing | None, torch.Tensor | None]:
-        """→ residual stream [B, T, D] fp32 and, of a MoE layer, its routing and router logits [B·T, E]."""
+    ) -> tuple[torch.Tensor, Routing | None, torch.Tensor | None, torch.Tensor | None]:
+        """→ residual stream [B, T, D] fp32 and, of a MoE layer, its routing, router logits [B·T, E] and the experts
+        that it used [B, T, K], which are `chosen_BTK` where that is given."""
         weight_dtype = self.attention.o_proj.weight.dtype
         x_BTD = self.attention_in_norm(residual_BTD).to(weight_dtype)
         x_BTD = self.attention(x_BTD, rotary, attention_mask, past_key_values, **kwargs)
@@ -76,11 +79,11 @@ class DecoderLayer(GradientCheckpointingLayer):
         routing = router_logits = None
         if self.is_moe:
             # The router reads the norm's fp32 output; the block casts for its own projections.
-            x_BTD, routing, router_logits = self.feed_forward(x_BTD, token_mask_BT)
+            x_BTD, routing, router_logits, chosen_BTK = self.feed_forward(x_BTD, token_mask_BT, chosen_BTK)
         else:
             x_BTD = self.feed_forward(x_BTD.to(weight_dtype))
         residual_BTD = residual_BTD + self._drop(self.feed_forward_out_norm(x_BTD))
-        return residual_BTD, routing, router_logits
+        return residual_BTD, routing, router_logits, chosen_BTK
 
     def _drop(self, x_BTD: torch.Tensor) -> torch.Tensor:
         return F.dropout(x_BTD, self.dropout, self.training)
@@ -138,6 +141,8 @@ class MaiThinkingModelOutput(ModelOutput):
     hidden_states: tuple[torch.Tensor, ...] | None = None
     router_logits: tuple[torch.Tensor, ...] | None = None
     routing: Routing | None = None
+    expert_choices: torch.Tensor | None = None
+    """[M, B, T, K] int64."""
 
 
 @dataclass
@@ -152,6 +157,12 @@ class MaiThinkingOutput(ModelOutput):
     hidden_states: tuple[torch.Tensor, ...] | None = None
     router_logits: tuple[torch.Tensor, ...] | None = None
     routing: Routing | None = None
+    expert_choices: torch.Tensor | None = None
+    scores: torch.Tensor | None = None
+
+
+Head = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""What may take the place of the logits: hidden states [B, T, D] fp32 and the head's weights [V, D] → scores."""
 
 
 class MaiThinkingModel(MaiThinkingPreTrainedModel):
@@ -175,12 +186,16 @@ class MaiThinkingModel(MaiThinkingPreTrainedModel):
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         output_router_logits: bool = False,
+        token_mask: torch.Tensor | None = None,
+        expert_choices: torch.Tensor | None = None,
+        output_expert_choices: bool = False,
         **kwargs: Any,
     ) -> MaiThinkingModelOutput:
         """`input_ids` [B, T] int64 → hidden states [B, T, D] fp32.
 
         `attention_mask` [B, T] marks padding with 0. Without one, `position_ids` [B, T] that restart inside a row mark
-        packed documents, which `config.document_masking` keeps apart.
+        packed documents, which `config.document_masking` keeps apart; `token_mask` [B, T] bool then tells which tokens
+        count in the routing's sums. `expert_choices` [M, B, T, K] int64 replace the routers' own (routing replay, §3.1).
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
@@ -193,24 +208,27 @@ class MaiThinkingModel(MaiThinkingPreTrainedModel):
             seen = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = (seen + torch.arange(residual_BTD.size(1), device=residual_BTD.device))[None]
         masks = self._masks(residual_BTD, attention_mask, past_key_values, position_ids if packed else None)
-        token_mask_BT = _token_mask(attention_mask, residual_BTD)
+        token_mask_BT = _token_mask(attention_mask, residual_BTD) if token_mask is None else token_mask
         rotary = rotary_tables(position_ids, self.config.head_dim, self.config.rope_theta)
 
-        hidden_states, routings, router_logits = [], [], []
+        hidden_states, routings, router_logits, choices = [], [], [], []
         for layer in self.layers:
             hidden_states.append(residual_BTD)
-            residual_BTD, routing, logits = layer(
+            replayed = expert_choices is not None and layer.is_moe
+            residual_BTD, routing, logits, chosen_BTK = layer(
                 residual_BTD,
                 attention_mask=masks[str(layer.kind)],
                 rotary=rotary,
                 token_mask_BT=token_mask_BT,
                 past_key_values=past_key_values,
+                chosen_BTK=expert_choices[len(choices)] if replayed else None,
                 position_ids=position_ids,
                 **kwargs,
             )
             if routing is not None:
                 routings.append(routing)
                 router_logits.append(logits)
+                choices.append(chosen_BTK)
         residual_BTD = self.norm(residual_BTD)
         hidden_states.append(residual_BTD)
         return MaiThinkingModelOutput(
@@ -219,6 +237,7 @@ class MaiThinkingModel(MaiThinkingPreTrainedModel):
             hidden_states=tuple(hidden_states) if output_hidden_states else None,
             router_logits=tuple(router_logits) if output_router_logits else None,
             routing=Routing(*(torch.stack(parts) for parts in zip(*routings, strict=True))) if routings else None,
+            expert_choices=torch.stack(choices) if output_expert_choices and choices else None,
         )
 
     def _masks(
@@ -267,13 +286,15 @@ class MaiThinkingForCausalLM(MaiThinkingPreTrainedModel, GenerationMixin):
         logits_to_keep: int | torch.Tensor = 0,
         num_items_in_batch: torch.Tensor | int | None = None,
         skip_logits: bool = False,
+        head: Head | None = None,
         **kwargs: Any,
     ) -> MaiThinkingOutput:
         """Tokens [B, T] → logits [B, T, V] fp32 and, given labels, the loss.
 
         `labels` are the tokens themselves, shifted here; `shift_labels` are each position's next token already; -100
         is ignored. The cross-entropy is summed and divided by `num_items_in_batch`, or by the number of labels.
-        `skip_logits` computes the loss without ever holding all logits at once.
+        `skip_logits` computes the loss without ever holding all logits at once. `head` takes the place of the logits:
+        it is called here, inside the forward pass, where sharded weights are whole, and its result is in `scores`.
         """
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
@@ -291,9 +312,11 @@ class MaiThinkingForCausalLM(MaiThinkingPreTrainedModel, GenerationMixin):
         hidden_BTD = output.last_hidden_state
         if labels is not None and shift_labels is None:
             shift_labels = F.pad(labels, (0, 1), value=-100)[:, 1:]
-        loss = aux_loss = logits = None
+        loss = aux_loss = logits = scores = None
         with torch.autocast(hidden_BTD.device.type, enabled=False):
-            if not skip_logits:
+            if head is not None:
+                scores = head(hidden_BTD, self.lm_head.weight)
+            elif not skip_logits:
                 kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
                 logits = self.lm_head(hidden_BTD[:, kept].to(self.lm_head.weight.dtype)).float()
             if shift_labels is not None:
@@ -312,6 +335,8 @@ class MaiThinkingForCausalLM(MaiThinkingPreTrainedModel, GenerationMixin):
             hidden_states=output.hidden_states,
             router_logits=output.router_logits,
             routing=output.routing,
+            expert_choices=output.expert_choices,
+            scores=scores,
         )
 
 

@@ -1,0 +1,118 @@
+"""Rollouts of many lengths packed into rows for the learner.
+
+A rollout of P prompt and n response tokens takes P + n − 1 places: its last token is only predicted. Rollouts lie in a
+row one behind the other, each with positions from 0, which is what keeps them apart in the model. What is left at the
+row's end is padding: positions from 0 as well, left out of the routing's sums.
+
+Shapes: B rows, T places in a row, N response tokens in all, M MoE layers, K experts chosen per token.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+
+from mai_thinking.errors import UsageError
+from mai_thinking.rl.rollouts import Rollout
+
+MULTIPLE = 64
+"""Rows are padded to whole blocks of this many places, for attention in blocks and for few different shapes."""
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Rows for one forward and backward pass. Response tokens are in the order of their places, row by row."""
+
+    input_ids: torch.Tensor
+    """[B, T] int64."""
+    position_ids: torch.Tensor
+    """[B, T] int64, from 0 in each rollout."""
+    token_mask: torch.Tensor
+    """[B, T] bool: no padding."""
+    response_mask: torch.Tensor
+    """[B, T] bool: places whose *next* token belongs to a response; N in all."""
+    expert_choices: torch.Tensor
+    """[M, B, T, K] int64; padding's are arbitrary."""
+    targets: torch.Tensor
+    """[N] int64, the response tokens."""
+    rollout_index: torch.Tensor
+    """[N] int64: which of the packed rollouts a response token belongs to."""
+    old_logprobs: torch.Tensor
+    """[N] fp32, the engine's."""
+    nucleus: torch.Tensor
+    """[N, ceil(V / 8)] uint8, bit-packed."""
+
+    def to(self, device: torch.device | str) -> "MicroBatch":
+        """The same on another device."""
+        return MicroBatch(**{part.name: getattr(self, part.name).to(device) for part in fields(self)})
+
+
+def pack(rollouts: Sequence[Rollout], *, row_length: int, rows: int, num_experts: int) -> list[MicroBatch]:
+    """Rollouts into micro-batches of up to `rows` rows of up to `row_length` places.
+
+    First-fit decreasing, equal lengths in the given order: the same rollouts always give the same micro-batches. Rows
+    are as long as a micro-batch's longest, in whole blocks of `MULTIPLE`. Raises `UsageError` for a rollout that is
+    longer than a row.
+    """
+    layout = first_fit_decreasing([_places(rollout) for rollout in rollouts], row_length)
+    groups = [layout[begin : begin + rows] for begin in range(0, len(layout), rows)]
+    return [_micro_batch(rollouts, group, row_length, num_experts) for group in groups]
+
+
+def first_fit_decreasing(lengths: Sequence[int], row_length: int) -> list[list[int]]:
+    """Indices of `lengths`, row by row: each, longest first, goes into the first row that has room for it."""
+    too_long = max(lengths, default=0)
+    if too_long > row_length:
+        raise UsageError(f"packing: a rollout takes {too_long} places, a row has {row_length}; make rows longer")
+    layout: list[list[int]] = []
+    room: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        row = next((row for row, free in enumerate(room) if free >= lengths[index]), len(layout))
+        if row == len(layout):
+            layout.append([])
+            room.append(row_length)
+        layout[row].append(index)
+        room[row] -= lengths[index]
+    return layout
+
+
+def _places(rollout: Rollout) -> int:
+    return len(rollout.prompt_ids) + len(rollout.response_ids) - 1
+
+
+def _micro_batch(rollouts: Sequence[Rollout], layout: list[list[int]], row_length: int, num_experts: int) -> MicroBatch:
+    longest = max(sum(_places(rollouts[index]) for index in row) for row in layout)
+    B, T = len(layout), min(row_length, -(-longest // MULTIPLE) * MULTIPLE)
+    M, _, K = rollouts[layout[0][0]].experts.shape
+    input_ids, position_ids = np.zeros((2, B, T), dtype=np.int64)
+    token_mask, response_mask = np.zeros((2, B, T), dtype=bool)
+    # Padding goes through experts too: through all of them in turn, so that none is busier for it.
+    idle_TK = np.arange(T * K).reshape(T, K) % num_experts
+    expert_choices = np.broadcast_to(idle_TK, (M, B, T, K)).copy()
+    order = [index for row in layout for index in row]
+    for b, row in enumerate(layout):
+        start = 0
+        for index in row:
+            rollout = rollouts[index]
+            P, n, places = len(rollout.prompt_ids), len(rollout.response_ids), _places(rollout)
+            own = slice(start, start + places)
+            input_ids[b, own] = np.concatenate((rollout.prompt_ids, rollout.response_ids[:-1]))
+            position_ids[b, own] = np.arange(places)
+            token_mask[b, own] = True
+            response_mask[b, start + P - 1 : start + P - 1 + n] = True
+            expert_choices[:, b, own] = rollout.experts
+            start += places
+        position_ids[b, start:] = np.arange(T - start)
+    parts = [rollouts[index] for index in order]
+    return MicroBatch(
+        input_ids=torch.from_numpy(input_ids),
+        position_ids=torch.from_numpy(position_ids),
+        token_mask=torch.from_numpy(token_mask),
+        response_mask=torch.from_numpy(response_mask),
+        expert_choices=torch.from_numpy(expert_choices),
+        targets=torch.from_numpy(np.concatenate([rollout.response_ids for rollout in parts])),
+        rollout_index=torch.from_numpy(np.repeat(order, [len(rollout.response_ids) for rollout in parts])),
+        old_logprobs=torch.from_numpy(np.concatenate([rollout.logprobs for rollout in parts])),
+        nucleus=torch.from_numpy(np.concatenate([rollout.nucleus for rollout in parts])),
+    )

@@ -1,0 +1,281 @@
+"""Rollouts: a batched sampling engine on our model, with continuous batching.
+
+A finished rollout leaves its slot at once and the next request takes its place; a prompt goes through the model once,
+however many requests share it. What comes back has what the learner replays: the nucleus that each token was drawn
+from, and the experts that each token went through (MAI-Thinking-1 report §3.1).
+
+Every draw is a function of (seed, request id, position) and the logits, so neither the batch that a rollout happens to
+share nor the number of slots changes what is drawn; both can only change the logits' rounding.
+"""
+
+import copy
+import logging
+from collections import Counter, deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from mai_thinking.errors import RunError, UsageError
+from mai_thinking.model import MaiThinkingForCausalLM
+from mai_thinking.rl.decoding import Experts, Prompt, SlotCache, decode, prefill
+from mai_thinking.rl.nucleus import draw, pack_bits, uniforms
+
+ATTEMPTS = 3
+"""How often a generation that fails is tried."""
+PREFILL_TOKENS = 4096
+"""Tokens, padding included, of prompts that go through the model together."""
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Request:
+    """A response to be generated. `id` is unique in the run: all randomness of the rollout follows from it."""
+
+    id: int
+    prompt_ids: list[int]
+    max_new_tokens: int
+
+
+@dataclass
+class Rollout:
+    """A response and what was decided on its way. P prompt tokens, n response tokens, M MoE layers, K experts."""
+
+    request_id: int
+    prompt_ids: list[int]
+    response_ids: NDArray[np.int64]
+    """[n], with the end-of-text token if it was drawn."""
+    logprobs: NDArray[np.float32]
+    """[n], under the distribution drawn from: with temperature, renormalised over the nucleus."""
+    nucleus: NDArray[np.uint8]
+    """[n, ceil(V / 8)], bit-packed (`nucleus.pack_bits`): the tokens that could have been drawn."""
+    experts: Experts
+    """[M, P + n − 1, K] uint16, of every token that went through the model: all but the response's last."""
+    finished: bool
+    """Whether it ended by itself, rather than at `max_new_tokens`."""
+
+
+class Engine(Protocol):
+    """What generates rollouts; narrow enough for an external engine."""
+
+    def update_weights(self, model: MaiThinkingForCausalLM) -> None:
+        """Generate from these weights from now on."""
+
+    def generate(self, requests: Sequence[Request]) -> list[Rollout]:
+        """A rollout for each request, in their order. Raises `RunError` if that cannot be had."""
+
+
+@dataclass
+class _Running:
+    """A request in a slot. The arrays are rows of what a whole step produced."""
+
+    request: Request
+    prompt: Prompt
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    nucleus: list[NDArray[np.uint8]] = field(default_factory=list)
+    experts: list[Experts] = field(default_factory=list)
+
+    @property
+    def position(self) -> int:
+        """Of the newest token."""
+        return len(self.request.prompt_ids) + len(self.tokens) - 1
+
+    def rollout(self, finished: bool) -> Rollout:
+        experts_MnK = [np.stack(self.experts, axis=1)] if self.experts else []
+        return Rollout(
+            request_id=self.request.id,
+            prompt_ids=self.request.prompt_ids,
+            response_ids=np.array(self.tokens, dtype=np.int64),
+            logprobs=np.array(self.logprobs, dtype=np.float32),
+            nucleus=np.stack(self.nucleus),
+            experts=np.concatenate([self.prompt.experts_MPK, *experts_MnK], axis=1),
+            finished=finished,
+        )
+
+
+class BatchedEngine:
+    """Our own engine, on a copy of the model. `temperature` 0 is greedy; `end_of_text` None never ends by itself.
+
+    On a CPU, many slots pay: a step reads the experts' weights once for all of them.
+    """
+
+    def __init__(
+        self,
+        model: MaiThinkingForCausalLM,
+        *,
+        slots: int,
+        temperature: float,
+        top_p: float,
+        seed: int,
+        end_of_text: int | None,
+    ) -> None:
+        if slots < 1 or temperature < 0.0 or not 0.0 < top_p <= 1.0:
+            raise UsageError(
+                f"rollouts: slots {slots}, temperature {temperature}, top_p {top_p}; "
+                "they must be at least 1, at least 0, and in (0, 1]"
+            )
+        self.slots, self.temperature, self.top_p = slots, temperature, top_p
+        self.seed, self.end_of_text = seed, end_of_text
+        self._model = copy.deepcopy(model).eval().requires_grad_(False)
+        self._model.zero_grad(set_to_none=True)
+        self._model.set_attn_implementation("sdpa")  # which takes the decoding step's masks
+        self._cache: SlotCache | None = None
+
+    def update_weights(self, model: MaiThinkingForCausalLM) -> None:
+        """Copy `model`'s weights. Until then, rollouts come from those of the last call, whatever the learner does."""
+        with torch.no_grad():
+            for mine, theirs in zip(self._model.parameters(), model.parameters(), strict=True):
+                mine.copy_(theirs)
+
+    def generate(self, requests: Sequence[Request]) -> list[Rollout]:
+        """A rollout for each request, in their order.
+
+        A generation that fails, by an exception or by logits that are not finite, is tried again, without what had
+        finished before. Raises `RunError` after `ATTEMPTS`, and `UsageError` for a request that nobody could answer.
+        """
+        _check(requests)
+        done: dict[int, Rollout] = {}
+        for attempt in range(1, ATTEMPTS + 1):
+            try:
+                with torch.inference_mode():
+                    self._run([request for request in requests if request.id not in done], done)
+                return [done[request.id] for request in requests]
+            except Exception as error:
+                failure = error
+                missing = len(requests) - len(done)
+                logger.warning("generation failed with %d of %d rollouts missing: %r", missing, len(requests), error)
+        raise RunError(
+            f"rollouts: generation failed {attempt} times, {missing} of {len(requests)} rollouts are missing; "
+            f"the last failure was {type(failure).__name__}: {failure}"
+        ) from failure
+
+    def _run(self, requests: Sequence[Request], done: dict[int, Rollout]) -> None:
+        """Generate all requests into `done`."""
+        if not requests:
+            return
+        cache = self._room(max(len(request.prompt_ids) + request.max_new_tokens for request in requests))
+        waiting = _Waiting(self._model, requests)
+        running: list[_Running] = []
+        hidden_AD = self._model.lm_head.weight.new_empty(0, self._model.config.hidden_size)
+        while waiting or running:
+            hidden_AD = torch.cat((hidden_AD, *self._admit(waiting, running, cache)))
+            self._draw(hidden_AD, running)
+            running = self._retire(running, cache, done)
+            if running:
+                tokens_A = torch.tensor([one.tokens[-1] for one in running], device=hidden_AD.device)
+                positions_A = np.array([one.position for one in running])
+                hidden_AD, experts_AMK = decode(self._model, cache, tokens_A, positions_A)
+                for one, experts_MK in zip(running, experts_AMK, strict=True):
+                    one.experts.append(experts_MK)
+            else:
+                hidden_AD = hidden_AD[:0]
+
+    def _room(self, length: int) -> SlotCache:
+        """A cache for sequences of `length` tokens; the last one, if that is large enough."""
+        if self._cache is None or self._cache.length < length:
+            like = self._model.model.layers[0].attention.v_proj.weight
+            self._cache = SlotCache(self._model.config, self.slots, length, like)
+        return self._cache
+
+    def _admit(self, waiting: "_Waiting", running: list[_Running], cache: SlotCache) -> list[torch.Tensor]:
+        """Fill the free slots, behind those in use; → the hidden states [n, D] that predict their first tokens."""
+        hidden = []
+        while waiting and len(running) < self.slots:
+            prompt, requests = waiting.take(self.slots - len(running))
+            cache.fill(len(running), len(requests), prompt)
+            hidden.append(prompt.hidden_D.expand(len(requests), -1))
+            running.extend(_Running(request, prompt) for request in requests)
+        return hidden
+
+    def _draw(self, hidden_AD: torch.Tensor, running: list[_Running]) -> None:
+        """The next token of every slot in use."""
+        logits_AV = self._model.lm_head(hidden_AD.to(self._model.lm_head.weight.dtype)).float()
+        ids_A = np.array([one.request.id for one in running])
+        positions_A = np.array([one.position + 1 for one in running])
+        finite_A = logits_AV.isfinite().all(dim=-1).cpu().numpy()
+        if not finite_A.all():
+            bad = int(np.argmin(finite_A))
+            raise FloatingPointError(f"logits of request {ids_A[bad]} are not finite at position {positions_A[bad]}")
+        u_A = torch.from_numpy(uniforms(self.seed, ids_A, positions_A)).to(logits_AV.device)
+        draws = draw(logits_AV, u_A, temperature=self.temperature, top_p=self.top_p)
+        steps = zip(
+            running, draws.tokens_A.tolist(), draws.logprobs_A.tolist(), pack_bits(draws.nucleus_AV), strict=True
+        )
+        for one, token, logprob, nucleus in steps:
+            one.tokens.append(token)
+            one.logprobs.append(logprob)
+            one.nucleus.append(nucleus)
+
+    def _retire(self, running: list[_Running], cache: SlotCache, done: dict[int, Rollout]) -> list[_Running]:
+        """Take finished rollouts out. The last slots move into the gaps, so that those in use are the first again."""
+        kept = []
+        for slot, one in enumerate(running):
+            finished = one.tokens[-1] == self.end_of_text
+            if finished or len(one.tokens) == one.request.max_new_tokens:
+                done[one.request.id] = one.rollout(finished)
+            else:
+                kept.append(slot)
+        count = len(kept)
+        gaps = sorted(set(range(count)).difference(kept))
+        movers = [slot for slot in kept if slot >= count]
+        if movers:
+            cache.move(movers, gaps, max(running[slot].position for slot in movers))
+        place = dict(zip(gaps, movers, strict=True))
+        return [running[place.get(slot, slot)] for slot in range(count)]
+
+
+class _Waiting:
+    """Requests without a slot, in their order, and prompts that are ready for them."""
+
+    def __init__(self, model: MaiThinkingForCausalLM, requests: Sequence[Request]) -> None:
+        self._model = model
+        self._queue = deque(requests)
+        self._left = Counter(tuple(request.prompt_ids) for request in requests)
+        self._ready: dict[tuple[int, ...], Prompt] = {}
+
+    def __len__(self) -> int:
+        return len(self._queue)
+
+    def take(self, most: int) -> tuple[Prompt, list[Request]]:
+        """The next request, and those behind it with the same prompt, `most` in all."""
+        ids = tuple(self._queue[0].prompt_ids)
+        if ids not in self._ready:
+            self._prefill()
+        prompt = self._ready[ids]
+        taken = []
+        while self._queue and len(taken) < most and tuple(self._queue[0].prompt_ids) == ids:
+            taken.append(self._queue.popleft())
+        self._left[ids] -= len(taken)
+        if not self._left[ids]:
+            del self._ready[ids]
+        return prompt, taken
+
+    def _prefill(self) -> None:
+        """Make the next prompts ready: as many as go through the model together."""
+        batch: list[tuple[int, ...]] = []
+        longest = 0
+        for ids in dict.fromkeys(tuple(request.prompt_ids) for request in self._queue):
+            if ids in self._ready:
+                continue
+            longest = max(longest, len(ids))
+            if batch and longest * (len(batch) + 1) > PREFILL_TOKENS:
+                break
+            batch.append(ids)
+        self._ready.update(zip(batch, prefill(self._model, batch), strict=True))
+
+
+def _check(requests: Sequence[Request]) -> None:
+    ids = [request.id for request in requests]
+    if len(set(ids)) < len(ids):
+        raise UsageError("rollouts: two requests have the same id; ids must be unique in a run")
+    for request in requests:
+        if not request.prompt_ids or request.max_new_tokens < 1:
+            raise UsageError(
+                f"rollouts: request {request.id} has {len(request.prompt_ids)} prompt tokens and max_new_tokens "
+                f"{request.max_new_tokens}; both must be at least 1"
+            )
