@@ -117,10 +117,10 @@ class LatentMoE(nn.Module):
         token_mask_BT: torch.Tensor | None = None,
         chosen_BTK: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, Routing, torch.Tensor, torch.Tensor]:
-        """→ output [B, T, D], the routing's sums over real tokens, router logits [B·T, E] fp32, experts [B, T, K] int64.
+        """→ output [B, T, D], the routing's sums over real tokens, router logits [B·T, E] fp32, experts [B, T, K].
 
         `token_mask_BT` (bool) marks real tokens; padding is computed like any token but not counted. `chosen_BTK`
-        (int64) are experts to use in place of the router's choice; their weights are the router's still.
+        (int64, as returned) are experts to use in place of the router's choice; their weights are the router's still.
         """
         replayed_TK = None if chosen_BTK is None else chosen_BTK.flatten(0, -2)
         gates_TK, chosen_TK, logits_TE, probabilities_TE = self.router(x_BTD.flatten(0, -2), replayed_TK)

@@ -195,7 +195,7 @@ class MaiThinkingModel(MaiThinkingPreTrainedModel):
 
         `attention_mask` [B, T] marks padding with 0. Without one, `position_ids` [B, T] that restart inside a row mark
         packed documents, which `config.document_masking` keeps apart; `token_mask` [B, T] bool then tells which tokens
-        count in the routing's sums. `expert_choices` [M, B, T, K] int64 replace the routers' own (routing replay, §3.1).
+        count in the routing's sums. `expert_choices` [M, B, T, K] int64 replace the routers' own choice (§3.1).
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
@@ -211,17 +211,18 @@ class MaiThinkingModel(MaiThinkingPreTrainedModel):
         token_mask_BT = _token_mask(attention_mask, residual_BTD) if token_mask is None else token_mask
         rotary = rotary_tables(position_ids, self.config.head_dim, self.config.rope_theta)
 
-        hidden_states, routings, router_logits, choices = [], [], [], []
+        hidden_states, routings, router_logits = [], [], []
+        choices: list[torch.Tensor] = []
         for layer in self.layers:
             hidden_states.append(residual_BTD)
-            replayed = expert_choices is not None and layer.is_moe
+            replayed_BTK = expert_choices[len(choices)] if expert_choices is not None and layer.is_moe else None
             residual_BTD, routing, logits, chosen_BTK = layer(
                 residual_BTD,
                 attention_mask=masks[str(layer.kind)],
                 rotary=rotary,
                 token_mask_BT=token_mask_BT,
                 past_key_values=past_key_values,
-                chosen_BTK=expert_choices[len(choices)] if replayed else None,
+                chosen_BTK=replayed_BTK,
                 position_ids=position_ids,
                 **kwargs,
             )

@@ -100,7 +100,7 @@ class _Capture:
 
 
 def prefill(model: MaiThinkingForCausalLM, prompts: Sequence[Sequence[int]]) -> list[Prompt]:
-    """Take prompts through the model, padded on the right, where causal attention hides the padding from every token."""
+    """Take prompts through the model, padded on the right, where causal attention hides the padding."""
     longest = max(map(len, prompts))
     ids_BP = torch.zeros(len(prompts), longest, dtype=torch.long)
     for row, prompt in enumerate(prompts):

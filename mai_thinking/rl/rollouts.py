@@ -140,7 +140,7 @@ class BatchedEngine:
         """
         _check(requests)
         done: dict[int, Rollout] = {}
-        for attempt in range(1, ATTEMPTS + 1):
+        for _ in range(ATTEMPTS):
             try:
                 with torch.inference_mode():
                     self._run([request for request in requests if request.id not in done], done)
@@ -150,7 +150,7 @@ class BatchedEngine:
                 missing = len(requests) - len(done)
                 logger.warning("generation failed with %d of %d rollouts missing: %r", missing, len(requests), error)
         raise RunError(
-            f"rollouts: generation failed {attempt} times, {missing} of {len(requests)} rollouts are missing; "
+            f"rollouts: generation failed {ATTEMPTS} times, {missing} of {len(requests)} rollouts are missing; "
             f"the last failure was {type(failure).__name__}: {failure}"
         ) from failure
 
@@ -247,7 +247,7 @@ class _Waiting:
         if ids not in self._ready:
             self._prefill()
         prompt = self._ready[ids]
-        taken = []
+        taken: list[Request] = []
         while self._queue and len(taken) < most and tuple(self._queue[0].prompt_ids) == ids:
             taken.append(self._queue.popleft())
         self._left[ids] -= len(taken)
