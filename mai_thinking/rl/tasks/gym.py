@@ -5,24 +5,27 @@ only a score of 0.99 or more counts. And item i of a data set with seed s is ite
 seeds give no two splits: ours go by the question's text.
 """
 
+import inspect
 import random
 import re
+import sys
 from functools import lru_cache
 from typing import Any
 
 from mai_thinking.config.names import nearest_name
 from mai_thinking.config.tasks import TaskSection
 from mai_thinking.errors import UsageError
-from mai_thinking.rl.tasks.base import LONGEST_ANSWER, Problem, Split, question_id, split_of
+from mai_thinking.rl.tasks.base import LONGEST_ANSWER, Problem, Split, question_id, same_text, split_of
 
 _FULL = 0.99
 _ITEMS = 2**31
 _ATTEMPTS = 500
 
-# Several of its verifiers hand the answer to Python's or sympy's eval. No answer needs these; code that does harm does.
-_CODE = re.compile(
-    r"__|\b(?:import|eval|exec|compile|open|input|breakpoint|lambda|globals|locals|vars|dir|(?:get|set|del|has)attr|"
-    r"memoryview|exit|quit|help|type|object|super|print)\b"
+_EVALUATES = re.compile(r"\b(?:eval|exec|parse_expr|sympify)\(")
+_QUOTED = re.compile(r"""'[^'\\\n]*'|"[^"\\\n]*\"""")
+_NAME = re.compile(r"[^\W\d]\w*")
+_FUNCTIONS = frozenset(
+    "sin cos tan sec csc cot asin acos atan sinh cosh tanh exp log ln sqrt Abs pi and or not True False".split()
 )
 
 
@@ -45,6 +48,9 @@ class GymTask:
             self._dataset = reasoning_gym.create_dataset(dataset, **{**section.options, "seed": 0, "size": _ITEMS})
         except (TypeError, ValueError, AssertionError) as error:
             raise UsageError(f"task {self.name!r}: {dataset} does not take these `options`: {error}") from None
+        # Some verifiers hand the answer to Python's eval, or to sympy's, which is the same.
+        modules = {sys.modules[cls.__module__] for cls in type(self._dataset).__mro__ if "reasoning" in cls.__module__}
+        self._evaluates = any(_EVALUATES.search(inspect.getsource(module)) for module in modules)
         self._entry = lru_cache(maxsize=256)(self._make_entry)
 
     def problem(self, split: Split, index: int) -> Problem:
@@ -63,8 +69,10 @@ class GymTask:
 
     def verify(self, problem: Problem, answer: str) -> float:
         """See `Task.verify`: 1 if the library's own verifier gives 0.99 or more. For a grading process only."""
+        if same_text(problem.answer, answer):
+            return 1.0
         answer = answer.strip()
-        if len(answer) > LONGEST_ANSWER or _CODE.search(answer):
+        if len(answer) > LONGEST_ANSWER or (self._evaluates and not harmless(answer)):
             return 0.0
         try:
             return float(self._dataset.score_answer(answer, self._entry(problem.item)) >= _FULL)
@@ -73,3 +81,16 @@ class GymTask:
 
     def _make_entry(self, item: int) -> dict[str, Any]:
         return self._dataset[item]
+
+
+def harmless(answer: str) -> bool:
+    """Whether evaluating `answer` can do nothing but compute (for ever, perhaps): it is a literal, with quoted text or not,
+    or a formula of one-letter variables and known functions. Quoted text beside names is refused, for sympy evaluates
+    the text that a function is given."""
+    bare = _QUOTED.sub("", answer)
+    names = set(_NAME.findall(bare))
+    if any(sign in bare for sign in ("'", '"', "\\", "@", ":=")) or (bare != answer and names):
+        return False
+    # S(…), N(…), Q and the like are sympy's own; a letter that is called is none of ours.
+    called = re.search(r"(?<!\w)[^\W\d](?=\s*[(.])", bare)
+    return called is None and all(len(name) == 1 or name in _FUNCTIONS for name in names)

@@ -1,0 +1,200 @@
+"""Grading of what a model wrote, in processes of their own. MAI-Thinking-1 report §3.1.
+
+An answer may hang a parser, eat memory or crash the interpreter. It does so in a process that the kernel ends at its
+limits and that is replaced; the answer scores 0 and no other answer suffers. The processes are started afresh rather than
+forked, so that torch's threads in the trainer do no harm, and they never import torch.
+"""
+
+import json
+import os
+import selectors
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict
+from types import TracebackType
+from typing import Self
+
+from mai_thinking.config.tasks import TaskSection
+from mai_thinking.errors import RunError, UsageError
+from mai_thinking.rl.tasks.base import LONGEST_ANSWER, Problem
+
+WAIT_FACTOR = 5
+"""Wall-clock time that an answer may take, as a multiple of its processor time: for graders that wait and do not work.
+Generous, because a busy machine must not make a right answer wrong."""
+
+_BATCH = 64
+"""Answers that a process gets at a time."""
+_START_SECONDS = 120.0
+_FAILED_STARTS = 3
+
+_Item = tuple[Problem, str | None]
+
+
+class GradingPool:
+    """Processes that grade. For one thread, which must outlive the pool (its end would end them too)."""
+
+    def __init__(self, mix_sections: Sequence[TaskSection], *, workers: int, seconds: float, megabytes: int) -> None:
+        """`seconds` of processor time for an answer, `megabytes` for a process beyond what it starts with; see
+        `GradingSection`. Raises UsageError if a task cannot be had."""
+        tasks = [section.model_dump(mode="json") for section in mix_sections]
+        setup = _line({"tasks": tasks, "seconds": seconds, "megabytes": megabytes})
+        self._patience = WAIT_FACTOR * seconds
+        self._selector = selectors.DefaultSelector()
+        self._workers = [_Worker(setup) for _ in range(workers)]
+        for worker in self._workers:
+            self._start(worker)
+        try:
+            while not all(worker.ready for worker in self._workers):
+                self._advance([], deque(), set())
+        except BaseException:
+            self.close()
+            raise
+
+    def grade(self, items: Sequence[_Item]) -> list[float]:
+        """The scores of problems' answers, 0 to 1, in order. No answer (None), one of more than `LONGEST_ANSWER`
+        characters and one that its grader cannot stand within the limits score 0. If it raises, the pool is closed."""
+        scores = [0.0] * len(items)
+        waiting = deque(i for i, (_, text) in enumerate(items) if text is not None and len(text) <= LONGEST_ANSWER)
+        tried: set[int] = set()
+        try:
+            while waiting or any(worker.asked for worker in self._workers):
+                for worker in self._workers:
+                    if worker.ready and not worker.asked and waiting:
+                        size = min(_BATCH, -(-len(waiting) // len(self._workers)))
+                        worker.ask([waiting.popleft() for _ in range(size)], items, self._patience)
+                self._advance(scores, waiting, tried)
+        except BaseException:  # scores under way must not be taken for those of the next call
+            self.close()
+            raise
+        return scores
+
+    def close(self) -> None:
+        """End the processes."""
+        for worker in self._workers:
+            worker.end()
+        self._selector.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def _start(self, worker: "_Worker") -> None:
+        worker.start()
+        self._selector.register(worker.output, selectors.EVENT_READ, worker)
+
+    def _advance(self, scores: list[float], waiting: deque[int], tried: set[int]) -> None:
+        """Wait until something happens, and take note of it."""
+        busy = [worker for worker in self._workers if worker.asked or not worker.ready]
+        timeout = min((worker.deadline for worker in busy), default=0.0) - time.monotonic()
+        heard = [key.data for key, _ in self._selector.select(max(timeout, 0.0))]
+        for worker in heard:
+            for i, score in worker.read(self._patience):
+                scores[i] = score
+        now = time.monotonic()
+        # One that has just been heard is not late, however long this process itself was held up.
+        for worker in [w for w in busy if w not in heard and now > w.deadline]:
+            worker.process.kill()
+        for worker in heard:
+            if worker.ended:
+                self._replace(worker, waiting, tried)
+
+    def _replace(self, worker: "_Worker", waiting: deque[int], tried: set[int]) -> None:
+        """Start a dead process again. What it was at scores 0; the rest of its batch goes back to the head of the queue.
+
+        Death by its own limit of time is the answer's fault. After any other death (a crash, the system's lack of
+        memory, a machine that stood still) the answer has a second try, so that no accident makes it wrong.
+        """
+        self._selector.unregister(worker.output)
+        died_of, unfinished = worker.end(), list(worker.asked)
+        if unfinished:
+            first = unfinished[0]
+            if died_of in (-signal.SIGPROF, -signal.SIGXCPU) or first in tried:
+                unfinished = unfinished[1:]
+            tried.add(first)
+        waiting.extendleft(reversed(unfinished))
+        self._start(worker)
+
+
+class _Worker:
+    """One process, and what it has been asked."""
+
+    def __init__(self, setup: bytes) -> None:
+        self._setup = setup
+        self._failed_starts = 0
+        self.asked: deque[int] = deque()
+
+    def start(self) -> None:
+        """Returns at once; the process is `ready` when it says so."""
+        # As few threads as possible: each reserves memory that counts against the limit.
+        threads = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+        path = os.pathsep.join(filter(None, sys.path))
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "mai_thinking.rl.grading_worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            bufsize=0,
+            env={**os.environ, **threads, "PYTHONPATH": path},
+            start_new_session=True,  # Ctrl-C is for the trainer
+        )
+        assert self.process.stdout is not None
+        self.output = self.process.stdout.fileno()
+        self.asked.clear()
+        self.ready = self.ended = False
+        self._unread = b""
+        self.deadline = time.monotonic() + _START_SECONDS
+        self._write(self._setup)
+
+    def ask(self, indices: Sequence[int], items: Sequence[_Item], patience: float) -> None:
+        """Send a batch. Each problem goes once, however many answers it has."""
+        places: dict[Problem, int] = {}
+        rows = [(places.setdefault(items[i][0], len(places)), items[i][1]) for i in indices]
+        self.asked.extend(indices)
+        self.deadline = time.monotonic() + patience
+        self._write(_line({"problems": [asdict(problem) for problem in places], "items": rows}))
+
+    def read(self, patience: float) -> list[tuple[int, float]]:
+        """What has come: items and their scores. Sets `ready` and `ended`."""
+        received = os.read(self.output, 2**16)
+        self.ended = not received
+        *lines, self._unread = (self._unread + received).split(b"\n")
+        if lines and not self.ready:
+            word, _, message = lines.pop(0).decode().partition(" ")
+            if word == "error":
+                raise UsageError(message)
+            self.ready, self._failed_starts = True, 0
+        self.deadline = time.monotonic() + patience if self.ready else self.deadline
+        return [(self.asked.popleft(), float(line)) for line in lines]
+
+    def end(self) -> int:
+        """Kill the process if it lives; its exit code, negative if a signal ended it. Raises RunError if it died at its
+        start too often."""
+        if not self.ended:
+            self.process.kill()
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.close()
+        code = self.process.wait()
+        self.process.stdout.close()
+        if self.ended and not self.ready:
+            self._failed_starts += 1
+            if self._failed_starts == _FAILED_STARTS:
+                raise RunError(f"the grading process dies at its start (exit code {code}); its last words are above")
+        return code
+
+    def _write(self, line: bytes) -> None:
+        assert self.process.stdin is not None
+        rest = memoryview(line)
+        with suppress(BrokenPipeError):  # it is dead, and its output, at an end, will say so
+            while rest:
+                rest = rest[os.write(self.process.stdin.fileno(), rest) :]
+
+
+def _line(message: object) -> bytes:
+    return json.dumps(message).encode() + b"\n"

@@ -1,0 +1,106 @@
+"""A process that grades answers: started by `mai_thinking.rl.grading`, never by hand. Imports no torch.
+
+It reads JSON lines and writes text lines. In: the tasks' sections and the limits; then batches `{"problems": […],
+"items": [[which problem, answer], …]}`. Out: `ready` (or `error …`); then each item's score, as soon as it is known.
+"""
+
+import json
+import math
+import os
+import re
+import resource
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import IO
+
+from mai_thinking.config.tasks import TaskSection
+from mai_thinking.errors import UsageError
+from mai_thinking.rl.rewards import combine
+from mai_thinking.rl.tasks import Problem, make_task
+from mai_thinking.training.orphans import die_with_parent
+
+
+class Grader:
+    """A task's own verifier and the further graders of its section."""
+
+    def __init__(self, section: TaskSection) -> None:
+        self._task = make_task(section)
+        self._patterns = [re.compile(grader.pattern) for grader in section.graders]
+        self._weights = [1.0, *(grader.weight for grader in section.graders)]
+        self._combination = section.combination
+
+    def grade(self, problem: Problem, answer: str) -> float:
+        """The combined score, 0 to 1."""
+        text = answer.strip()
+        scores = [self._task.verify(problem, answer)]
+        scores += [float(pattern.fullmatch(text) is not None) for pattern in self._patterns]
+        return combine(scores, self._combination, self._weights)
+
+
+def main() -> None:
+    requests, results = sys.stdin.buffer, os.fdopen(os.dup(1), "wb", buffering=0)
+    os.dup2(2, 1)  # what a library prints must not pass for a score
+    die_with_parent()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)  # the trainer, told to stop, still has its last step graded
+    setup = json.loads(requests.readline())
+    try:
+        graders = {fields["name"]: Grader(TaskSection(**fields)) for fields in setup["tasks"]}
+    except UsageError as error:
+        results.write(f"error {error}\n".encode())
+        return
+    _silence()
+    _limit(setup["megabytes"])
+    results.write(b"ready\n")
+    for line in requests:
+        batch = json.loads(line)
+        problems = [Problem(**fields) for fields in batch["problems"]]
+        _grade(graders, problems, batch["items"], setup["seconds"], results)
+
+
+def _grade(
+    graders: dict[str, Grader],
+    problems: Sequence[Problem],
+    items: Sequence[tuple[int, str]],
+    seconds: float,
+    results: IO[bytes],
+) -> None:
+    """Write a score for each item, with `seconds` of processor time for each."""
+    for which, answer in items:
+        problem = problems[which]
+        # The kernel ends the process, whatever code it is in: Python's own handlers wait for the end of an instruction,
+        # and 9**9**9 is one. The second limit is for code that would stop the clock.
+        resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(time.process_time() + seconds) + 1, resource.RLIM_INFINITY))
+        signal.setitimer(signal.ITIMER_PROF, seconds)
+        try:
+            score = graders[problem.task].grade(problem, answer)
+        except Exception:  # MemoryError and RecursionError too: such an answer is wrong
+            score = 0.0
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        results.write(b"%r\n" % score)
+
+
+def _silence() -> None:
+    """What graders print goes nowhere."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.dup2(nowhere, 2)
+
+
+def _limit(megabytes: int) -> None:
+    """No more memory than `megabytes` beyond what is in use, no files written, no processes started, no core dumps."""
+    with suppress(OSError):  # only Linux tells
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        most = pages * resource.getpagesize() + megabytes * 2**20
+        resource.setrlimit(resource.RLIMIT_AS, (most, most))
+    for limit in (resource.RLIMIT_FSIZE, resource.RLIMIT_NPROC, resource.RLIMIT_CORE):
+        with suppress(OSError, ValueError):
+            resource.setrlimit(limit, (0, 0))
+
+
+if __name__ == "__main__":
+    main()
