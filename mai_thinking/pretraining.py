@@ -16,12 +16,14 @@ from accelerate.utils import set_seed
 from mai_thinking.config.command import EXIT_INTERRUPTED
 from mai_thinking.config.pretraining import PretrainConfig
 from mai_thinking.data import Loader, PreparedData, Step, prepare
+from mai_thinking.lineage import CodeVersion, Lineage, going_on_from, record_checkpoint, record_model
 from mai_thinking.model import MaiThinkingConfig, MaiThinkingForCausalLM
 from mai_thinking.training.checkpoint import Checkpointer
+from mai_thinking.training.checkpoint_storage import step_folder
 from mai_thinking.training.evaluation import Likelihood, evaluate_texts, summarize
 from mai_thinking.training.goodput import CHECKPOINT, EVALUATION, GoodputLedger
 from mai_thinking.training.metrics import MetricsLog
-from mai_thinking.training.model_files import build_model, model_config, save_model
+from mai_thinking.training.model_files import build_model, model_config, save_model, starting_point
 from mai_thinking.training.optimizer import build_optimizer, learning_rate
 from mai_thinking.training.parallel import share
 from mai_thinking.training.plan import Plan
@@ -47,9 +49,7 @@ def pretrain(config: PretrainConfig, *, dry_run: bool = False) -> int:
         return 0
     accelerator = make_accelerator(config, folder)
     with ExitStack() as stack:
-        if accelerator.is_main_process:
-            stack.enter_context(folder.claim(config))
-        run = Pretraining(config, folder, accelerator)
+        run = Pretraining(config, folder, accelerator, stack)
         stack.callback(run.close)
         return run.run()
 
@@ -68,22 +68,24 @@ def make_accelerator(config: PretrainConfig, folder: RunFolder) -> Accelerator:
 
 
 class Pretraining:
-    """One run in progress: its parts, built in the order in which they depend on each other."""
+    """One run in progress: its parts, built in the order in which they depend on each other.
 
-    def __init__(self, config: PretrainConfig, folder: RunFolder, accelerator: Accelerator) -> None:
+    The folder is claimed, on `stack`, only when all that can be wrong with the config has been seen: whoever corrects
+    a mistake finds no folder that belongs to it.
+    """
+
+    def __init__(self, config: PretrainConfig, folder: RunFolder, accelerator: Accelerator, stack: ExitStack) -> None:
         self.config, self.folder, self.accelerator = config, folder, accelerator
         self.rank, self.ranks = accelerator.process_index, accelerator.num_processes
-        self.ledger = GoodputLedger(folder.events, enabled=self.rank == 0)
-        self.stop = StopRequest()
         self.data: PreparedData = prepare(config.data, say=self._say)
         self.architecture: MaiThinkingConfig = model_config(config, self.data.tokenizer)
+        self.parents: list[Lineage] = [starting_point(config, self.architecture)]
+        self.earlier_code: tuple[CodeVersion, ...] = ()
         model = build_model(config, self.architecture)
         if config.execution.activation_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         if config.execution.compile:
             model.compile()
-        self.parallel = share(model, accelerator, config.execution.parallel)
-        self.optimizer = build_optimizer(self.parallel.model, config.optimizer)
         self.loader = Loader(
             self.data,
             context_length=config.batch.context_length,
@@ -93,6 +95,12 @@ class Pretraining:
             world_size=self.ranks,
             seed=config.seed,
         )
+        if self.rank == 0:
+            stack.enter_context(folder.claim(config))
+        self.ledger = GoodputLedger(folder.events, enabled=self.rank == 0)
+        self.stop = StopRequest()
+        self.parallel = share(model, accelerator, config.execution.parallel)
+        self.optimizer = build_optimizer(self.parallel.model, config.optimizer)
         self.train_step = TrainStep(
             self.parallel,
             self.optimizer,
@@ -104,7 +112,9 @@ class Pretraining:
         # From here on random numbers are drawn by dropout alone; every rank has its own. Python's and NumPy's too, for
         # whoever adds something that draws from them.
         set_seed(config.seed + 1_000_003 * (1 + self.rank))
-        self.checkpointer = Checkpointer(folder.checkpoints, config.checkpoint)
+        self.checkpointer = Checkpointer(
+            folder.checkpoints, config.checkpoint, seal=lambda path: record_checkpoint(path, **self._origin())
+        )
         self.progress = {"step": 0, "tokens": 0}
         self.step = self._resume()
         # Another number of ranks adds in another order.
@@ -238,6 +248,7 @@ class Pretraining:
         step = self.checkpointer.load_latest(state) or 0
         self.progress = state["progress"]
         if step:
+            self.parents, self.earlier_code = going_on_from(step_folder(self.folder.checkpoints, step), self.parents)
             self._say(f"going on after step {step}")
         return step
 
@@ -270,9 +281,24 @@ class Pretraining:
             for prompt, text in samples.items():
                 self.line.say(f"\n── {prompt!r}\n{prompt}{text}")
             # Last, since a run with this folder is finished.
-            save_model(model, self.data.tokenizer, self.folder.final)
+            save_model(
+                model,
+                self.data.tokenizer,
+                self.folder.final,
+                lambda path: record_model(path, **self._origin(), steps=self.step),
+            )
             self.line.say(f"\nmodel in {self.folder.final}, report in {self.folder.report}/summary.md")
         self.accelerator.wait_for_everyone()
+
+    def _origin(self) -> dict[str, Any]:
+        """What the records of this run's checkpoints and its model have in common."""
+        return {
+            "parents": self.parents,
+            "config": self.folder.config,
+            "data": self.data,
+            "seed": self.config.seed,
+            "code": self.earlier_code,
+        }
 
     def _samples(self, model: MaiThinkingForCausalLM) -> dict[str, str]:
         evaluation = self.config.evaluation

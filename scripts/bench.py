@@ -7,6 +7,7 @@ recovery     from a worker's death to the next step, from the warm standby and f
 """
 
 import argparse
+import contextlib
 import os
 import signal
 import subprocess
@@ -85,10 +86,12 @@ def checkpoint() -> None:
     from mai_thinking.pretraining import Pretraining, make_accelerator
     from mai_thinking.training.run_folder import RunFolder
 
-    with tempfile.TemporaryDirectory(dir=ROOT) as name:
+    with tempfile.TemporaryDirectory(dir=ROOT) as name, contextlib.ExitStack() as stack:
         config = load_config(PretrainConfig, NANO, [f"output_dir={name}/run", "steps=10000"])
         folder = RunFolder(config.folder)
-        run = Pretraining(config, folder, make_accelerator(config, folder))
+        run = stack.enter_context(
+            contextlib.closing(Pretraining(config, folder, make_accelerator(config, folder), stack))
+        )
         cost: dict[bool, list[tuple[float, int]]] = {False: [], True: []}
         steps: list[float] = []
         for batch in run.loader:
@@ -102,7 +105,6 @@ def checkpoint() -> None:
                 cost[synchronous].append((stall, len(steps)))
             if run.step == 165:
                 break
-        run.close()
     usual = median(steps)
     print(f"step {usual:.3f} s (median); {len(cost[True])} saves each way, the first of each left out")
     results = {}

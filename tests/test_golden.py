@@ -32,10 +32,13 @@ Golden = dict[str, Any]
 
 def machine() -> dict[str, str]:
     """What exact numbers depend on."""
+    # Virtual machines may call very different processors by one name; family, model and stepping tell them apart.
+    wanted = ("model name", "cpu family", "model", "stepping")
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
+        lines = [line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().splitlines() if ":" in line]
+        fields = {name.strip(): value.strip() for name, value in reversed(lines)}
+        cpu = " ".join(fields[name] for name in wanted)
+    except (OSError, KeyError):
         cpu = platform.processor()
     capability = torch.backends.cpu.get_cpu_capability()
     return {"cpu": f"{cpu} ({capability})", "torch": torch.__version__, "transformers": transformers.__version__}

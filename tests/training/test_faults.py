@@ -1,6 +1,5 @@
 """Two gloo workers on the real script: whatever strikes them, the run ends as the undisturbed one did, bit for bit."""
 
-import hashlib
 import json
 import os
 import random
@@ -13,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
+from checksums import sha256_of
 from mai_thinking.config.loading import save_config
 from mai_thinking.training.checkpoint import CheckpointReader
 from mai_thinking.training.goodput import account_of
@@ -84,26 +83,6 @@ class Job:
         parts = {name: reader.read(name) for name in ("model", "optimizer", "loader", "progress")}
         parts |= {f"random-{rank}": reader.read("random", of_rank=rank) for rank in (0, 1)}
         return {name: sha256_of(part) for name, part in parts.items()}
-
-
-def sha256_of(tree: Any) -> str:
-    digest = hashlib.sha256()
-
-    def add(node: Any) -> None:
-        if isinstance(node, torch.Tensor):
-            digest.update(f"{node.dtype}{list(node.shape)}".encode() + node.contiguous().numpy().tobytes())
-        elif isinstance(node, dict):
-            for key in sorted(node, key=str):
-                digest.update(str(key).encode())
-                add(node[key])
-        elif isinstance(node, list | tuple):
-            for value in node:
-                add(value)
-        else:
-            digest.update(repr(node).encode())
-
-    add(tree)
-    return digest.hexdigest()
 
 
 @pytest.fixture(scope="module")
