@@ -1,8 +1,8 @@
 """Grading of what a model wrote, in processes of their own. MAI-Thinking-1 report §3.1.
 
 An answer may hang a parser, eat memory or crash the interpreter. It does so in a process that the kernel ends at its
-limits and that is replaced; the answer scores 0 and no other answer suffers. The processes are started afresh rather than
-forked, so that torch's threads in the trainer do no harm, and they never import torch.
+limits and that is replaced; the answer scores 0 and no other answer suffers. The processes are started afresh rather
+than forked, so that torch's threads in the trainer do no harm, and they never import torch.
 """
 
 import json
@@ -106,7 +106,7 @@ class GradingPool:
                 self._replace(worker, waiting, tried)
 
     def _replace(self, worker: "_Worker", waiting: deque[int], tried: set[int]) -> None:
-        """Start a dead process again. What it was at scores 0; the rest of its batch goes back to the head of the queue.
+        """Start a dead process again. What it was at scores 0; the rest of its batch goes back to the queue's head.
 
         Death by its own limit of time is the answer's fault. After any other death (a crash, the system's lack of
         memory, a machine that stood still) the answer has a second try, so that no accident makes it wrong.

@@ -15,17 +15,20 @@ from typing import Any
 from mai_thinking.config.names import nearest_name
 from mai_thinking.config.tasks import TaskSection
 from mai_thinking.errors import UsageError
-from mai_thinking.rl.tasks.base import LONGEST_ANSWER, Problem, Split, question_id, same_text, split_of
+from mai_thinking.rl.tasks.base import LONGEST_ANSWER, Problem, Split, question_id, split_of
 
 _FULL = 0.99
 _ITEMS = 2**31
+_UNSOUND = {"puzzle24": "is content with any four numbers that make 24; take `countdown`"}
+"""Data sets whose verifiers can be fooled without any knowledge of the question."""
 _ATTEMPTS = 500
 
-_EVALUATES = re.compile(r"\b(?:eval|exec|parse_expr|sympify)\(")
+_EVALUATES = re.compile(r"(?<!def )\b(?:eval|exec|sympify|parse_expr)\(")
 _QUOTED = re.compile(r"""'[^'\\\n]*'|"[^"\\\n]*\"""")
 _NAME = re.compile(r"[^\W\d]\w*")
 _FUNCTIONS = frozenset(
-    "sin cos tan sec csc cot asin acos atan sinh cosh tanh exp log ln sqrt Abs pi and or not True False".split()
+    {"sin", "cos", "tan", "sec", "csc", "cot", "asin", "acos", "atan", "sinh", "cosh", "tanh"}
+    | {"exp", "log", "ln", "sqrt", "Abs", "pi", "True", "False"}
 )
 
 
@@ -44,6 +47,8 @@ class GymTask:
         if dataset not in reasoning_gym.factory.DATASETS:
             near = nearest_name(str(dataset), reasoning_gym.factory.DATASETS)
             raise UsageError(f"task {self.name!r}: reasoning-gym has no data set {dataset!r}; {near}")
+        if dataset in _UNSOUND:
+            raise UsageError(f"task {self.name!r}: the verifier of {dataset} {_UNSOUND[dataset]}")
         try:
             self._dataset = reasoning_gym.create_dataset(dataset, **{**section.options, "seed": 0, "size": _ITEMS})
         except (TypeError, ValueError, AssertionError) as error:
@@ -68,14 +73,20 @@ class GymTask:
         )
 
     def verify(self, problem: Problem, answer: str) -> float:
-        """See `Task.verify`: 1 if the library's own verifier gives 0.99 or more. For a grading process only."""
-        if same_text(problem.answer, answer):
-            return 1.0
+        """See `Task.verify`: 1 if the library's own verifier gives 0.99 or more. For a grading process only.
+
+        More text around the reference is wrong, for some verifiers look no further than the reference's length.
+        """
         answer = answer.strip()
-        if len(answer) > LONGEST_ANSWER or (self._evaluates and not harmless(answer)):
+        if len(answer) > LONGEST_ANSWER:
             return 0.0
         try:
-            return float(self._dataset.score_answer(answer, self._entry(problem.item)) >= _FULL)
+            entry = self._entry(problem.item)
+            if answer != problem.answer and (
+                problem.answer.casefold() in answer.casefold() or (self._evaluates and not harmless(answer))
+            ):
+                return 0.0
+            return float(self._dataset.score_answer(answer, entry) >= _FULL)
         except Exception:  # verifiers raise all kinds of errors on text that is no answer
             return 0.0
 
@@ -84,9 +95,9 @@ class GymTask:
 
 
 def harmless(answer: str) -> bool:
-    """Whether evaluating `answer` can do nothing but compute (for ever, perhaps): it is a literal, with quoted text or not,
-    or a formula of one-letter variables and known functions. Quoted text beside names is refused, for sympy evaluates
-    the text that a function is given."""
+    """Whether evaluating `answer` can do nothing but compute (for ever, perhaps): it is a literal, with quoted text or
+    not, or a formula of one-letter variables and known functions. Quoted text beside names is refused, for sympy
+    evaluates the text that a function is given."""
     bare = _QUOTED.sub("", answer)
     names = set(_NAME.findall(bare))
     if any(sign in bare for sign in ("'", '"', "\\", "@", ":=")) or (bare != answer and names):

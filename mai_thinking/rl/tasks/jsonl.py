@@ -2,7 +2,6 @@
 
 import json
 import re
-from collections import Counter
 from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 from mai_thinking.config.tasks import TaskSection
 from mai_thinking.errors import UsageError
-from mai_thinking.rl.tasks.base import Problem, Split, normalise, question_id, same_text, split_of
+from mai_thinking.rl.tasks.base import Problem, Split, question_id, same_text, split_of
 
 _LONGEST_EXPRESSION = 300
 """Characters of an answer that is taken for mathematics."""
@@ -89,31 +88,41 @@ def require_math_verify(name: str) -> None:
     """Raise UsageError if math-verify is not installed."""
     try:
         import math_verify  # noqa: F401
+
+        _parse("x")  # builds its grammar: not on the first answer's time
     except ImportError:
         raise UsageError(
             f"task {name!r} needs math-verify: pip install 'mai_thinking[tasks]', or set `grading: exact`"
         ) from None
 
 
-_NUMBER = re.compile(r"([-+]?)\$?((?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]{1,60})(?:\.[0-9]{1,60})?)(?:/([0-9]{1,60}))? ?%?")
+_LONGEST_NUMBER = 100
+_NUMBER = re.compile(r"\$?([-+]?)\$?((?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?)(?:/([0-9]+))? ?%?")
 _WRAPPED = re.compile(r"\$(.+)\$|\\\((.+)\\\)|\\boxed\{(.+)\}")
-_FRACTION = re.compile(r"([-+]?)\\[dt]?frac\{([0-9]{1,60})\}\{([0-9]{1,60})\}")
+_FRACTION = re.compile(r"([-+]?)\\[dt]?frac\{([0-9]+)\}\{([0-9]+)\}")
 
 
 def _number(text: str) -> Fraction | None:
-    """The number that is the whole of `text`, in ASCII digits, with thousands' commas, $ or % or not; else None."""
-    text = normalise(text)
-    while wrapped := _WRAPPED.fullmatch(text):
-        text = next(part for part in wrapped.groups() if part is not None).strip()
-    text = _FRACTION.sub(r"\1\2/\3", text).replace(r"\$", "$").replace(r"\%", "%")
-    match = _NUMBER.fullmatch(text.replace("-$", "$-") if text.startswith("$-") else text)
-    if not match or len(text) > 200:
+    """The number that is the whole of `text`, in ASCII digits, with thousands' commas, $ or % or not; else None. A
+    fraction must be in lowest terms: 36/2 is no way to write 18."""
+    text = _unwrapped(text.strip().removesuffix("."))
+    match = _NUMBER.fullmatch(_FRACTION.sub(r"\1\2/\3", text).replace(r"\$", "$").replace(r"\%", "%"))
+    if not match or len(text) > _LONGEST_NUMBER:
         return None
     sign, top, bottom = match.groups()
-    if bottom is not None and int(bottom) == 0:
-        return None
-    value = Fraction(top.replace(",", "")) / int(bottom or 1)
+    value = Fraction(top.replace(",", ""))
+    if bottom is not None:
+        if int(bottom) < 2 or (value / int(bottom)).denominator != int(bottom):
+            return None
+        value /= int(bottom)
     return -value if sign == "-" else value
+
+
+def _unwrapped(text: str) -> str:
+    """`text` without $…$, \\(…\\) and \\boxed{…} around it."""
+    while wrapped := _WRAPPED.fullmatch(text):
+        text = next(part for part in wrapped.groups() if part is not None).strip()
+    return text
 
 
 @lru_cache(maxsize=1024)
@@ -125,11 +134,9 @@ def _parse(text: str) -> list[Any]:
     """math-verify's reading of an expression; [] if it has none. No time limit of its own: that would set an alarm."""
     from math_verify import LatexExtractionConfig, parse
 
-    bare = text
-    while wrapped := _WRAPPED.fullmatch(bare):
-        bare = next(part for part in wrapped.groups() if part is not None).strip()
+    bare = _unwrapped(text.strip())
     # One expression that is the whole answer: a text with formulas of its own could hold several, of which any may fit.
-    if not bare or re.search(r"[$\n]|\\boxed|\\\(|\\\[", bare) or Counter(bare)["{"] != Counter(bare)["}"]:
+    if not bare or re.search(r"[$\n]|\\boxed|\\\(|\\\[", bare) or bare.count("{") != bare.count("}"):
         return []
     return parse(f"${bare}$", [LatexExtractionConfig()], parsing_timeout=None)
 
