@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import MutableMapping
+from collections.abc import Callable, MutableMapping
 from pathlib import Path
 from typing import Any
 
@@ -58,9 +58,12 @@ class Checkpointer:
 
     Constructing one is collective: where torch.distributed is initialised, every rank makes it at the same point of
     the program. Saving in the background talks over a gloo group of its own, so that it meets no gradient.
+    `seal` is called on rank 0, in the background, with each checkpoint's complete folder before it is committed: for a
+    record of where it comes from.
     """
 
-    def __init__(self, folder: Path | str, section: CheckpointSection):
+    def __init__(self, folder: Path | str, section: CheckpointSection, seal: Callable[[Path], None] | None = None):
+        self.seal = seal
         self.folder = Path(folder)
         self.section = section
         distributed = dist.is_initialized()
@@ -108,7 +111,7 @@ class Checkpointer:
             tensors, document = self._collect(state)
             synchronous = synchronous or not self.section.asynchronous
             staged = tensors if synchronous else self._stager.stage(tensors)
-            writer = CheckpointWriter(self.folder, step, self.rank, self.world, document)
+            writer = CheckpointWriter(self.folder, step, self.rank, self.world, document, self.seal)
             self._write = _Write(staged, writer, self._writers)
             if synchronous:
                 self._write.run()

@@ -4,7 +4,8 @@
         rank-00000.safetensors   the tensors, or shards of tensors, that rank 0 wrote, in the layout that
                                  torch.distributed.checkpoint's safetensors reader understands
         rank-00000.json          the JSON skeletons: what all ranks share (rank 0's file) and what is each rank's own
-        manifest.json            step, world size, and size and checksum of every other file
+        manifest.json            step, world size, and size and checksum of every file above
+        lineage.json             where it comes from (`mai_thinking.lineage`), if the run keeps such records
 
 The folder is written as `step-00000100.tmp`, synchronised to the disk and renamed: under its final name it is complete.
 Checksums are xxh3-128, which finds accidents at the speed of memory; they are no protection against malice.
@@ -16,7 +17,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -126,11 +127,21 @@ class CheckpointWriter(StorageWriter):
     """Writes one checkpoint for torch.distributed.checkpoint, and commits it.
 
     DCP plans which rank writes which shard and calls the methods in the order of their definition. `document` is what
-    this rank puts into its JSON file. The writing loop spends its time in system calls and in xxhash, both outside the
-    interpreter's lock: run in a thread, it does not hold up a training step, and it copies no tensor.
+    this rank puts into its JSON file; `seal` is called on the coordinator with the complete folder, before it is
+    committed. The writing loop spends its time in system calls and in xxhash, both outside the interpreter's lock: run
+    in a thread, it does not hold up a training step, and it copies no tensor.
     """
 
-    def __init__(self, folder: Path, step: int, rank: int, world: int, document: dict[str, Any]):
+    def __init__(
+        self,
+        folder: Path,
+        step: int,
+        rank: int,
+        world: int,
+        document: dict[str, Any],
+        seal: Callable[[Path], None] | None = None,
+    ):
+        self.seal = seal
         self.final = step_folder(folder, step)
         self.temporary = self.final.with_name(self.final.name + ".tmp")
         self.step, self.rank, self.world, self.document = step, rank, world, document
@@ -176,6 +187,8 @@ class CheckpointWriter(StorageWriter):
         files = dict(result.storage_data for of_rank in results for result in of_rank)
         manifest = {"format": FORMAT, "step": self.step, "world_size": self.world, "files": files}
         self._write_file(MANIFEST, [json.dumps(manifest, indent=1).encode()])
+        if self.seal is not None:
+            self.seal(self.temporary)
         synchronise(self.temporary)
         if self.final.exists():  # damaged, or the same step computed again
             remove_checkpoint(self.final)

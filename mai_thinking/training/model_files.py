@@ -1,5 +1,6 @@
 """Where a run's model comes from, fresh weights of its seed or a model folder, and where it goes."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -10,6 +11,7 @@ from transformers.utils import logging
 from mai_thinking.config.pretraining import PretrainConfig
 from mai_thinking.data.tokenizer import load_tokenizer
 from mai_thinking.errors import UsageError
+from mai_thinking.lineage import Lineage, random_weights, require_own
 from mai_thinking.model import MaiThinkingConfig, MaiThinkingForCausalLM
 from mai_thinking.training.checkpoint import CheckpointReader
 from mai_thinking.training.run_folder import atomic_folder
@@ -132,9 +134,27 @@ def _load_checkpoint(path: Path) -> tuple[MaiThinkingForCausalLM, PreTrainedToke
     return model, load_tokenizer(start)
 
 
-def save_model(model: MaiThinkingForCausalLM, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """A Hugging Face folder of both, whole or not at all."""
+def starting_point(config: PretrainConfig, architecture: MaiThinkingConfig) -> Lineage:
+    """Where the weights that `build_model` returns come from. UsageError if that is not known."""
+    if config.init_from is not None:
+        return require_own(config.init_from, allow_third_party=config.allow_third_party)
+    return random_weights(config.seed, architecture.to_section())
+
+
+def save_model(
+    model: MaiThinkingForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    record: Callable[[Path], None] | None = None,
+) -> None:
+    """A Hugging Face folder of both, whole or not at all.
+
+    `record` is called with the complete folder before it is visible, to put `lineage.record_model`'s record into it:
+    without one, no run starts from this model.
+    """
     logging.disable_progress_bar()
     with atomic_folder(folder) as path:
         model.save_pretrained(path)
         tokenizer.save_pretrained(path)
+        if record is not None:
+            record(path)
