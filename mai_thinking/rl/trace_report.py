@@ -1,0 +1,95 @@
+"""Rollouts for people to read: `scripts/traces.py`."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.compute as pc
+from rich.console import Console
+from rich.text import Text
+
+from mai_thinking.config.names import nearest_name
+from mai_thinking.errors import UsageError
+from mai_thinking.rl.traces import FOLDER, TraceStore
+
+Order = Literal["best", "worst", "longest", "newest"]
+
+
+def report_traces(run: Path, order: Order, count: int, console: Console, *, step: int | None, task: str | None) -> None:
+    """Print the `count` first rollouts of the run in the folder `run` by `order`. UsageError if there are none."""
+    if not run.is_dir():
+        raise UsageError(f"{run}: there is no such run; give a run's output_dir, such as runs/nano-grpo")
+    if count < 1:
+        raise UsageError(f"{count} traces asked for; ask for at least 1")
+    for trace in choose(TraceStore(run / FOLDER), order, count, step=step, task=task):
+        show(trace, console)
+
+
+def choose(
+    store: TraceStore, order: Order, count: int, *, step: int | None = None, task: str | None = None
+) -> list[dict[str, Any]]:
+    """The `count` first traces by reward, by response tokens or by age, as dicts of `Trace`'s fields.
+
+    Among equals the older come first; the newest come in the order of their generation. UsageError if there is no such
+    trace, naming what there is.
+    """
+    steps, tasks = (None if step is None else {step}), (None if task is None else {task})
+    top: pa.Table | None = None
+    for part in store.parts(steps=steps, tasks=tasks):
+        # Of all that is read, no more than `count` rows are kept.
+        table = part if top is None else pa.concat_tables([top, part])
+        top = table.slice(max(0, len(table) - count)) if order == "newest" else _first(table, order, count)
+    if top is None:
+        raise UsageError(_nothing(store, step, task))
+    rows: list[dict[str, Any]] = top.to_pylist()
+    return rows
+
+
+def show(trace: dict[str, Any], console: Console) -> None:
+    """One rollout: what it is, its reward by part, prompt, response, answer. Control characters are spelled out, so
+    that nothing a model wrote can steer the terminal."""
+    console.rule(Text(f"step {trace['step']} · {trace['task']} · reward {trace['reward']:.3f}"), align="left")
+    how = "finished" if trace["finished"] else "cut off"
+    parts = " · ".join(f"{name} {trace[f'reward_{name}']:.3f}" for name in ("task", "language", "length"))
+    answer = "none" if trace["answer"] is None else repr(trace["answer"])
+    lines = [
+        f"{parts} · pass rate {trace['pass_rate']:.2f} · group {trace['verdict']}",
+        f"{len(trace['response_ids'])} tokens, {how} · {_mean_surprise(trace['logprobs'])}",
+        f"problem {trace['problem_id']} · group {trace['group_id']} · request {trace['request_id']}",
+        f"checkpoint {trace['checkpoint']} · engine version {trace['engine_version']} · lineage {trace['lineage']}",
+    ]
+    for line in lines:
+        console.print(Text(_printable(line), style="dim"))
+    console.print(Text.assemble((_printable(trace["prompt"]), "cyan"), _printable(trace["response"])))
+    right = "green" if trace["reward_task"] > 0 else "red"
+    console.print(Text(_printable(f"answer {answer}, reference {trace['reference']!r}"), style=right), end="\n\n")
+
+
+def _first(table: pa.Table, order: Order, count: int) -> pa.Table:
+    key = pc.list_value_length(table["response_ids"]) if order == "longest" else table["reward"]
+    direction = "ascending" if order == "worst" else "descending"
+    indices = pc.sort_indices(pa.table({"key": key}), sort_keys=[("key", direction)])  # a stable sort
+    return table.take(indices.slice(0, count))
+
+
+def _nothing(store: TraceStore, step: int | None, task: str | None) -> str:
+    keys = store.read(columns=["step", "task"])
+    if not keys.num_rows:
+        return f"{store.folder}: holds no traces; scripts/grpo.py writes them while it runs"
+    known = keys["task"].unique().to_pylist()
+    if task is not None and task not in known:
+        return f"{store.folder}: has no traces of task {task!r}; {nearest_name(task, known)}"
+    of_task = "" if task is None else f" of task {task!r}"
+    there = keys if task is None else keys.filter(pc.equal(keys["task"], task))
+    steps = sorted(there["step"].unique().to_pylist())
+    near = min(steps, key=lambda at: abs(at - (step or 0)))
+    return f"{store.folder}: has no traces{of_task} at step {step}, but from {steps[0]} to {steps[-1]}; take {near}"
+
+
+def _mean_surprise(logprobs: Sequence[float]) -> str:
+    return f"{-sum(logprobs) / len(logprobs):.3f} nats per token" if logprobs else "no tokens"
+
+
+def _printable(text: str) -> str:
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)

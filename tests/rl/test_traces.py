@@ -1,0 +1,287 @@
+"""The trace store: whole parts or none, each once; what readers see; `scripts/traces.py`."""
+
+import dataclasses
+import io
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from rich.console import Console
+
+from mai_thinking.errors import UsageError
+from mai_thinking.rl.trace_report import choose, report_traces, show
+from mai_thinking.rl.traces import SCHEMA, NotReproducedError, Trace, TraceStore
+
+ROOT = Path(__file__).parents[2]
+
+
+def trace(number: int, *, step: int = 0, task: str = "sums", **changes: object) -> Trace:
+    length = 1 + number % 5
+    plain = Trace(
+        step=step,
+        engine_version=step // 5,
+        request_id=number,
+        group_id=number // 4,
+        task=task,
+        problem_id=f"p{number // 4}",
+        prompt="User: 1+1=? Assistant: <think>",
+        prompt_ids=[5, 6, 7],
+        response="é" * (number % 50),
+        response_ids=np.arange(length),
+        logprobs=np.linspace(-1, -0.1, length),
+        finished=number % 2 == 0,
+        answer=None if number % 3 == 0 else str(number),
+        reference="2",
+        reward=number / 7,
+        reward_task=float(number % 2),
+        reward_language=0.5,
+        reward_length=0.125,
+        pass_rate=0.5,
+        verdict="kept",
+        checkpoint="nano-grpo/step-00000000",
+        lineage="runs/nano/final",
+    )
+    return dataclasses.replace(plain, **changes)
+
+
+def test_what_goes_in_comes_out(tmp_path):
+    traces = [trace(number) for number in range(6)]
+    assert TraceStore(tmp_path).append(0, traces)
+    table = TraceStore(tmp_path).read()
+    assert table.schema == SCHEMA
+    assert SCHEMA.names == [field.name for field in dataclasses.fields(Trace)]
+    for row, given in zip(table.to_pylist(), traces, strict=True):
+        for name, value in row.items():
+            expected = getattr(given, name)
+            if name == "logprobs":
+                expected = expected.astype(np.float32)
+            assert value == (expected.tolist() if isinstance(expected, np.ndarray) else expected), name
+
+
+def test_rows_come_by_wave_and_rank_and_are_chosen_by_step_task_and_column(tmp_path):
+    for wave in (100_000_000, 2, 10):  # a name of nine digits sorts before others as text
+        for rank in (1, 0):
+            rows = [trace(wave * 10 + rank, step=wave, task=task) for task in ("sums", "sorting")]
+            TraceStore(tmp_path, rank).append(wave, rows)
+    (tmp_path / "notes.txt").write_text("not a part")
+    store = TraceStore(tmp_path)
+    order = store.read(tasks={"sums"}, columns=["request_id"])["request_id"].to_pylist()
+    assert order == [20, 21, 100, 101, 1_000_000_000, 1_000_000_001]
+    chosen = store.read(steps=range(3, 10**12), tasks=["sorting"], columns=["task", "step"])
+    assert chosen.to_pydict() == {"task": ["sorting"] * 4, "step": [10, 10, 100_000_000, 100_000_000]}
+    assert store.read(steps={7}, columns=["reward"]) == pa.table({"reward": pa.array([], pa.float64())})
+    assert [len(part) for part in store.parts(steps={10})] == [2, 2]
+
+
+def test_an_empty_wave_and_an_empty_response_are_stored_too(tmp_path):
+    store = TraceStore(tmp_path)
+    assert store.append(0, [])
+    assert not store.append(0, [])
+    assert store.read().num_rows == 0
+    store.append(1, [trace(0, response_ids=[], logprobs=[])])
+    assert store.read().to_pylist()[0]["response_ids"] == []
+
+
+def test_a_wave_generated_again_is_compared_and_not_written_twice(tmp_path):
+    store = TraceStore(tmp_path)
+    traces = [trace(number, step=3) for number in range(4)]
+    traces[0] = dataclasses.replace(traces[0], reward=float("nan"))  # equals itself, bit for bit
+    assert store.append(7, traces)
+    (part,) = tmp_path.iterdir()
+    before = part.stat()
+    assert not TraceStore(tmp_path).append(7, traces)
+    assert part.stat().st_mtime_ns == before.st_mtime_ns
+    assert part.stat().st_ino == before.st_ino
+    assert TraceStore(tmp_path, rank=1).append(7, traces)  # another rank's part is another part
+    assert store.read().num_rows == 8
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"logprobs": np.nextafter(np.linspace(-1, -0.1, 2).astype(np.float32), np.float32(0))},
+        {"response_ids": [0]},
+        {"response": "éé"},
+        {"answer": ""},
+        {"reward_task": -0.0},
+        {"finished": True},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_one_different_value_is_named(tmp_path, change):
+    store = TraceStore(tmp_path)
+    plain = dataclasses.replace(trace(1, step=3), answer=None, reward_task=0.0)
+    store.append(7, [plain])
+    pattern = rf"^step 3, wave 7 of rank 0, .* other values of {next(iter(change))} than "
+    with pytest.raises(NotReproducedError, match=pattern):
+        store.append(7, [dataclasses.replace(plain, **change)])
+    assert store.read().num_rows == 1
+
+
+def test_the_same_bytes_cut_elsewhere_are_different(tmp_path):
+    store = TraceStore(tmp_path)
+    store.append(0, [trace(1, response="ab", response_ids=[1, 2]), trace(2, response="c", response_ids=[3])])
+    with pytest.raises(NotReproducedError, match="other values of response, response_ids than"):
+        store.append(0, [trace(1, response="a", response_ids=[1]), trace(2, response="bc", response_ids=[2, 3])])
+
+
+@pytest.mark.parametrize("damage", ["cut", "emptied", "flipped", "foreign"])
+def test_a_damaged_part_is_named_left_out_and_written_again(tmp_path, capsys, damage):
+    store = TraceStore(tmp_path)
+    for wave in range(3):
+        store.append(wave, [trace(number, step=wave) for number in range(20)])
+    part = tmp_path / "wave-00000001-rank-00000.parquet"
+    content = bytearray(part.read_bytes())
+    if damage == "flipped":
+        content[len(content) // 3] ^= 1  # in a page: only its checksum tells
+    kept = {"cut": len(content) // 2, "emptied": 0}.get(damage, len(content))
+    part.write_bytes(b"not parquet" if damage == "foreign" else content[:kept])
+    assert store.read()["step"].unique().to_pylist() == [0, 2]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"{part}: damaged (")
+    assert line.endswith("; left out")
+    assert store.append(1, [trace(number, step=1) for number in range(20)])
+    assert "written again" in capsys.readouterr().err
+    assert store.read().num_rows == 60
+
+
+def test_a_full_disk_leaves_nothing(tmp_path):
+    store = TraceStore(tmp_path)
+    store.append(0, [trace(1)])
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # Not a full disk, but as far as the file goes just the same: a part of it is written, then no more.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+    try:
+        with pytest.raises(OSError, match="wave-00000001") as caught:
+            store.append(1, [trace(1, response_ids=np.random.default_rng(0).integers(0, 2**31, 5000))])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert caught.value.filename == str(tmp_path / "wave-00000001-rank-00000.parquet")
+    assert [path.name for path in tmp_path.iterdir()] == ["wave-00000000-rank-00000.parquet"]
+    assert store.append(1, [trace(1)])
+
+
+WRITER = """
+import sys
+sys.path[:0] = {paths}
+from test_traces import trace
+from mai_thinking.rl.traces import TraceStore
+store = TraceStore(sys.argv[1])
+for wave in range(100_000):
+    store.append(wave, [trace(number, step=wave) for number in range(50)])
+    print(wave, flush=True)
+"""
+
+
+def test_kill_leaves_whole_parts_and_the_run_goes_on(tmp_path, capsys):
+    program = WRITER.format(paths=[str(Path(__file__).parent), str(ROOT)])
+    delays, reported = random.Random(0), -1
+    for _ in range(4):
+        process = subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+        assert process.stdout is not None
+        process.stdout.readline()
+        time.sleep(delays.uniform(0, 0.2))
+        os.kill(process.pid, signal.SIGKILL)
+        lines = process.stdout.read().split("\n")[:-1]  # a last line without its end was not written whole
+        process.wait()
+        process.stdout.close()
+        reported = max(reported, *map(int, lines)) if lines else reported
+        table = TraceStore(tmp_path).read(columns=["step"])
+        waves, counts = np.unique(table["step"].to_numpy(), return_counts=True)
+        assert capsys.readouterr().err == ""
+        assert list(waves) == list(range(len(waves)))
+        assert set(counts) == {50}
+        assert len(waves) > reported  # what append has returned from is there
+    assert reported > 3
+
+
+def test_best_worst_longest_newest(tmp_path):
+    store = TraceStore(tmp_path)
+    for wave in range(3):
+        store.append(
+            wave, [trace(wave * 4 + number, step=wave, task=("sums", "sorting")[number % 2]) for number in range(4)]
+        )
+    store.append(3, [trace(99, step=3, reward=11 / 7)])
+
+    def ids(*arguments, **chosen):
+        return [row["request_id"] for row in choose(store, *arguments, **chosen)]
+
+    assert ids("best", 3) == [11, 99, 10]  # of two equals the older first
+    assert ids("worst", 3) == [0, 1, 2]
+    assert ids("longest", 3) == [4, 9, 99]  # 5 tokens each
+    assert ids("newest", 3) == [10, 11, 99]
+    assert ids("newest", 99) == [*range(12), 99]
+    assert ids("best", 9, step=1, task="sums") == [6, 4]
+
+
+@pytest.mark.parametrize(
+    ("chosen", "message"),
+    [
+        ({"step": 7}, "at step 7, but from 0 to 9; take 9"),
+        ({"step": 8, "task": "sorting"}, "of task 'sorting' at step 8, but from 0 to 0; take 0"),
+        ({"task": "sum"}, "no traces of task 'sum'; did you mean 'sums'"),
+    ],
+)
+def test_what_is_not_there_is_named(tmp_path, chosen, message):
+    store = TraceStore(tmp_path)
+    store.append(0, [trace(1, step=0), trace(2, step=0, task="sorting"), trace(3, step=9)])
+    with pytest.raises(UsageError, match=message):
+        choose(store, "best", 1, **chosen)
+
+
+def test_a_model_cannot_steer_the_terminal(tmp_path):
+    hostile = "[red]\x1b]0;title\x07\x1b[2J\u202e\r[/nothing]\nnext"
+    TraceStore(tmp_path / "traces").append(0, [trace(1, response=hostile, answer=hostile, prompt=hostile)])
+    written = io.StringIO()
+    report_traces(tmp_path, "best", 1, Console(file=written, width=200), step=None, task=None)
+    text = written.getvalue()
+    assert not any(c in text for c in "\x1b\x07\r\u202e")
+    assert r"[red]\x1b]0;title\x07\x1b[2J\u202e\r[/nothing]" in text
+    assert "\nnext" in text
+
+
+def test_a_rollout_is_shown_with_its_parts():
+    written = io.StringIO()
+    row = dataclasses.asdict(trace(4, step=12, reward_task=1.0))
+    show(row | {"logprobs": row["logprobs"].tolist()}, Console(file=written, width=200))
+    text = written.getvalue()
+    for shown in (
+        "step 12 · sums · reward 0.571",
+        "task 1.000 · language 0.500 · length 0.125 · pass rate 0.50 · group kept",
+        "5 tokens, finished · 0.550 nats per token",
+        "User: 1+1=? Assistant: <think>éééé",
+        "answer '4', reference '2'",
+        "nano-grpo/step-00000000",
+    ):
+        assert shown in text
+
+
+def script(*arguments: object) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "scripts" / "traces.py"), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+
+def test_the_script(tmp_path):
+    TraceStore(tmp_path / "run" / "traces").append(0, [trace(number, step=5) for number in range(9)])
+    shown = script(tmp_path / "run", "--step", 5, "--worst", 2)
+    assert shown.returncode == 0
+    assert shown.stdout.count("step 5 · sums") == 2
+    assert "reward 0.143" in shown.stdout
+    failed = script(tmp_path / "nowhere")
+    assert failed.returncode == 2
+    (line,) = failed.stderr.splitlines()
+    assert line.startswith(f"error: {tmp_path}/nowhere: there is no such run")
+
+
+@pytest.mark.parametrize(("count", "message"), [(0, "at least 1"), (1, "holds no traces")])
+def test_a_run_without_traces_and_a_count_without_sense(tmp_path, count, message):
+    with pytest.raises(UsageError, match=message):
+        report_traces(tmp_path, "best", count, Console(), step=None, task=None)
