@@ -33,7 +33,8 @@ class SamplingSection(Section):
             bounds = getattr(self, name)
             if bounds is not None and bounds[0] > bounds[1]:
                 raise ValueError(f"sampling.{name}: {bounds[0]} is more than {bounds[1]}; put the lower end first")
-        if self.group_size_means == "in-all" and self.early_size > self.group_size:
+        early = self.early_range is not None and self.group_size_means == "in-all"
+        if early and self.early_size > self.group_size:
             raise ValueError(
                 f"sampling.early_size: {self.early_size} is more than the {self.group_size} rollouts of a group in all"
             )
