@@ -1,0 +1,109 @@
+"""The config of `scripts/ladder.py`: a baseline and candidates, each at a few depths (MAI-Thinking-1 report §2.2)."""
+
+from pathlib import Path
+from typing import Any, Self
+
+from pydantic import Field, model_validator
+
+from mai_thinking.config.base import Section
+from mai_thinking.config.loading import merge, validate
+from mai_thinking.config.pretraining import PretrainConfig
+from mai_thinking.errors import UsageError
+
+DERIVED = ("name", "seed", "output_dir", "steps", "schedule.warmup_steps", "model.ladder", "model.num_hidden_layers")
+"""Keys of a run that the ladder sets."""
+
+
+class VariantSection(Section):
+    """One of the configs that a ladder compares."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    overrides: dict[str, Any] = Field(default_factory=dict)
+    """Keys of a pre-training config laid over the ladder's `run`: architecture, mixture, optimiser. Lists are replaced
+    whole."""
+    scale: dict[str, float] = Field(default_factory=dict)
+    """Laid over the ladder's `scale`."""
+
+
+class BudgetSection(Section):
+    """What a ladder may spend in all, over all workers, restarts included; null is no limit."""
+
+    seconds: float | None = Field(None, gt=0)
+    """Wall-clock of the runs, one after the other: two workers spend two a second."""
+    flops: float | None = Field(None, gt=0)
+
+
+class LadderConfig(Section):
+    """A ladder: every variant at every depth with every seed, each run as long as its active parameters ask for."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    output_dir: str = ""
+    """The ladder's folder, which workers share; empty means `runs/NAME`."""
+    run: dict[str, Any]
+    """What all runs have in common: keys of a pre-training config."""
+    scale: dict[str, float] = Field(default_factory=dict)
+    """Fields of the model that grow with the depth L: each is its number times L, which has to be whole. Empty: the
+    report's rule, where L sets every size (`ladder: L`)."""
+    rungs: tuple[int, ...] = Field(min_length=1)
+    """Depths. A fit needs four."""
+    seeds: tuple[int, ...] = Field((0, 1), min_length=1)
+    tokens_per_active_parameter: float = Field(gt=0)
+    """The report has 100 to 200."""
+    warmup: float = Field(0.05, ge=0, le=1)
+    """Share of the steps."""
+    baseline: VariantSection
+    candidates: tuple[VariantSection, ...] = Field(min_length=1)
+    budget: BudgetSection = BudgetSection()
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for what, values in (("rungs", self.rungs), ("seeds", self.seeds), ("candidates", self._names)):
+            if len(set(values)) < len(values):
+                raise ValueError(f"{what}: {list(values)} has one twice; give each once")
+        if min(self.rungs) < 1:
+            raise ValueError(f"rungs: {min(self.rungs)} is no depth; the smallest is 1")
+        for variant in self.variants:
+            self.run_config(variant, self.rungs[0], self.seeds[0], steps=1)
+        return self
+
+    @property
+    def variants(self) -> tuple[VariantSection, ...]:
+        """The baseline and the candidates."""
+        return self.baseline, *self.candidates
+
+    @property
+    def _names(self) -> list[str]:
+        return [variant.name for variant in self.variants]
+
+    @property
+    def folder(self) -> Path:
+        """The ladder's folder."""
+        return Path(self.output_dir or f"runs/{self.name}").expanduser()
+
+    def run_config(self, variant: VariantSection, rung: int, seed: int, steps: int) -> PretrainConfig:
+        """The config of one run of `steps` steps; `UsageError` for a key that is unknown or not the user's to set."""
+        tree = merge(self.run, variant.overrides)
+        for key in DERIVED:
+            section, _, last = key.rpartition(".")
+            if last in (tree.get(section) or {} if section else tree):
+                raise UsageError(f"{self.name}, {variant.name}: {key} is derived by the ladder; remove it")
+        sizes = {name: _whole(name, factor, rung) for name, factor in (self.scale | variant.scale).items()}
+        name = f"{variant.name}-L{rung}-s{seed}"
+        derived = {
+            "name": name,
+            "seed": seed,
+            "output_dir": str(self.folder / "runs" / name),
+            "steps": steps,
+            "model": sizes | {"num_hidden_layers": rung} if sizes else {"ladder": rung},
+            "schedule": {"warmup_steps": round(self.warmup * steps)},
+        }
+        # Losses are compared at the end of a run; what it says on its way is nobody's.
+        quiet = {"evaluation": {"every": steps, "sample_prompts": []}}
+        return validate(PretrainConfig, merge(merge(quiet, tree), derived), f"{self.name}, {variant.name}")
+
+
+def _whole(name: str, factor: float, rung: int) -> int:
+    size = round(factor * rung)
+    if abs(size - factor * rung) > 1e-6 or size < 1:
+        raise UsageError(f"scale.{name}: {factor} × {rung} layers is not a whole number; change it or the rungs")
+    return size

@@ -1,0 +1,164 @@
+"""What a ladder's runs will cost, before they cost anything."""
+
+import json
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from statistics import median
+
+import torch
+
+from mai_thinking.config.ladder import LadderConfig
+from mai_thinking.config.pretraining import PretrainConfig
+from mai_thinking.model import MaiThinkingConfig
+from mai_thinking.pretraining import make_accelerator
+from mai_thinking.training.model_files import build_model, model_config
+from mai_thinking.training.optimizer import build_optimizer
+from mai_thinking.training.parallel import share
+from mai_thinking.training.plan import quantity
+from mai_thinking.training.run_folder import RunFolder
+from mai_thinking.training.step import TrainStep
+
+_MEASURED_STEPS = 5
+_LONGEST_STEP = 10.0
+"""Seconds; steps expected to take longer are not tried but reckoned from the FLOPs of a smaller rung."""
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """One run of a ladder."""
+
+    variant: str
+    rung: int
+    seed: int
+    config: PretrainConfig
+    total: int
+    """Parameters."""
+    active: int
+    flops: float
+
+    @property
+    def name(self) -> str:
+        """Also its folder's."""
+        return self.config.name
+
+    @property
+    def folder(self) -> RunFolder:
+        """Where it lives."""
+        return RunFolder(self.config.folder)
+
+    @property
+    def tokens(self) -> int:
+        """Training tokens."""
+        return self.config.steps * self.config.batch.tokens_per_step
+
+
+def plan_runs(ladder: LadderConfig) -> list[PlannedRun]:
+    """All runs, rung by rung and seed by seed, so that whatever is done when a ladder stops can be compared."""
+    runs = []
+    for rung in sorted(ladder.rungs):
+        for seed in ladder.seeds:
+            for variant in ladder.variants:
+                config = ladder.run_config(variant, rung, seed, steps=1)
+                architecture = model_config(config)
+                total, active = architecture.parameter_counts()
+                per_step = config.batch.tokens_per_step
+                steps = max(1, round(ladder.tokens_per_active_parameter * active / per_step))
+                config = ladder.run_config(variant, rung, seed, steps)
+                flops = architecture.flops_per_token(config.batch.context_length) * steps * per_step
+                runs.append(PlannedRun(variant.name, rung, seed, config, total, active, flops))
+    return runs
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of a training step."""
+
+    seconds: float
+    measured: bool
+    """False: reckoned from another rung's."""
+
+
+class StepTimer:
+    """Measures steps on random tokens, each architecture once; runs that differ in their data alone take the same."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, StepTime] = {}
+        self._flops_per_second = 0.0
+
+    def __call__(self, run: PlannedRun) -> StepTime:
+        """Of `run` on this machine. Ask for smaller runs first."""
+        config = run.config
+        key = json.dumps([config.model, config.batch.model_dump(), config.execution.model_dump()], sort_keys=True)
+        if key not in self._known:
+            flops = run.flops / config.steps
+            if self._flops_per_second and flops / self._flops_per_second > _LONGEST_STEP:
+                self._known[key] = StepTime(flops / self._flops_per_second, measured=False)
+            else:
+                self._known[key] = StepTime(measure_step(config), measured=True)
+                self._flops_per_second = flops / self._known[key].seconds
+        return self._known[key]
+
+
+def measure_step(config: PretrainConfig) -> float:
+    """Median seconds of a few training steps on random tokens, after one to warm up."""
+    architecture = model_config(config)
+    accelerator = make_accelerator(config, RunFolder(config.folder))
+    model = build_model(config, architecture)
+    if config.execution.activation_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    parallel = share(model, accelerator, config.execution.parallel)
+    step = TrainStep(
+        parallel,
+        build_optimizer(parallel.model, config.optimizer),
+        clip_norm=config.optimizer.clip_norm,
+        balance=architecture.router_aux_loss_coef,
+        z=architecture.router_z_loss_coef,
+        exact_balance=config.execution.activation_checkpointing,
+    )
+    parallel.model.train()
+    batches = _random_batches(config, architecture, accelerator.device)
+    seconds = []
+    for number in range(1 + _MEASURED_STEPS):
+        begin = time.perf_counter()
+        step(batches, config.optimizer.learning_rate, number)
+        seconds.append(time.perf_counter() - begin)
+    return median(seconds[1:])
+
+
+def _random_batches(
+    config: PretrainConfig, architecture: MaiThinkingConfig, device: torch.device
+) -> list[dict[str, torch.Tensor]]:
+    rows, T = config.batch.micro_batch_size, config.batch.context_length
+    generator = torch.Generator().manual_seed(0)
+    batches = []
+    for _ in range(config.batch.global_batch_size // rows):
+        tokens = torch.randint(architecture.vocab_size, (rows, T + 1), generator=generator)
+        positions = torch.arange(T).expand(rows, T).contiguous()
+        batch = {"input_ids": tokens[:, :-1], "labels": tokens[:, 1:], "position_ids": positions}
+        batches.append({name: tensor.contiguous().to(device) for name, tensor in batch.items()})
+    return batches
+
+
+def plan_table(runs: Iterable[PlannedRun], times: Mapping[str, StepTime]) -> str:
+    """A line for each config and rung, and the total, of what is not yet done; `times` by the run's name."""
+    heading = (
+        f"{'config':<24}{'rung':>5}{'runs':>5}{'done':>5}{'total':>9}{'active':>9}{'tokens':>9}{'steps':>8}{'FLOPs':>9}"
+        f"{'s/step':>9}{'hours':>8}"
+    )
+    lines, groups = [heading], {}
+    for run in runs:
+        groups.setdefault((run.variant, run.rung), []).append(run)
+    flops = hours = 0.0
+    for (variant, rung), members in groups.items():
+        first, time_ = members[0], times[members[0].name]
+        missing = [run for run in members if not run.folder.finished]
+        group_hours = len(missing) * first.config.steps * time_.seconds / 3600
+        flops, hours = flops + sum(run.flops for run in missing), hours + group_hours
+        lines.append(
+            f"{variant:<24}{'L' + str(rung):>5}{len(members):>5}{len(members) - len(missing):>5}"
+            f"{quantity(first.total):>9}{quantity(first.active):>9}{quantity(first.tokens):>9}{first.config.steps:>8,}{quantity(first.flops):>9}"
+            f"{'' if time_.measured else '≈'}{time_.seconds:>9.3f}{group_hours:>8.3f}"
+        )
+    lines.append(f"still to do: {quantity(flops)} FLOPs, {hours:.2f} hours of training on one worker like this machine")
+    return "\n".join(lines)

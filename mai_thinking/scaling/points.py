@@ -1,0 +1,151 @@
+"""Points of a ladder: what a run cost and what loss it came to, from our own runs or from any program's."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+from pydantic import Field, model_validator
+
+from mai_thinking.config.base import Section
+from mai_thinking.config.loading import validate
+from mai_thinking.config.names import nearest_name
+from mai_thinking.errors import UsageError
+
+WEIGHTED = "weighted"
+"""The name of the weighted score among the categories."""
+_SAME_RUNG = 1.02
+"""Runs of one config whose FLOPs differ by less than this factor stand on one rung."""
+
+
+class Point(Section):
+    """A finished run."""
+
+    config: str = Field(min_length=1)
+    seed: int
+    flops: float = Field(gt=0)
+    """Of the whole run."""
+    seconds: float | None = Field(None, gt=0)
+    """Of training; null where nobody measured it."""
+    loss: dict[str, float]
+    """Category → held-out loss in any unit that is the same for all points; one number is taken as {"loss": number}."""
+    rung: int | None = None
+    """The depth, where it is known; said in the page and otherwise without meaning."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_number(cls, tree: Any) -> Any:
+        if isinstance(tree, dict) and isinstance(tree.get("loss"), int | float):
+            return tree | {"loss": {"loss": tree["loss"]}}
+        return tree
+
+    @model_validator(mode="after")
+    def _check_losses(self) -> Self:
+        wrong = [category for category, value in self.loss.items() if value <= 0]
+        if wrong or not self.loss or WEIGHTED in self.loss:
+            raise ValueError(
+                "loss: give a positive number, or one for each category (none may be called 'weighted', "
+                f"which is reckoned), got {self.loss!r}"
+            )
+        return self
+
+
+class PointSet(Section):
+    """All points of a ladder, and how to read them. The content of POINTS.json."""
+
+    baseline: str
+    """The config that the others are measured against."""
+    points: tuple[Point, ...] = Field(min_length=1)
+    weights: dict[str, float] = Field(default_factory=dict)
+    """Category → weight in the score. Empty: the report's weights if it knows all the categories, else equal ones."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.baseline not in self.configs:
+            raise ValueError(
+                f"baseline: no point has the config {self.baseline!r}; {nearest_name(self.baseline, self.configs)}"
+            )
+        for point in self.points:
+            if set(point.loss) != set(self.categories):
+                raise ValueError(
+                    f"points: config {point.config!r}, seed {point.seed} has the categories {sorted(point.loss)}, the "
+                    f"first point {sorted(self.categories)}; give all points the same"
+                )
+        if self.weights and (set(self.weights) != set(self.categories) or min(self.weights.values()) <= 0):
+            raise ValueError(f"weights: give each of {sorted(self.categories)} a positive weight")
+        return self
+
+    @property
+    def configs(self) -> list[str]:
+        """Names, in the order in which they come, the baseline first."""
+        names = list(dict.fromkeys(point.config for point in self.points))
+        return sorted(names, key=lambda name: name != self.baseline)
+
+    @property
+    def categories(self) -> list[str]:
+        """As the first point has them."""
+        return list(self.points[0].loss)
+
+    @property
+    def scores(self) -> list[str]:
+        """The categories, and the weighted score where there is more than one."""
+        return [*self.categories, WEIGHTED] if len(self.categories) > 1 else self.categories
+
+    @property
+    def headline(self) -> str:
+        """The score that verdicts are about."""
+        return self.scores[-1]
+
+    @property
+    def costs(self) -> list[str]:
+        """What a run can be charged for: `flops`, and `seconds` where all points have them."""
+        return ["flops", "seconds"] if all(point.seconds is not None for point in self.points) else ["flops"]
+
+    def score(self, point: Point, score: str) -> float:
+        """A category's loss, or the weighted mean of all."""
+        if score != WEIGHTED:
+            return point.loss[score]
+        weights = self.weights or report_weights(self.categories)
+        return sum(weights[name] * value for name, value in point.loss.items()) / sum(weights.values())
+
+    def rungs(self, config: str) -> list[list[Point]]:
+        """The config's runs, rung by rung, cheapest first."""
+        ordered = sorted((point for point in self.points if point.config == config), key=lambda point: point.flops)
+        rungs: list[list[Point]] = []
+        for point in ordered:
+            if rungs and point.flops <= _SAME_RUNG * rungs[-1][0].flops:
+                rungs[-1].append(point)
+            else:
+                rungs.append([point])
+        return rungs
+
+
+def report_weights(categories: Sequence[str]) -> Mapping[str, float]:
+    """The report's weights (§2.5), or equal ones where a category is not the report's."""
+    from mai_thinking.training.evaluation import CATEGORY_WEIGHTS  # brings torch
+
+    if set(categories) <= set(CATEGORY_WEIGHTS):
+        return {category: CATEGORY_WEIGHTS[category] for category in categories}
+    return dict.fromkeys(categories, 1.0)
+
+
+def read_points(path: Path, baseline: str | None) -> PointSet:
+    """POINTS.json: `{"baseline": …, "points": […], "weights": {…}}`, or a bare list with `baseline` from elsewhere.
+
+    Raises `UsageError` with the key that is wrong.
+    """
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise UsageError(f"{path}: not valid JSON: {error}") from None
+    if isinstance(tree, list):
+        tree = {"points": tree}
+    if not isinstance(tree, dict):
+        raise UsageError(f"{path}: give a list of points, or an object with `baseline` and `points`")
+    if baseline is not None:
+        tree["baseline"] = baseline
+    if "baseline" not in tree:
+        raise UsageError(f"{path}: which config is the baseline? add --baseline NAME, or the key `baseline`")
+    return validate(PointSet, tree, str(path))

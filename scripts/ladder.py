@@ -1,0 +1,44 @@
+"""Measure before believing: `python scripts/ladder.py LADDER.yaml [key.path=value …] [--dry-run]`.
+
+Trains what is missing of a ladder, several such processes sharing the work, and says what it shows. `python
+scripts/ladder.py fit POINTS.json [--baseline NAME] [--output FOLDER]` says the same of runs made by any program.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from mai_thinking.config.command import exit_with, parse_run_command
+from mai_thinking.config.ladder import LadderConfig
+
+DEFAULT = "configs/ladders/interleaved-vs-every-layer.yaml"
+
+
+def main() -> int:
+    """Parse, run or fit."""
+    if sys.argv[1:2] == ["fit"]:
+        return fit(sys.argv[2:])
+    ladder, dry_run = parse_run_command(LadderConfig, DEFAULT, __doc__ or "")
+    from mai_thinking.scaling.runs import run_ladder  # after the config, so that a mistake in it is told at once
+
+    return run_ladder(ladder, dry_run=dry_run)
+
+
+def fit(arguments: list[str]) -> int:
+    """Conclude from a file of points."""
+    parser = argparse.ArgumentParser(prog="ladder.py fit", description=__doc__)
+    parser.add_argument("points", type=Path, metavar="POINTS.json")
+    parser.add_argument("--baseline", help="the config that the others are measured against (default: the file's)")
+    parser.add_argument("--output", type=Path, help="a folder for page, figures and JSON (default: POINTS-report)")
+    options = parser.parse_args(arguments)
+    from mai_thinking.scaling.points import read_points
+    from mai_thinking.scaling.report import write_report
+
+    points = read_points(options.points, options.baseline)
+    output = options.output or options.points.with_name(f"{options.points.stem}-report")
+    print(write_report(points, output, options.points.stem))
+    return 0
+
+
+if __name__ == "__main__":
+    exit_with(main)
