@@ -34,9 +34,9 @@ class Grader:
         self._combination = section.combination
 
     def grade(self, problem: Problem, answer: str) -> float:
-        """The combined score, 0 to 1."""
-        text = answer.strip()
-        scores = [self._task.verify(problem, answer)]
+        """The combined score, 0 to 1; what is no score (NaN, say) counts as 0."""
+        text, score = answer.strip(), self._task.verify(problem, answer)
+        scores = [score if 0 <= score <= 1 else 0.0]
         scores += [float(pattern.fullmatch(text) is not None) for pattern in self._patterns]
         return combine(scores, self._combination, self._weights)
 

@@ -1,0 +1,333 @@
+"""Questions against solvers that read them; splits that no option mixes; verifiers on hostile text."""
+
+import json
+import re
+import time
+from itertools import pairwise, product
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from mai_thinking.config.tasks import FAMILIES, LISTS, TaskSection
+from mai_thinking.errors import UsageError
+from mai_thinking.rl.tasks import Problem, TaskMix, make_task, split_of
+from mai_thinking.rl.tasks import procedural as procedural_module
+
+GSM8K = Path(__file__).parents[3] / "shared" / "data" / "gsm8k_train.jsonl"
+
+
+def task_section(kind: str = "sum", **fields: Any) -> TaskSection:
+    return TaskSection(**{"name": kind, "kind": kind, **fields})
+
+
+def solve(kind: str, question: str) -> str:
+    """The answer, worked out from the question's text alone."""
+    numbers = [int(n) for n in re.findall(r"(?<!\d)-?\d+", question.replace(" - ", " ").replace(" + ", " "))]
+    if kind == "sum":
+        return str(sum(numbers))
+    if kind == "difference":
+        return str(numbers[0] - numbers[1])
+    if kind == "largest":
+        return str(sorted(numbers)[-1])
+    if kind == "count":
+        return str(sum(n == numbers[0] for n in numbers[1:]))
+    if kind == "position":
+        return str(numbers[numbers[0]])
+    if kind == "sort":
+        return ", ".join(map(str, sorted(numbers)))
+    steps = {b - a for a, b in pairwise(numbers)}
+    assert len(steps) == 1
+    return str(numbers[-1] + steps.pop())
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize("split", ["train", "held_out"])
+def test_answers_are_right(kind: str, split: Any) -> None:
+    task = make_task(task_section(kind))
+    for index in range(200):
+        problem = task.problem(split, index)
+        assert problem.answer == solve(kind, problem.question), problem.question
+        assert task.verify(problem, f" {problem.answer}.\n") == 1
+        assert task.verify(problem, f"{problem.answer}1") == 0
+        assert 0 <= problem.difficulty <= 1
+        assert split_of(problem.question) == split
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_a_family_has_thousands_of_questions(kind: str) -> None:
+    task = make_task(task_section(kind))
+    assert len({task.problem("train", index).id for index in range(4000)}) > 2000
+
+
+def test_sizes_follow_the_options() -> None:
+    task = make_task(task_section("sort", digits=(3, 4), length=(5, 7)))
+    lists = [task.problem("train", index).answer.split(", ") for index in range(200)]
+    assert {len(numbers) for numbers in lists} == {5, 6, 7}
+    assert {len(number) for numbers in lists for number in numbers} == {3, 4}
+
+
+def test_the_splits_are_disjoint_whatever_the_seed_and_the_options() -> None:
+    texts: dict[str, set[str]] = {"train": set(), "held_out": set()}
+    for seed, digits, kind in product((0, 1), ((1, 1), (1, 2), (2, 2)), FAMILIES):
+        length = (3, 4) if kind in LISTS else None
+        for name in (f"one-{seed}", "other"):
+            mix = TaskMix([task_section(kind, name=name, digits=digits, length=length)], seed)
+            for split in texts:
+                texts[split] |= {mix.problem(split, n).question for n in range(60)}  # type: ignore[arg-type]
+    assert min(map(len, texts.values())) > 500
+    assert not texts["train"] & texts["held_out"]
+
+
+def test_about_a_seventh_of_the_questions_is_held_out() -> None:
+    held_out = sum(split_of(f"What is {a} + {b}?") == "held_out" for a in range(100) for b in range(100))
+    assert 1300 < held_out < 1700
+    assert split_of("What  is 1 + 1?\n") == split_of("what is 1 + 1?"), "white space and case make no new question"
+
+
+def test_an_empty_split_names_the_fix(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(procedural_module, "split_of", lambda question: "train")
+    with pytest.raises(UsageError, match=r"no held-out question .* raise `digits`$"):
+        TaskMix([task_section()], seed=0)
+    path = tmp_path / "one.jsonl"
+    path.write_text(json.dumps({"question": "Why?", "answer": "7"}))
+    with pytest.raises(UsageError, match=r"no (train|held-out) question: .* add questions"):
+        TaskMix([task_section("jsonl", path=str(path))], seed=0)
+
+
+def test_problem_n_is_a_function_of_seed_split_and_n() -> None:
+    sections = [task_section("sum", weight=3), task_section("largest")]
+    mix, other = TaskMix(sections, seed=1), TaskMix(sections, seed=2)
+    forwards = [mix.problem("train", n) for n in range(400)]
+    assert [TaskMix(sections, seed=1).problem("train", n) for n in reversed(range(400))] == forwards[::-1]
+    assert [other.problem("train", n) for n in range(400)] != forwards
+    assert 260 < sum(problem.task == "sum" for problem in forwards) < 340, "weights 3 and 1"
+
+
+def test_held_out_problems_are_distinct_and_as_many_as_there_are() -> None:
+    mix = TaskMix([task_section("sum", digits=(1, 1))], seed=0)
+    every = {f"What is {a} + {b}?" for a in range(10) for b in range(10)}
+    there_are = {question for question in every if split_of(question) == "held_out"}
+    assert len(there_are) > 3
+    found = mix.held_out("sum", 1000)
+    assert {problem.question for problem in found} == there_are
+    assert len(found) == len(there_are)
+    assert TaskMix([task_section("sum", digits=(1, 1))], seed=9).held_out("sum", 3) == found[:3]
+
+
+@pytest.mark.parametrize(
+    ("reference", "answer", "right"),
+    [
+        ("12", " 12 ", True),
+        ("12", "12.", True),
+        ("12", "\t12 .\n", True),
+        ("1, 3, 7", "1,3 ,  7.", True),
+        ("12", "12..", False),
+        ("12", "012", False),
+        ("12", "+12", False),
+        ("12", "1 2", False),
+        ("12", "12.0", False),
+        ("12", "１２", False),
+        ("12", "١٢", False),
+        ("12", "12\u00a0", False),
+        ("12", "11 12", False),
+        ("12", "", False),
+        ("-3", "−3", False),
+        ("1, 3", "1 3", False),
+        ("12", "12, 13", False),
+        ("12", "0b1100", False),
+    ],
+)
+def test_only_white_space_and_a_full_stop_are_forgiven(reference: str, answer: str, right: bool) -> None:
+    problem = Problem("sum", "", "", reference, 0)
+    assert make_task(task_section()).verify(problem, answer) == float(right)
+
+
+def test_hostile_answers_are_wrong_and_fast() -> None:
+    task, problem = make_task(task_section()), Problem("sum", "", "", "12", 0)
+    start = time.process_time()
+    for answer in [
+        "(" * 10_000 + ")" * 10_000,
+        "9**9**9",
+        "9" * 1_000_000,
+        "\ud800",
+        "\0",
+        " " * 10**6 + "12",
+        ", " * 10**6,
+    ]:
+        assert task.verify(problem, answer) == 0
+    assert time.process_time() - start < 1
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"kind": "sums"}, "kind"),
+        ({"kind": "sum", "length": [2, 3]}, "`length` is not for kind 'sum'"),
+        ({"kind": "sum", "digits": [3, 2]}, r"\[fewest, most\]"),
+        ({"kind": "sort", "length": [1, 2]}, "from 2 to 30"),
+        ({"kind": "jsonl"}, "needs `path`"),
+        ({"kind": "reasoning-gym"}, "needs `dataset`"),
+        ({"kind": "sum", "graders": [{"pattern": "("}]}, "not a regular expression"),
+    ],
+)
+def test_a_wrong_section_is_refused(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        TaskSection(name="x", **fields)
+
+
+def test_a_wrong_mix_is_refused() -> None:
+    for sections, message in (([], "no task"), ([task_section(), task_section()], "two tasks are called 'sum'")):
+        with pytest.raises(UsageError, match=message):
+            TaskMix(sections, seed=0)
+    with pytest.raises(UsageError, match="did you mean 'sum'"):
+        TaskMix([task_section()], seed=0).task("sun")
+
+
+def write(path: Path, answers: list[str]) -> Path:
+    """A file with questions enough for both splits, and these answers in turn."""
+    rows = [{"q": f"Question {i}?", "a": f"Because.\n#### {answers[i % len(answers)]}"} for i in range(60)]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+def jsonl_section(path: Path, **fields: Any) -> TaskSection:
+    return task_section("jsonl", path=str(path), question_field="q", answer_field="a", **fields)
+
+
+def test_a_file_of_questions(tmp_path: Path) -> None:
+    path = write(tmp_path / "qa.jsonl", ["18"])
+    task = make_task(jsonl_section(path))
+    train = {task.problem("train", index).question for index in range(200)}
+    held_out = {task.problem("held_out", index).question for index in range(200)}
+    assert train | held_out == {f"Question {i}?" for i in range(60)}
+    assert not train & held_out
+    assert task.problem("train", 0).answer == "18"
+
+
+@pytest.mark.parametrize("line", ["{", "[1]", '{"q": "a"}', '{"q": "", "a": "1"}', '{"q": "a", "a": "b ####"}'])
+def test_a_bad_line_is_named(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "bad.jsonl"
+    path.write_text('{"q": "a", "a": "1"}\n' + line)
+    with pytest.raises(UsageError, match=r"bad\.jsonl, (line|record) 2"):
+        make_task(jsonl_section(path))
+
+
+NUMBERS = [
+    ("18", "$18$", True),
+    ("18", "\\boxed{18}.", True),
+    ("18", "18.00", True),
+    ("18", "\\$18", True),
+    ("70,000", "70000", True),
+    ("1,234.5", "1234.50", True),
+    ("-5", "-$5", True),
+    ("0.5", "1/2", True),
+    ("1/2", "\\frac{1}{2}", True),
+    ("50", "50%", True),
+    ("18", "36/2", False),
+    ("18", "018", False),
+    ("18", "9+9", False),
+    ("18", "18, 20", False),
+    ("18", "18 or 20", False),
+    ("18", "1,8", False),
+    ("18", "１８", False),
+    ("18", "18/1", False),
+    ("18", "18/0", False),
+    ("5", "--5", False),
+    ("18", "18" * 60, False),
+    ("18", "9**9**9", False),
+    ("18", "1" * 9000, False),
+    ("18", "\\boxed{18}\\boxed{20}", False),
+    ("18", "((18", False),
+]
+
+
+@pytest.mark.parametrize(("reference", "answer", "right"), NUMBERS)
+def test_numbers_must_be_written_out(tmp_path: Path, reference: str, answer: str, right: bool) -> None:
+    path = write(tmp_path / "qa.jsonl", [reference])
+    task = make_task(jsonl_section(path))
+    assert task.verify(task.problem("train", 0), answer) == float(right)
+    exact = make_task(jsonl_section(path, grading="exact"))
+    assert exact.verify(exact.problem("train", 0), answer) == 0
+
+
+EXPRESSIONS = [
+    ("x^2+1", "1 + x^2", True),
+    ("2\\sqrt{2}", "\\sqrt{8}", True),
+    ("(1, 2)", "(1,2)", True),
+    ("x+1", "$1 + x$", True),
+    ("x+1", "y+1", False),
+    ("x+1", "x+1, x", False),
+    ("x+1", "x or x+1", False),
+    ("x+1", "x\n\nx+1", False),
+    ("x+1", "$x$ $x+1$", False),
+    ("\\pi", "3.14", False),
+    ("x+1", "}{", False),
+    ("x+1", "\\frac{", False),
+]
+
+
+@pytest.mark.parametrize(("reference", "answer", "right"), EXPRESSIONS)
+def test_expressions_may_be_written_otherwise(tmp_path: Path, reference: str, answer: str, right: bool) -> None:
+    pytest.importorskip("math_verify")
+    task = make_task(jsonl_section(write(tmp_path / "qa.jsonl", [reference])))
+    assert task.verify(task.problem("train", 0), answer) == float(right)
+
+
+@pytest.mark.skipif(not GSM8K.exists(), reason="no GSM8K beside the project")
+def test_gsm8k_as_it_is() -> None:
+    task = make_task(task_section("jsonl", path=str(GSM8K)))
+    problems = {problem.id: problem for problem in (task.problem("train", index) for index in range(6400))}
+    assert 6200 < len(problems) < 6500, "85 % of 7,473"
+    for problem in problems.values():
+        assert task.verify(problem, f"${problem.answer}") == 1
+        assert task.verify(problem, f"{problem.answer}1") == 0
+
+
+class TestReasoningGym:
+    @pytest.fixture(autouse=True)
+    def _library(self) -> None:
+        pytest.importorskip("reasoning_gym")
+
+    @pytest.mark.parametrize("dataset", ["chain_sum", "spell_backward", "countdown", "string_insertion", "n_queens"])
+    def test_items_and_splits(self, dataset: str) -> None:
+        task = make_task(task_section("reasoning-gym", dataset=dataset))
+        train = [task.problem("train", index) for index in range(10)]
+        held_out = [task.problem("held_out", index) for index in range(10)]
+        assert not {p.question for p in train} & {p.question for p in held_out}
+        assert len({p.question for p in train}) == 10
+        fresh = make_task(task_section("reasoning-gym", dataset=dataset))  # as in a grading process
+        for problem in train + held_out:
+            assert fresh.verify(problem, problem.answer) == 1
+            # The library itself pays for these: the reference as a part, or as the beginning, of the answer.
+            assert fresh.verify(problem, f"{problem.answer} or so") == 0
+            assert fresh.verify(problem, "") == 0
+
+    def test_another_answer_that_is_right_counts(self) -> None:
+        task = make_task(task_section("reasoning-gym", dataset="countdown"))
+        problem = task.problem("train", 0)
+        assert task.verify(problem, f"({problem.answer})") == 0
+        first, rest = problem.answer.split(" ", 1)
+        assert task.verify(problem, f"({first}) {rest}") == 1
+
+    def test_answers_are_never_run_as_code(self, tmp_path: Path) -> None:
+        task, target = make_task(task_section("reasoning-gym", dataset="string_insertion")), tmp_path / "made"
+        problem = task.problem("train", 0)
+        for code in (f"open('{target}', 'w')", f"[open('{target}', 'w')]", f'f\'{{open("{target}", "w")}}\''):
+            assert task.verify(problem, code) == 0
+        assert not target.exists()
+        task._dataset.score_answer(f"open('{target}', 'w')", task._entry(problem.item))  # type: ignore[attr-defined]
+        assert target.exists(), "the library alone would have run it: the guard is needed"
+
+    @pytest.mark.parametrize(
+        ("fields", "message"),
+        [
+            ({"dataset": "chain_sun"}, "did you mean 'chain_sum'"),
+            ({"dataset": "chain_sum", "options": {"terms": 3}}, "does not take these `options`"),
+            ({"dataset": "puzzle24"}, "take `countdown`"),
+        ],
+    )
+    def test_what_cannot_be_had_is_refused(self, fields: dict[str, Any], message: str) -> None:
+        with pytest.raises(UsageError, match=message):
+            make_task(task_section("reasoning-gym", **fields))
