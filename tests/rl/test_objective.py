@@ -324,15 +324,16 @@ def test_controller_walks_to_its_ends_and_rests_on_target():
         ({}, [0.25, 0.5], (0, 50), 0.0),
         ({"entropy_control": "fixed", "clip_relaxation": 2.5}, [2.5, 2.5], (0, 50), 0.0),
         ({"entropy_control": "bonus", "entropy_bonus": 0.02}, [0, 0], (0, 50), 0.02),
+        ({"outer_clip": False}, [0.25, 0.5], (0, math.inf), 0.0),
         ({"outer_clip": False, "dual_clip": 3.0}, [0.25, 0.5], (0, math.inf), 0.0),
     ],
-    ids=["report", "fixed k", "bonus", "dual clip"],
+    ids=["report", "fixed k", "bonus", "no outer clip", "dual clip"],
 )
 def test_the_objective_that_a_config_asks_for(changes, relaxations, range_, bonus):
     section = ObjectiveSection(**changes)
     objective = Objective(section)
     _, _, old, advantages, mask = batch()
-    new = old + 3 * torch.randn(old.shape, generator=torch.Generator().manual_seed(0))
+    new = old + 6 * torch.randn(old.shape, generator=torch.Generator().manual_seed(0))
     for expected in relaxations:
         settings = {
             "epsilon": 0.6,
