@@ -231,6 +231,13 @@ def test_forged_roots_and_sources_are_refused(family: Path) -> None:
     forge(folder, lambda record: record.update(parents=["f" * 64]))
     with pytest.raises(UsageError, match="lacks the record of ffffffffffff"):
         require_own(folder, allow_third_party=False)
+    (folder / "lineage.json").write_text(before)
+    found = read_lineage(folder)
+    (root,) = found.record.parents
+    other = found.records[root].model_copy(update={"seed": 4})
+    write_lineage(folder, Lineage(found.id, {**found.records, root: other}, found.places))
+    with pytest.raises(UsageError, match=f"the record of {root[:12]} has another hash"):
+        require_own(folder, allow_third_party=False)
 
 
 def test_moved_copied_and_replaced_folders(family: Path, tmp_path: Path) -> None:
