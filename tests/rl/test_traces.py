@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
@@ -67,18 +68,18 @@ def test_what_goes_in_comes_out(tmp_path):
 
 
 def test_rows_come_by_wave_and_rank_and_are_chosen_by_step_task_and_column(tmp_path):
-    for wave in (100_000_000, 2, 10):  # a name of nine digits sorts before others as text
+    for wave in (100_000_000, 2, 99_999_999):  # as text, the first name sorts before the last
         for rank in (1, 0):
             rows = [trace(wave * 10 + rank, step=wave, task=task) for task in ("sums", "sorting")]
             TraceStore(tmp_path, rank).append(wave, rows)
     (tmp_path / "notes.txt").write_text("not a part")
     store = TraceStore(tmp_path)
     order = store.read(tasks={"sums"}, columns=["request_id"])["request_id"].to_pylist()
-    assert order == [20, 21, 100, 101, 1_000_000_000, 1_000_000_001]
+    assert order == [20, 21, 999_999_990, 999_999_991, 1_000_000_000, 1_000_000_001]
     chosen = store.read(steps=range(3, 10**12), tasks=["sorting"], columns=["task", "step"])
-    assert chosen.to_pydict() == {"task": ["sorting"] * 4, "step": [10, 10, 100_000_000, 100_000_000]}
+    assert chosen.to_pydict() == {"task": ["sorting"] * 4, "step": [99_999_999] * 2 + [100_000_000] * 2}
     assert store.read(steps={7}, columns=["reward"]) == pa.table({"reward": pa.array([], pa.float64())})
-    assert [len(part) for part in store.parts(steps={10})] == [2, 2]
+    assert [len(part) for part in store.parts(steps={99_999_999})] == [2, 2]
 
 
 def test_an_empty_wave_and_an_empty_response_are_stored_too(tmp_path):
@@ -135,20 +136,25 @@ def test_the_same_bytes_cut_elsewhere_are_different(tmp_path):
 
 @pytest.mark.parametrize("damage", ["cut", "emptied", "flipped", "foreign"])
 def test_a_damaged_part_is_named_left_out_and_written_again(tmp_path, capsys, damage):
+    # Random numbers do not compress: a bit of them can change without the decompressor's noticing.
+    noise = np.random.default_rng(0).random(2000)
+    waves = [[trace(n, step=wave, response_ids=range(2000), logprobs=noise) for n in range(20)] for wave in range(3)]
     store = TraceStore(tmp_path)
-    for wave in range(3):
-        store.append(wave, [trace(number, step=wave) for number in range(20)])
+    for wave, traces in enumerate(waves):
+        store.append(wave, traces)
     part = tmp_path / "wave-00000001-rank-00000.parquet"
     content = bytearray(part.read_bytes())
     if damage == "flipped":
-        content[len(content) // 3] ^= 1  # in a page: only its checksum tells
+        content[len(content) // 2] ^= 1
     kept = {"cut": len(content) // 2, "emptied": 0}.get(damage, len(content))
-    part.write_bytes(b"not parquet" if damage == "foreign" else content[:kept])
+    part.write_bytes(content[:kept])
+    if damage == "foreign":
+        pq.write_table(pa.table({"x": [1]}), part)
     assert store.read()["step"].unique().to_pylist() == [0, 2]
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"{part}: damaged (")
     assert line.endswith("; left out")
-    assert store.append(1, [trace(number, step=1) for number in range(20)])
+    assert store.append(1, waves[1])
     assert "written again" in capsys.readouterr().err
     assert store.read().num_rows == 60
 
@@ -201,6 +207,18 @@ def test_kill_leaves_whole_parts_and_the_run_goes_on(tmp_path, capsys):
         assert set(counts) == {50}
         assert len(waves) > reported  # what append has returned from is there
     assert reported > 3
+
+
+def test_killed_before_the_bytes_are_on_the_disk(tmp_path, capsys):
+    program = WRITER.format(paths=[str(Path(__file__).parent), str(ROOT)])
+    dying = "import os\nos.fsync = lambda file: (os.ftruncate(file, 500), os.kill(os.getpid(), 9))\n" + program
+    assert subprocess.run([sys.executable, "-c", dying, str(tmp_path)]).returncode == -signal.SIGKILL
+    assert len(list(tmp_path.iterdir())) == 1
+    store = TraceStore(tmp_path)
+    assert store.read().num_rows == 0
+    assert store.append(0, [trace(1)])
+    assert [path.suffix for path in tmp_path.iterdir()] == [".parquet"]
+    assert capsys.readouterr().err == ""
 
 
 def test_best_worst_longest_newest(tmp_path):
