@@ -76,7 +76,7 @@ def _nucleus(p_AV: torch.Tensor, top_p: float) -> torch.Tensor:
 
 
 def _cut_wide(p_AV: torch.Tensor, high_A: torch.Tensor, top_p: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """`_cut` of rows whose tokens from `high_A` up do not reach `top_p`, without sorting the rows.
+    """`_cut` of rows whose nucleus goes beyond the `FEW` likeliest tokens, down to `high_A`, without sorting the rows.
 
     Bisects, on a logarithmic scale, for a probability above which not enough lies, but few tokens short of it.
     """
@@ -89,9 +89,10 @@ def _cut_wide(p_AV: torch.Tensor, high_A: torch.Tensor, top_p: float) -> tuple[t
         low_A, high_A = torch.where(enough_A, middle_A, low_A), torch.where(enough_A, high_A, middle_A)
     above_AV = p_AV.clone().ge_(high_A[:, None])
     count_A = above_AV.sum(dim=-1).long()
-    above_AV.mul_(p_AV)
-    size_A, least_A = _cut(_few_largest(p_AV - above_AV), top_p - above_AV.sum(dim=-1, keepdim=True))
-    unclear = (size_A > FEW).nonzero().squeeze(1)
+    mass_A1 = above_AV.mul_(p_AV).sum(dim=-1, keepdim=True)
+    size_A, least_A = _cut(_few_largest(p_AV - above_AV), top_p - mass_A1)
+    # More than a few short of it, or, with many tokens as likely as `high_A`, already beyond it.
+    unclear = ((size_A > FEW) | (mass_A1.squeeze(1) >= top_p)).nonzero().squeeze(1)
     size_A += count_A
     if len(unclear):
         size_A[unclear], least_A[unclear] = _cut(_sorted(p_AV[unclear]), top_p)
