@@ -24,7 +24,7 @@ RIGHT = Problem("sum", "", "What is 7 + 5?", "12", 0)
 
 # Python runs a module of this name at its start: the grading processes get verifiers that do what an answer says.
 SABOTAGE = """
-import os, signal, sys, time
+import mmap, os, signal, sys, time
 from mai_thinking.rl.tasks.procedural import ProceduralTask
 
 def recurse(): return recurse()
@@ -32,7 +32,7 @@ def recurse(): return recurse()
 DEEDS = {
     "wait": lambda: time.sleep(1000),
     "work": lambda: 9**9**9,
-    "eat": lambda: bytearray(10**10),
+    "eat": lambda: float(len(mmap.mmap(-1, 2 * 10**9)) > 0),
     "abort": os.abort,
     "exit": lambda: os._exit(0),
     "leave": sys.exit,

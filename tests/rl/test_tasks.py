@@ -83,7 +83,8 @@ def test_the_splits_are_disjoint_whatever_the_seed_and_the_options() -> None:
 def test_about_a_seventh_of_the_questions_is_held_out() -> None:
     held_out = sum(split_of(f"What is {a} + {b}?") == "held_out" for a in range(100) for b in range(100))
     assert 1300 < held_out < 1700
-    assert split_of("What  is 1 + 1?\n") == split_of("what is 1 + 1?"), "white space and case make no new question"
+    for a in range(100):  # white space and case make no new question
+        assert split_of(f"What  is {a} + 1?\n") == split_of(f"what is {a} + 1?")
 
 
 def test_an_empty_split_names_the_fix(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
