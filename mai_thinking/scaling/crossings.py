@@ -10,7 +10,7 @@ from typing import Literal
 
 import numpy as np
 
-from mai_thinking.scaling.evidence import REPLICATES, Curve, Evidence, Noise, interval
+from mai_thinking.scaling.evidence import REPLICATES, Curve, Evidence, interval
 from mai_thinking.scaling.power_law import Array
 
 HORIZON = 1e4
@@ -21,7 +21,8 @@ _TIE = 2.0
 SETTLED = 3.0
 """A rung settles the order where the difference to expect is so many standard errors of its measurement."""
 
-Status = Literal["crosses inside", "crosses beyond", "no crossing", "undecided"]
+Status = Literal["crosses inside", "crosses beyond", "no crossing", "none inside", "undecided"]
+"""`no crossing` is up to the horizon, `none inside` between the rungs, beyond which lines tell nothing."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,8 @@ def cross(first: Evidence, second: Evidence, rng: np.random.Generator) -> Crossi
     rungs = _orders(first, second)
     status, at, low, high, sign_below = finder(first, second, rng)
     below = None if at is None else (first if sign_below < 0 else second).curve.config
-    settled_by = _settling_cost(first, second, rungs) if lawful and status != "crosses inside" else None
+    open_ = lawful and status in ("crosses beyond", "undecided")
+    settled_by = _settling_cost(first, second, at) if open_ else None
     return Crossing(
         first=first.curve.config,
         second=second.curve.config,
@@ -116,9 +118,8 @@ def _by_lines(first: Evidence, second: Evidence, rng: np.random.Generator) -> Fo
     grid_G = np.geomspace(costs_R[0], costs_R[-1], _GRID)
     at_G = np.log(grid_G)
     lines_BG = np.stack([np.interp(at_G, np.log(costs_R), row_R) for row_R in differences_BR])
-    status, *rest = _judge(grid_G, np.interp(at_G, np.log(costs_R), difference_R), lines_BG, costs_R[-1])
-    # Rungs whose order is known do not tell what comes after them.
-    return ("undecided" if status == "no crossing" else status, *rest)  # type: ignore[return-value]
+    found = _judge(grid_G, np.interp(at_G, np.log(costs_R), difference_R), lines_BG, costs_R[-1])
+    return ("none inside", *found[1:]) if found[0] == "no crossing" else found
 
 
 def _judge(grid_G: Array, difference_G: Array, differences_BG: Array, largest: float) -> Found:
@@ -181,10 +182,11 @@ def _orders(first: Evidence, second: Evidence) -> tuple[RungOrder, ...]:
     return tuple(orders)
 
 
-def _settling_cost(first: Evidence, second: Evidence, rungs: tuple[RungOrder, ...]) -> float | None:
-    """The first rung on from the largest, at the ladder's own ratio, that would tell the two apart by itself."""
-    noise: Noise = first.seeds
-    if noise.freedom == 0 or not rungs:
+def _settling_cost(first: Evidence, second: Evidence, crossing: float | None) -> float | None:
+    """The first rung on from the largest, at the ladder's own ratio and past the crossing, if there is one, that would
+    tell the two apart by itself."""
+    noise = first.seeds
+    if noise.freedom == 0:
         return None
     costs_R = first.curve.costs_R
     runs = min(len(first.curve.losses[-1]), len(second.curve.losses[-1]))
@@ -192,7 +194,8 @@ def _settling_cost(first: Evidence, second: Evidence, rungs: tuple[RungOrder, ..
     ratio = float(costs_R[-1] / costs_R[-2])
     cost = float(costs_R[-1]) * ratio
     while cost <= costs_R[-1] * HORIZON:
-        if abs(float(np.log(first.law.loss(cost)) - np.log(second.law.loss(cost)))) > SETTLED * error:
+        difference = abs(float(np.log(first.law.loss(cost)) - np.log(second.law.loss(cost))))
+        if cost > (crossing or 0) and difference > SETTLED * error:
             return cost
         cost *= ratio
     return None

@@ -19,8 +19,11 @@ from mai_thinking.scaling.power_law import ALPHA_BOUNDS, Array, PowerLaw, fit, r
 
 LEAST_RUNGS = 4
 """The law has three parameters; a fourth rung is the first that can contradict it."""
-LEAST_T = 4.0
-"""The fall of log loss over log cost must be so many standard errors, or there is nothing to fit."""
+LEAST_FREEDOM = 3
+"""So many degrees of freedom the noise must be known with, from seeds of all configs and rungs to spare. With 2 the
+variance may as well be 40 times the measured one."""
+CHANCE = 0.01
+"""If mere scatter shows a fall of the loss like the measured one more often than this, there is nothing to fit."""
 MAX_AT_BOUND = 0.1
 """If more of the replicates than this end at a bound of α, the points do not determine it."""
 INTERVAL = (0.025, 0.975)
@@ -116,7 +119,7 @@ class Evidence:
 
 def gather(curve: Curve, seeds: Noise, rng: np.random.Generator, replicates: int = REPLICATES) -> Evidence:
     """Fit `curve` and refit its replicates, if it can support a fit at all."""
-    problem = _too_little(curve)
+    problem = _too_little(curve, seeds, rng)
     if problem is not None:
         nothing = PowerLaw(*(np.zeros(0),) * 3, reference=1.0)
         return Evidence(curve, seeds, problem, nothing, nothing, False)
@@ -128,17 +131,25 @@ def gather(curve: Curve, seeds: Noise, rng: np.random.Generator, replicates: int
     return Evidence(curve, seeds, _not_determined(law, refits), law, refits, lack_of_fit)
 
 
-def _too_little(curve: Curve) -> str | None:
+def _too_little(curve: Curve, seeds: Noise, rng: np.random.Generator) -> str | None:
+    """An F-test of a parabola in log cost against no dependence at all: the law bends, so a line would leave a rest."""
     rungs = len(curve.costs_R)
     if rungs < LEAST_RUNGS:
         return f"{rungs} rung{'s' if rungs != 1 else ''}; a fit needs at least {LEAST_RUNGS}"
+    if rungs - 3 + seeds.freedom < LEAST_FREEDOM:
+        return f"{curve.runs} runs on {rungs} rungs cannot tell a law from noise; add seeds or rungs"
     costs_N, losses_N = curve.flat
-    x, y = np.log(costs_N) - np.log(costs_N).mean(), np.log(losses_N) - np.log(losses_N).mean()
-    slope = float(x @ y / (x @ x))
-    error = float(np.sqrt(((y - slope * x) ** 2).sum() / (len(x) - 2) / (x @ x)))
-    # An exact law has no error; a curved one has some, which is small against its fall.
-    if -slope < LEAST_T * error or slope >= 0:
-        return f"the loss does not fall with cost by more than its scatter (slope {slope:.3g} ± {error:.2g})"
+    x, y = np.log(costs_N), np.log(losses_N) - np.log(losses_N).mean()
+    spare = len(x) - 3
+    rest = float(((y - np.polyval(np.polyfit(x, y, 2), x)) ** 2).sum())
+    explained = float((y @ y) - rest) / 2
+    error = max(rest / spare, seeds.variance)
+    freedom = spare + seeds.freedom
+    chance = rng.chisquare(2, 20_000) / 2 / (rng.chisquare(freedom, 20_000) / freedom)
+    if explained <= error * float(np.quantile(chance, 1 - CHANCE)):
+        return "the loss does not change with cost by more than its scatter"
+    if np.polyfit(x, y, 1)[0] >= 0:
+        return "the loss does not fall with cost"
     return None
 
 

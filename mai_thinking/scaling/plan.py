@@ -146,7 +146,8 @@ def plan_table(runs: Iterable[PlannedRun], times: Mapping[str, StepTime]) -> str
         f"{'config':<24}{'rung':>5}{'runs':>5}{'done':>5}{'total':>9}{'active':>9}{'tokens':>9}{'steps':>8}{'FLOPs':>9}"
         f"{'s/step':>9}{'hours':>8}"
     )
-    lines, groups = [heading], {}
+    lines = [heading]
+    groups: dict[tuple[str, int], list[PlannedRun]] = {}
     for run in runs:
         groups.setdefault((run.variant, run.rung), []).append(run)
     flops = hours = 0.0

@@ -8,6 +8,7 @@ Shape suffixes: N points, B data sets (or starts).
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -55,9 +56,9 @@ class PowerLaw:
             log_cost = np.log(self.reference) + (self.log_scale - np.log(above)) / self.alpha
             return np.where(above > 0, np.exp(log_cost), np.inf)
 
-    def __getitem__(self, index: object) -> "PowerLaw":
+    def __getitem__(self, index: Any) -> "PowerLaw":
         """One law of the batch, or some of them."""
-        return PowerLaw(self.log_scale[index], self.alpha[index], self.floor[index], self.reference)  # type: ignore[index]
+        return PowerLaw(self.log_scale[index], self.alpha[index], self.floor[index], self.reference)
 
 
 def fit(costs_N: Array, losses_N: Array) -> PowerLaw:
@@ -73,28 +74,27 @@ def fit(costs_N: Array, losses_N: Array) -> PowerLaw:
     start_B3 = np.array(starts)
     targets_BN = np.broadcast_to(np.log(losses_N), (len(starts), len(losses_N)))
     # First with the residuals' scale unknown (nearly least absolute deviations), then with it.
-    rough_B3, objective_B = _descend(start_B3, np.log(costs_N / reference), targets_BN, 1e-3, lowest)
+    rough_B3, objective_B = _descend(start_B3, np.log(costs_N / reference), targets_BN, 1e-3)
     best = rough_B3[objective_B.argmin()]
     residuals_N = np.log(losses_N) - _log_loss(best[None], np.log(costs_N / reference))[0]
     scale = max(_LEAST_SCALE, 1.4826 * float(np.median(np.abs(residuals_N))))
-    refined_B3, objective_B = _descend(rough_B3, np.log(costs_N / reference), targets_BN, _HUBER * scale, lowest)
+    refined_B3, objective_B = _descend(rough_B3, np.log(costs_N / reference), targets_BN, _HUBER * scale)
     return _law(refined_B3[objective_B.argmin()], reference)
 
 
 def refit(law: PowerLaw, costs_N: Array, losses_BN: Array, scale: float) -> PowerLaw:
     """One law for each row of `losses_BN`, from `law` and from two starts beside it; `scale` is the noise's standard
     deviation in log L."""
-    B, lowest = len(losses_BN), float(losses_BN.min())
+    B, lowest_B = len(losses_BN), losses_BN.min(1)
     x_N = np.log(costs_N / law.reference)
-    middle = np.log(law.loss(law.reference))
-    starts = []
-    for alpha, share in ((float(law.alpha), None), (0.5 * float(law.alpha), 0.02), (1.5 * float(law.alpha), 0.9)):
-        floor = float(law.floor) if share is None else share * lowest
-        log_scale = float(law.log_scale) if share is None else float(np.log(np.exp(middle) - floor))
-        starts.append((log_scale, alpha, np.log(max(floor, _FLOOR_BOUNDS[0] * lowest))))
+    middle = float(law.loss(law.reference))
+    starts = [(float(law.log_scale), float(law.alpha), float(np.log(law.floor)))]
+    for factor, share in ((0.5, 0.02), (1.5, 0.9)):
+        floor = share * float(np.median(lowest_B))
+        starts.append((float(np.log(middle - floor)), factor * float(law.alpha), float(np.log(floor))))
     start_B3 = np.repeat(np.array(starts), B, axis=0)
     targets_BN = np.tile(np.log(losses_BN), (len(starts), 1))
-    found_B3, objective_B = _descend(start_B3, x_N, targets_BN, _HUBER * max(scale, _LEAST_SCALE), lowest)
+    found_B3, objective_B = _descend(start_B3, x_N, targets_BN, _HUBER * max(scale, _LEAST_SCALE))
     best_B = objective_B.reshape(len(starts), B).argmin(0)
     return _law(found_B3.reshape(len(starts), B, 3)[best_B, np.arange(B)], law.reference)
 
@@ -117,18 +117,23 @@ def _huber(residuals_BN: Array, width: float) -> Array:
     return np.where(size <= width, 0.5 * size**2, width * (size - 0.5 * width)).sum(-1)
 
 
-def _descend(theta_B3: Array, x_N: Array, targets_BN: Array, width: float, lowest: float) -> tuple[Array, Array]:
+def _descend(theta_B3: Array, x_N: Array, targets_BN: Array, width: float) -> tuple[Array, Array]:
     """Damped Gauss-Newton (Levenberg-Marquardt) on the Huber loss within the bounds: (parameters, their losses)."""
-    low = np.array([-50.0, ALPHA_BOUNDS[0], np.log(_FLOOR_BOUNDS[0] * lowest)])
-    high = np.array([50.0, ALPHA_BOUNDS[1], np.log(_FLOOR_BOUNDS[1] * lowest)])
-    theta_B3 = np.clip(theta_B3, low, high)
+    lowest_B = targets_BN.min(1)
+    low_B3, high_B3 = (
+        np.stack([lowest_B + scale, np.full_like(lowest_B, alpha), lowest_B + np.log(floor)], 1)
+        for scale, alpha, floor in zip((-50, 50), ALPHA_BOUNDS, _FLOOR_BOUNDS, strict=True)
+    )
+    theta_B3 = np.clip(theta_B3, low_B3, high_B3)
     objective_B = _huber(targets_BN - _log_loss(theta_B3, x_N), width)
     damping_B = np.full(len(theta_B3), 1e-2)
     moving = np.arange(len(theta_B3))  # rows that still gain
     for _ in range(_STEPS):
         before_B3, before_B = theta_B3[moving], objective_B[moving]
-        step_B3 = _newton_step(before_B3, x_N, targets_BN[moving], width, damping_B[moving], low, high)
-        tried_B3 = np.clip(before_B3 + np.clip(step_B3, -2.0, 2.0), low, high)
+        step_B3 = _newton_step(
+            before_B3, x_N, targets_BN[moving], width, damping_B[moving], low_B3[moving], high_B3[moving]
+        )
+        tried_B3 = np.clip(before_B3 + np.clip(step_B3, -2.0, 2.0), low_B3[moving], high_B3[moving])
         tried_B = _huber(targets_BN[moving] - _log_loss(tried_B3, x_N), width)
         better_B = tried_B < before_B
         theta_B3[moving] = np.where(better_B[:, None], tried_B3, before_B3)
@@ -142,7 +147,7 @@ def _descend(theta_B3: Array, x_N: Array, targets_BN: Array, width: float, lowes
 
 
 def _newton_step(
-    theta_B3: Array, x_N: Array, targets_BN: Array, width: float, damping_B: Array, low: Array, high: Array
+    theta_B3: Array, x_N: Array, targets_BN: Array, width: float, damping_B: Array, low_B3: Array, high_B3: Array
 ) -> Array:
     """The step that the residuals' weighted least squares ask for; none along a bound that is pressed against."""
     log_loss_BN = _log_loss(theta_B3, x_N)
@@ -152,7 +157,7 @@ def _newton_step(
     slopes_B3N = np.stack([share_BN, -x_N * share_BN, 1 - share_BN], 1)
     weights_BN = np.minimum(1.0, width / np.maximum(np.abs(residuals_BN), 1e-300))
     gradient_B3 = (slopes_B3N @ (weights_BN * residuals_BN)[:, :, None])[:, :, 0]
-    held_B3 = ((theta_B3 <= low) & (gradient_B3 < 0)) | ((theta_B3 >= high) & (gradient_B3 > 0))
+    held_B3 = ((theta_B3 <= low_B3) & (gradient_B3 < 0)) | ((theta_B3 >= high_B3) & (gradient_B3 > 0))
     slopes_B3N = np.where(held_B3[:, :, None], 0.0, slopes_B3N)
     curvature_B33 = (slopes_B3N * weights_BN[:, None]) @ slopes_B3N.transpose(0, 2, 1)
     diagonal_B3 = np.einsum("bkk->bk", curvature_B33)

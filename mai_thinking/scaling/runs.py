@@ -40,7 +40,7 @@ def run_ladder(ladder: LadderConfig, *, dry_run: bool = False) -> int:
     """Work on `ladder` until nothing is left to take or the budget is spent, and conclude; returns the exit code."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UsageError(
-            "a ladder's workers are single processes: start scripts/ladder.py several times, not a launcher"
+            "a ladder's workers are single processes: start scripts/ladder.py several times, without a launcher"
         )
     runs = plan_runs(ladder)
     timer = StepTimer()
