@@ -13,27 +13,22 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
-from mai_thinking.config.command import EXIT_INTERRUPTED
 from mai_thinking.config.pretraining import PretrainConfig
 from mai_thinking.data import Loader, PreparedData, Step, prepare
-from mai_thinking.lineage import CodeVersion, Lineage, going_on_from, record_checkpoint, record_model
 from mai_thinking.model import MaiThinkingConfig, MaiThinkingForCausalLM
-from mai_thinking.training.checkpoint import Checkpointer
-from mai_thinking.training.checkpoint_storage import step_folder
 from mai_thinking.training.evaluation import Likelihood, evaluate_texts, summarize
-from mai_thinking.training.goodput import CHECKPOINT, EVALUATION, GoodputLedger
+from mai_thinking.training.goodput import EVALUATION
 from mai_thinking.training.metrics import MetricsLog
-from mai_thinking.training.model_files import build_model, model_config, save_model, starting_point
+from mai_thinking.training.model_files import build_model, model_config, starting_point
 from mai_thinking.training.optimizer import build_optimizer, learning_rate
 from mai_thinking.training.parallel import share
 from mai_thinking.training.plan import Plan
-from mai_thinking.training.progress import ProgressLine
 from mai_thinking.training.report import write_report
-from mai_thinking.training.run_folder import RunFolder, atomic_folder
+from mai_thinking.training.run_folder import RunFolder
 from mai_thinking.training.sampling import sample_text
+from mai_thinking.training.session import Session, make_accelerator
 from mai_thinking.training.state import ModelState, OptimizerState, PerRank, RandomState
 from mai_thinking.training.step import StepResult, TrainStep
-from mai_thinking.training.worker import StopRequest
 
 
 def pretrain(config: PretrainConfig, *, dry_run: bool = False) -> int:
@@ -49,56 +44,35 @@ def pretrain(config: PretrainConfig, *, dry_run: bool = False) -> int:
         return 0
     accelerator = make_accelerator(config, folder)
     with ExitStack() as stack:
-        run = Pretraining(config, folder, accelerator, stack)
-        stack.callback(run.close)
-        return run.run()
-
-
-def make_accelerator(config: PretrainConfig, folder: RunFolder) -> Accelerator:
-    """Device, ranks, precision and trackers, as the config and the launcher say."""
-    precision = config.execution.precision
-    if precision == "auto":
-        precision = "bf16" if torch.cuda.is_available() else "fp32"
-    return Accelerator(
-        mixed_precision="bf16" if precision == "bf16" else "no",
-        log_with=list(config.tracking.trackers) or None,
-        project_dir=str(folder.path / "trackers"),
-        step_scheduler_with_optimizer=False,
-    )
+        return Pretraining(config, folder, accelerator, stack).run()
 
 
 class Pretraining:
-    """One run in progress: its parts, built in the order in which they depend on each other.
-
-    The folder is claimed, on `stack`, only when all that can be wrong with the config has been seen: whoever corrects
-    a mistake finds no folder that belongs to it.
-    """
+    """One run in progress: its parts, built in the order in which they depend on each other."""
 
     def __init__(self, config: PretrainConfig, folder: RunFolder, accelerator: Accelerator, stack: ExitStack) -> None:
         self.config, self.folder, self.accelerator = config, folder, accelerator
         self.rank, self.ranks = accelerator.process_index, accelerator.num_processes
         self.data: PreparedData = prepare(config.data, say=self._say)
         self.architecture: MaiThinkingConfig = model_config(config, self.data.tokenizer)
-        self.parents: list[Lineage] = [starting_point(config, self.architecture)]
-        self.earlier_code: tuple[CodeVersion, ...] = ()
+        parent = starting_point(config, self.architecture)
         model = build_model(config, self.architecture)
         if config.execution.activation_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         if config.execution.compile:
             model.compile()
-        self.loader = Loader(
-            self.data,
-            context_length=config.batch.context_length,
-            micro_batch_size=config.batch.micro_batch_size,
-            rows_per_step=config.batch.global_batch_size,
-            rank=self.rank,
-            world_size=self.ranks,
-            seed=config.seed,
+        self.loader = stack.enter_context(
+            Loader(
+                self.data,
+                context_length=config.batch.context_length,
+                micro_batch_size=config.batch.micro_batch_size,
+                rows_per_step=config.batch.global_batch_size,
+                rank=self.rank,
+                world_size=self.ranks,
+                seed=config.seed,
+            )
         )
-        if self.rank == 0:
-            stack.enter_context(folder.claim(config))
-        self.ledger = GoodputLedger(folder.events, enabled=self.rank == 0)
-        self.stop = StopRequest()
+        self.session = Session(config, folder, accelerator, stack, parent=parent, data=self.data)
         self.parallel = share(model, accelerator, config.execution.parallel)
         self.optimizer = build_optimizer(self.parallel.model, config.optimizer)
         self.train_step = TrainStep(
@@ -112,53 +86,36 @@ class Pretraining:
         # From here on random numbers are drawn by dropout alone; every rank has its own. Python's and NumPy's too, for
         # whoever adds something that draws from them.
         set_seed(config.seed + 1_000_003 * (1 + self.rank))
-        self.checkpointer = Checkpointer(
-            folder.checkpoints, config.checkpoint, seal=lambda path: record_checkpoint(path, **self._origin())
-        )
         self.progress = {"step": 0, "tokens": 0}
-        self.step = self._resume()
-        # Another number of ranks adds in another order.
-        same_ranks = self.checkpointer.loaded_world in (None, self.ranks)
-        self.metrics = MetricsLog(folder.metrics, tolerance=0.0 if same_ranks else 1e-3) if self.rank == 0 else None
+        state = self._state()
+        self.step = self.session.resume(state)
+        self.progress = state["progress"]
         self.documents = MetricsLog(folder.documents(self.rank, self.ranks)) if config.tracking.documents else None
-        self.line = ProgressLine(config.steps, done=self.step, every=config.tracking.print_every, show=self.rank == 0)
-        if config.tracking.trackers:
-            accelerator.init_trackers(config.name, config={"name": config.name, "seed": config.seed})
+        if self.documents is not None:
+            stack.callback(self.documents.close)
 
     def run(self) -> int:
         """Train to the last step, evaluate, save `final/`, write the report. Or, when asked to stop, save and stop."""
+        session = self.session
         self._announce()
-        self._save_architecture()
+        session.save_architecture(self.architecture, self.data.tokenizer)
         self.parallel.model.train()
-        with self.line:
+        with session.line:
             for batch in self.loader:
                 if self.step >= self.config.steps:
                     break
                 self._train(batch)
                 if self.step % self.config.evaluation.every == 0 and self.step < self.config.steps:
                     self._evaluate(self.config.evaluation.max_bytes)
-                stopping = self.stop.agreed()
-                if self.checkpointer.due(self.step) or stopping:
-                    self._save(synchronous=stopping)
+                stopping = session.stop.agreed()
+                if session.checkpointer.due(self.step) or stopping:
+                    session.save(self.step, self._state(), synchronous=stopping)
                 if stopping:
-                    self.line.say(f"stopped after step {self.step}, which is saved; the same command goes on with it")
-                    self.ledger.end("interrupted")
-                    return EXIT_INTERRUPTED
-        self._save(synchronous=True)
+                    return session.end_interrupted(self.step)
+        session.save(self.step, self._state(), synchronous=True)
         self._finish()
-        self.ledger.end("done")
+        session.ledger.end("done")
         return 0
-
-    def close(self) -> None:
-        """Leave no thread and no half-written file behind."""
-        self.stop.close()
-        self.loader.close()
-        self.checkpointer.close()
-        for log in (self.metrics, self.documents):
-            if log is not None:
-                log.close()
-        if self.config.tracking.trackers:
-            self.accelerator.end_training()
 
     # ----------------------------------------------------------------------------------------------- one step
 
@@ -170,7 +127,7 @@ class Pretraining:
         seconds = time.perf_counter() - begin + self.loader.wait_seconds
         self.step = step
         self.progress = {"step": step, "tokens": self.progress["tokens"] + self.config.batch.tokens_per_step}
-        self.ledger.step(step, seconds, data_wait=self.loader.wait_seconds)
+        self.session.ledger.step(step, seconds, data_wait=self.loader.wait_seconds)
         self._record(result, rate, seconds)
         if self.documents is not None:
             self.documents.append({"step": step, "documents": batch.document_ids}, exact=("documents",))
@@ -190,21 +147,14 @@ class Pretraining:
             "data_wait": self.loader.wait_seconds,
             "seconds": seconds,
         }
-        if self.metrics is not None:
-            self.metrics.append(record)
-        self._track(record)
-        self.line.update(self.step, tokens, result.loss, f"violation {result.routing['violation_max']:.2f}")
-
-    def _track(self, record: dict[str, Any]) -> None:
-        if self.config.tracking.trackers:
-            numbers = {name: value for name, value in record.items() if isinstance(value, int | float)}
-            self.accelerator.log(numbers, step=self.step)
+        self.session.record(record)
+        self.session.line.update(self.step, tokens, result.loss, f"violation {result.routing['violation_max']:.2f}")
 
     # ------------------------------------------------------------------------------------ evaluation, checkpoints
 
     def _evaluate(self, max_bytes: int | None) -> dict[str, Any]:
         """Held-out likelihood by category, each rank its share of the documents."""
-        with self.ledger.span(EVALUATION), self.accelerator.autocast():
+        with self.session.ledger.span(EVALUATION), self.accelerator.autocast():
             model = self.parallel.whole()
             results = {
                 category: self._likelihood(model, _first_bytes([d.text for d in documents], max_bytes))
@@ -212,10 +162,8 @@ class Pretraining:
                 if documents
             }
         record = {"kind": "evaluation", "step": self.step, "tokens": self.progress["tokens"], **summarize(results)}
-        if self.metrics is not None:
-            self.metrics.append(record, exact=("bits_per_byte",))
-        self._track(record)
-        self.line.say(f"step {self.step}: held-out bits per byte {_spell_bits(record)}")
+        self.session.record(record, exact=("bits_per_byte",))
+        self.session.say(f"step {self.step}: held-out bits per byte {_spell_bits(record)}")
         return record
 
     def _likelihood(self, model: MaiThinkingForCausalLM, texts: Sequence[str]) -> Likelihood:
@@ -240,36 +188,17 @@ class Pretraining:
             "loader": self.loader,
             "random": PerRank(RandomState()),
             "progress": self.progress,
-            "ledger": self.ledger,
+            "ledger": self.session.ledger,
         }
-
-    def _resume(self) -> int:
-        state = self._state()
-        step = self.checkpointer.load_latest(state) or 0
-        self.progress = state["progress"]
-        if step:
-            self.parents, self.earlier_code = going_on_from(step_folder(self.folder.checkpoints, step), self.parents)
-            self._say(f"going on after step {step}")
-        return step
-
-    def _save(self, *, synchronous: bool = False) -> None:
-        if self.metrics is not None:
-            self.metrics.synchronise()
-        with self.ledger.span(CHECKPOINT):
-            self.checkpointer.save(self.step, self._state(), synchronous=synchronous)
 
     # --------------------------------------------------------------------------------------------- begin and end
 
-    def _save_architecture(self) -> None:
-        if self.rank == 0 and not self.folder.architecture.exists():
-            with atomic_folder(self.folder.architecture) as path:
-                self.architecture.save_pretrained(path)
-                self.data.tokenizer.save_pretrained(path)
-
     def _announce(self) -> None:
         table = self.data.mixture_table(self.config.steps * self.config.batch.tokens_per_step)
-        self.line.say(f"{self.config.name} in {self.folder.path}\n\n{Plan.of(self.config, self.architecture).text()}\n")
-        self.line.say(table.markdown() + "\n")
+        self.session.say(
+            f"{self.config.name} in {self.folder.path}\n\n{Plan.of(self.config, self.architecture).text()}\n"
+        )
+        self.session.say(table.markdown() + "\n")
 
     def _finish(self) -> None:
         """Evaluate on all held-out text, save the model folder, write the report, show what the model says."""
@@ -279,26 +208,9 @@ class Pretraining:
             samples = self._samples(model)
             write_report(self.folder, self.config, self.architecture, self.data, evaluation, samples)
             for prompt, text in samples.items():
-                self.line.say(f"\n── {prompt!r}\n{prompt}{text}")
-            # Last, since a run with this folder is finished.
-            save_model(
-                model,
-                self.data.tokenizer,
-                self.folder.final,
-                lambda path: record_model(path, **self._origin(), steps=self.step),
-            )
-            self.line.say(f"\nmodel in {self.folder.final}, report in {self.folder.report}/summary.md")
+                self.session.say(f"\n── {prompt!r}\n{prompt}{text}")
+            self.session.save_final(model, self.data.tokenizer, self.step)
         self.accelerator.wait_for_everyone()
-
-    def _origin(self) -> dict[str, Any]:
-        """What the records of this run's checkpoints and its model have in common."""
-        return {
-            "parents": self.parents,
-            "config": self.folder.config,
-            "data": self.data,
-            "seed": self.config.seed,
-            "code": self.earlier_code,
-        }
 
     def _samples(self, model: MaiThinkingForCausalLM) -> dict[str, str]:
         evaluation = self.config.evaluation

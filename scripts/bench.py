@@ -3,6 +3,7 @@
 zero-start   expert load at initialisation, attention's output gains ordinary or zero
 experts      our expert computation against the library's, forward and backward
 checkpoint   what saving costs the loop, asynchronously and synchronously
+rollout      our engine against `generate`, response lengths as they fall and all equal
 recovery     from a worker's death to the next step, from the warm standby and from a cold start
 """
 
@@ -16,6 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 from mai_thinking.config.command import exit_with
 from mai_thinking.config.loading import load_config
@@ -83,25 +85,24 @@ def experts() -> None:
 
 def checkpoint() -> None:
     """Train nano and save every tenth step, in turn in the background and at once."""
-    from mai_thinking.pretraining import Pretraining, make_accelerator
+    from mai_thinking.pretraining import Pretraining
     from mai_thinking.training.run_folder import RunFolder
+    from mai_thinking.training.session import make_accelerator
 
     with tempfile.TemporaryDirectory(dir=ROOT) as name, contextlib.ExitStack() as stack:
         config = load_config(PretrainConfig, NANO, [f"output_dir={name}/run", "steps=10000"])
         folder = RunFolder(config.folder)
-        run = stack.enter_context(
-            contextlib.closing(Pretraining(config, folder, make_accelerator(config, folder), stack))
-        )
+        run = Pretraining(config, folder, make_accelerator(config, folder), stack)
         cost: dict[bool, list[tuple[float, int]]] = {False: [], True: []}
         steps: list[float] = []
         for batch in run.loader:
             begin = time.perf_counter()
             run._train(batch)
             steps.append(time.perf_counter() - begin)
-            run.checkpointer.due(run.step)
+            run.session.checkpointer.due(run.step)
             if run.step % 10 == 0:
                 synchronous = run.step // 10 % 2 == 0
-                stall = run.checkpointer.save(run.step, run._state(), synchronous=synchronous)
+                stall = run.session.checkpointer.save(run.step, run._state(), synchronous=synchronous)
                 cost[synchronous].append((stall, len(steps)))
             if run.step == 165:
                 break
@@ -144,6 +145,71 @@ def recovery() -> None:
     print(f"warm / cold: {median(warm) / median(cold):.2f}")
 
 
+def rollout() -> None:
+    """Tokens per second on the nano model, runs/nano/final if it is there and else fresh weights: 512 requests, 16 a
+    prompt, temperature 1, top-p 0.97. As they fall: limits spread evenly over 4 … 100 tokens, fewer where the model
+    ends by itself. The engine has 256 slots; `generate` takes 256 requests at a time. The engine returns nuclei,
+    experts and log-probabilities besides."""
+    import numpy as np
+    import torch
+
+    from mai_thinking.rl.rollouts import BatchedEngine, Request
+    from mai_thinking.training.model_files import build_model, load_model, model_config
+
+    config = load_config(PretrainConfig, NANO)
+    trained = config.folder / "final"
+    model = (load_model(trained) if trained.exists() else build_model(config, model_config(config))).eval()
+    print(f"{trained if trained.exists() else 'fresh weights'}, {torch.get_num_threads()} threads")
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(2, model.config.vocab_size, rng.integers(10, 31)).tolist() for _ in range(32)]
+    settings: dict[str, Any] = {"slots": 256, "temperature": 1.0, "top_p": 0.97, "seed": 0}
+    print(f"{'lengths':<14}{'engine':>10}{'generate':>10}   (median tokens/s of 3, alternating)")
+    for name, limits, end in (("as they fall", rng.integers(4, 101, 512), 0), ("all 50", np.full(512, 50), None)):
+        requests = [Request(i, prompts[i // 16], int(limit)) for i, limit in enumerate(limits)]
+        engine = BatchedEngine(model, **settings, end_of_text=end)
+        rates: dict[str, list[float]] = {"engine": [], "generate": []}
+        for repetition in range(4):
+            for side, taken in rates.items():
+                begin = time.perf_counter()
+                if side == "engine":
+                    tokens = sum(len(one.response_ids) for one in engine.generate(requests))
+                else:
+                    tokens = sum(_generate(model, requests[i : i + 256], end) for i in range(0, len(requests), 256))
+                if repetition:
+                    taken.append(tokens / (time.perf_counter() - begin))
+        ours, theirs = (median(taken) for taken in rates.values())
+        print(f"{name:<14}{ours:>10.0f}{theirs:>10.0f}   {ours / theirs:.2f} times as fast")
+
+
+def _generate(model: Any, requests: Any, end: int | None) -> int:
+    """The requests as one batch of the library's `generate`; → response tokens, padding left out."""
+    import torch
+    from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+
+    longest = max(len(request.prompt_ids) for request in requests)
+    limits = torch.tensor([request.max_new_tokens for request in requests])
+
+    class Limits(StoppingCriteria):
+        def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+            return input_ids.size(1) - longest >= limits
+
+    ids, mask = torch.ones(2, len(requests), longest, dtype=torch.long)
+    for row, request in enumerate(requests):
+        padding = longest - len(request.prompt_ids)
+        mask[row, :padding] = 0
+        ids[row, padding:] = torch.tensor(request.prompt_ids)
+    settings = GenerationConfig(
+        max_new_tokens=int(limits.max()), do_sample=True, top_p=0.97, top_k=None, eos_token_id=end, pad_token_id=1
+    )
+    criteria = StoppingCriteriaList([Limits()])
+    output = model.generate(ids, attention_mask=mask, generation_config=settings, stopping_criteria=criteria)
+    lengths = limits
+    if end is not None:
+        ended = output[:, longest:] == end
+        lengths = torch.where(ended.any(dim=1), torch.minimum(limits, ended.int().argmax(dim=1) + 1), limits)
+    return int(lengths.sum())
+
+
 def _steps(folder: Path) -> int:
     """Steps that the ledger of the run knows, computed again ones included."""
     events = folder / "events.jsonl"
@@ -168,7 +234,13 @@ def _wait_for_steps(folder: Path, count: int) -> None:
         time.sleep(0.01)
 
 
-BENCHMARKS = {"zero-start": zero_start, "experts": experts, "checkpoint": checkpoint, "recovery": recovery}
+BENCHMARKS = {
+    "zero-start": zero_start,
+    "experts": experts,
+    "checkpoint": checkpoint,
+    "rollout": rollout,
+    "recovery": recovery,
+}
 
 
 def main() -> None:

@@ -5,16 +5,13 @@ from typing import Any, Self
 from pydantic import Field, model_validator
 
 from mai_thinking.config.base import Section
-from mai_thinking.config.checkpoint import CheckpointSection
 from mai_thinking.config.data import DataSection
 from mai_thinking.config.run import (
     BatchSection,
-    ExecutionSection,
     OptimizerSection,
     PlanSection,
-    RunConfig,
     ScheduleSection,
-    TrackingSection,
+    TrainingConfig,
 )
 
 
@@ -32,10 +29,9 @@ class EvaluationSection(Section):
     sample_tokens: int = Field(80, ge=1)
 
 
-class PretrainConfig(RunConfig):
+class PretrainConfig(TrainingConfig):
     """A run over text. Mid-training is the same with `init_from`, another context and another mixture (§2.4)."""
 
-    steps: int = Field(ge=1)
     init_from: str | None = None
     """A model folder to start from (a run's `final/`), instead of fresh weights."""
     allow_third_party: bool = False
@@ -47,9 +43,6 @@ class PretrainConfig(RunConfig):
     optimizer: OptimizerSection = OptimizerSection()
     schedule: ScheduleSection = ScheduleSection()
     evaluation: EvaluationSection = EvaluationSection()
-    checkpoint: CheckpointSection = CheckpointSection()
-    execution: ExecutionSection = ExecutionSection()
-    tracking: TrackingSection = TrackingSection()
     plan: PlanSection = PlanSection()
 
     @model_validator(mode="after")

@@ -6,6 +6,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from mai_thinking.config.base import Section
+from mai_thinking.config.checkpoint import CheckpointSection
 
 
 class RunConfig(Section):
@@ -117,3 +118,13 @@ class PlanSection(Section):
         if self.gpus is not None and self.gpus % self.expert_parallel:
             raise ValueError(f"plan.gpus: {self.gpus} is not a multiple of expert_parallel {self.expert_parallel}")
         return self
+
+
+class TrainingConfig(RunConfig):
+    """What the configs of all training loops have; `mai_thinking.training.session` reads it."""
+
+    steps: int = Field(ge=1)
+    """Updates of the weights in the whole run."""
+    checkpoint: CheckpointSection = CheckpointSection()
+    execution: ExecutionSection = ExecutionSection()
+    tracking: TrackingSection = TrackingSection()

@@ -88,6 +88,10 @@ class GoodputLedger:
             self._heartbeat.beat()
             self._write("span", category=category, seconds=round(time.perf_counter() - begin, 6))
 
+    def beat(self) -> None:
+        """Tell the launcher that this rank moves on within a long step."""
+        self._heartbeat.beat()
+
     def end(self, how: str) -> None:
         """The attempt ends in an orderly way: `done` or `interrupted` (saved on request)."""
         self._write("end", how=how)

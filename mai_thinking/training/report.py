@@ -40,7 +40,7 @@ def write_report(
             "## Held-out bits per byte\n\n" + evaluation_table(evaluation, yardsticks),
             "## Mixture\n\n" + mixture.markdown(),
             *(f"![{name}]({name}.png)" for name in figures),
-            "## Samples\n\n" + "\n\n".join(_fenced(prompt + text) for prompt, text in samples.items()),
+            "## Samples\n\n" + "\n\n".join(fenced(prompt + text) for prompt, text in samples.items()),
         ]
     )
     with atomic_file(folder.report / "summary.md") as path:
@@ -59,41 +59,33 @@ def evaluation_table(evaluation: Mapping[str, Any], yardsticks: Mapping[str, Yar
 
 def draw(folder: RunFolder, yardsticks: Mapping[str, Yardstick], architecture: MaiThinkingConfig) -> list[str]:
     """The run's figures as PNG; returns their names, none without matplotlib."""
-    try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-    except ImportError:
-        print("no figures: install matplotlib, or mai_thinking[plots]")
+    plt = pyplot()
+    if plt is None:
         return []
     records = read_records(folder.metrics)
     steps = [record for record in records if "kind" not in record]
     evaluations = [record for record in records if record.get("kind") == "evaluation"]
-    _draw_loss(folder.report / "loss.png", steps)
-    _draw_bits(folder.report / "bits_per_byte.png", evaluations, yardsticks)
-    _draw_load(folder.report / "expert_load.png", steps, architecture)
+    _draw_loss(plt, folder.report / "loss.png", steps)
+    _draw_bits(plt, folder.report / "bits_per_byte.png", evaluations, yardsticks)
+    _draw_load(plt, folder.report / "expert_load.png", steps, architecture)
     return ["loss", "bits_per_byte", "expert_load"]
 
 
-def _draw_loss(path: Path, steps: Sequence[Record]) -> None:
-    from matplotlib import pyplot as plt
-
+def _draw_loss(plt: Any, path: Path, steps: Sequence[Record]) -> None:
     tokens = [record["tokens"] / 1e6 for record in steps]
     loss = [record["loss"] for record in steps]
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     left.plot(tokens, loss, linewidth=0.5, alpha=0.5, color="tab:blue")
-    left.plot(tokens, _smooth(loss), color="tab:blue")
+    left.plot(tokens, smooth(loss), color="tab:blue")
     left.set(xlabel="training tokens (millions)", ylabel="cross-entropy (nats per token)", title="training loss")
     right.plot(tokens, [record["grad_norm"] for record in steps], linewidth=0.7, color="tab:grey")
     right.set(xlabel="training tokens (millions)", title="gradient norm (grey), learning rate (orange)", yscale="log")
     rate = right.twinx()
     rate.plot(tokens, [record["lr"] for record in steps], color="tab:orange")
-    _save(figure, path)
+    save_figure(figure, path)
 
 
-def _draw_bits(path: Path, evaluations: Sequence[Record], yardsticks: Mapping[str, Yardstick]) -> None:
-    from matplotlib import pyplot as plt
-
+def _draw_bits(plt: Any, path: Path, evaluations: Sequence[Record], yardsticks: Mapping[str, Yardstick]) -> None:
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
     tokens = [record["tokens"] / 1e6 for record in evaluations]
     for index, (category, yardstick) in enumerate(yardsticks.items()):
@@ -106,13 +98,11 @@ def _draw_bits(path: Path, evaluations: Sequence[Record], yardsticks: Mapping[st
     axes.set(xlabel="training tokens (millions)", ylabel="bits per byte", title="held-out text")
     axes.grid(alpha=0.3)
     axes.legend()
-    _save(figure, path)
+    save_figure(figure, path)
 
 
-def _draw_load(path: Path, steps: Sequence[Record], architecture: MaiThinkingConfig) -> None:
+def _draw_load(plt: Any, path: Path, steps: Sequence[Record], architecture: MaiThinkingConfig) -> None:
     """Each MoE layer: the busiest expert's load over the mean load, as it goes."""
-    from matplotlib import pyplot as plt
-
     figure, axes = plt.subplots(figsize=(8, 4), layout="constrained")
     tokens = [record["tokens"] / 1e6 for record in steps]
     for index, layer in enumerate(architecture.moe_layers):
@@ -125,17 +115,32 @@ def _draw_load(path: Path, steps: Sequence[Record], architecture: MaiThinkingCon
     )
     axes.grid(alpha=0.3)
     axes.legend()
-    _save(figure, path)
+    save_figure(figure, path)
 
 
-def _smooth(values: Sequence[float], keep: float = 0.95) -> list[float]:
+def pyplot() -> Any:
+    """matplotlib's pyplot without a display, or None (and a line that says so) where matplotlib is not installed."""
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot as plt
+    except ImportError:
+        print("no figures: install matplotlib, or mai_thinking[plots]")
+        return None
+    return plt
+
+
+def smooth(values: Sequence[float], keep: float = 0.95) -> list[float]:
+    """Exponential moving average, from the first value on."""
     smoothed: list[float] = []
     for value in values:
         smoothed.append(value if not smoothed else keep * smoothed[-1] + (1 - keep) * value)
     return smoothed
 
 
-def _save(figure: Any, path: Path) -> None:
+def save_figure(figure: Any, path: Path) -> None:
+    """Write a PNG, whole or not at all, and give its memory back."""
     from matplotlib import pyplot as plt
 
     with atomic_file(path) as temporary:
@@ -143,7 +148,8 @@ def _save(figure: Any, path: Path) -> None:
     plt.close(figure)
 
 
-def _fenced(text: str) -> str:
+def fenced(text: str) -> str:
+    """`text` as a Markdown code block, whatever backticks it has."""
     fence = "```"
     while fence in text:
         fence += "`"

@@ -10,6 +10,7 @@ change what is learned. The balance loss takes expert frequencies over the globa
   would mean to keep every graph, which is what accumulation is there to avoid.
 """
 
+import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from mai_thinking.model.latent_moe import Routing, balance_loss
 from mai_thinking.training.parallel import Parallel, clip_gradients
 
 MicroBatch = dict[str, torch.Tensor]
+_ADVICE = "Lower the learning rate, or start again from the newest checkpoint with another seed"
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ class TrainStep:
         losses, counts, entropy = accumulate(micro_batches, label_count, token_count)
         grad_norm = clip_gradients(self.parallel.model, self.clip_norm)
         cross_entropy, balance, z = self._sum(losses).tolist()
-        self._guard(step, cross_entropy, grad_norm)
+        guard_finite(step, cross_entropy, grad_norm, _ADVICE)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         self.optimizer.step()
@@ -146,14 +148,12 @@ class TrainStep:
             dist.all_reduce(value)
         return value
 
-    @staticmethod
-    def _guard(step: int, loss: float, grad_norm: float) -> None:
-        for name, value in (("loss", loss), ("gradient norm", grad_norm)):
-            if not torch.isfinite(torch.tensor(value)):
-                raise NonFiniteError(
-                    f"step {step}: the {name} is {value}; weights are as after step {step - 1}. "
-                    "Lower the learning rate, or start again from the newest checkpoint with another seed"
-                )
+
+def guard_finite(step: int, loss: float, grad_norm: float, advice: str) -> None:
+    """`NonFiniteError`, with `advice`, if either is not a number; to be called before the weights change."""
+    for name, value in (("loss", loss), ("gradient norm", grad_norm)):
+        if not math.isfinite(value):
+            raise NonFiniteError(f"step {step}: the {name} is {value}; weights are as after step {step - 1}. {advice}")
 
 
 def routing_metrics(counts_ME: torch.Tensor, entropy_M: torch.Tensor) -> dict[str, Any]:

@@ -1,0 +1,79 @@
+"""The model that a climb starts from, and what the climb will cost."""
+
+from mai_thinking.config.grpo import GrpoConfig
+from mai_thinking.data.tokenizer import load_tokenizer
+from mai_thinking.errors import UsageError
+from mai_thinking.lineage import Lineage, require_own
+from mai_thinking.model import MaiThinkingConfig, MaiThinkingForCausalLM
+from mai_thinking.rl.sampling import LengthCurriculum
+from mai_thinking.rl.tasks import TaskMix
+from mai_thinking.rl.template import Template
+from mai_thinking.training.model_files import load_model, load_model_config
+from mai_thinking.training.plan import GRADIENT, MOMENTS, WEIGHT, quantity
+
+
+def policy_config(config: GrpoConfig) -> MaiThinkingConfig:
+    """The architecture of `init_from`, without dropout: the learner must compute what the engine computed (§3.1)."""
+    architecture = load_model_config(config.init_from)
+    if architecture.dropout:
+        print(f"dropout {architecture.dropout} of {config.init_from} is off in RL", flush=True)
+    architecture.dropout = 0.0
+    return architecture
+
+
+def policy_model(config: GrpoConfig, architecture: MaiThinkingConfig) -> tuple[MaiThinkingForCausalLM, Lineage]:
+    """The weights of `init_from` in fp32 on the CPU, and where they come from. UsageError if that is not known."""
+    lineage = require_own(config.init_from, allow_third_party=config.allow_third_party)
+    execution = config.execution
+    model = load_model(
+        config.init_from,
+        config=architecture,
+        attn_implementation=execution.attention,
+        experts_implementation=execution.experts,
+    )
+    if execution.activation_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model, lineage
+
+
+def check_lengths(config: GrpoConfig, mix: TaskMix) -> None:
+    """UsageError unless the longest response of the last stage fits into a row behind a typical prompt."""
+    tokenizer = load_tokenizer(config.init_from)
+    template = Template(config.template)
+    longest = max(
+        len(tokenizer.encode(template.prompt(problem.question))) + 1
+        for family in mix.families
+        for problem in mix.held_out(family, 8)
+    )
+    needed = longest + config.curriculum.end
+    if needed > config.packing.row_length:
+        raise UsageError(
+            f"packing.row_length: {config.packing.row_length} is too short for a prompt of {longest} tokens and a "
+            f"response of curriculum.end {config.curriculum.end}; make it at least {needed}"
+        )
+
+
+def describe(config: GrpoConfig) -> str:
+    """What `--dry-run` prints. Token counts are upper bounds: responses as long as the curriculum lets them be."""
+    architecture = policy_config(config)
+    check_lengths(config, TaskMix(config.tasks, config.seed))
+    total, active = architecture.parameter_counts()
+    group = config.sampling.full_size
+    rollouts = config.steps * config.groups_per_step * group
+    tokens = rollouts * LengthCurriculum(config.curriculum).max_length
+    flops = architecture.flops_per_token(config.packing.row_length)
+    weights = 2 * WEIGHT + GRADIENT + MOMENTS  # the engine's copy is the second
+    batch = f"{config.groups_per_step} groups of {group}: {quantity(rollouts)} rollouts learned from"
+    rows = [
+        ("parameters", f"{quantity(total)} total, {quantity(active)} active ({total:,} / {active:,})"),
+        ("FLOPs", f"{quantity(flops)} a learned token, {quantity(flops / 3)} a generated one"),
+        ("tasks", ", ".join(task.name for task in config.tasks)),
+        ("steps", f"{config.steps:,} of {batch}"),
+        ("tokens", f"at most {quantity(tokens)} of responses, at the first stage's {config.curriculum.start} each"),
+        ("engine", f"{config.rollouts.slots} slots, new weights every {config.rollouts.steps_per_update} steps"),
+        (
+            "memory",
+            f"{total * weights / 2**30:,.2f} GiB per rank for weights, gradients, optimiser and the engine's copy",
+        ),
+    ]
+    return "\n".join(f"{name:<12}  {value}" for name, value in rows)

@@ -1,0 +1,294 @@
+"""The RL climb (MAI-Thinking-1 report §3): rollouts, rewards, gradient steps, from a base that has seen no reasoning.
+
+One engine update is: weights go to the engine, the engine fills the buffer, `steps_per_update` gradient steps empty it.
+Everything that decides what comes next is in a checkpoint, pending rollouts included; so a run that was killed anywhere
+ends as the undisturbed one does, bit for bit.
+"""
+
+import hashlib
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+
+from mai_thinking.config.grpo import GrpoConfig
+from mai_thinking.config.tasks import TaskSection
+from mai_thinking.data.tokenizer import load_tokenizer
+from mai_thinking.errors import UsageError
+from mai_thinking.lineage import Source, hash_file
+from mai_thinking.rl.buffer import Group, RolloutBuffer
+from mai_thinking.rl.collecting import Collector, Responder
+from mai_thinking.rl.evaluation import HeldOut, Sample
+from mai_thinking.rl.grading import GradingPool
+from mai_thinking.rl.learner import PolicyStep
+from mai_thinking.rl.objective import Objective
+from mai_thinking.rl.policy_model import check_lengths, describe, policy_config, policy_model
+from mai_thinking.rl.report import write_report
+from mai_thinking.rl.rollouts import BatchedEngine
+from mai_thinking.rl.sampling import LengthCurriculum, SamplingCounts
+from mai_thinking.rl.tasks import TaskMix
+from mai_thinking.rl.template import Template
+from mai_thinking.rl.traces import FOLDER, TraceStore
+from mai_thinking.training.goodput import EVALUATION
+from mai_thinking.training.optimizer import build_optimizer, learning_rate
+from mai_thinking.training.parallel import share
+from mai_thinking.training.run_folder import RunFolder
+from mai_thinking.training.session import Session, make_accelerator
+from mai_thinking.training.state import ModelState, OptimizerState, PerRank, RandomState
+
+
+def climb(config: GrpoConfig, *, dry_run: bool = False) -> int:
+    """Run `config`, or go on with it where it was; returns the exit code. `dry_run` prints what it costs and stops."""
+    if dry_run:
+        print(describe(config))
+        return 0
+    folder = RunFolder(config.folder)
+    folder.check(config)
+    if folder.finished:
+        print(f"{folder.path} is finished: see {folder.report}/summary.md. Another name or seed makes another run.")
+        return 0
+    accelerator = make_accelerator(config, folder)
+    with ExitStack() as stack:
+        return Climb(config, folder, accelerator, stack).run()
+
+
+class Climb:
+    """One climb in progress: its parts, built in the order in which they depend on each other."""
+
+    def __init__(self, config: GrpoConfig, folder: RunFolder, accelerator: Accelerator, stack: ExitStack) -> None:
+        self.config, self.folder, self.accelerator = config, folder, accelerator
+        rank, ranks = accelerator.process_index, accelerator.num_processes
+        if config.groups_per_step % ranks:
+            raise UsageError(f"groups_per_step: {config.groups_per_step} groups cannot be divided over {ranks} ranks")
+        mix = TaskMix(config.tasks, config.seed)
+        self.architecture = policy_config(config)
+        check_lengths(config, mix)
+        self.tokenizer = load_tokenizer(config.init_from)
+        model, lineage = policy_model(config, self.architecture)
+        if config.execution.compile:
+            model.compile()
+        pool = stack.enter_context(
+            GradingPool(
+                config.tasks,
+                workers=config.grading.workers,
+                seconds=config.grading.seconds,
+                megabytes=config.grading.megabytes,
+            )
+        )
+        sources = [_source_of(task) for task in config.tasks]
+        self.session = Session(config, folder, accelerator, stack, parent=lineage, data=sources)
+        self.parallel = share(model, accelerator, config.execution.parallel)
+        self.optimizer = build_optimizer(self.parallel.model, config.optimizer)
+        self.objective = Objective(config.objective)
+        self.train_step = PolicyStep(
+            self.parallel, self.optimizer, self.objective, config, self.architecture.num_experts
+        )
+        whole, template = self.parallel.whole(), Template(config.template)
+        temperature = config.evaluation.temperature
+        self.engine = self._engine(whole, config.rollouts.temperature)
+        self.judge = self._engine(whole, config.rollouts.temperature if temperature is None else temperature)
+        self.examiner = Responder(self.judge, pool, template, self.tokenizer)
+        self.held_out = HeldOut(mix, config.evaluation, rank=rank, ranks=ranks)
+        self.curriculum = LengthCurriculum(config.curriculum)
+        self.buffer = RolloutBuffer()
+        self.collector = Collector(
+            config,
+            mix,
+            Responder(self.engine, pool, template, self.tokenizer),
+            TraceStore(folder.path / FOLDER, rank),
+            rank=rank,
+            ranks=ranks,
+        )
+        # Nothing draws from the global generators; whoever adds something that does has them seeded and saved.
+        set_seed(config.seed + 1_000_003 * (1 + rank))
+        self.progress = {"step": 0, "tokens": 0}
+        state = self._state()
+        self.step = self.session.resume(state)
+        self.progress = state["progress"]
+
+    def run(self) -> int:
+        """Climb to the last step, evaluate, save `final/`, write the report. Or, when asked to stop, save and stop."""
+        self.session.save_architecture(self.architecture, self.tokenizer)
+        self.session.say(f"{self.config.name} in {self.folder.path}\n\n{describe(self.config)}\n")
+        self.parallel.model.train()
+        session = self.session
+        with session.line:
+            if self.step == 0:
+                self._evaluate()
+            while self.step < self.config.steps:
+                self._one_step()
+                if self.step % self.config.evaluation.every == 0 and self.step < self.config.steps:
+                    self._evaluate()
+                stopping = session.stop.agreed()
+                if session.checkpointer.due(self.step) or stopping:
+                    session.save(self.step, self._state(), synchronous=stopping)
+                if stopping:
+                    return session.end_interrupted(self.step)
+            session.save(self.step, self._state(), synchronous=True)
+            self._finish()
+        session.ledger.end("done")
+        return 0
+
+    # ----------------------------------------------------------------------------------------------- one step
+
+    def _one_step(self) -> None:
+        begin = time.perf_counter()
+        dropped, counts = self._refill() if self.step % self.config.rollouts.steps_per_update == 0 else (0, None)
+        generated = time.perf_counter()
+        step = self.step + 1
+        groups = self.buffer.take(self._groups_per_step)
+        rate = learning_rate(step, self.config.steps, self.config.optimizer.learning_rate, self.config.schedule)
+        metrics = self.train_step(groups, rate, step)
+        summary = self._summarize(groups)
+        end = time.perf_counter()
+        self.session.ledger.step(step, end - begin)
+        self.step = step
+        self.progress = {"step": step, "tokens": self.progress["tokens"] + summary.pop("tokens")}
+        # Only from weights that are the engine's own is the difference a mismatch; later it is what was learned.
+        fresh = (step - 1) % self.config.rollouts.steps_per_update == 0 and summary["staleness"] == 0
+        mismatch = metrics.pop("mismatch")
+        record = {
+            "step": step,
+            "tokens": self.progress["tokens"],
+            **metrics,
+            **({"mismatch": mismatch} if fresh else {}),
+            "lr": rate,
+            **summary,
+            "max_length": self.curriculum.max_length,
+            **({"groups_stale": dropped, **counts.metrics()} if counts else {}),
+            "tokens_per_second": summary["response_length"] * self._rollouts_per_step / (end - begin),
+            "rollout_seconds": generated - begin,
+            "seconds": end - begin,
+        }
+        self.session.record(record, exact=("loss", "grad_norm", "reward"))
+        if self.curriculum.update(round(summary["cut_off"] * self._rollouts_per_step), self._rollouts_per_step):
+            self.session.say(f"step {step}: responses may be {self.curriculum.max_length} tokens long from here on")
+        note = (
+            f"pass rate {summary['pass_rate']:.2f}  entropy {metrics['entropy']:.2f}  k {metrics['clip_relaxation']:g}"
+        )
+        self.session.line.update(step, self.progress["tokens"], metrics["loss"], note)
+
+    @property
+    def _groups_per_step(self) -> int:
+        """Of this rank."""
+        return self.config.groups_per_step // self.session.ranks
+
+    @property
+    def _rollouts_per_step(self) -> int:
+        """Of all ranks."""
+        return self.config.groups_per_step * self.config.sampling.full_size
+
+    def _refill(self) -> tuple[int, SamplingCounts]:
+        """Give the engine the learner's weights, and the buffer what the steps up to the next update take."""
+        rollouts = self.config.rollouts
+        version = self.step // rollouts.steps_per_update
+        self.engine.update_weights(self.parallel.whole())
+        dropped = self.buffer.drop_stale(version - rollouts.max_staleness)
+        wanted = self._groups_per_step * rollouts.steps_per_update * (1 + rollouts.lead)
+        self.buffer.add(
+            self.collector.collect(
+                wanted - len(self.buffer),
+                step=self.step,
+                version=version,
+                max_length=self.curriculum.max_length,
+                penalise_length=self.curriculum.penalises_length,
+                checkpoint=f"{self.config.name}/step-{self.step:08d}",
+                beat=self.session.ledger.beat,
+            )
+        )
+        return dropped, self._sum_counts(self.collector.take_counts())
+
+    def _sum_counts(self, counts: SamplingCounts) -> SamplingCounts:
+        if self.session.ranks == 1:
+            return counts
+        state = counts.state_dict()
+        values = torch.tensor(list(state.values()), dtype=torch.float64, device=self.accelerator.device)
+        dist.all_reduce(values)
+        return SamplingCounts(**dict(zip(state, map(round, values.tolist()), strict=True)))
+
+    def _summarize(self, groups: Sequence[Group]) -> dict[str, Any]:
+        """What the rollouts of a step were like, over all ranks."""
+        version = self.step // self.config.rollouts.steps_per_update
+        rewards = [reward for group in groups for reward in group.rewards]
+        rollouts = [rollout for group in groups for rollout in group.rollouts]
+        sums = {
+            "reward": sum(reward.total for reward in rewards),
+            "reward/task": sum(reward.task for reward in rewards),
+            "reward/language": sum(reward.language for reward in rewards),
+            "reward/length": sum(reward.length for reward in rewards),
+            "pass_rate": sum(group.pass_rate * len(group.rollouts) for group in groups),
+            "response_length": sum(len(rollout.response_ids) for rollout in rollouts),
+            "cut_off": sum(not rollout.finished for rollout in rollouts),
+            "staleness": sum((version - group.version) * len(group.rollouts) for group in groups),
+        }
+        values = torch.tensor([*sums.values(), len(rollouts)], dtype=torch.float64, device=self.accelerator.device)
+        if self.session.ranks > 1:
+            dist.all_reduce(values)
+        *totals, count = values.tolist()
+        means = {name: total / count for name, total in zip(sums, totals, strict=True)}
+        return means | {"tokens": round(means["response_length"] * count)}
+
+    # ------------------------------------------------------------------------------------ evaluation, checkpoints
+
+    def _engine(self, model: Any, temperature: float) -> BatchedEngine:
+        rollouts = self.config.rollouts
+        return BatchedEngine(
+            model,
+            slots=rollouts.slots,
+            temperature=temperature,
+            top_p=rollouts.top_p,
+            seed=self.config.seed,
+            end_of_text=self.tokenizer.eos_token_id,
+        )
+
+    def _evaluate(self) -> tuple[dict[str, Any], list[Sample]]:
+        with self.session.ledger.span(EVALUATION):
+            self.judge.update_weights(self.parallel.whole())
+            metrics, samples = self.held_out.evaluate(self.examiner, self.curriculum.max_length)
+        record = {"kind": "evaluation", "step": self.step, "tokens": self.progress["tokens"], **metrics}
+        self.session.record(record, exact=("pass@1",))
+        by_task = "  ".join(f"{family} {metrics[f'pass@1/{family}']:.3f}" for family in self.held_out.problems)
+        self.session.say(f"step {self.step}: held-out pass@1 {metrics['pass@1']:.3f}  ({by_task})")
+        for sample in samples:
+            mark = "right" if sample.score > 0 else f"wrong, it is {sample.answer}"
+            self.session.say(f"    {sample.question} → {sample.response!r} ({mark})")
+        return record, samples
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "model": ModelState(self.parallel.model),
+            "optimizer": OptimizerState(self.parallel.model, self.optimizer),
+            "objective": self.objective,
+            "curriculum": self.curriculum,
+            "buffer": PerRank(self.buffer),
+            "collector": PerRank(self.collector),
+            "random": PerRank(RandomState()),
+            "progress": self.progress,
+            "ledger": self.session.ledger,
+        }
+
+    # --------------------------------------------------------------------------------------------- begin and end
+
+    def _finish(self) -> None:
+        """Evaluate, write the report, save the model folder."""
+        evaluation, samples = self._evaluate()
+        self.accelerator.wait_for_everyone()  # all traces are written
+        model = self.parallel.whole()
+        if self.session.rank == 0:
+            self.session.record_traces(self.folder.path / FOLDER, self.step)
+            write_report(self.folder, self.config, evaluation, samples)
+            self.session.save_final(model, self.tokenizer, self.step)
+        self.accelerator.wait_for_everyone()
+
+
+def _source_of(task: TaskSection) -> Source:
+    """A task as a record of lineage names it: by its section, and a file by its content."""
+    content = task.model_dump_json() + (hash_file(Path(task.path)).sha256 if task.path else "")
+    made = "procedural" if task.path is None else "human"
+    return Source(name=task.name, licence="", provenance=made, content=hashlib.sha256(content.encode()).hexdigest())

@@ -1,0 +1,16 @@
+"""Climb by reinforcement learning: `python scripts/grpo.py CONFIG.yaml [key.path=value …] [--dry-run]`."""
+
+from mai_thinking.config.command import exit_with, parse_run_command
+from mai_thinking.config.grpo import GrpoConfig
+
+
+def main() -> int:
+    """Parse, build, run."""
+    config, dry_run = parse_run_command(GrpoConfig, "configs/nano-grpo.yaml", __doc__ or "")
+    from mai_thinking.rl.trainer import climb  # after the config, so that a mistake in it is told at once
+
+    return climb(config, dry_run=dry_run)
+
+
+if __name__ == "__main__":
+    exit_with(main)
