@@ -151,3 +151,10 @@ def unpack_bits(packed_NB: torch.Tensor, vocab_size: int) -> torch.Tensor:
     shifts_8 = torch.arange(8, dtype=torch.uint8, device=packed_NB.device)
     bits_NB8 = packed_NB[..., None].bitwise_right_shift(shifts_8).bitwise_and_(1)
     return bits_NB8.flatten(-2)[..., :vocab_size].bool()
+
+
+def packed_tokens(packed_NB: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """[N, ceil(V / 8)] uint8 → row and token of every set bit, int64, in order; for nuclei of few tokens."""
+    row, byte = packed_NB.nonzero(as_tuple=True)  # most bytes are 0, and an eighth as many as bits
+    place, bit = unpack_bits(packed_NB[row, byte][:, None], 8).nonzero(as_tuple=True)
+    return row[place], byte[place] * 8 + bit

@@ -3,11 +3,12 @@
 The learner replays what the engine decided (MAI-Thinking-1 report §3.1): logits outside the recorded nucleus are −∞
 before the softmax, and tokens go through the recorded experts, weighed by the learner's own router.
 
-Shapes: B rows, T places in a row, N response tokens, V vocabulary, D hidden size.
+Shapes: B rows, T places in a row, N response tokens, V vocabulary, D hidden size; S tokens in all nuclei together.
 """
 
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -15,8 +16,12 @@ from torch.autograd.function import once_differentiable
 
 from mai_thinking.model.latent_moe import Routing
 from mai_thinking.model.loss import CHUNK_ELEMENTS
-from mai_thinking.rl.nucleus import unpack_bits
+from mai_thinking.rl.nucleus import packed_tokens, unpack_bits
 from mai_thinking.rl.packing import MicroBatch
+
+NARROW = 1 / 128
+"""Nuclei of up to this share of the vocabulary are computed token by token on a CPU: that takes a fifteenth of the time of
+whole rows of logits for 8 tokens of 4,096, half for 32, and as long for 64."""
 
 
 class ResponseLogprobs(NamedTuple):
@@ -68,14 +73,42 @@ def token_logprobs(
 ) -> torch.Tensor:
     """log softmax(hidden · weightᵀ / temperature)[target], over the nucleus (bit-packed) if given; [N] fp32.
 
-    Never holds all logits: tokens go through in chunks, whose logits the backward pass computes again. Differentiable
-    once. A target outside its nucleus has −∞.
+    Never holds all logits, and computes only those inside where the nucleus is narrow. A target outside its nucleus
+    has −∞, or a meaningless value where that is narrow. Differentiable once.
     """
-    return _TokenLogprobs.apply(hidden_ND, weight_VD, targets_N, nucleus_NB, temperature)
+    if nucleus_NB is None or nucleus_NB.device.type != "cpu":
+        return _TokenLogprobs.apply(hidden_ND, weight_VD, targets_N, nucleus_NB, temperature)
+    size_N = torch.from_numpy(np.bitwise_count(nucleus_NB.numpy()).sum(axis=-1, dtype=np.int64))
+    is_narrow_N = size_N <= NARROW * weight_VD.size(0)
+    narrow, wide = (which.nonzero().squeeze(1) for which in (is_narrow_N, ~is_narrow_N))
+    parts = [
+        function(hidden_ND[rows], weight_VD, targets_N[rows], nucleus_NB[rows], temperature)
+        for function, rows in ((_narrow_logprobs, narrow), (_TokenLogprobs.apply, wide))
+    ]
+    return torch.cat(parts).index_select(0, torch.cat((narrow, wide)).argsort())
+
+
+def _narrow_logprobs(
+    hidden_ND: torch.Tensor,
+    weight_VD: torch.Tensor,
+    targets_N: torch.Tensor,
+    nucleus_NB: torch.Tensor,
+    temperature: float,
+) -> torch.Tensor:
+    """`token_logprobs` from the products of each hidden state with its own nucleus's tokens."""
+    row_S, token_S = packed_tokens(nucleus_NB)
+    logits_S = (hidden_ND.index_select(0, row_S) * weight_VD.index_select(0, token_S)).sum(dim=-1).float() / temperature
+    with torch.no_grad():
+        lowest_N = logits_S.new_full((hidden_ND.size(0),), float("-inf"))
+        largest_N = lowest_N.scatter_reduce(0, row_S, logits_S, "amax")
+    z_N = torch.zeros_like(largest_N).index_add(0, row_S, (logits_S - largest_N[row_S]).exp())
+    target_N = (hidden_ND * weight_VD.index_select(0, targets_N)).sum(dim=-1).float() / temperature
+    return target_N - largest_N - z_N.log()
 
 
 class _TokenLogprobs(torch.autograd.Function):
-    """d logprob / d logits = (one-hot − softmax) / temperature."""
+    """By whole rows of logits, in chunks that the backward pass computes again. d logprob / d logits = (one-hot −
+    softmax) / temperature."""
 
     @staticmethod
     def forward(

@@ -5,7 +5,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from mai_thinking.rl.nucleus import draw, pack_bits, uniforms, unpack_bits
+from mai_thinking.rl.nucleus import draw, pack_bits, packed_tokens, uniforms, unpack_bits
 
 
 def by_sorting(p_V: NDArray[np.float32], top_p: float) -> NDArray[np.bool_]:
@@ -96,3 +96,5 @@ def test_bits_come_back(vocab_size: int) -> None:
     packed = pack_bits(mask)
     assert packed.shape == (13, -(-vocab_size // 8))
     assert torch.equal(unpack_bits(torch.from_numpy(packed), vocab_size), mask)
+    row, token = packed_tokens(torch.from_numpy(packed))
+    assert torch.equal(torch.stack((row, token), dim=1), mask.nonzero())

@@ -14,26 +14,31 @@ from mai_thinking.rl.rollouts import BatchedEngine, Request, Rollout
 from tiny_models import tiny_model
 
 
-@pytest.mark.parametrize("with_nucleus", [True, False])
-@pytest.mark.parametrize("chunk", [97 * 5, 2**20])
-def test_token_logprobs_against_plain_autograd(with_nucleus: bool, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("share", [None, 0.003, 0.0075, 0.2])
+@pytest.mark.parametrize("chunk", [1024 * 5, 2**20])
+def test_token_logprobs_against_plain_autograd(
+    share: float | None, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a nucleus; with narrow ones, some narrow and some not (8 of 1,024 is the limit), and wide ones."""
     monkeypatch.setattr(policy_module, "CHUNK_ELEMENTS", {"cpu": chunk})
     generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(23, 16, generator=generator)
-    weight = torch.randn(97, 16, generator=generator)
-    targets = torch.randint(97, (23,), generator=generator)
-    mask = torch.rand(23, 97, generator=generator) < 0.2
-    mask[torch.arange(23), targets] = True
-    upstream = torch.randn(23, generator=generator)
+    hidden = torch.randn(43, 16, generator=generator)
+    weight = torch.randn(1024, 16, generator=generator)
+    targets = torch.randint(1024, (43,), generator=generator)
+    mask = torch.rand(43, 1024, generator=generator) < (share or 0.0)
+    mask[torch.arange(43), targets] = True
+    upstream = torch.randn(43, generator=generator)
+    if share == 0.0075:
+        assert 0 < int((mask.sum(dim=-1) <= 8).sum()) < 43
 
     def plain(h: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
         logits = h @ w.T / 0.7
-        if with_nucleus:
+        if share is not None:
             logits = logits.masked_fill(~mask, float("-inf"))
-        return logits.log_softmax(-1)[torch.arange(23), targets]
+        return logits.log_softmax(-1)[torch.arange(43), targets]
 
     def ours(h: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-        return token_logprobs(h, w, targets, torch.from_numpy(pack_bits(mask)) if with_nucleus else None, 0.7)
+        return token_logprobs(h, w, targets, None if share is None else torch.from_numpy(pack_bits(mask)), 0.7)
 
     results = []
     for function in (plain, ours):
