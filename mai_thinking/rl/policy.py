@@ -20,8 +20,8 @@ from mai_thinking.rl.nucleus import packed_tokens, unpack_bits
 from mai_thinking.rl.packing import MicroBatch
 
 NARROW = 1 / 128
-"""Nuclei of up to this share of the vocabulary are computed token by token on a CPU: that takes a fifteenth of the time of
-whole rows of logits for 8 tokens of 4,096, half for 32, and as long for 64."""
+"""Nuclei of up to this share of the vocabulary are computed token by token on a CPU: for 8 tokens of 4,096 in a
+fifteenth of the time that whole rows of logits take, for 32 in half, for 64 in as long."""
 
 
 class ResponseLogprobs(NamedTuple):
