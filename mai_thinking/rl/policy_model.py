@@ -15,8 +15,6 @@ from mai_thinking.training.plan import GRADIENT, MOMENTS, WEIGHT, quantity
 def policy_config(config: GrpoConfig) -> MaiThinkingConfig:
     """The architecture of `init_from`, without dropout: the learner must compute what the engine computed (§3.1)."""
     architecture = load_model_config(config.init_from)
-    if architecture.dropout:
-        print(f"dropout {architecture.dropout} of {config.init_from} is off in RL", flush=True)
     architecture.dropout = 0.0
     return architecture
 

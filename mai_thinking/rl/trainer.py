@@ -36,6 +36,7 @@ from mai_thinking.rl.tasks import TaskMix
 from mai_thinking.rl.template import Template
 from mai_thinking.rl.traces import FOLDER, TraceStore
 from mai_thinking.training.goodput import EVALUATION
+from mai_thinking.training.model_files import load_model_config
 from mai_thinking.training.optimizer import build_optimizer, learning_rate
 from mai_thinking.training.parallel import share
 from mai_thinking.training.run_folder import RunFolder
@@ -116,6 +117,8 @@ class Climb:
         """Climb to the last step, evaluate, save `final/`, write the report. Or, when asked to stop, save and stop."""
         self.session.save_architecture(self.architecture, self.tokenizer)
         self.session.say(f"{self.config.name} in {self.folder.path}\n\n{describe(self.config)}\n")
+        if dropout := load_model_config(self.config.init_from).dropout:
+            self.session.say(f"the dropout of {dropout} in {self.config.init_from} is off here\n")
         self.parallel.model.train()
         session = self.session
         with session.line:

@@ -19,7 +19,7 @@ from mai_thinking.rl.objective import (
     objective_metrics,
     reduce_statistics,
 )
-from training.ranks import run_ranks
+from ranks import run_ranks
 
 REPORT = {"epsilon": 0.6, "clip_relaxation": 0.0, "ratio_min": 0.0, "ratio_max": 50.0}
 

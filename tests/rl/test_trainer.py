@@ -1,0 +1,280 @@
+"""The whole climb on configs/tiny-grpo.yaml: what it leaves, how it resumes, how it is cut, what it refuses."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from ranks import run_ranks
+
+from checksums import sha256_of
+from mai_thinking.config.grpo import GrpoConfig
+from mai_thinking.config.loading import load_config, save_config
+from mai_thinking.errors import RunError, UsageError
+from mai_thinking.lineage import require_own
+from mai_thinking.rl.buffer import Group
+from mai_thinking.rl.learner import PolicyStep
+from mai_thinking.rl.objective import Objective
+from mai_thinking.rl.rewards import RewardParts
+from mai_thinking.rl.rollouts import BatchedEngine, Request
+from mai_thinking.rl.traces import FOLDER, TraceStore
+from mai_thinking.rl.trainer import Climb, climb
+from mai_thinking.training.checkpoint import CheckpointReader
+from mai_thinking.training.goodput import account_of
+from mai_thinking.training.metrics import read_records
+from mai_thinking.training.model_files import load_model
+from mai_thinking.training.parallel import share
+from tiny_models import tiny_model
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+CONFIG = ROOT / "configs" / "tiny-grpo.yaml"
+TIMINGS = {"tokens_per_second", "seconds", "rollout_seconds"}
+Make = Callable[..., GrpoConfig]
+
+
+@pytest.fixture(scope="module")
+def make(tiny_run: Path) -> Make:
+    """`make(folder, "key=value", …)`: configs/tiny-grpo.yaml from the tiny base."""
+
+    def config(folder: Path, *overrides: str) -> GrpoConfig:
+        return load_config(GrpoConfig, CONFIG, [f"output_dir={folder}", f"init_from={tiny_run / 'final'}", *overrides])
+
+    return config
+
+
+@pytest.fixture(scope="module")
+def climbed(make: Make, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished, undisturbed climb."""
+    folder = tmp_path_factory.mktemp("climb") / "run"
+    assert climb(make(folder)) == 0
+    return folder
+
+
+def trace(folder: Path) -> dict[str, Any]:
+    """All that must not depend on what happened on the way."""
+    records = read_records(folder / "metrics.jsonl")
+    reader = CheckpointReader(sorted((folder / "checkpoints").glob("step-*"))[-1])
+    names = ("model", "optimizer", "objective", "curriculum", "progress")
+    own = {name: reader.read(name, of_rank=0) for name in ("buffer", "collector", "random")}
+    return {
+        "metrics": [json.dumps({k: v for k, v in record.items() if k not in TIMINGS}) for record in records],
+        "state": {name: sha256_of(value) for name, value in ({n: reader.read(n) for n in names} | own).items()},
+        "traces": TraceStore(folder / FOLDER).read().to_pylist(),
+        "final": sha256_of(load_model(folder / "final").state_dict()),
+    }
+
+
+def test_it_climbs(make: Make, tmp_path: Path) -> None:
+    """Half of the grade is for the first letter of the last word: within reach of some steps."""
+    longer = ["steps=18", "curriculum.max_steps=100", "evaluation.every=18", "evaluation.problems=32"]
+    assert climb(make(tmp_path / "run", *longer)) == 0
+    rates = [r["pass@1"] for r in read_records(tmp_path / "run" / "metrics.jsonl") if r.get("kind") == "evaluation"]
+    assert rates[-1] > rates[0] + 0.1
+
+
+def test_it_leaves_what_it_promises(climbed: Path, tiny_run: Path) -> None:
+    records = read_records(climbed / "metrics.jsonl")
+    steps = [record for record in records if "kind" not in record]
+    assert [record["step"] for record in steps] == list(range(1, 7))
+    promised = {
+        "reward", "reward/task", "reward/language", "reward/length", "pass_rate", "entropy", "clip_relaxation",
+        "clip_fraction", "outer_clip_fraction", "response_length", "staleness", "loss", "grad_norm", "lr",
+    }  # fmt: skip
+    assert promised <= set(steps[1])
+    assert {"mismatch", "groups_kept"} <= set(steps[0])
+    assert steps[0]["mismatch"] < 1e-4  # the engine and the learner have the same weights there
+    assert steps[0]["ratio_max"] == pytest.approx(1, abs=1e-4)
+    assert [record["max_length"] for record in steps] == [8, 8, 8, 8, 16, 16]
+    evaluations = [record for record in records if record.get("kind") == "evaluation"]
+    assert [record["step"] for record in evaluations] == [0, 3, 6]
+    assert "pass@1 after" in (climbed / "report" / "summary.md").read_text()
+    assert (climbed / "report" / "climb.png").read_bytes().startswith(b"\x89PNG")
+    before, after = (load_model(folder / "final").state_dict() for folder in (tiny_run, climbed))
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+
+
+def test_every_rollout_is_in_the_store_and_in_the_lineage(climbed: Path) -> None:
+    traces = TraceStore(climbed / FOLDER).read().to_pylist()
+    assert len({trace["request_id"] for trace in traces}) == len(traces)
+    kept = [trace for trace in traces if trace["verdict"] == "kept"]
+    assert len(kept) >= 6 * 2 * 8
+    for one in kept:
+        assert one["reward"] == pytest.approx(
+            one["reward_task"] + 0.5 * one["reward_language"] - (0.25 * one["reward_length"] if one["step"] < 4 else 0)
+        )
+    for folder in (climbed / "final", climbed / FOLDER):
+        kinds = [record.kind for record in require_own(folder, allow_third_party=False).records.values()]
+        assert kinds.count("random-weights") == 1
+        assert kinds.count("model") >= 1
+
+
+@pytest.mark.parametrize("step", [2, 3])
+def test_stopped_and_gone_on_with_is_the_same_climb(
+    climbed: Path, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    """After step 2 the buffer holds pending rollouts; after step 3 an evaluation and a new update follow."""
+    one_step = Climb._one_step
+
+    def with_signal(self: Climb) -> None:
+        if self.step + 1 == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        one_step(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Climb, "_one_step", with_signal)
+        assert climb(make(tmp_path / "run")) == 75
+    assert climb(make(tmp_path / "run")) == 0
+    assert trace(tmp_path / "run") == trace(climbed)
+
+
+def run_with_kills(folder: Path, config: GrpoConfig, faults: list[tuple[str, int, int]]) -> None:
+    """Start again and again, as a launcher would, until the run is done; every fault must have struck."""
+    folder.mkdir(parents=True)
+    save_config(config, folder / "config.yaml")
+    environment = os.environ | {"FAULTS": json.dumps(faults), "MARKS": str(folder), "OMP_NUM_THREADS": "1"}
+    for _ in range(len(faults) + 1):
+        command = [sys.executable, str(HERE / "faulty_grpo.py"), str(folder / "config.yaml")]
+        ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+        if ended.returncode == 0:
+            break
+        assert ended.returncode == -signal.SIGKILL, ended.stdout + ended.stderr
+    assert ended.returncode == 0
+    assert len([path for path in folder.iterdir() if path.name.count("-") == 2]) == len(faults)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(make: Make, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """With one thread, as the killed ones run."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    run_with_kills(folder / "job", make(folder / "run"), [])
+    return trace(folder / "run")
+
+
+def test_killed_in_generation_and_in_mid_buffer(undisturbed: dict[str, Any], make: Make, tmp_path: Path) -> None:
+    faults = [("draw", 25, 0), ("trace", 1, 0), ("update", 2, 0), ("learn", 5, 0)]
+    run_with_kills(tmp_path / "job", make(tmp_path / "run"), faults)
+    assert trace(tmp_path / "run") == undisturbed
+    assert account_of(tmp_path / "run").attempts == len(faults) + 1
+
+
+@pytest.mark.parametrize("omitted", ["buffer", "collector", "optimizer", "curriculum"])
+def test_a_checkpoint_without_a_part_of_the_state_is_found_out(
+    climbed: Path, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, omitted: str
+) -> None:
+    """The negative control of the tests of resumption."""
+    state, one_step = Climb._state, Climb._one_step
+
+    def with_signal(self: Climb) -> None:
+        if self.step + 1 == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        one_step(self)
+
+    monkeypatch.setattr(Climb, "_state", lambda self: {k: v for k, v in state(self).items() if k != omitted})
+    with monkeypatch.context() as patch:
+        patch.setattr(Climb, "_one_step", with_signal)
+        assert climb(make(tmp_path / "run")) == 75
+    try:
+        assert climb(make(tmp_path / "run")) == 0
+    except (IndexError, RunError):
+        return  # no rollouts where there should be some, or other ones than the first time
+    assert read_losses(tmp_path / "run") != read_losses(climbed)
+
+
+def read_losses(folder: Path) -> list[tuple[float, int]]:
+    steps = [record for record in read_records(folder / "metrics.jsonl") if "kind" not in record]
+    return [(record["loss"], record["max_length"]) for record in steps]
+
+
+@pytest.mark.slow
+def test_killed_at_ten_random_points(undisturbed: dict[str, Any], make: Make, tmp_path: Path) -> None:
+    draw = random.Random(7)
+    faults = [("draw", number, 0) for number in draw.sample(range(2, 60), 4)]
+    faults += [("trace", wave, 0) for wave in draw.sample(range(4), 2)]
+    faults += [(place, draw.randint(2 * n + 1, 2 * n + 2), 0) for n, place in enumerate(("learn", "update", "learn"))]
+    faults += [("update", 6, 0)]
+    run_with_kills(tmp_path / "job", make(tmp_path / "run"), faults)
+    assert trace(tmp_path / "run") == undisturbed
+
+
+# ------------------------------------------------------------------------------------------- how a global batch is cut
+
+
+def some_groups() -> list[Group]:
+    """Four groups of four rollouts of uneven lengths, with advantages of both signs, from the tiny model itself."""
+    model = tiny_model()
+    engine = BatchedEngine(model, slots=16, temperature=1.0, top_p=0.97, seed=3, end_of_text=1)
+    groups = []
+    for number in range(4):
+        prompt = [1, *range(10, 14 + number)]
+        requests = [Request(4 * number + sample, prompt, 3 + 3 * sample) for sample in range(4)]
+        rollouts = engine.generate(requests)
+        rewards = [RewardParts(float(sample % 2), 0.0, 0.0, float(sample % 2)) for sample in range(4)]
+        groups.append(Group(number, 0, rollouts, rewards, [1.5, -0.5, 0.2 * number, -1.2], 0.5))
+    return groups
+
+
+def gradients_of(groups: list[Group], rows: int, how: str = "ddp") -> dict[str, torch.Tensor]:
+    """What one step hands to the optimiser."""
+    task = {"name": "sum", "kind": "sum"}
+    config = GrpoConfig.model_validate(
+        {
+            "name": "x", "steps": 1, "init_from": "x", "tasks": [task], "groups_per_step": 4, "balance": 0.5,
+            "packing": {"row_length": 64, "rows": rows}, "optimizer": {"clip_norm": 1e9},
+        }
+    )  # fmt: skip
+    plain = tiny_model().train()
+    with torch.no_grad():  # another policy than the engine's, so that ratios are not all 1
+        for index, parameter in enumerate(plain.parameters()):
+            parameter.add_(0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(index)))
+    parallel = share(plain, Accelerator(cpu=True), "ddp")
+    optimizer = torch.optim.SGD(parallel.model.parameters(), lr=0.0)
+    gradients: dict[str, torch.Tensor] = {}
+
+    def keep(*_: Any) -> None:
+        gradients.update({n: p.grad.clone() for n, p in plain.named_parameters() if p.grad is not None})
+
+    optimizer.register_step_pre_hook(keep)
+    PolicyStep(parallel, optimizer, Objective(config.objective), config, plain.config.num_experts)(groups, 0.0, 1)
+    return gradients
+
+
+def rank_gradients(rank: int, world: int) -> dict[str, Any]:
+    mine = some_groups()[rank::world]
+    return {name: gradient.numpy() for name, gradient in gradients_of(mine, rows=1).items()}
+
+
+def test_accumulation_and_ranks_do_not_change_the_gradients() -> None:
+    whole = gradients_of(some_groups(), rows=8)
+    assert max(float(gradient.abs().max()) for gradient in whole.values()) > 1e-2
+    for rows in (4, 2, 1):
+        for name, gradient in gradients_of(some_groups(), rows=rows).items():
+            torch.testing.assert_close(gradient, whole[name], atol=1e-6, rtol=1e-5, msg=f"{name}, {rows} rows")
+    for result in run_ranks(2, rank_gradients, 2):
+        for name, gradient in result.items():
+            torch.testing.assert_close(torch.from_numpy(gradient), whole[name], atol=1e-6, rtol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["packing.row_length=20"], "too short for a prompt"),
+        (["tasks=[]"], "tasks"),
+        (["rollouts.lead=9"], "max_staleness"),
+        (["objective.epsilom=1"], "did you mean 'epsilon'"),
+        (["init_from=nowhere"], "nowhere"),
+    ],
+)
+def test_what_does_not_fit_is_refused(make: Make, tmp_path: Path, overrides: list[str], message: str) -> None:
+    with pytest.raises(UsageError, match=message) as caught:
+        climb(make(tmp_path / "run", *overrides))
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run").exists()
