@@ -19,9 +19,9 @@ from mai_thinking.scaling.power_law import ALPHA_BOUNDS, Array, PowerLaw, fit, r
 
 LEAST_RUNGS = 4
 """The law has three parameters; a fourth rung is the first that can contradict it."""
-LEAST_FREEDOM = 3
-"""So many degrees of freedom the noise must be known with, from seeds of all configs and rungs to spare. With 2 the
-variance may as well be 40 times the measured one."""
+LEAST_FREEDOM = 2
+"""So many degrees of freedom the noise must be known with, from seeds of all configs and rungs to spare. With 1 the
+variance may as well be a thousand times the measured one."""
 CHANCE = 0.01
 """If mere scatter shows a fall of the loss like the measured one more often than this, there is nothing to fit."""
 MAX_AT_BOUND = 0.1

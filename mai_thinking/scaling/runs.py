@@ -82,8 +82,9 @@ class Worker:
                         print(f"the budget does not reach for {run.name}; stopping with what there is")
                         return 0
                     if self._train(run) == EXIT_INTERRUPTED:
-                        return EXIT_INTERRUPTED if self._in_budget() else 0
-            return EXIT_INTERRUPTED
+                        break
+            # What stopped it is the budget's alarm, or somebody outside.
+            return EXIT_INTERRUPTED if self._in_budget() else 0
         finally:
             stop.close()
 
@@ -149,7 +150,7 @@ class Worker:
         seconds, flops = self._left()
         if seconds == flops == float("inf"):
             return True
-        rest = 1 - spent_on(run)[1] / run.flops
+        rest = max(0.0, 1 - spent_on(run)[1] / run.flops)
         by_time = seconds == float("inf") or rest * run.config.steps * self.timer(run).seconds <= seconds
         return by_time and rest * run.flops <= flops
 
