@@ -1,7 +1,8 @@
 """Arithmetic and algebra exercises with worked steps, made by rule: the embedded source of maths.
 
 Exercise `i` is a function of `i` alone. Two exercises may come out alike; deduplication removes the second, and the
-held-out split goes by text, so that no held-out exercise is trained on.
+held-out split goes by text, so that no held-out exercise is trained on. Nor is any question that RL holds out: such a
+question is drawn again.
 """
 
 import math
@@ -9,6 +10,7 @@ import random
 from collections.abc import Callable, Iterator
 
 from mai_thinking.data.documents import Document
+from mai_thinking.data.questions import split_of
 
 _Random = random.Random
 
@@ -26,6 +28,8 @@ def exercise(index: int) -> str:
     rng = random.Random(f"exercise {index}")
     kind = _KINDS[rng.randrange(len(_KINDS))]
     question, steps, answer = kind(rng)
+    while split_of(question) == "held_out":
+        question, steps, answer = kind(rng)
     return "\n".join([f"Question: {question}", *steps, f"Answer: {answer}"]) + "\n"
 
 
@@ -160,6 +164,37 @@ def _comparison(rng: _Random) -> _Exercise:
     return f"Which sign belongs between {a} and {b}: <, > or =?", steps, f"{a} {sign} {b}"
 
 
+def _ends(rng: _Random) -> _Exercise:
+    numbers = _list(rng)
+    which, answer = rng.choice([("first", numbers[0]), ("last", numbers[-1])])
+    return f"What is the {which} of {_listed(numbers)}?", [], str(answer)
+
+
+def _backwards(rng: _Random) -> _Exercise:
+    numbers = _list(rng)
+    return f"Write {_listed(numbers)} backwards.", [], _listed(numbers[::-1])
+
+
+def _ascending(rng: _Random) -> _Exercise:
+    numbers = _list(rng)
+    question = f"Put {_listed(numbers)} in order, the smallest first."
+    return question, [f"The smallest is {min(numbers)}."], _listed(sorted(numbers))
+
+
+def _enumeration(rng: _Random) -> _Exercise:
+    numbers = _list(rng)
+    numbered = ", ".join(f"{place} is {number}" for place, number in enumerate(numbers, start=1))
+    return f"Number the items of {_listed(numbers)}.", [], numbered
+
+
+def _list(rng: _Random) -> list[int]:
+    return [_number(rng, 2) for _ in range(rng.randint(2, 6))]
+
+
+def _listed(numbers: list[int]) -> str:
+    return ", ".join(map(str, numbers))
+
+
 _KINDS: tuple[Callable[[_Random], _Exercise], ...] = (
     _addition,
     _subtraction,
@@ -173,4 +208,8 @@ _KINDS: tuple[Callable[[_Random], _Exercise], ...] = (
     _sequence,
     _shopping,
     _comparison,
+    _ends,
+    _backwards,
+    _ascending,
+    _enumeration,
 )

@@ -1,15 +1,10 @@
-"""What a task is, and the rule that keeps its held-out problems out of training."""
+"""What a task is, and when two answers are the same. Its held-out problems: `mai_thinking.data.questions`."""
 
 import re
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
-import xxhash
-
-Split = Literal["train", "held_out"]
-
-HELD_OUT_PERCENT = 15
-"""Share of all questions that is held out. A constant and no option: a question that was held out stays so."""
+from mai_thinking.data.questions import Split
 
 LONGEST_ANSWER = 10_000
 """Characters; a longer answer is wrong, unread."""
@@ -46,20 +41,6 @@ class Task(Protocol):
         """0 (wrong) to 1 (right). Never raises, on any text. Fast on any text too for the procedural tasks; for others
         the grading process has the limits."""
         ...
-
-
-def question_hash(question: str) -> int:
-    """64 bits of a question's text, but for case and white space."""
-    return xxhash.xxh3_64_intdigest(" ".join(question.split()).casefold().encode(errors="surrogatepass"))
-
-
-def question_id(question: str) -> str:
-    return f"{question_hash(question):016x}"
-
-
-def split_of(question: str) -> Split:
-    """The split goes by the question's text alone, so no seed, weight or option moves a question across."""
-    return "held_out" if question_hash(question) % 100 < HELD_OUT_PERCENT else "train"
 
 
 _SPACE = re.compile(r"[ \t\r\n]+")

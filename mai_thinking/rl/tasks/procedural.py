@@ -9,8 +9,9 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from mai_thinking.config.tasks import LISTS, Family, TaskSection
+from mai_thinking.data.questions import Split, question_id, split_of
 from mai_thinking.errors import UsageError
-from mai_thinking.rl.tasks.base import Problem, Split, question_id, same_text, split_of
+from mai_thinking.rl.tasks.base import Problem, same_text
 
 _ATTEMPTS = 2_000
 """Draws before a split counts as empty. Were 1 % of the draws of that split, 2,000 would miss it once in 5·10^8."""
