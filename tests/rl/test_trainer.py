@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from ranks import run_ranks
 
 from checksums import sha256_of
 from mai_thinking.config.grpo import GrpoConfig
@@ -32,6 +31,7 @@ from mai_thinking.training.goodput import account_of
 from mai_thinking.training.metrics import read_records
 from mai_thinking.training.model_files import load_model
 from mai_thinking.training.parallel import share
+from ranks import run_ranks
 from tiny_models import tiny_model
 
 HERE = Path(__file__).parent
