@@ -85,7 +85,7 @@ def _draw(curves: Mapping[str, Mapping[str, Curves]], path: Path) -> None:
 
 def _draw_group(axes: Any, label: str, runs: Curves, color: str) -> None:
     """Mean and span at the steps that all runs have; a dense curve is smoothed first."""
-    shared = sorted(set.intersection(*(set(step for step, _ in run) for run in runs)))
+    shared = sorted(set.intersection(*({step for step, _ in run} for run in runs)))
     by_run = [[value for step, value in run if step in set(shared)] for run in runs]
     if len(shared) > 60:
         by_run = [smooth(values, keep=0.9) for values in by_run]

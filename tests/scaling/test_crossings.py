@@ -33,7 +33,7 @@ def test_inside() -> None:
 
 
 def test_beyond() -> None:
-    other = law(1.10, 0.15, 0.96)
+    other = law(1.10, 0.15, 0.97)
     crossing = crossing_of(other, noise=0.0003)
     assert (crossing.status, crossing.better_below) == ("crosses beyond", "base")
     assert crossing.at == pytest.approx(true_crossing(other), rel=1.0)
