@@ -281,11 +281,13 @@ def test_killed_and_started_again_it_spends_nothing_twice(tmp_path: Path, capsys
     command = [sys.executable, str(ROOT / "scripts" / "ladder.py"), str(LADDERS / "tiny.yaml"), *overrides]
     third = ladder.folder / "runs" / "fast-L2-s0"
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    deadline = time.monotonic() + 120
-    while not list((third / "checkpoints").glob("step-*")) and process.poll() is None:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    process.kill()
+    deadline = time.monotonic() + 200
+    try:
+        while not list((third / "checkpoints").glob("step-*")) and process.poll() is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+    finally:
+        process.kill()
     output = process.communicate()[0]
     assert finished(ladder) == ["fast-L1-s0", "slow-L1-s0"], output
     before = {name: (ladder.folder / "runs" / name / "events.jsonl").read_bytes() for name in finished(ladder)}
