@@ -65,7 +65,9 @@ class Pretraining:
             Loader(
                 self.data,
                 context_length=config.batch.context_length,
-                micro_batch_size=config.batch.micro_batch_size,
+                micro_batch_size=min(
+                    config.batch.micro_batch_size, max(1, config.batch.global_batch_size // self.ranks)
+                ),
                 rows_per_step=config.batch.global_batch_size,
                 rank=self.rank,
                 world_size=self.ranks,

@@ -4,6 +4,7 @@ zero-start   expert load at initialisation, attention's output gains ordinary or
 experts      our expert computation against the library's, forward and backward
 checkpoint   what saving costs the loop, asynchronously and synchronously
 rollout      our engine against `generate`, response lengths as they fall and all equal
+grpo         a whole step of the climb against one of TRL's GRPOTrainer
 recovery     from a worker's death to the next step, from the warm standby and from a cold start
 """
 
@@ -20,11 +21,13 @@ from statistics import median
 from typing import Any
 
 from mai_thinking.config.command import exit_with
+from mai_thinking.config.grpo import GrpoConfig
 from mai_thinking.config.loading import load_config
 from mai_thinking.config.pretraining import PretrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 NANO = ROOT / "configs" / "nano.yaml"
+NANO_GRPO = ROOT / "configs" / "nano-grpo.yaml"
 
 
 def zero_start() -> None:
@@ -181,6 +184,90 @@ def rollout() -> None:
         print(f"{name:<14}{ours:>10.0f}{theirs:>10.0f}   {ours / theirs:.2f} times as fast")
 
 
+def grpo() -> None:
+    """Seconds of a whole step of nano's climb, new weights for the engine each step: 16 problems, 16 responses to each
+    of at most 32 tokens, graded, all learned from. From runs/nano/final; TRL (extra `company`) has the same problems in
+    the same order, sampling, reward and learning rate, so low a one that both policies stay what they are."""
+    from mai_thinking.rl.trainer import Climb
+    from mai_thinking.training.metrics import read_records
+    from mai_thinking.training.run_folder import RunFolder
+    from mai_thinking.training.session import make_accelerator
+
+    changes = ["rollouts.steps_per_update=1", "sampling.final_range=null", "tracking.print_every=1e9"]
+    with tempfile.TemporaryDirectory(dir=ROOT) as name, contextlib.ExitStack() as stack:
+        places = [f"output_dir={name}/run", f"init_from={ROOT}/runs/nano/final", "optimizer.learning_rate=1e-6"]
+        config = load_config(GrpoConfig, NANO_GRPO, [*changes, *places])
+        folder = RunFolder(config.folder)
+        climb = Climb(config, folder, make_accelerator(config, folder), stack)
+        climb.parallel.model.train()
+        theirs = _trl_steps(climb, 8, f"{name}/trl", between=climb._one_step)
+        records = read_records(folder.metrics)
+        per_step = config.groups_per_step * config.sampling.group_size
+        ours = [(r["seconds"], r["rollout_seconds"], r["response_length"] * per_step) for r in records]
+    print(f"{'':<6}{'step':>8}{'rollouts':>10}{'learning':>10}{'tokens':>8}   (median s of 7, alternating)")
+    for side, rows in (("ours", ours[1:]), ("TRL", theirs[1:])):
+        whole, rollouts, tokens = (median(row[part] for row in rows) for part in range(3))
+        learning = median(row[0] - row[1] for row in rows)
+        print(f"{side:<6}{whole:>8.2f}{rollouts:>10.2f}{learning:>10.2f}{tokens:>8.0f}")
+    ratios = [their[0] / our[0] for our, their in zip(ours[1:], theirs[1:], strict=True)]
+    ratio = median(row[0] for row in theirs[1:]) / median(row[0] for row in ours[1:])
+    print(f"{ratio:.2f} times as fast; step by step {min(ratios):.2f} … {max(ratios):.2f}")
+
+
+def _trl_steps(climb: Any, steps: int, folder: str, between: Any) -> list[tuple[float, float, float]]:
+    """Train the climb's first model on its problems with TRL, calling `between` after each step; → for each, seconds,
+    those of them up to the last reward, and response tokens."""
+    from datasets import Dataset
+    from transformers import TrainerCallback
+    from trl import GRPOConfig, GRPOTrainer
+
+    from mai_thinking.rl.rewards import group_rewards
+    from mai_thinking.training.model_files import load_model
+
+    config, collector = climb.config, climb.collector
+    mix, template, group = collector.mix, collector.responder.template, config.sampling.group_size
+    problems = [mix.problem("train", number) for number in range(steps * config.groups_per_step)]
+    opening = climb.tokenizer.eos_token
+    prompts = [opening + template.prompt(problem.question) for problem in problems]
+    section = config.reward.model_copy(update={"w_length": 0.0})  # as in a climb's last stage, which is nano's only one
+    rows: list[tuple[float, float, float]] = []
+    begin = rewarded = 0.0
+    tokens = 0
+
+    def reward(completions: list[str], completion_ids: list[list[int]], number: list[int], **_: Any) -> list[float]:
+        nonlocal rewarded, tokens
+        parsed = [template.parse(text) for text in completions]
+        asked = [problems[i] for i in number]
+        scores = [
+            mix.task(problem.task).verify(problem, one.answer) if one.answer is not None else 0.0
+            for problem, one in zip(asked, parsed, strict=True)
+        ]
+        lengths = [len(ids) for ids in completion_ids]
+        parts, _ = group_rewards(scores, [one.thought for one in parsed], lengths, max_length=1, section=section)
+        rewarded, tokens = time.perf_counter(), sum(lengths)
+        return [part.total for part in parts]
+
+    class InTurn(TrainerCallback):
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            nonlocal begin
+            begin = time.perf_counter()
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            rows.append((time.perf_counter() - begin, rewarded - begin, tokens))
+            between()
+
+    arguments = GRPOConfig(
+        folder, max_steps=steps, per_device_train_batch_size=config.groups_per_step * group, num_generations=group,
+        max_completion_length=config.curriculum.end, temperature=config.rollouts.temperature,
+        top_p=config.rollouts.top_p, learning_rate=config.optimizer.learning_rate, lr_scheduler_type="constant",
+        max_grad_norm=config.optimizer.clip_norm, shuffle_dataset=False, bf16=False,
+        gradient_checkpointing=False, report_to="none", logging_strategy="no", save_strategy="no", disable_tqdm=True,
+    )  # fmt: skip
+    data = Dataset.from_dict({"prompt": prompts, "number": list(range(len(prompts)))})
+    GRPOTrainer(load_model(config.init_from), reward, arguments, data, None, climb.tokenizer, callbacks=[InTurn()]).train()
+    return rows
+
+
 def _generate(model: Any, requests: Any, end: int | None) -> int:
     """The requests as one batch of the library's `generate`; → response tokens, padding left out."""
     import torch
@@ -239,6 +326,7 @@ BENCHMARKS = {
     "experts": experts,
     "checkpoint": checkpoint,
     "rollout": rollout,
+    "grpo": grpo,
     "recovery": recovery,
 }
 

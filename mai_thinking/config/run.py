@@ -56,7 +56,8 @@ class BatchSection(Section):
     global_batch_size: int = Field(ge=1)
     """Rows in a step, over all ranks and micro-batches."""
     micro_batch_size: int = Field(ge=1)
-    """Rows that a rank takes through the model at once; what is left is accumulated."""
+    """Rows that a rank takes through the model at once; what is left of its share of the global batch is accumulated.
+    A smaller share goes at once."""
 
     @model_validator(mode="after")
     def _check_divides(self) -> Self:

@@ -5,15 +5,20 @@ installation brings, are BSD-3-Clause.
 """
 
 import ast
+import functools
 import importlib
 import importlib.metadata
 import importlib.util
 import inspect
+import os
 import sys
 import sysconfig
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import xxhash
+
+from mai_thinking.data import exercises as exercises_module
 from mai_thinking.data.documents import Document
 from mai_thinking.data.exercises import exercises
 from mai_thinking.errors import UsageError
@@ -33,7 +38,7 @@ def read_embedded(corpus: str) -> Iterator[Document]:
 def embedded_fingerprint(corpus: str) -> str:
     """What the corpus's content depends on: versions of its packages, number and size of its files."""
     if corpus == "exercises":
-        return corpus
+        return f"exercises {xxhash.xxh3_64_hexdigest(inspect.getsource(exercises_module).encode())}"
     if corpus in ("scientific", "docstrings"):
         packages = _SCIENTIFIC if corpus == "scientific" else _DOCUMENTED
         return " ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
@@ -57,13 +62,20 @@ def _stdlib_root() -> Path:
 
 def _stdlib_files(tests: bool) -> list[tuple[Path, str]]:
     """The standard library's modules, or its tests: (file, name below the library)."""
-    found = []
     root = _stdlib_root()
-    for path in sorted(root.rglob("*.py")):
-        parts = path.relative_to(root).parts
-        if not any(part in _ELSEWHERE for part in parts) and _is_test(parts) == tests:
-            found.append((path, "/".join(parts)))
-    return found
+    return [(root.joinpath(*parts), "/".join(parts)) for parts in _stdlib_modules(root) if _is_test(parts) == tests]
+
+
+@functools.cache
+def _stdlib_modules(root: Path) -> tuple[tuple[str, ...], ...]:
+    """The path below `root` of every module, in order. Looked up once, and never below what is not the library's:
+    installed packages may be a hundred times as many, and a restarted worker waits for this."""
+    found = []
+    for folder, below, files in os.walk(root):
+        below[:] = [name for name in below if name not in _ELSEWHERE]
+        above = Path(folder).relative_to(root).parts
+        found += [(*above, name) for name in files if name.endswith(".py")]
+    return tuple(sorted(found))
 
 
 def _is_test(parts: tuple[str, ...]) -> bool:

@@ -28,6 +28,8 @@ class MaiThinkingConfig(PretrainedConfig):
     model_type: ClassVar[str] = "mai_thinking"
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
     attribute_map: ClassVar[dict[str, str]] = {"num_local_experts": "num_experts"}
+    auto_map: ClassVar[dict[str, str]] = {}
+    """No code lies in model folders: whoever imports this package knows the classes. TRL looks here."""
 
     vocab_size: int = 200_019
     hidden_size: int = 1024
