@@ -5,7 +5,8 @@ Mid-training is the same loop with `init_from`, another context and another mixt
 
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from mai_thinking.data import Loader, PreparedData, Step, prepare
 from mai_thinking.model import MaiThinkingConfig, MaiThinkingForCausalLM
 from mai_thinking.training.evaluation import Likelihood, evaluate_texts, summarize
 from mai_thinking.training.goodput import EVALUATION
-from mai_thinking.training.metrics import MetricsLog
+from mai_thinking.training.metrics import MetricsLog, read_records
 from mai_thinking.training.model_files import build_model, model_config, starting_point
 from mai_thinking.training.optimizer import build_optimizer, learning_rate
 from mai_thinking.training.parallel import share
@@ -92,6 +93,12 @@ class Pretraining:
         state = self._state()
         self.step = self.session.resume(state)
         self.progress = state["progress"]
+        # Read before anybody writes to it, so that all ranks know the same.
+        self.evaluated = {
+            part["kind"]: Likelihood(part["nats"], part["tokens"], part["bytes"])
+            for part in read_records(folder.evaluations)
+            if part["step"] == config.steps
+        }
         self.documents = MetricsLog(folder.documents(self.rank, self.ranks)) if config.tracking.documents else None
         if self.documents is not None:
             stack.callback(self.documents.close)
@@ -163,6 +170,28 @@ class Pretraining:
                 for category, documents in self.data.held_out.items()
                 if documents
             }
+        return self._record_evaluation(results)
+
+    def _evaluate_all(self) -> dict[str, Any]:
+        """The same of all held-out text, category by category: it takes long enough to be struck by a fault, and then
+        goes on with the category where it was."""
+        model = self.parallel.whole()
+        results = {}
+        for category, documents in self.data.held_out.items():
+            if not documents:
+                continue
+            if category not in self.evaluated:
+                with self.session.ledger.span(EVALUATION), self.accelerator.autocast():
+                    result = self._likelihood(model, [document.text for document in documents])
+                if self.rank == 0:
+                    part = {"step": self.step, "kind": category, **asdict(result)}
+                    with closing(MetricsLog(self.folder.evaluations)) as log:
+                        log.append(part)
+                self.evaluated[category] = result
+            results[category] = self.evaluated[category]
+        return self._record_evaluation(results)
+
+    def _record_evaluation(self, results: dict[str, Likelihood]) -> dict[str, Any]:
         record = {"kind": "evaluation", "step": self.step, "tokens": self.progress["tokens"], **summarize(results)}
         self.session.record(record, exact=("bits_per_byte",))
         self.session.say(f"step {self.step}: held-out bits per byte {_spell_bits(record)}")
@@ -204,7 +233,7 @@ class Pretraining:
 
     def _finish(self) -> None:
         """Evaluate on all held-out text, save the model folder, write the report, show what the model says."""
-        evaluation = self._evaluate(None)
+        evaluation = self._evaluate_all()
         model = self.parallel.whole()
         if self.rank == 0:
             samples = self._samples(model)

@@ -122,6 +122,26 @@ def test_stopped_and_gone_on_with_is_the_same_run(
     }
 
 
+def test_the_last_evaluation_goes_on_where_it_was(
+    tiny_run: Path, tmp_path: Path, tiny_config: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    likelihood, evaluated = Pretraining._likelihood, []
+
+    def dies_at_the_second(self: Pretraining, model: Any, texts: Any) -> Any:
+        if self.step == 20:
+            evaluated.append(len(texts))
+            if len(evaluated) == 2:
+                raise KeyboardInterrupt
+        return likelihood(self, model, texts)
+
+    monkeypatch.setattr(Pretraining, "_likelihood", dies_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        pretrain(tiny_config(tmp_path / "run"))
+    assert pretrain(tiny_config(tmp_path / "run")) == 0
+    assert len(evaluated) == 3  # two categories, of which only the second was tried twice
+    assert untimed(tmp_path / "run") == untimed(tiny_run)
+
+
 def test_sharded_by_one_rank_is_the_same_run(tiny_run: Path, tmp_path: Path, tiny_config: Make) -> None:
     assert pretrain(tiny_config(tmp_path / "run", "execution.parallel=fsdp")) == 0
     assert untimed(tmp_path / "run") == untimed(tiny_run)

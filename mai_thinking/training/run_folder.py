@@ -22,7 +22,8 @@ FREE_TO_CHANGE = ("output_dir", "tracking", "checkpoint", "launch", "plan", "dat
 class RunFolder:
     """`config.yaml`, `metrics.jsonl`, `events.jsonl`, `checkpoints/`, `final/`, `report/` under one path.
 
-    `architecture/` holds what a checkpoint needs to be read as a model: the model's config and the tokenizer.
+    `evaluations.jsonl` holds the parts of the last evaluation, so that it can go on where it was. `architecture/` holds
+    what a checkpoint needs to be read as a model: the model's config and the tokenizer.
     """
 
     def __init__(self, path: Path) -> None:
