@@ -264,7 +264,9 @@ def _trl_steps(climb: Any, steps: int, folder: str, between: Any) -> list[tuple[
         gradient_checkpointing=False, report_to="none", logging_strategy="no", save_strategy="no", disable_tqdm=True,
     )  # fmt: skip
     data = Dataset.from_dict({"prompt": prompts, "number": list(range(len(prompts)))})
-    GRPOTrainer(load_model(config.init_from), reward, arguments, data, None, climb.tokenizer, callbacks=[InTurn()]).train()
+    GRPOTrainer(
+        load_model(config.init_from), reward, arguments, data, None, climb.tokenizer, callbacks=[InTurn()]
+    ).train()
     return rows
 
 
