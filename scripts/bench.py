@@ -187,87 +187,95 @@ def rollout() -> None:
 def grpo() -> None:
     """Seconds of a whole step of nano's climb, new weights for the engine each step: 16 problems, 16 responses to each
     of at most 32 tokens, graded, all learned from. From runs/nano/final; TRL (extra `company`) has the same problems in
-    the same order, sampling, reward and learning rate, so low a one that both policies stay what they are."""
+    the same order, sampling, reward, and a learning rate so low that both policies stay what they are. It grades in
+    its own process, replays nothing, balances nothing and keeps no traces."""
     from mai_thinking.rl.trainer import Climb
     from mai_thinking.training.metrics import read_records
     from mai_thinking.training.run_folder import RunFolder
     from mai_thinking.training.session import make_accelerator
 
-    changes = ["rollouts.steps_per_update=1", "sampling.final_range=null", "tracking.print_every=1e9"]
+    steps = 8
     with tempfile.TemporaryDirectory(dir=ROOT) as name, contextlib.ExitStack() as stack:
-        places = [f"output_dir={name}/run", f"init_from={ROOT}/runs/nano/final", "optimizer.learning_rate=1e-6"]
+        changes = ["rollouts.steps_per_update=1", "sampling.final_range=null", "optimizer.learning_rate=1e-6"]
+        places = [f"output_dir={name}/run", f"init_from={ROOT}/runs/nano/final", "tracking.print_every=1e9"]
         config = load_config(GrpoConfig, NANO_GRPO, [*changes, *places])
         folder = RunFolder(config.folder)
         climb = Climb(config, folder, make_accelerator(config, folder), stack)
         climb.parallel.model.train()
-        theirs = _trl_steps(climb, 8, f"{name}/trl", between=climb._one_step)
+        trainer, theirs = _trl_trainer(climb, steps, f"{name}/trl")
+        trainer.train()
+        rollouts = config.groups_per_step * config.sampling.full_size
         records = read_records(folder.metrics)
-        per_step = config.groups_per_step * config.sampling.group_size
-        ours = [(r["seconds"], r["rollout_seconds"], r["response_length"] * per_step) for r in records]
-    print(f"{'':<6}{'step':>8}{'rollouts':>10}{'learning':>10}{'tokens':>8}   (median s of 7, alternating)")
+    ours = [(r["seconds"], r["rollout_seconds"], r["response_length"] * rollouts) for r in records]
+    print(f"{'':<6}{'step':>8}{'rollouts':>10}{'learning':>10}{'tokens':>8}   (median s of {steps - 1}, alternating)")
     for side, rows in (("ours", ours[1:]), ("TRL", theirs[1:])):
-        whole, rollouts, tokens = (median(row[part] for row in rows) for part in range(3))
+        whole, generating, tokens = (median(row[part] for row in rows) for part in range(3))
         learning = median(row[0] - row[1] for row in rows)
-        print(f"{side:<6}{whole:>8.2f}{rollouts:>10.2f}{learning:>10.2f}{tokens:>8.0f}")
+        print(f"{side:<6}{whole:>8.2f}{generating:>10.2f}{learning:>10.2f}{tokens:>8.0f}")
     ratios = [their[0] / our[0] for our, their in zip(ours[1:], theirs[1:], strict=True)]
     ratio = median(row[0] for row in theirs[1:]) / median(row[0] for row in ours[1:])
     print(f"{ratio:.2f} times as fast; step by step {min(ratios):.2f} … {max(ratios):.2f}")
 
 
-def _trl_steps(climb: Any, steps: int, folder: str, between: Any) -> list[tuple[float, float, float]]:
-    """Train the climb's first model on its problems with TRL, calling `between` after each step; → for each, seconds,
-    those of them up to the last reward, and response tokens."""
+def _trl_trainer(climb: Any, steps: int, folder: str) -> tuple[Any, list[tuple[float, float, int]]]:
+    """TRL's trainer of the climb's first model on its problems, which lets the climb make a step after each of its own;
+    and where it will leave, for each step, the seconds, those of them up to the last reward, and response tokens."""
     from datasets import Dataset
-    from transformers import TrainerCallback
+    from transformers import PrinterCallback, TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
-    from mai_thinking.rl.rewards import group_rewards
     from mai_thinking.training.model_files import load_model
 
-    config, collector = climb.config, climb.collector
-    mix, template, group = collector.mix, collector.responder.template, config.sampling.group_size
+    config, mix, group = climb.config, climb.collector.mix, climb.config.sampling.full_size
     problems = [mix.problem("train", number) for number in range(steps * config.groups_per_step)]
-    opening = climb.tokenizer.eos_token
-    prompts = [opening + template.prompt(problem.question) for problem in problems]
-    section = config.reward.model_copy(update={"w_length": 0.0})  # as in a climb's last stage, which is nano's only one
-    rows: list[tuple[float, float, float]] = []
-    begin = rewarded = 0.0
-    tokens = 0
+    opening, template = climb.tokenizer.eos_token, climb.collector.responder.template
+    rows: list[tuple[float, float, int]] = []
+    now = time.perf_counter
+    began, rewarded, tokens = 0.0, 0.0, 0
 
     def reward(completions: list[str], completion_ids: list[list[int]], number: list[int], **_: Any) -> list[float]:
         nonlocal rewarded, tokens
-        parsed = [template.parse(text) for text in completions]
-        asked = [problems[i] for i in number]
-        scores = [
-            mix.task(problem.task).verify(problem, one.answer) if one.answer is not None else 0.0
-            for problem, one in zip(asked, parsed, strict=True)
-        ]
-        lengths = [len(ids) for ids in completion_ids]
-        parts, _ = group_rewards(scores, [one.thought for one in parsed], lengths, max_length=1, section=section)
-        rewarded, tokens = time.perf_counter(), sum(lengths)
-        return [part.total for part in parts]
+        rewards = _rewards(climb, [problems[i] for i in number], completions)
+        rewarded, tokens = now(), sum(map(len, completion_ids))
+        return rewards
 
     class InTurn(TrainerCallback):
         def on_step_begin(self, *_: Any, **__: Any) -> None:
-            nonlocal begin
-            begin = time.perf_counter()
+            nonlocal began
+            began = now()
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
-            rows.append((time.perf_counter() - begin, rewarded - begin, tokens))
-            between()
+            rows.append((now() - began, rewarded - began, tokens))
+            climb._one_step()
 
     arguments = GRPOConfig(
         folder, max_steps=steps, per_device_train_batch_size=config.groups_per_step * group, num_generations=group,
         max_completion_length=config.curriculum.end, temperature=config.rollouts.temperature,
         top_p=config.rollouts.top_p, learning_rate=config.optimizer.learning_rate, lr_scheduler_type="constant",
-        max_grad_norm=config.optimizer.clip_norm, shuffle_dataset=False, bf16=False,
+        max_grad_norm=config.optimizer.clip_norm, router_aux_loss_coef=0.0, shuffle_dataset=False, bf16=False,
         gradient_checkpointing=False, report_to="none", logging_strategy="no", save_strategy="no", disable_tqdm=True,
     )  # fmt: skip
+    prompts = [opening + template.prompt(problem.question) for problem in problems]
     data = Dataset.from_dict({"prompt": prompts, "number": list(range(len(prompts)))})
-    GRPOTrainer(
-        load_model(config.init_from), reward, arguments, data, None, climb.tokenizer, callbacks=[InTurn()]
-    ).train()
-    return rows
+    model = load_model(config.init_from)
+    trainer = GRPOTrainer(model, reward, arguments, data, None, climb.tokenizer, callbacks=[InTurn()])
+    trainer.remove_callback(PrinterCallback)
+    return trainer, rows
+
+
+def _rewards(climb: Any, problems: Any, responses: list[str]) -> list[float]:
+    """What a climb of one stage gives for responses, each to its problem, computed here and now."""
+    from mai_thinking.rl.rewards import group_rewards
+
+    mix, template = climb.collector.mix, climb.collector.responder.template
+    parsed = [template.parse(text) for text in responses]
+    scores = [
+        0.0 if one.answer is None else mix.task(problem.task).verify(problem, one.answer)
+        for problem, one in zip(problems, parsed, strict=True)
+    ]
+    section = climb.config.reward.model_copy(update={"w_length": 0.0})  # it does not charge for length
+    thoughts = [one.thought for one in parsed]
+    return [part.total for part in group_rewards(scores, thoughts, [0] * len(scores), max_length=1, section=section)[0]]
 
 
 def _generate(model: Any, requests: Any, end: int | None) -> int:
