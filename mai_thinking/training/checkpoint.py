@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, Def
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.tensor import DTensor
 
 from mai_thinking.config.checkpoint import CheckpointSection
 from mai_thinking.errors import UsageError
@@ -110,6 +111,7 @@ class Checkpointer:
         if step != self.last_saved:
             tensors, document = self._collect(state)
             synchronous = synchronous or not self.section.asynchronous
+            tensors = _own_share(tensors, self.rank, self.world)
             staged = tensors if synchronous else self._stager.stage(tensors)
             writer = CheckpointWriter(self.folder, step, self.rank, self.world, document, self.seal)
             self._write = _Write(staged, writer, self._writers)
@@ -314,6 +316,21 @@ class _Write:
             if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise OSError(cause.errno, cause.strerror, str(self._writer.final)) from None
         raise RuntimeError(f"the checkpoint of step {self.step} could not be written") from self._problem
+
+
+def _own_share(tensors: dict[str, Tensor], rank: int, world: int) -> dict[str, Tensor]:
+    """What this rank copies and writes: its own tensors, its shards, and its part of those that all ranks hold alike, the
+    largest to whoever has least so far. DCP would leave the others out too, but only after they were copied."""
+    mine, bytes_of = {}, [0] * world
+    for name, tensor in sorted(tensors.items(), key=lambda item: (-item[1].nbytes, item[0])):
+        if name.startswith("rank-") or isinstance(tensor, DTensor):
+            mine[name] = tensor
+            continue
+        writer = bytes_of.index(min(bytes_of))
+        bytes_of[writer] += tensor.nbytes
+        if writer == rank:
+            mine[name] = tensor
+    return mine
 
 
 def _tree_of(value: Any) -> Any:
