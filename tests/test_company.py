@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from mai_thinking.training.metrics import read_records
@@ -190,19 +191,29 @@ def test_generate_with_a_static_cache(attention: str) -> None:
     assert len(set(grown[:, 12:].flatten().tolist())) > 5
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-def test_the_model_compiles_forward_and_backward(backend: str) -> None:
+@pytest.mark.parametrize(
+    ("experts", "backend"),
+    [
+        ("grouped_mm", "aot_eager"),
+        ("bucketed_mm", "aot_eager"),
+        pytest.param("bucketed_mm", "inductor", marks=pytest.mark.slow),
+    ],
+)
+def test_the_model_compiles_forward_and_backward(experts: str, backend: str) -> None:
+    """In one graph, but for our experts on a CPU, which are called between two."""
     ids = torch.randint(2, 97, (2, 24), generator=torch.Generator().manual_seed(0))
+    torch.compiler.reset()
+    counter = CompileCounterWithBackend(backend)
     results = []
     for compiled in (False, True):
-        model = tiny_model(num_hidden_layers=2, attention_period=2).train()
+        model = tiny_model(num_hidden_layers=2, attention_period=2, experts=experts).train()
         if compiled:
-            torch.compiler.reset()
-            model.compile(backend=backend)
+            model.compile(backend=counter, fullgraph=experts == "grouped_mm")
         output = model(ids, use_cache=False)
         F.cross_entropy(output.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
         results.append((output.logits, {name: p.grad for name, p in model.named_parameters()}))
     (logits, gradients), (compiled_logits, compiled_gradients) = results
+    assert counter.op_count > 150
     torch.testing.assert_close(compiled_logits, logits, atol=1e-5, rtol=1e-5)
     assert all(gradient is not None for gradient in gradients.values())
     torch.testing.assert_close(compiled_gradients, gradients, atol=1e-5, rtol=1e-4)

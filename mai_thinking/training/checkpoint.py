@@ -319,8 +319,10 @@ class _Write:
 
 
 def _own_share(tensors: dict[str, Tensor], rank: int, world: int) -> dict[str, Tensor]:
-    """What this rank copies and writes: its own tensors, its shards, and its part of those that all ranks hold alike, the
-    largest to whoever has least so far. DCP would leave the others out too, but only after they were copied."""
+    """What this rank copies and writes: its own tensors, its shards, and its part of those that all ranks hold alike.
+
+    The largest goes to whoever has least so far. DCP would leave the others out too, but only after they were copied.
+    """
     mine, bytes_of = {}, [0] * world
     for name, tensor in sorted(tensors.items(), key=lambda item: (-item[1].nbytes, item[0])):
         if name.startswith("rank-") or isinstance(tensor, DTensor):
