@@ -16,6 +16,7 @@ from mai_thinking.model import MaiThinkingConfig, MaiThinkingForCausalLM
 from mai_thinking.training.checkpoint import CheckpointReader
 from mai_thinking.training.run_folder import atomic_folder
 
+_DEFAULT_HINT = "`python scripts/pretrain.py` makes runs/nano/final"
 MAY_CHANGE = {
     "dropout",
     "document_masking",
@@ -82,7 +83,9 @@ def load_model_config(folder: str | Path) -> MaiThinkingConfig:
     path = Path(folder).expanduser()
     if not (path / "config.json").is_file():
         unfinished = (path.parent / "config.yaml").is_file()
-        hint = "the run is not finished" if unfinished else "`python scripts/pretrain.py` makes runs/nano/final"
+        recipe = Path("configs", f"{path.parent.name}.yaml")
+        command = f"`python scripts/pretrain.py {recipe}` makes it" if recipe.is_file() else _DEFAULT_HINT
+        hint = "the run is not finished" if unfinished else command
         raise UsageError(f"{folder}: no model here (config.json is missing); {hint}")
     config = MaiThinkingConfig.from_pretrained(path)
     if config.model_type != MaiThinkingConfig.model_type:

@@ -7,9 +7,12 @@ from pathlib import Path
 import pytest
 import yaml
 
+from mai_thinking.config.grpo import GrpoConfig
+from mai_thinking.config.ladder import LadderConfig
 from mai_thinking.config.launch import LaunchSection
 from mai_thinking.config.loading import load_config, save_config
 from mai_thinking.config.pretraining import PretrainConfig
+from mai_thinking.config.run import RunConfig
 from mai_thinking.errors import UsageError
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -23,9 +26,12 @@ def small(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: path.stem)
 def test_every_config_of_ours_can_be_read(path: Path) -> None:
-    assert load_config(PretrainConfig, path).name
+    kind: type[RunConfig] = GrpoConfig if path.stem.endswith("-grpo") else PretrainConfig
+    if path.parent.name == "ladders":
+        kind = LadderConfig
+    assert load_config(kind, path).name
 
 
 def test_a_saved_config_reads_back_the_same(small: Path, tmp_path: Path) -> None:
