@@ -3,6 +3,7 @@
 Mid-training is the same loop with `init_from`, another context and another mixture.
 """
 
+import functools
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
@@ -27,7 +28,7 @@ from mai_thinking.training.plan import Plan
 from mai_thinking.training.report import write_report
 from mai_thinking.training.run_folder import RunFolder
 from mai_thinking.training.sampling import sample_text
-from mai_thinking.training.session import Session, make_accelerator
+from mai_thinking.training.session import Session, run_in_folder
 from mai_thinking.training.state import ModelState, OptimizerState, PerRank, RandomState
 from mai_thinking.training.step import StepResult, TrainStep
 
@@ -38,14 +39,7 @@ def pretrain(config: PretrainConfig, *, dry_run: bool = False) -> int:
     if dry_run:
         print(Plan.of(config, architecture).text())
         return 0
-    folder = RunFolder(config.folder)
-    folder.check(config)
-    if folder.finished:
-        print(f"{folder.path} is finished: see {folder.report}/summary.md. Another name or seed makes another run.")
-        return 0
-    accelerator = make_accelerator(config, folder)
-    with ExitStack() as stack:
-        return Pretraining(config, folder, accelerator, stack).run()
+    return run_in_folder(config, functools.partial(Pretraining, config))
 
 
 class Pretraining:

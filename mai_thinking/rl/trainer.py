@@ -5,6 +5,7 @@ Everything that decides what comes next is in a checkpoint, pending rollouts inc
 ends as the undisturbed one does, bit for bit.
 """
 
+import functools
 import hashlib
 import time
 from collections.abc import Sequence
@@ -40,7 +41,7 @@ from mai_thinking.training.model_files import load_model_config
 from mai_thinking.training.optimizer import build_optimizer, learning_rate
 from mai_thinking.training.parallel import share
 from mai_thinking.training.run_folder import RunFolder
-from mai_thinking.training.session import Session, make_accelerator
+from mai_thinking.training.session import Session, run_in_folder
 from mai_thinking.training.state import ModelState, OptimizerState, PerRank, RandomState
 
 
@@ -49,14 +50,7 @@ def climb(config: GrpoConfig, *, dry_run: bool = False) -> int:
     if dry_run:
         print(describe(config))
         return 0
-    folder = RunFolder(config.folder)
-    folder.check(config)
-    if folder.finished:
-        print(f"{folder.path} is finished: see {folder.report}/summary.md. Another name or seed makes another run.")
-        return 0
-    accelerator = make_accelerator(config, folder)
-    with ExitStack() as stack:
-        return Climb(config, folder, accelerator, stack).run()
+    return run_in_folder(config, functools.partial(Climb, config))
 
 
 class Climb:

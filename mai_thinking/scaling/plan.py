@@ -11,12 +11,12 @@ import torch
 from mai_thinking.config.ladder import LadderConfig
 from mai_thinking.config.pretraining import PretrainConfig
 from mai_thinking.model import MaiThinkingConfig
-from mai_thinking.pretraining import make_accelerator
 from mai_thinking.training.model_files import build_model, model_config
 from mai_thinking.training.optimizer import build_optimizer
 from mai_thinking.training.parallel import share
 from mai_thinking.training.plan import quantity
 from mai_thinking.training.run_folder import RunFolder
+from mai_thinking.training.session import make_accelerator
 from mai_thinking.training.step import TrainStep
 
 _MEASURED_STEPS = 5

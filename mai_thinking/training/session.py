@@ -1,9 +1,9 @@
 """What every training loop has around its steps: a claimed folder, a ledger, metrics, checkpoints, a way to stop."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
@@ -43,6 +43,24 @@ def make_accelerator(config: TrainingConfig, folder: RunFolder) -> Accelerator:
         project_dir=str(folder.path / "trackers"),
         step_scheduler_with_optimizer=False,
     )
+
+
+class Loop(Protocol):
+    """A training loop, ready to go."""
+
+    def run(self) -> int:
+        """To the end, or until it is asked to stop; the exit code."""
+
+
+def run_in_folder(config: TrainingConfig, start: Callable[[RunFolder, Accelerator, ExitStack], Loop]) -> int:
+    """Run a loop in its config's folder, or go on with it where it was; the exit code. A finished run is left alone."""
+    folder = RunFolder(config.folder)
+    folder.check(config)
+    if folder.finished:
+        print(f"{folder.path} is finished: see {folder.report}/summary.md. Another name or seed makes another run.")
+        return 0
+    with ExitStack() as stack:
+        return start(folder, make_accelerator(config, folder), stack).run()
 
 
 class Session:
