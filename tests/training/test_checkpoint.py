@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import run_ranks
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
@@ -18,6 +17,7 @@ from mai_thinking.errors import UsageError
 from mai_thinking.training import checkpoint_storage
 from mai_thinking.training.checkpoint import Checkpointer, CheckpointReader
 from mai_thinking.training.state import ModelState, OptimizerState, PerRank, RandomState, join_tree, split_tree
+from ranks import run_ranks
 
 
 class Toy(nn.Module):

@@ -5,12 +5,12 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from ranks import run_ranks
 from torch.distributed.tensor import DTensor
 
 from mai_thinking.model.latent_moe import balance_loss
 from mai_thinking.training.parallel import share
 from mai_thinking.training.step import NonFiniteError, StepResult, TrainStep, routing_metrics
+from ranks import run_ranks
 from tiny_models import tiny_model
 
 BALANCE, Z = 0.7, 0.01
