@@ -222,7 +222,7 @@ def some_groups() -> list[Group]:
     return groups
 
 
-def gradients_of(groups: list[Group], rows: int, how: str = "ddp") -> dict[str, torch.Tensor]:
+def gradients_of(groups: list[Group], rows: int) -> dict[str, torch.Tensor]:
     """What one step hands to the optimiser."""
     task = {"name": "sum", "kind": "sum"}
     config = GrpoConfig.model_validate(
