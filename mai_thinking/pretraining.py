@@ -104,10 +104,8 @@ class Pretraining:
         session.save_architecture(self.architecture, self.data.tokenizer)
         self.parallel.model.train()
         with session.line:
-            for batch in self.loader:
-                if self.step >= self.config.steps:
-                    break
-                self._train(batch)
+            while self.step < self.config.steps:
+                self._train(next(self.loader))
                 if self.step % self.config.evaluation.every == 0 and self.step < self.config.steps:
                     self._evaluate(self.config.evaluation.max_bytes)
                 stopping = session.stop.agreed()
