@@ -124,11 +124,11 @@ def test_stopped_and_gone_on_with_is_the_same_run(
 
 def test_a_last_checkpoint_out_of_turn_is_at_the_last_step(tmp_path: Path, tiny_config: Make) -> None:
     """Reading a batch ahead of the end would leave the data one step further than the weights."""
-    config = tiny_config(tmp_path / "run", "steps=4", "checkpoint.every=3")
+    config = tiny_config(tmp_path / "run", "steps=7", "checkpoint.every=3")
     assert pretrain(config) == 0
     state = last_state(tmp_path / "run")
-    assert state["progress"]["step"] == 4
-    assert sum(state["loader"]["rows"].values()) == 4 * config.batch.global_batch_size
+    assert state["progress"]["step"] == 7
+    assert sum(state["loader"]["rows"].values()) == 7 * config.batch.global_batch_size
 
 
 def test_the_last_evaluation_goes_on_where_it_was(
