@@ -1,5 +1,6 @@
 """The model that a climb starts from, and what the climb will cost."""
 
+from mai_thinking.config.distillation import DistillConfig
 from mai_thinking.config.grpo import GrpoConfig
 from mai_thinking.data.tokenizer import load_tokenizer
 from mai_thinking.errors import UsageError
@@ -19,7 +20,9 @@ def policy_config(config: GrpoConfig) -> MaiThinkingConfig:
     return architecture
 
 
-def policy_model(config: GrpoConfig, architecture: MaiThinkingConfig) -> tuple[MaiThinkingForCausalLM, Lineage]:
+def policy_model(
+    config: GrpoConfig | DistillConfig, architecture: MaiThinkingConfig
+) -> tuple[MaiThinkingForCausalLM, Lineage]:
     """The weights of `init_from` in fp32 on the CPU, and where they come from. UsageError if that is not known."""
     lineage = require_own(config.init_from, allow_third_party=config.allow_third_party)
     execution = config.execution

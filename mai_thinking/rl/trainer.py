@@ -126,6 +126,8 @@ class Climb:
                 if session.checkpointer.due(self.step) or stopping:
                     session.save(self.step, self._state(), synchronous=stopping)
                 if stopping:
+                    if session.rank == 0:  # whoever gives up here can still learn from them
+                        session.record_traces(self.folder.path / FOLDER, self.step)
                     return session.end_interrupted(self.step)
             session.save(self.step, self._state(), synchronous=True)
             self._finish()

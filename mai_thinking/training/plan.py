@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
+from mai_thinking.config.distillation import DistillConfig
 from mai_thinking.config.pretraining import PretrainConfig
 from mai_thinking.config.run import PlanSection
 from mai_thinking.model import MaiThinkingConfig, MaiThinkingForCausalLM
@@ -87,13 +88,13 @@ def _activations_per_token(architecture: MaiThinkingConfig, compute_bytes: int) 
 class Plan:
     """A run's size."""
 
-    config: PretrainConfig
+    config: PretrainConfig | DistillConfig
     architecture: MaiThinkingConfig
     ranks: int
     memory: Memory
 
     @classmethod
-    def of(cls, config: PretrainConfig, architecture: MaiThinkingConfig) -> "Plan":
+    def of(cls, config: PretrainConfig | DistillConfig, architecture: MaiThinkingConfig) -> "Plan":
         """Reckon `config` with the ranks of `config.plan`, or those that the launcher gives."""
         ranks = config.plan.gpus or int(os.environ.get("WORLD_SIZE", "1"))
         bf16 = config.execution.precision == "bf16" or (

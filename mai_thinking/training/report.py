@@ -65,13 +65,14 @@ def draw(folder: RunFolder, yardsticks: Mapping[str, Yardstick], architecture: M
     records = read_records(folder.metrics)
     steps = [record for record in records if "kind" not in record]
     evaluations = [record for record in records if record.get("kind") == "evaluation"]
-    _draw_loss(plt, folder.report / "loss.png", steps)
+    draw_loss(plt, folder.report / "loss.png", steps)
     _draw_bits(plt, folder.report / "bits_per_byte.png", evaluations, yardsticks)
     _draw_load(plt, folder.report / "expert_load.png", steps, architecture)
     return ["loss", "bits_per_byte", "expert_load"]
 
 
-def _draw_loss(plt: Any, path: Path, steps: Sequence[Record]) -> None:
+def draw_loss(plt: Any, path: Path, steps: Sequence[Record]) -> None:
+    """Training loss, gradient norm and learning rate over tokens, as PNG."""
     tokens = [record["tokens"] / 1e6 for record in steps]
     loss = [record["loss"] for record in steps]
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")

@@ -79,9 +79,10 @@ class Session:
         *,
         parent: Lineage,
         data: PreparedData | Sequence[Source],
+        traces: Sequence[Lineage] = (),
     ) -> None:
-        """`parent` is where the first weights come from, `data` what the run learns from: for the records of what it
-        leaves (`mai_thinking.lineage`)."""
+        """`parent` is where the first weights come from, `data` and `traces` what the run learns from: for the records
+        of what it leaves (`mai_thinking.lineage`)."""
         self.config, self.folder, self.accelerator = config, folder, accelerator
         self.rank, self.ranks = accelerator.process_index, accelerator.num_processes
         if self.rank == 0:
@@ -91,7 +92,7 @@ class Session:
         self.checkpointer = Checkpointer(
             folder.checkpoints, config.checkpoint, lambda path: record_checkpoint(path, **self._origin())
         )
-        self._parents, self._data = [parent], data
+        self._parents, self._data = [parent, *traces], data
         self._earlier_code: tuple[CodeVersion, ...] = ()
         self._metrics: MetricsLog | None = None
         self._line: ProgressLine | None = None

@@ -68,10 +68,11 @@ class TrainStep:
 
     def __call__(self, micro_batches: Sequence[MicroBatch], learning_rate: float, step: int) -> StepResult:
         """Learn from `micro_batches`: dicts of [B, T] int64 `input_ids`, `labels` (next tokens, -100 for none) and
-        `position_ids`. Raises `NonFiniteError`, before any weight changes, when a loss or gradient is not finite."""
+        `position_ids`, and, where there is padding, [B, T] bool `token_mask` that is false there. Raises
+        `NonFiniteError`, before any weight changes, when a loss or gradient is not finite."""
         labels = torch.tensor([float((batch["labels"] != -100).sum()) for batch in micro_batches]).sum()
         label_count = self._sum(labels.to(self.device))
-        token_count = self.ranks * sum(batch["input_ids"].numel() for batch in micro_batches)
+        token_count = self._token_count(micro_batches)
         accumulate = self._accumulate_exact if self.exact_balance else self._accumulate_running
         losses, counts, entropy = accumulate(micro_batches, label_count, token_count)
         grad_norm = clip_gradients(self.parallel.model, self.clip_norm)
@@ -125,6 +126,7 @@ class TrainStep:
                 input_ids=batch["input_ids"].to(self.device),
                 position_ids=batch["position_ids"].to(self.device),
                 shift_labels=batch["labels"].to(self.device),
+                token_mask=None if "token_mask" not in batch else batch["token_mask"].to(self.device),
                 num_items_in_batch=label_count,
                 skip_logits=True,
                 use_cache=False,
@@ -140,6 +142,13 @@ class TrainStep:
         z = routing.z.sum() / token_count
         total = cross_entropy + self.balance * balance + self.z * z
         return total, torch.stack([cross_entropy.detach(), balance.detach(), z.detach()])
+
+    def _token_count(self, micro_batches: Sequence[MicroBatch]) -> int:
+        """Tokens that the routers' sums run over, of all ranks."""
+        if "token_mask" not in micro_batches[0]:
+            return self.ranks * sum(batch["input_ids"].numel() for batch in micro_batches)
+        mine = torch.stack([batch["token_mask"].sum() for batch in micro_batches]).sum()
+        return int(self._sum(mine.to(self.device)))
 
     def _sum(self, value: torch.Tensor) -> torch.Tensor:
         """Over all ranks, in a fixed order."""

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from mai_thinking.config.distillation import DistillConfig
 from mai_thinking.config.grpo import GrpoConfig
 from mai_thinking.config.ladder import LadderConfig
 from mai_thinking.config.launch import LaunchSection
@@ -28,7 +29,8 @@ def small(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: path.stem)
 def test_every_config_of_ours_can_be_read(path: Path) -> None:
-    kind: type[RunConfig] = GrpoConfig if path.stem.endswith("-grpo") else PretrainConfig
+    kinds: dict[str, type[RunConfig]] = {"grpo": GrpoConfig, "distill": DistillConfig}
+    kind = kinds.get(path.stem.rpartition("-")[2], PretrainConfig)
     if path.parent.name == "ladders":
         kind = LadderConfig
     assert load_config(kind, path).name

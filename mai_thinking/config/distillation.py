@@ -1,0 +1,173 @@
+"""The config of `scripts/self_distill.py`: SFT on traces of our own (MAI-Thinking-1 report §3.1.4, §3.5)."""
+
+import math
+import re
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from mai_thinking.config.base import Section
+from mai_thinking.config.data import DataSection
+from mai_thinking.config.run import BatchSection, OptimizerSection, PlanSection, ScheduleSection, TrainingConfig
+from mai_thinking.config.tasks import TemplateSection
+
+Hack = Literal["several-answers", "own-question"]
+"""Reward hacks that `mai_thinking.trace_selection` knows by the frame that a run asked in."""
+
+LATE = 0.25
+"""Traces of a run's last quarter: several late checkpoints, which beat the last one alone; early ones hurt (§3.1.4)."""
+WARMUP = 0.02
+"""Share of the steps (§3.1.4)."""
+
+
+class TraceSourceSection(Section):
+    """One RL run whose traces are learned from."""
+
+    run: str = Field(min_length=1)
+    """The run's folder; the traces lie in `traces/` below it."""
+    weight: float = Field(1.0, gt=0)
+    """Share of the traces chosen and of those learned from, relative to the other sources' weights (§3.5: 56/11/33)."""
+    steps: tuple[int, int] | None = None
+    """First and last gradient step that the weights behind a trace may have had; null means any. A climb that collapsed
+    is answered from traces older than the damage."""
+    late: float | None = Field(None, gt=0, le=1)
+    """Of the checkpoints in `steps`, the latest share; a small number means the last one alone. Null: a quarter, or all
+    where `steps` are given."""
+
+    @field_validator("steps")
+    @classmethod
+    def _check_steps(cls, steps: tuple[int, int] | None) -> tuple[int, int] | None:
+        if steps is not None and not 0 <= steps[0] <= steps[1]:
+            raise ValueError(f"{list(steps)} is not [first, last], from 0 on")
+        return steps
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder."""
+        return Path(self.run).expanduser()
+
+    @property
+    def late_share(self) -> float:
+        """`late`, or its default."""
+        return self.late or (LATE if self.steps is None else 1.0)
+
+
+class SelectionSection(Section):
+    """Which traces are learned from. A rule that is null is off; each says how many traces it removed."""
+
+    correct_only: bool = True
+    """Only traces with a positive task reward. Mixed ones do alike (§3.1.4); the report took the correct."""
+    unfinished: bool = False
+    """Keep traces that were cut off at the length limit."""
+    unanswered: bool = False
+    """Keep traces without an answer in their frame."""
+    max_repetition: float | None = Field(0.5, ge=0, le=1)
+    """Most of a response's runs of 8 tokens that may have occurred in it before; more is a loop."""
+    max_foreign: float | None = Field(0.05, ge=0, le=1)
+    """Most of a response's words that may be of another language than English (§3.1)."""
+    hacks: tuple[Hack, ...] = ("several-answers", "own-question")
+    """Known reward hacks to remove. `several-answers`: more than one answer in the frame, of which the last counts.
+    `own-question`: the response asks a question in the frame itself, and answers that."""
+    patterns: dict[str, str] = Field(default_factory=dict)
+    """More hacks: a name, and a regular expression that responses are searched for."""
+    per_prompt: int = Field(4, ge=1)
+    """Most traces of one prompt. More prompts beat more traces per prompt (§3.1.4)."""
+    total: int = Field(1_000_000, ge=1)
+    """Most traces in all, divided over the sources by their weights. Prompts are drawn uniformly, each giving up to
+    `per_prompt`, until there are so many; far more than a million narrow the policy (§3.1.4)."""
+    order: Literal["random", "shortest"] = "random"
+    """Which of a prompt's traces are taken. Random choice beats the shortest (§3.1.4)."""
+
+    @field_validator("patterns")
+    @classmethod
+    def _check_patterns(cls, patterns: dict[str, str]) -> dict[str, str]:
+        for name, pattern in patterns.items():
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"{name}: {pattern!r} is not a regular expression: {error}") from None
+        return patterns
+
+
+class ReframeSection(Section):
+    """Another chat format on the way: question and answer move from the frame that a trace has into another."""
+
+    template: TemplateSection
+    """The new frame."""
+    replace: dict[str, str] = Field(default_factory=dict)
+    """Strings of what stands before the answer, and what takes their place, such as the end mark of the thought."""
+
+    @field_validator("replace")
+    @classmethod
+    def _check_replace(cls, replace: dict[str, str]) -> dict[str, str]:
+        if "" in replace:
+            raise ValueError("an empty string stands everywhere; name one with characters")
+        return replace
+
+
+class MixedTextSection(Section):
+    """Text between the traces, so that what mid-training taught is kept."""
+
+    share: float = Field(gt=0, lt=1)
+    """Of the rows. All tokens of text are learned from, of a trace its response's, so that the share of the loss is
+    larger; the run says it."""
+    data: DataSection = DataSection()
+    """As in mid-training; the tokenizer is that of `init_from`."""
+
+    @field_validator("data")
+    @classmethod
+    def _check_tokenizer(cls, data: DataSection) -> DataSection:
+        if data.tokenizer.path is not None:
+            raise ValueError("tokenizer.path: text is encoded as `init_from` reads it; remove the key")
+        return data
+
+
+class DistillConfig(TrainingConfig):
+    """A self-distillation. The defaults are the report's (§3.1.4); a small model wants a higher learning rate."""
+
+    init_from: str
+    """The model folder to train: a base or mid-trained one, or any other of ours."""
+    allow_third_party: bool = False
+    """Take `init_from` and traces though no record leads from them back to random weights; see
+    `mai_thinking.lineage`."""
+    traces: tuple[TraceSourceSection, ...] = Field(min_length=1)
+    """One run, or several specialists to be made one (§3.5)."""
+    selection: SelectionSection = SelectionSection()
+    reframe: ReframeSection | None = None
+    """Null: traces keep their frame."""
+    text: MixedTextSection | None = None
+    """Null: traces alone."""
+    batch: BatchSection
+    dropout: float = Field(0.15, ge=0, lt=1)
+    """On each sublayer's output, whatever `init_from` was trained with."""
+    balance: float = Field(1e-2, ge=0)
+    """Weight of the load-balance loss."""
+    optimizer: OptimizerSection = OptimizerSection(
+        learning_rate=1.7e-5, weight_decay=0.001, weight_decay_attention=0.001, weight_decay_embeddings=0.001
+    )
+    schedule: ScheduleSection = ScheduleSection(floor=5.2 / 17)
+    """Of `warmup_steps`, the default is 2 % of the steps."""
+    plan: PlanSection = PlanSection()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_schedule(cls, fields: Any) -> Any:
+        """Keys of `optimizer` and `schedule` that are not given are this recipe's, not pre-training's."""
+        if not isinstance(fields, dict):
+            return fields
+        steps = fields.get("steps")
+        defaults: dict[str, dict[str, Any]] = {
+            "optimizer": cls.model_fields["optimizer"].default.model_dump(),
+            "schedule": cls.model_fields["schedule"].default.model_dump()
+            | {"warmup_steps": math.ceil(WARMUP * steps) if isinstance(steps, int) and steps > 0 else 0},
+        }
+        given = {name: fields.get(name, {}) for name in defaults}
+        filled = {name: defaults[name] | tree for name, tree in given.items() if isinstance(tree, dict)}
+        return {**fields, **filled}
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.schedule.warmup_steps > self.steps:
+            raise ValueError(f"schedule.warmup_steps: {self.schedule.warmup_steps} is more than the {self.steps} steps")
+        return self

@@ -1,0 +1,169 @@
+"""Rows of traces, and of text between them: what a step of self-distillation learns from.
+
+Traces lie in a row one behind the other, each with positions from 0, which keeps them apart in the model; loss falls on
+responses only. What is left at a row's end is padding: no label, and left out of the routing's sums. A step's rows
+depend on the seed, the selection and the step alone, so that any number of ranks sees the same.
+
+Shapes: T places in a row.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from mai_thinking.config.distillation import DistillConfig
+from mai_thinking.data import Loader, PreparedData
+from mai_thinking.data.mixture import Mixture
+from mai_thinking.errors import UsageError
+from mai_thinking.trace_selection import ChosenTraces, Example, Selection
+from mai_thinking.training.step import MicroBatch
+
+IGNORED = -100
+"""The label of a place that nothing is learned from."""
+TRACES, TEXT = "traces", "text"
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A global batch: this rank's part of it, and counts of the whole."""
+
+    micro_batches: list[MicroBatch]
+    """Each with `input_ids`, `labels`, `position_ids` [rows, T] int64 and `token_mask` [rows, T] bool."""
+    traces: int
+    response_tokens: int
+    text_rows: int
+
+
+class Batches:
+    """An endless iterator over a run's batches, restorable at any step and any number of ranks.
+
+    Sources are dealt trace by trace, each to the one that lags furthest behind its share; a source begins a new
+    permutation of its traces when all have been dealt. `state_dict` is the same on every rank.
+    """
+
+    def __init__(
+        self, selection: Selection, text: PreparedData | None, config: DistillConfig, *, rank: int, ranks: int
+    ) -> None:
+        """`text` is there if `config.text` is. UsageError if the ranks do not divide the batch."""
+        batch = config.batch
+        self.length, self.rows, self.rank, self.ranks = batch.context_length, batch.global_batch_size, rank, ranks
+        self.micro_batch = min(batch.micro_batch_size, max(1, self.rows // ranks))
+        if self.rows % (ranks * self.micro_batch):
+            raise UsageError(
+                f"batch.global_batch_size: {self.rows} rows cannot be divided over {ranks} ranks × micro-batches of "
+                f"{self.micro_batch}; make it a multiple of {ranks * self.micro_batch}"
+            )
+        self.selection, self.seed = selection, config.seed
+        self._orders: dict[str, tuple[int, np.ndarray]] = {}
+        self._sources = {str(number): source for number, source in enumerate(selection.sources)}
+        self._dealt = Mixture({number: source.weight for number, source in self._sources.items()})
+        share = config.text.share if config.text else 0.0
+        self._kinds = Mixture({TRACES: 1 - share, TEXT: share} if share else {TRACES: 1.0})
+        self._text: Loader | None = None
+        if text is not None:
+            self._text = Loader(
+                text, context_length=self.length, micro_batch_size=1, rows_per_step=1, seed=config.seed, prefetch=0
+            )
+
+    def __next__(self) -> Batch:
+        kinds = [self._kinds.next_source()[0] for _ in range(self.rows)]
+        layout = self._fill(kinds.count(TRACES))
+        traces = iter(layout)
+        share = self.rows // self.ranks
+        mine = range(self.rank * share, (self.rank + 1) * share)
+        made = []
+        for place, kind in enumerate(kinds):
+            # A row of text is read by every rank, which keeps its reader where the others' are.
+            row = self._text_row() if kind == TEXT else next(traces)
+            if place in mine:
+                made.append(row if isinstance(row, dict) else trace_row(row, self.length))
+        size = self.micro_batch
+        return Batch(
+            [_stack(made[begin : begin + size]) for begin in range(0, share, size)],
+            traces=sum(map(len, layout)),
+            response_tokens=sum(len(example.response_ids) for row in layout for example in row),
+            text_rows=kinds.count(TEXT),
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain JSON: the position behind the last batch, and what it is a position in."""
+        return {
+            **self._identity,
+            "dealt": dict(self._dealt.rows),
+            "kinds": dict(self._kinds.rows),
+            "text": None if self._text is None else self._text.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on behind the batch that `state` describes. UsageError if the traces are not those that it was of."""
+        if any(state.get(name) != value for name, value in self._identity.items()):
+            raise UsageError(
+                "traces: the rules choose other traces now than when this run began, so their runs have gone on or "
+                "changed; restore them, or start under another name"
+            )
+        self._dealt.rows.update(state["dealt"])
+        self._kinds.rows.update(state["kinds"])
+        if self._text is not None:
+            self._text.load_state_dict(state["text"])
+
+    @property
+    def _identity(self) -> dict[str, Any]:
+        return {"traces": self.selection.fingerprint, "seed": self.seed, "context_length": self.length}
+
+    def _fill(self, rows: int) -> list[list[Example]]:
+        """The next traces, each in the first of so many rows that has room; the first that finds none is put back."""
+        layout: list[list[Example]] = [[] for _ in range(rows)]
+        room = [self.length] * rows
+        while rows:
+            name, number = self._dealt.next_source()
+            example = self._example(name, number)
+            row = next((row for row, free in enumerate(room) if free >= example.places), None)
+            if row is None:
+                self._dealt.rows[name] -= 1
+                break
+            layout[row].append(example)
+            room[row] -= example.places
+        return layout
+
+    def _example(self, name: str, number: int) -> Example:
+        source = self._sources[name]
+        epoch, place = divmod(number, len(source.examples))
+        if self._orders.get(name, (-1,))[0] != epoch:
+            random = np.random.default_rng([self.seed, int(name), epoch])
+            self._orders[name] = epoch, random.permutation(len(source.examples))
+        return source.examples[self._orders[name][1][place]]
+
+    def _text_row(self) -> dict[str, torch.Tensor]:
+        assert self._text is not None
+        row = {name: value[0] for name, value in next(self._text).micro_batches[0].items()}
+        return row | {"token_mask": torch.ones(self.length, dtype=torch.bool)}
+
+
+def trace_row(examples: Sequence[Example], length: int) -> dict[str, torch.Tensor]:
+    """Examples one behind the other: `input_ids`, `labels`, `position_ids` [T] int64, `token_mask` [T] bool."""
+    input_ids, position_ids = np.zeros((2, length), dtype=np.int64)
+    labels = np.full(length, IGNORED, dtype=np.int64)
+    token_mask = np.zeros(length, dtype=bool)
+    start = 0
+    for example in examples:
+        prompt, end = len(example.prompt_ids), start + example.places
+        input_ids[start:end] = np.concatenate((example.prompt_ids, example.response_ids[:-1]))
+        position_ids[start:end] = np.arange(example.places)
+        labels[start + prompt - 1 : end] = example.response_ids
+        token_mask[start:end] = True
+        start = end
+    position_ids[start:] = np.arange(length - start)
+    arrays = {"input_ids": input_ids, "labels": labels, "position_ids": position_ids, "token_mask": token_mask}
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+
+def epochs(source: ChosenTraces, share: float, samples: float) -> float:
+    """How often a source's traces are seen on average in a run of so many samples."""
+    return samples * share / len(source.examples)
+
+
+def _stack(rows: Sequence[dict[str, torch.Tensor]]) -> MicroBatch:
+    return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}

@@ -1,0 +1,355 @@
+"""Which traces of former climbs are learned from, and in which words (MAI-Thinking-1 report §3.1.4).
+
+Rules apply one after the other and a trace counts under the first that removes it: the steps, then what is wrong with a
+trace by itself, then the cap per prompt, then the total. A store is read twice, wave by wave, so that only the traces
+that are chosen need to fit into memory (4 bytes a token).
+"""
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import xxhash
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerFast
+
+from mai_thinking.config.distillation import DistillConfig, ReframeSection, SelectionSection, TraceSourceSection
+from mai_thinking.config.loading import read_yaml_with_base, validate
+from mai_thinking.config.tasks import TemplateSection
+from mai_thinking.data.tokenizer import Encoder, load_tokenizer
+from mai_thinking.errors import UsageError
+from mai_thinking.rl.language import foreign_words
+from mai_thinking.rl.template import Template
+from mai_thinking.rl.traces import FOLDER, TraceStore
+
+Tokens = NDArray[np.int32]
+_GRAM = 8
+"""Tokens that are looked up as one in the search for loops."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """A trace to learn from."""
+
+    prompt_ids: Tokens
+    response_ids: Tokens
+    """With the end-of-text token, if the response came to its end."""
+
+    @property
+    def places(self) -> int:
+        """Places in a row: the last token is only predicted."""
+        return len(self.prompt_ids) + len(self.response_ids) - 1
+
+
+@dataclass(frozen=True)
+class ChosenTraces:
+    """What is taken of one run's traces."""
+
+    run: str
+    weight: float
+    steps: tuple[int, int]
+    """The first and the last step of the weights that generated them."""
+    found: int
+    """Traces in the store."""
+    removed: dict[str, int]
+    """By rule, in the order of the rules."""
+    prompts: int
+    examples: Sequence[Example]
+    """In the order of their generation."""
+
+    @cached_property
+    def response_tokens(self) -> int:
+        """Tokens that are learned from."""
+        return sum(len(example.response_ids) for example in self.examples)
+
+    @cached_property
+    def places(self) -> int:
+        """Places that they take in rows."""
+        return sum(example.places for example in self.examples)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What is taken of all runs."""
+
+    sources: Sequence[ChosenTraces]
+
+    @property
+    def shares(self) -> list[float]:
+        """Of the traces learned from, source by source."""
+        total = sum(source.weight for source in self.sources)
+        return [source.weight / total for source in self.sources]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """xxh3-128 of all tokens: what a position in them refers to."""
+        digest = xxhash.xxh3_128()
+        for source in self.sources:
+            digest.update(f"{len(source.examples)};".encode())
+            for example in source.examples:
+                digest.update(f"{len(example.prompt_ids)},{len(example.response_ids)};".encode())
+                digest.update(example.prompt_ids.tobytes() + example.response_ids.tobytes())
+        return digest.hexdigest()
+
+    def markdown(self) -> str:
+        """How many traces each rule removed, and what is left; a column a source."""
+        rows: list[tuple[str, list[str]]] = [("traces found", [f"{source.found:,}" for source in self.sources])]
+        for rule in dict.fromkeys(rule for source in self.sources for rule in source.removed):
+            rows.append((f"removed: {rule}", [f"{source.removed.get(rule, 0):,}" for source in self.sources]))
+        rows += [
+            ("**taken**", [f"**{len(source.examples):,}**" for source in self.sources]),
+            ("prompts", [f"{source.prompts:,}" for source in self.sources]),
+            ("from steps", ["{:,} to {:,}".format(*source.steps) for source in self.sources]),
+            ("tokens a response", [f"{s.response_tokens / len(s.examples):,.1f}" for s in self.sources]),
+            ("share of samples", [f"{100 * share:.1f} %" for share in self.shares]),
+        ]
+        head = ["", *(source.run for source in self.sources)]
+        lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * len(self.sources)]
+        return "\n".join(lines + ["| " + " | ".join([name, *cells]) + " |" for name, cells in rows])
+
+
+def select(config: DistillConfig, tokenizer: PreTrainedTokenizerFast) -> Selection:
+    """The traces of `config`, in tokens of `tokenizer`: the same whenever the stores hold the same.
+
+    UsageError for a run without traces, or if the rules leave nothing of one.
+    """
+    total = sum(source.weight for source in config.traces)
+    quotas = [max(1, round(config.selection.total * source.weight / total)) for source in config.traces]
+    return Selection([_Source(config, number, tokenizer).choose(quota) for number, quota in enumerate(quotas)])
+
+
+class _Source:
+    """One run, on its way through the rules."""
+
+    def __init__(self, config: DistillConfig, number: int, tokenizer: PreTrainedTokenizerFast) -> None:
+        self.config, self.section, self.key = config, config.traces[number], f"traces.{number}"
+        self.store = TraceStore(trace_folder(self.section, self.key))
+        frame = _frame(self.section.folder)
+        self.words = _Words(self.section.folder, frame, tokenizer, config.reframe)
+        self.rules = _Rules(config.selection, frame)
+        self.random = np.random.default_rng([config.seed, number])
+
+    def choose(self, quota: int) -> ChosenTraces:
+        """Through all rules."""
+        steps = self.store.read(columns=["step"])["step"].to_numpy()
+        window = self._window(steps)
+        removed = Counter({"other steps": len(steps) - int(np.isin(steps, window).sum())})
+        removed.update(dict.fromkeys(self.rules.names, 0))
+        by_prompt = self._candidates(window, removed)
+        chosen = self._draw(by_prompt, quota, removed)
+        if not chosen:
+            rule, count = removed.most_common(1)[0]
+            raise UsageError(
+                f"{self.key}: nothing is left of {len(steps):,} traces in {self.section.run}; {count:,} fell to "
+                f"{rule!r}: choose other steps, or loosen that rule under `selection`"
+            )
+        examples = [example for _, example in self._examples(window, set(chosen)) if example is not None]
+        prompts = len(set(chosen.values()))
+        first_and_last = int(window[0]), int(window[-1])
+        return ChosenTraces(
+            self.section.run, self.section.weight, first_and_last, len(steps), dict(removed), prompts, examples
+        )
+
+    def _window(self, steps: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The steps whose traces are wanted."""
+        known = np.unique(steps)
+        if not len(known):
+            raise UsageError(f"{self.key}: {self.section.run} holds no traces yet")
+        first, last = self.section.steps or (0, int(known[-1]))
+        inside = known[(known >= first) & (known <= last)]
+        if not len(inside):
+            raise UsageError(
+                f"{self.key}.steps: {self.section.run} has no traces from steps {first} to {last}; "
+                f"there are some from {known[0]} to {known[-1]}"
+            )
+        return inside[-math.ceil(self.section.late_share * len(inside)) :]
+
+    def _candidates(self, window: NDArray[np.int64], removed: Counter[str]) -> dict[str, list[tuple[float, int]]]:
+        """Of each prompt the traces that no rule removes: (place in the order, request id)."""
+        found: dict[str, list[tuple[float, int]]] = {}
+        for part in self.store.parts(steps=set(window.tolist())):
+            # A number for each row, whatever the rules say: another rule does not reshuffle the rest.
+            lots = self.random.random(part.num_rows)
+            for lot, row in zip(lots, _rows(part), strict=True):
+                rule = self.rules.broken(row) or self._misfit(row)
+                if rule is not None:
+                    removed[rule] += 1
+                    continue
+                shortest = self.config.selection.order == "shortest"
+                place = lot + (len(row["response_ids"]) if shortest else 0)
+                found.setdefault(row["prompt"], []).append((place, row["request_id"]))
+        return found
+
+    def _misfit(self, row: dict[str, Any]) -> str | None:
+        example = self.words.example(row)
+        if example is None:
+            return "not in the frame"
+        return "too long" if example.places > self.config.batch.context_length else None
+
+    def _draw(self, by_prompt: dict[str, list[tuple[float, int]]], quota: int, removed: Counter[str]) -> dict[int, str]:
+        """request id → prompt of what is taken: prompts in random order, up to `per_prompt` of each, up to `quota`."""
+        cap = self.config.selection.per_prompt
+        prompts = list(by_prompt)
+        drawn = [
+            (request_id, prompts[index])
+            for index in self.random.permutation(len(prompts))
+            for _, request_id in sorted(by_prompt[prompts[index]])[:cap]
+        ]
+        removed["per prompt"] = sum(map(len, by_prompt.values())) - len(drawn)
+        removed["total"] = max(0, len(drawn) - quota)
+        return dict(drawn[:quota])
+
+    def _examples(self, window: NDArray[np.int64], chosen: set[int]) -> Iterator[tuple[int, Example | None]]:
+        """The chosen traces in tokens, in the order of the store."""
+        wanted = pa.array(sorted(chosen))
+        columns = ["request_id", "prompt", "prompt_ids", "response", "response_ids", "finished"]
+        for part in self.store.parts(steps=set(window.tolist()), columns=columns):
+            for row in _rows(part.filter(pc.is_in(part["request_id"], wanted))):
+                yield row["request_id"], self.words.example(row)
+
+
+class _Rules:
+    """What can be wrong with a trace by itself."""
+
+    def __init__(self, section: SelectionSection, frame: TemplateSection) -> None:
+        self.section = section
+        # What stands right before the question, such as `Question:`; a bare frame has nothing that could be told.
+        before = frame.prompt.partition("{question}")[0].rstrip().rpartition("\n")[2].strip()
+        known = {
+            "several-answers": re.compile(f"{re.escape(frame.answer_start)}.*{re.escape(frame.answer_start)}", re.S),
+            "own-question": re.compile(re.escape(before) if before else r"(?!)"),
+        }
+        self.hacks = {f"hack {name}": known[name] for name in section.hacks}
+        self.hacks |= {f"hack {name}": re.compile(pattern) for name, pattern in section.patterns.items()}
+        on = {
+            "wrong": section.correct_only,
+            "unfinished": not section.unfinished,
+            "unanswered": not section.unanswered,
+            "repetitive": section.max_repetition is not None,
+            "foreign": section.max_foreign is not None,
+        }
+        self.on = [name for name, active in on.items() if active]
+
+    @property
+    def names(self) -> list[str]:
+        """In their order."""
+        return [*self.on, *self.hacks, "not in the frame", "too long"]
+
+    def broken(self, row: dict[str, Any]) -> str | None:
+        """The first rule that the trace breaks."""
+        for name in self.on:
+            if self._breaks(name, row):
+                return name
+        return next((name for name, pattern in self.hacks.items() if pattern.search(row["response"])), None)
+
+    def _breaks(self, name: str, row: dict[str, Any]) -> bool:
+        match name:
+            case "wrong":
+                return bool(row["reward_task"] <= 0)
+            case "unfinished":
+                return not row["finished"]
+            case "unanswered":
+                return row["answer"] is None
+            case "repetitive":
+                return repetition(row["response_ids"]) > (self.section.max_repetition or 0.0)
+        return foreign_share(row["response"]) > (self.section.max_foreign or 0.0)
+
+
+def repetition(ids: Tokens) -> float:
+    """Share of the runs of 8 tokens that occurred before in the same response; 0 of a response that is too short."""
+    runs, size = len(ids) - _GRAM + 1, ids.itemsize
+    if runs < 2:
+        return 0.0
+    content = ids.tobytes()
+    different = {content[size * start : size * (start + _GRAM)] for start in range(runs)}
+    return 1 - len(different) / runs
+
+
+def foreign_share(text: str) -> float:
+    """Share of the words that are of another language than English."""
+    foreign = foreign_words(text)
+    return foreign / max(len(text.split()), foreign, 1)
+
+
+class _Words:
+    """Traces in the tokens and the frame that the model will read."""
+
+    def __init__(
+        self, run: Path, frame: TemplateSection, tokenizer: PreTrainedTokenizerFast, reframe: ReframeSection | None
+    ) -> None:
+        before = load_tokenizer(run / "architecture")
+        self.as_stored = reframe is None and before.get_vocab() == tokenizer.get_vocab()
+        self.encoder = Encoder(tokenizer)
+        self.frame, self.reframe = frame, reframe
+
+    def example(self, row: dict[str, Any]) -> Example | None:
+        """None if the trace does not follow the frame that it should be moved out of."""
+        if self.as_stored:  # the very tokens that were drawn: encoding the text again may cut it otherwise
+            return Example(row["prompt_ids"], row["response_ids"])
+        texts = row["prompt"], row["response"]
+        if self.reframe is not None:
+            moved = move(*texts, self.frame, self.reframe)
+            if moved is None:
+                return None
+            texts = moved
+        end = [self.encoder.end_of_text] if row["finished"] else []
+        response_ids = np.array([*self.encoder.encode(texts[1]), *end], dtype=np.int32)
+        return Example(self.encoder.encode_document(texts[0]).astype(np.int32), response_ids)
+
+
+def move(prompt: str, response: str, frame: TemplateSection, reframe: ReframeSection) -> tuple[str, str] | None:
+    """(prompt, response) in the new frame; None if they are not in the old one, or would not be in the new one.
+
+    The response is what stood before the answer, with the replacements made, and the answer between its new marks; what
+    followed the answer is left out.
+    """
+    old, new = Template(frame), Template(reframe.template)
+    before, _, after = frame.prompt.partition("{question}")
+    question = prompt[len(before) : len(prompt) - len(after.partition("{question}")[0])]
+    parsed = old.parse(response)
+    if old.prompt(question) != prompt or parsed.answer is None:
+        return None
+    thought = parsed.thought
+    for mark, instead in reframe.replace.items():
+        thought = thought.replace(mark, instead)
+    section = reframe.template
+    moved = f"{thought}{section.answer_start}{parsed.answer}{section.answer_end}"
+    return (new.prompt(question), moved) if new.parse(moved).answer == parsed.answer else None
+
+
+def trace_folder(section: TraceSourceSection, key: str) -> Path:
+    """A run's folder of traces; a UsageError that says what makes it if there is none."""
+    folder = section.folder / FOLDER
+    if not folder.is_dir():
+        recipe = Path("configs", f"{section.folder.name}.yaml")
+        command = f"python scripts/grpo.py{f' {recipe}' if recipe.is_file() else ''}"
+        raise UsageError(f"{key}: {folder}: no traces here; `{command}` makes them, or name another run's folder")
+    return folder
+
+
+def _frame(run: Path) -> TemplateSection:
+    """The frame that a run asked in."""
+    tree = read_yaml_with_base(run / "config.yaml").get("template")
+    return validate(TemplateSection, tree if isinstance(tree, dict) else {}, f"{run / 'config.yaml'}: template")
+
+
+def _rows(part: pa.Table) -> Iterable[dict[str, Any]]:
+    """Rows as dicts of Python values, but for the tokens, which are arrays."""
+    tokens = {name: _arrays(part[name]) for name in ("prompt_ids", "response_ids")}
+    rest = part.drop_columns([name for name in ("prompt_ids", "response_ids", "logprobs") if name in part.column_names])
+    for index, row in enumerate(rest.to_pylist()):
+        yield row | {name: arrays[index] for name, arrays in tokens.items()}
+
+
+def _arrays(column: pa.ChunkedArray) -> list[Tokens]:
+    lengths = pc.list_value_length(column).to_numpy()
+    flat = pc.list_flatten(column).to_numpy().astype(np.int32, copy=False)
+    return np.split(flat, np.cumsum(lengths)[:-1]) if len(lengths) else []
