@@ -6,7 +6,7 @@ Mid-training is the same loop with `init_from`, another context and another mixt
 import functools
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import asdict
 from typing import Any
 
@@ -87,7 +87,10 @@ class Pretraining:
         state = self._state()
         self.step = self.session.resume(state)
         self.progress = state["progress"]
-        # Read before anybody writes to it, so that all ranks know the same.
+        replicated = config.execution.parallel == "ddp"
+        self.survivor = self.session.survivor(self.optimizer, self._state) if replicated else None
+        # Read before anybody writes to them, so that all ranks know the same.
+        self.evaluations = {r["step"] for r in read_records(folder.metrics) if r.get("kind") == "evaluation"}
         self.evaluated = {
             part["kind"]: Likelihood(part["nats"], part["tokens"], part["bytes"])
             for part in read_records(folder.evaluations)
@@ -103,11 +106,12 @@ class Pretraining:
         self._announce()
         session.save_architecture(self.architecture, self.data.tokenizer)
         self.parallel.model.train()
-        with session.line:
+        surviving = self.survivor.watching(session.record_for_the_dead) if self.survivor else nullcontext()
+        with session.line, surviving:
+            self._evaluate_if_due()  # a rank that died took it along
             while self.step < self.config.steps:
                 self._train(next(self.loader))
-                if self.step % self.config.evaluation.every == 0 and self.step < self.config.steps:
-                    self._evaluate(self.config.evaluation.max_bytes)
+                self._evaluate_if_due()
                 stopping = session.stop.agreed()
                 if session.checkpointer.due(self.step) or stopping:
                     session.save(self.step, self._state(), synchronous=stopping)
@@ -122,16 +126,16 @@ class Pretraining:
 
     def _train(self, batch: Step) -> None:
         begin = time.perf_counter()
-        step = self.step + 1
-        rate = learning_rate(step, self.config.steps, self.config.optimizer.learning_rate, self.config.schedule)
-        result = self.train_step(batch.micro_batches, rate, step)
-        seconds = time.perf_counter() - begin + self.loader.wait_seconds
-        self.step = step
-        self.progress = {"step": step, "tokens": self.progress["tokens"] + self.config.batch.tokens_per_step}
-        self.session.ledger.step(step, seconds, data_wait=self.loader.wait_seconds)
-        self._record(result, rate, seconds)
+        # All but the weights is as after the step before they are: a rank that is left alone saves it so (`survivor`).
+        self.step += 1
+        self.progress = {"step": self.step, "tokens": self.progress["tokens"] + self.config.batch.tokens_per_step}
         if self.documents is not None:
-            self.documents.append({"step": step, "documents": batch.document_ids}, exact=("documents",))
+            self.documents.append({"step": self.step, "documents": batch.document_ids}, exact=("documents",))
+        rate = learning_rate(self.step, self.config.steps, self.config.optimizer.learning_rate, self.config.schedule)
+        result = self.train_step(batch.micro_batches, rate, self.step)
+        seconds = time.perf_counter() - begin + self.loader.wait_seconds
+        self.session.ledger.step(self.step, seconds, data_wait=self.loader.wait_seconds)
+        self._record(result, rate, seconds)
 
     def _record(self, result: StepResult, rate: float, seconds: float) -> None:
         tokens = self.progress["tokens"]
@@ -152,6 +156,12 @@ class Pretraining:
         self.session.line.update(self.step, tokens, result.loss, f"violation {result.routing['violation_max']:.2f}")
 
     # ------------------------------------------------------------------------------------ evaluation, checkpoints
+
+    def _evaluate_if_due(self) -> None:
+        due = 0 < self.step < self.config.steps and self.step % self.config.evaluation.every == 0
+        if due and self.step not in self.evaluations:
+            self._evaluate(self.config.evaluation.max_bytes)
+            self.evaluations.add(self.step)
 
     def _evaluate(self, max_bytes: int | None) -> dict[str, Any]:
         """Held-out likelihood by category, each rank its share of the documents."""

@@ -31,6 +31,9 @@ class LaunchSection(Section):
     grace_seconds: float = Field(120, gt=0)
     """After a SIGTERM or Ctrl-C the workers have so long to finish their step and save."""
 
+    survivor_seconds: float = Field(20, ge=0)
+    """When a worker dies, those that can save the run without it have so long for that."""
+
     chaos: str = ""
     """Faults to inject, as `mai_thinking.config.faults` has them; empty injects none."""
 

@@ -7,11 +7,12 @@ committed beside the following steps, at most one in flight, the next as soon as
 
 import errno
 import json
+import shutil
 import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +114,7 @@ class Checkpointer:
             synchronous = synchronous or not self.section.asynchronous
             tensors = _own_share(tensors, self.rank, self.world)
             staged = tensors if synchronous else self._stager.stage(tensors)
-            writer = CheckpointWriter(self.folder, step, self.rank, self.world, document, self.seal)
+            writer = CheckpointWriter(self.folder, step, self.rank, self.world, {self.rank: document}, self.seal)
             self._write = _Write(staged, writer, self._writers)
             if synchronous:
                 self._write.run()
@@ -121,6 +122,27 @@ class Checkpointer:
             else:
                 self._write.start()
         return time.perf_counter() - begin
+
+    def save_alone(self, step: int, shared: State, own: Sequence[dict[str, Any]]) -> bool:
+        """Save the checkpoint of `step` for all ranks, when the others can no longer be talked to; whether it was this
+        rank that did it, and not another one before. `own`: for each rank, name → the tree of its own state."""
+        if self._write is not None:
+            self._write.give_up()
+        tensors: dict[str, Tensor] = {}
+        documents: dict[int, dict[str, Any]] = {rank: {"shared": {}, "own": {}} for rank in range(self.world)}
+        for name, value in shared.items():
+            documents[0]["shared"][name] = split_tree(_tree_of(value), name, tensors)
+        for rank, trees in enumerate(own):
+            for name, tree in trees.items():
+                documents[rank]["own"][name] = split_tree(tree, f"rank-{rank}/{name}", tensors)
+        writer = CheckpointWriter(self.folder, step, 0, self.world, documents, self.seal, alone=True)
+        if writer.final.exists() or writer.temporary.exists():
+            return False
+        write = _Write(tensors, writer, None)
+        write.run()
+        write.finish()
+        self.last_saved = step
+        return True
 
     def wait(self) -> None:
         """Until no write is in flight. Raises what went wrong in it: OSError for a full disk, on every rank."""
@@ -298,13 +320,23 @@ class _Write:
     def run(self) -> None:
         planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
         try:
-            dcp.save(self._tensors, storage_writer=self._writer, planner=planner, process_group=self._group)
+            dcp.save(
+                self._tensors,
+                storage_writer=self._writer,
+                planner=planner,
+                process_group=self._group,
+                no_dist=self._writer.alone,
+            )
         except BaseException as problem:  # CheckpointException is no Exception; all are raised again by `finish`
             self._problem = problem
             if self._writer.rank == 0:
-                remove_leftovers(self._writer.final.parent)
+                shutil.rmtree(self._writer.temporary, ignore_errors=True)
         finally:
             self._ended.set()
+
+    def give_up(self) -> None:
+        """Its other ranks are gone, which ends it: wait for that, since then the disk is free."""
+        self._thread.join(timeout=5)
 
     def finish(self) -> None:
         if self._thread.ident is not None:

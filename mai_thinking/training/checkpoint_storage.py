@@ -126,10 +126,11 @@ def synchronise(path: Path) -> None:
 class CheckpointWriter(StorageWriter):
     """Writes one checkpoint for torch.distributed.checkpoint, and commits it.
 
-    DCP plans which rank writes which shard and calls the methods in the order of their definition. `document` is what
-    this rank puts into its JSON file; `seal` is called on the coordinator with the complete folder, before it is
-    committed. The writing loop spends its time in system calls and in xxhash, both outside the interpreter's lock: run
-    in a thread, it does not hold up a training step, and it copies no tensor.
+    DCP plans which rank writes which shard and calls the methods in the order of their definition. `documents` are the
+    ranks' JSON files that this rank writes: its own, or those of all ranks where it is `alone`. `seal` is called on the
+    coordinator with the complete folder, before it is committed. The writing loop spends its time in system calls and
+    in xxhash, both outside the interpreter's lock: run in a thread, it does not hold up a training step, and it copies
+    no tensor.
     """
 
     def __init__(
@@ -138,13 +139,15 @@ class CheckpointWriter(StorageWriter):
         step: int,
         rank: int,
         world: int,
-        document: dict[str, Any],
+        documents: dict[int, dict[str, Any]],
         seal: Callable[[Path], None] | None = None,
+        *,
+        alone: bool = False,
     ):
         self.seal = seal
         self.final = step_folder(folder, step)
-        self.temporary = self.final.with_name(self.final.name + ".tmp")
-        self.step, self.rank, self.world, self.document = step, rank, world, document
+        self.temporary = self.final.with_name(self.final.name + (".alone.tmp" if alone else ".tmp"))
+        self.step, self.rank, self.world, self.documents, self.alone = step, rank, world, documents, alone
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike) -> bool:
@@ -155,9 +158,10 @@ class CheckpointWriter(StorageWriter):
         """Nothing: a writer serves one checkpoint."""
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        """On the coordinator, make the temporary folder: DCP's plan is exchanged before anyone writes."""
+        """On the coordinator, make the temporary folder: DCP's plan is exchanged before anyone writes. FileExistsError
+        if another rank saves alone already."""
         if is_coordinator:
-            if self.temporary.exists():
+            if self.temporary.exists() and not self.alone:
                 shutil.rmtree(self.temporary)
             self.temporary.mkdir(parents=True)
 
@@ -170,9 +174,11 @@ class CheckpointWriter(StorageWriter):
         return plans
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        """Write and synchronise this rank's two files; the results carry their sizes and checksums."""
-        text = json.dumps(self.document, separators=(",", ":")).encode()
-        files = {f"rank-{self.rank:05d}.json": self._write_file(f"rank-{self.rank:05d}.json", [text])}
+        """Write and synchronise this rank's files; the results carry their sizes and checksums."""
+        files = {}
+        for rank, document in self.documents.items():
+            text = json.dumps(document, separators=(",", ":")).encode()
+            files[f"rank-{rank:05d}.json"] = self._write_file(f"rank-{rank:05d}.json", [text])
         if plan.items:
             name = f"rank-{self.rank:05d}.safetensors"
             files[name] = self._write_file(name, _safetensors_blocks(plan, planner))

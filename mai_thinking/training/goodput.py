@@ -92,6 +92,11 @@ class GoodputLedger:
         """Tell the launcher that this rank moves on within a long step."""
         self._heartbeat.beat()
 
+    def announce(self, saves_alone: bool) -> None:
+        """Tell the launcher whether this rank would save alone if another died (`training.survivor`)."""
+        self._heartbeat.saves_alone = saves_alone
+        self._heartbeat.beat()
+
     def end(self, how: str) -> None:
         """The attempt ends in an orderly way: `done` or `interrupted` (saved on request)."""
         self._write("end", how=how)
@@ -152,6 +157,8 @@ class Account:
     first_step_excess: float = 0.0
     recoveries: list[float] = field(default_factory=list)
     """For each restart after a fault, the seconds from the last event before it to the first completed step."""
+    rescued: int = 0
+    """Restarts after a fault that took up every completed step: a rank that was left had saved (`training.survivor`)."""
     saves: list[float] = field(default_factory=list)
     """What each checkpoint cost the loop."""
     step_seconds: list[tuple[float, float]] = field(default_factory=list)
@@ -239,7 +246,8 @@ class _Walk:
     def _step(self, event: Record) -> None:
         end, seconds, data_wait = event["time"], event["seconds"], event["data_wait"]
         self._cover_until(end - seconds + data_wait, DATA)
-        if event["step"] <= self.highest:
+        new = event["step"] > self.highest
+        if not new:
             self.result.recomputed_steps += 1
             self._cover_until(end, RECOMPUTATION)
         else:
@@ -251,6 +259,7 @@ class _Walk:
             else:
                 self.result.step_seconds.append((end, taken))
         if self.in_start and self.last_before_fault is not None:
+            self.result.rescued += new
             self.result.recoveries.append(end - self.last_before_fault)
             self.last_before_fault = None
         self.in_start = False

@@ -1,7 +1,7 @@
 """What goodput to expect elsewhere: measured costs and a failure rate in, an event simulation and a closed form out.
 
-A run works in cycles of `every` steps and a save. A fault throws it back to the newest committed checkpoint and costs
-a restart. Closed forms: J. W. Young, "A first order approximation to the optimum checkpoint interval" (CACM 1974), for
+A run works in cycles of `every` steps and a save. A fault costs a restart, and throws the run back to the newest
+committed checkpoint unless a rank that is left saves (`training.survivor`). Closed forms, for runs without survivors: J. W. Young, "A first order approximation to the optimum checkpoint interval" (CACM 1974), for
 the interval; J. T. Daly, "A higher order estimate of the optimum checkpoint interval for restart dumps" (FGCS 2006),
 for the expected wall-clock.
 """
@@ -43,6 +43,8 @@ class Costs:
     """From the end of the stall until the checkpoint is one."""
     restart: float
     """From a fault to the beginning of the first whole step."""
+    rescued: float
+    """The share of faults after which a rank that was left saved, so that no whole step was lost."""
     start_up: float
     """From the launch to the beginning of the first step."""
 
@@ -68,7 +70,9 @@ def measure(run: Path) -> Costs:
         evaluation=seconds[EVALUATION] / kept,
         stall=mean(result.saves),
         commit=_commit_seconds(run, events),
-        restart=mean(result.recoveries) - step,
+        # A recovery ends with a whole step, and begins with what the fault left of one: half, on average.
+        restart=mean(result.recoveries) - 1.5 * step,
+        rescued=result.rescued / len(result.recoveries),
         start_up=seconds[START_UP],
     )
 
@@ -97,6 +101,7 @@ def simulate(costs: Costs, every: int, faults: Iterator[float], steps: float) ->
     """The report's goodput of a run of `steps` steps that saves after each `every`, struck by `faults`."""
     cycle = every * costs.cadence + costs.stall
     done, now, fault = 0.0, 0.0, next(faults)
+    rescues = 0.5  # dealt evenly: a rescue each time that their expected number grows past a whole one
     while True:
         left = steps - done
         finish = now + left * costs.cadence + math.ceil(left / every) * costs.stall
@@ -106,7 +111,12 @@ def simulate(costs: Costs, every: int, faults: Iterator[float], steps: float) ->
         cycles, into = divmod(fault - now, cycle)
         # The last save may not be committed yet; then the one before it counts.
         committed = cycles if into >= costs.commit - 1e-9 or not cycles else cycles - 1
-        done += committed * every
+        rescues += costs.rescued
+        if rescues >= 1:
+            rescues -= 1
+            done += cycles * every + min(every, into // costs.cadence)
+        else:
+            done += committed * every
         now = fault + costs.restart
         fault = next(faults)
         while fault < now:  # struck again while restarting
@@ -134,11 +144,11 @@ def expected(costs: Costs, every: int, rate: float, *, faults: int = _FAULTS, se
 
 
 def best_interval(costs: Costs, rate: float) -> tuple[int, float]:
-    """(steps between saves, goodput) that simulates best, by scanning around Young's interval; the same faults for
-    all. No interval is shorter than a commit takes."""
+    """(steps between saves, goodput) that simulates best, by scanning from an eighth of Young's interval to 64
+    of it; the same faults for all. No interval is shorter than a commit takes."""
     centre = young_interval(costs, rate) / costs.cadence
     least = max(1, math.ceil(costs.commit / costs.cadence))
-    candidates = sorted({max(least, round(centre * 2 ** (power / 4))) for power in range(-12, 13)})
+    candidates = sorted({max(least, round(centre * 2 ** (power / 4))) for power in range(-12, 25)})
     return max(((every, expected(costs, every, rate)) for every in candidates), key=lambda pair: pair[1])
 
 

@@ -76,8 +76,8 @@ def _saves_every(run: Path) -> int:
 def _spell_costs(costs: Costs) -> str:
     return (
         f"step {costs.step:.4f} s (best {costs.ideal_step:.4f}), evaluation {costs.evaluation:.4f} s a step, "
-        f"save {costs.stall:.3f} s + {costs.commit:.2f} s in the background, restart {costs.restart:.2f} s, "
-        f"start-up {costs.start_up:.1f} s"
+        f"save {costs.stall:.3f} s + {costs.commit:.2f} s in the background, restart {costs.restart:.2f} s "
+        f"({costs.rescued:.0%} of them without a lost step), start-up {costs.start_up:.1f} s"
     )
 
 
@@ -105,7 +105,10 @@ def summary(result: Account) -> str:
         f"best step {result.best_step_seconds:.4f} s",
     ]
     if result.recoveries:
-        lines.append(f"{len(result.recoveries)} restarts, {mean(result.recoveries):.2f} s each to the next whole step")
+        lines.append(
+            f"{len(result.recoveries)} restarts, {result.rescued} of them from a survivor's save, "
+            f"{mean(result.recoveries):.2f} s each to the next whole step"
+        )
     if result.saves:
         lines.append(f"{len(result.saves)} checkpoints, {mean(result.saves):.3f} s of the loop each")
     if result.stopped:

@@ -17,6 +17,8 @@ class Heartbeat:
 
     def __init__(self, output_dir: Path):
         """`output_dir`: the run's folder, which the launcher's fault injection needs to find checkpoints."""
+        self.saves_alone = False
+        """Whether this rank would save the whole state if another died: the launcher then gives it the time."""
         self._step = 0
         self._descriptor: int | None = None
         self._output_dir = str(output_dir.resolve())
@@ -28,7 +30,7 @@ class Heartbeat:
         """Step `step` is complete; without one, the rank moves on within what it does between steps."""
         self._step = self._step if step is None else step
         if self._descriptor is not None:
-            record = json.dumps({"step": self._step, "output_dir": self._output_dir})
+            record = json.dumps({"step": self._step, "output_dir": self._output_dir, "saves_alone": self.saves_alone})
             os.pwrite(self._descriptor, record.ljust(4096).encode(), 0)
 
 

@@ -26,7 +26,7 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalEx
 from torch.distributed.elastic.rendezvous import RendezvousInfo
 from torch.distributed.elastic.rendezvous.static_tcp_rendezvous import StaticTCPRendezvous
 
-from mai_thinking.config.command import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE
+from mai_thinking.config.command import EXIT_COLLAPSED, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE
 from mai_thinking.config.faults import parse_faults
 from mai_thinking.config.launch import LaunchSection
 from mai_thinking.training.chaos import Chaos
@@ -41,7 +41,7 @@ def launch(section: LaunchSection, script: Path, arguments: list[str]) -> int:
     """Run `script` with `arguments` as `section.nproc` ranks until it is done; the exit code of the whole job.
 
     0: done. 2: a rank refused its config or input (its line is on stderr). 75: stopped by SIGTERM or Ctrl-C after
-    saving. 1: given up, with the first failure's traceback on stderr. 128 + signal: stopped without having saved.
+    saving. 3: the run has collapsed, and is saved. 1: given up, with the first failure's traceback on stderr. 128 + signal: stopped without having saved.
     """
     _silence_elastic()
     with tempfile.TemporaryDirectory(prefix="mai-launch-") as scratch:
@@ -84,7 +84,7 @@ class Agent(LocalElasticAgent):
         self._attempt_began = time.time()
         self._restart_times: list[float] = []
         self._fruitless = 0
-        self._furthest = 0
+        self._furthest: dict[str, int] = {}  # by run: a job may have several, one after the other
         self._first_failure: Failure | None = None  # of those since the last new step
         spec = WorkerSpec(
             role="rank",
@@ -124,6 +124,8 @@ class Agent(LocalElasticAgent):
             failure = self._end_attempt(codes)
         elif idle := self._seconds_too_long():
             failure = Failure(f"no step for {idle:.0f} s: {self._describe_states()}")
+            if self._kill_stopped():
+                self._wait_for_survivors()
         else:
             result: RunResult = super()._monitor_workers(worker_group)
             if result.state != WorkerState.FAILED:
@@ -172,11 +174,13 @@ class Agent(LocalElasticAgent):
 
     def _end_attempt(self, codes: dict[int, int | None]) -> Failure:
         """A rank has ended, and not well: let the others end too, and say why."""
-        if EXIT_INTERRUPTED in codes.values():
+        if saved := {EXIT_INTERRUPTED, EXIT_COLLAPSED}.intersection(filter(None, codes.values())):
             self._wait_for_workers(self.section.grace_seconds)
-            self.exit_code = EXIT_INTERRUPTED
+            self.exit_code = max(saved)
         elif EXIT_USAGE in codes.values():
             self.exit_code = EXIT_USAGE
+        else:
+            self._wait_for_survivors()
         failure = self._first_cause(codes)
         self.kill_workers()
         return failure
@@ -204,9 +208,11 @@ class Agent(LocalElasticAgent):
 
     def _may_restart(self, failure: Failure) -> bool:
         """Announce the failure, and the restart or the end. False ends the job."""
-        furthest = max((beat[1]["step"] for beat in self._beats() if beat), default=0)
-        if furthest > self._furthest:
-            self._furthest, self._fruitless, self._first_failure = furthest, 0, None
+        beats = [beat[1] for beat in self._beats() if beat]
+        if any(beat["step"] > self._furthest.get(beat["output_dir"], 0) for beat in beats):
+            for beat in beats:
+                self._furthest[beat["output_dir"]] = max(beat["step"], self._furthest.get(beat["output_dir"], 0))
+            self._fruitless, self._first_failure = 0, None
         else:
             self._fruitless += 1
         now = time.monotonic()
@@ -244,16 +250,23 @@ class Agent(LocalElasticAgent):
         return [read_heartbeat(self.heartbeats, rank) for rank in range(self.section.nproc)]
 
     def _describe_states(self) -> str:
-        """The kernel's word for what each rank is doing, which tells a stopped process from a waiting one."""
-        states = []
-        for rank, pid in self.live_workers().items():
-            try:
-                lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-                state = next(line.split("(")[1].rstrip(")") for line in lines if line.startswith("State:"))
-            except (OSError, StopIteration):
-                state = "alive"
-            states.append(f"rank {rank} {state}")
-        return ", ".join(states)
+        return ", ".join(f"rank {rank} {_state_of(pid)}" for rank, pid in self.live_workers().items())
+
+    def _kill_stopped(self) -> bool:
+        """Kill ranks that are stopped, so that those that wait for them notice. Whether there was one."""
+        stopped = [pid for pid in self.live_workers().values() if _state_of(pid) == "stopped"]
+        for pid in stopped:
+            os.kill(pid, signal.SIGKILL)
+        return bool(stopped)
+
+    def _wait_for_survivors(self) -> None:
+        """Workers that are left and can save without the others take that time (`training.survivor`)."""
+        deadline = time.monotonic() + self.section.survivor_seconds
+        while time.monotonic() < deadline:
+            beats = self._beats()
+            if not any((beat := beats[rank]) and beat[1]["saves_alone"] for rank in self.live_workers()):
+                return
+            time.sleep(_POLL_SECONDS / 5)
 
     def _wait_for_workers(self, seconds: float) -> None:
         deadline = time.monotonic() + seconds
@@ -274,6 +287,15 @@ class LocalRendezvous(StaticTCPRendezvous):
             probe.bind(("127.0.0.1", 0))
             self.master_port = probe.getsockname()[1]
         return super().next_rendezvous()
+
+
+def _state_of(pid: int) -> str:
+    """The kernel's word for what a process is doing, which tells a stopped one from a waiting one."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+        return next(line.split("(")[1].rstrip(")") for line in lines if line.startswith("State:"))
+    except (OSError, StopIteration):
+        return "alive"
 
 
 def _silence_elastic() -> None:

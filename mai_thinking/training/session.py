@@ -1,7 +1,7 @@
 """What every training loop has around its steps: a claimed folder, a ledger, metrics, checkpoints, a way to stop."""
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -29,6 +29,7 @@ from mai_thinking.training.metrics import MetricsLog, Record
 from mai_thinking.training.model_files import save_model
 from mai_thinking.training.progress import ProgressLine
 from mai_thinking.training.run_folder import RunFolder, atomic_folder
+from mai_thinking.training.survivor import Survivor
 from mai_thinking.training.worker import StopRequest
 
 
@@ -95,6 +96,7 @@ class Session:
         self._parents, self._data = [parent, *traces], data
         self._earlier_code: tuple[CodeVersion, ...] = ()
         self._metrics: MetricsLog | None = None
+        self._last_record: tuple[Record, tuple[str, ...]] | None = None
         self._line: ProgressLine | None = None
         stack.callback(self._close)
 
@@ -124,6 +126,7 @@ class Session:
 
     def record(self, record: Record, *, exact: tuple[str, ...] = ("loss", "grad_norm")) -> None:
         """To metrics.jsonl and the trackers; `exact` fields must come out alike when a step is computed again."""
+        self._last_record = record, exact
         if self._metrics is not None:
             self._metrics.append(record, exact=exact)
         if self.config.tracking.trackers:
@@ -136,6 +139,17 @@ class Session:
             self._metrics.synchronise()
         with self.ledger.span(CHECKPOINT):
             self.checkpointer.save(step, state, synchronous=synchronous)
+
+    def survivor(self, optimizer: torch.optim.Optimizer, state: Callable[[], State]) -> Survivor:
+        """Ready to save the run when another rank is gone. Collective; see `Survivor`."""
+        return Survivor(self.checkpointer, optimizer, state, self.ledger.announce)
+
+    def record_for_the_dead(self, step: int) -> None:
+        """Rank 0 may have died between an update and its record: write what it would have written of `step`."""
+        if self._last_record is not None and self._last_record[0]["step"] == step:
+            record, exact = self._last_record
+            with closing(MetricsLog(self.folder.metrics)) as log:
+                log.append(record, exact=exact)
 
     def end_interrupted(self, step: int) -> int:
         """Stopped on request after `step`, which is saved; the exit code."""
@@ -184,5 +198,6 @@ class Session:
         self.checkpointer.close()
         if self._metrics is not None:
             self._metrics.close()
-        if self.config.tracking.trackers:
-            self.accelerator.end_training()
+        # Accelerate's `end_training` would also take the ranks' connection from the next run of this process.
+        for tracker in self.accelerator.trackers:
+            tracker.finish()

@@ -41,9 +41,15 @@ class Job:
         save_config(make(self.run, *settings, *more, *overrides), self.config)
 
     def start(
-        self, faults: Sequence[Fault] = (), omit: str = "", hang_seconds: float = 60, nproc: int = 2
+        self,
+        faults: Sequence[Fault] = (),
+        omit: str = "",
+        hang_seconds: float = 60,
+        nproc: int = 2,
+        survivor_seconds: float = 60,
     ) -> "subprocess.Popen[str]":
         options = [f"--nproc={nproc}", "--restarts=100", f"--hang-seconds={hang_seconds}"]
+        options.append(f"--survivor-seconds={survivor_seconds}")
         command = [sys.executable, str(ROOT / "scripts" / "launch.py"), *options]
         return subprocess.Popen(
             [*command, str(HERE / "faulty_pretrain.py"), str(self.config)],
@@ -97,30 +103,35 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, tiny_config: Callable[
     return trace
 
 
-def test_every_kind_of_fault(undisturbed: dict[str, Any], tmp_path: Path, tiny_config: Callable[..., Any]) -> None:
-    """Killed between micro-batches, before an update, in mid-checkpoint; the newest checkpoint torn; hung; and stopped
-    by SIGTERM and started again."""
+@pytest.mark.parametrize("survivors_save", [True, False])
+def test_every_kind_of_fault(
+    undisturbed: dict[str, Any], tmp_path: Path, tiny_config: Callable[..., Any], survivors_save: bool
+) -> None:
+    """Killed between micro-batches, before an update, in mid-checkpoint; hung; and stopped by SIGTERM and started
+    again. Where the rank that is left saves, nothing is computed twice; where it may not, the newest checkpoint is
+    also torn."""
     job = Job(tmp_path / "job", tiny_config)
     faults = [
         fault(3, "between", 0),  # before there is a checkpoint
         fault(6, "update", 1),
         fault(8, "save", 1),
-        fault(14, "update", 0, "tear"),
+        fault(14, "update", 0, "kill" if survivors_save else "tear"),
         fault(17, "between", 1, "hang"),
     ]
-    process = job.start(faults, hang_seconds=6)
+    process = job.start(faults, hang_seconds=6, survivor_seconds=60 if survivors_save else 0)
     job.wait_for(18)
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 75, output
     assert "no step for" in output
-    assert "damaged" in output
+    assert survivors_save or "damaged" in output
     code, output = job.finish()
     assert code == 0, output
     assert sorted(path.name for path in tmp_path.glob("job/struck-*")) == [f"struck-{n}" for n in range(len(faults))]
     assert job.trace() == undisturbed
     account = account_of(job.run)
     assert len(account.recoveries) == len(faults)
+    assert (account.recomputed_steps == 0) == survivors_save
     assert sum(account.seconds.values()) == pytest.approx(account.wall_clock)
 
 
@@ -138,13 +149,16 @@ def test_a_checkpoint_without_a_part_of_the_state_is_found_out(
 
 
 @pytest.mark.slow
-def test_25_random_kill_points(undisturbed: dict[str, Any], tmp_path: Path, tiny_config: Callable[..., Any]) -> None:
+@pytest.mark.parametrize("survivor_seconds", [60, 0])
+def test_25_random_kill_points(
+    undisturbed: dict[str, Any], tmp_path: Path, tiny_config: Callable[..., Any], survivor_seconds: float
+) -> None:
     draw = random.Random(2024)
     places = [("between", step) for step in range(1, STEPS + 1)] + [("update", step) for step in range(1, STEPS + 1)]
     places += [("save", step) for step in range(EVERY, STEPS + 1, EVERY)]
     job = Job(tmp_path / "job", tiny_config)
     faults = [fault(step, place, draw.randrange(2)) for place, step in draw.sample(places, 25)]
-    code, output = job.finish(faults)
+    code, output = job.finish(faults, survivor_seconds=survivor_seconds)
     assert code == 0, output
     assert len(list(tmp_path.glob("job/struck-*"))) == 25, output
     assert job.trace() == undisturbed

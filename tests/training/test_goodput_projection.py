@@ -19,7 +19,7 @@ from mai_thinking.training.goodput_projection import (
     young_interval,
 )
 
-COSTS = Costs(ideal_step=0.9, step=1.0, evaluation=0.0, stall=2.0, commit=0.0, restart=30.0, start_up=0.0)
+COSTS = Costs(ideal_step=0.9, step=1.0, evaluation=0.0, stall=2.0, commit=0.0, restart=30.0, rescued=0.0, start_up=0.0)
 NEVER = (float("inf"),)
 
 
@@ -35,6 +35,18 @@ def test_a_fault_costs_the_steps_since_the_last_commit_and_a_restart() -> None:
     # The second save ended at 24 s; if it takes 12 s more to be committed, only the first one counts.
     late = replace(COSTS, commit=12.0)
     assert simulate(late, 10, iter([35.0, *NEVER]), 100) == pytest.approx(90 / (35 + 30 + 90 + 9 * 2))
+
+
+def test_a_rescued_fault_costs_a_restart_and_the_step_under_way() -> None:
+    """At 33.5 s two cycles of 12 s and nine whole steps are done."""
+    rescued = replace(COSTS, rescued=1.0)
+    assert simulate(rescued, 10, iter([33.5, *NEVER]), 100) == pytest.approx(90 / (33.5 + 30 + 71 + 8 * 2))
+    # During a save all steps before it are there, committed or not.
+    assert simulate(rescued, 10, iter([35.0, *NEVER]), 100) == pytest.approx(90 / (35 + 30 + 70 + 7 * 2))
+    # Of two faults the first is rescued and leaves 71 steps; the second, 15 s later, throws it back to 61.
+    half = replace(COSTS, rescued=0.5)
+    wall = 33.5 + 30 + 15 + 30 + 61 + 7 * 2
+    assert simulate(half, 10, iter([33.5, 33.5 + 30 + 15, *NEVER]), 100) == pytest.approx(90 / wall)
 
 
 def test_a_fault_while_restarting_starts_the_restart_again() -> None:
