@@ -158,7 +158,7 @@ class Account:
     recoveries: list[float] = field(default_factory=list)
     """For each restart after a fault, the seconds from the last event before it to the first completed step."""
     rescued: int = 0
-    """Restarts after a fault that took up every completed step: a rank that was left had saved (`training.survivor`)."""
+    """Restarts after a fault that lost no completed step: a rank that was left had saved (`training.survivor`)."""
     saves: list[float] = field(default_factory=list)
     """What each checkpoint cost the loop."""
     step_seconds: list[tuple[float, float]] = field(default_factory=list)
