@@ -11,6 +11,8 @@ from mai_thinking.errors import RunError, UsageError
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
+EXIT_COLLAPSED = 3
+"""An RL run found that its policy has collapsed, and stopped: `collapse.json` in its folder has the evidence."""
 EXIT_INTERRUPTED = 75
 """A SIGTERM came and the run was saved: the same command goes on with it (sysexits' EX_TEMPFAIL)."""
 

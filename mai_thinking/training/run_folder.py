@@ -15,7 +15,7 @@ from mai_thinking.config.loading import save_config
 from mai_thinking.config.run import RunConfig
 from mai_thinking.errors import UsageError
 
-FREE_TO_CHANGE = ("output_dir", "tracking", "checkpoint", "launch", "plan", "data.cache_dir")
+FREE_TO_CHANGE = ("output_dir", "tracking", "checkpoint", "launch", "plan", "collapse", "data.cache_dir")
 """Keys that a run may be resumed with other values of: they do not change what is computed."""
 
 
@@ -53,35 +53,44 @@ class RunFolder:
         if not self.path.is_dir():
             raise UsageError(f"{self.path}: is a file; choose another output_dir")
         if not self.config.exists():
-            if any(entry.name != "lock" for entry in self.path.iterdir()):
+            # What is hidden is being written, or was when a process died.
+            if any(entry.name != "lock" and entry.name[0] != "." for entry in self.path.iterdir()):
                 raise UsageError(f"{self.path}: holds files but no config.yaml of a run; choose another output_dir")
             return
-        before, now = (
-            yaml.safe_load(self.config.read_text()),
-            yaml.safe_load(yaml.safe_dump(config.model_dump(mode="json"))),
-        )
-        changed = [key for key in _differences(before, now) if not _is_free(key)]
-        if changed:
+        if changed := self.changed_keys(config):
             shown = ", ".join(changed[:3]) + (f" and {len(changed) - 3} more" if len(changed) > 3 else "")
             raise UsageError(
                 f"{self.path}: belongs to a run with another config ({shown} differ); "
                 "choose another name or output_dir, or remove the folder yourself"
             )
 
+    def changed_keys(self, config: RunConfig) -> list[str]:
+        """The keys that make `config` another run than the folder's, as `key.path`."""
+        before = yaml.safe_load(self.config.read_text())
+        now = yaml.safe_load(yaml.safe_dump(config.model_dump(mode="json")))
+        return [key for key in _differences(before, now) if not _is_free(key)]
+
     @contextmanager
     def claim(self, config: RunConfig) -> Iterator[None]:
         """Make the folder this run's while the block runs, for one process (rank 0) at a time."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        with open(self.path / "lock", "w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise UsageError(f"{self.path}: another process is running this run; wait for it or stop it") from None
+        with locked(self.path):
             self.check(config)
             if not self.config.exists():
                 with atomic_file(self.config) as path:
                     save_config(config, path)
             yield
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """The folder `path`, made if need be, is this process's while the block runs; UsageError if it is another's."""
+    path.mkdir(parents=True, exist_ok=True)
+    with open(path / "lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UsageError(f"{path}: another process is running this run; wait for it or stop it") from None
+        yield
 
 
 def _differences(before: Any, now: Any, prefix: str = "") -> list[str]:

@@ -44,13 +44,16 @@ class StopRequest:
     """Turns SIGTERM and SIGINT into a question that all ranks answer alike at the end of a step.
 
     Constructing one is collective where torch.distributed is initialised. A second signal, a second or more after the
-    first, is not taken for an echo of it: the process ends at once.
+    first, is not taken for an echo of it: the process ends at once. One made within another knows what that was asked
+    for, and when it is closed tells it what came since: no signal is lost between two runs of one process.
     """
 
     def __init__(self) -> None:
-        self.requested = False
+        holder = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)
+        self._outer: StopRequest | None = holder if isinstance(holder, StopRequest) else None
+        self.requested: bool = self._outer is not None and self._outer.requested
         """Whether a signal has reached this rank."""
-        self._when = 0.0
+        self._when: float = self._outer._when if self._outer else 0.0
         self._group = dist.new_group(backend="gloo") if dist.is_initialized() and dist.get_world_size() > 1 else None
         self._before = {name: signal.signal(name, self._take) for name in (signal.SIGTERM, signal.SIGINT)}
 
@@ -66,6 +69,8 @@ class StopRequest:
         """Give the signals back to whoever had them."""
         for name, handler in self._before.items():
             signal.signal(name, handler)
+        if self._outer is not None and self.requested:
+            self._outer.requested, self._outer._when = True, self._when
 
     def _take(self, name: int, frame: FrameType | None) -> None:
         if self.requested and time.monotonic() - self._when > 1:

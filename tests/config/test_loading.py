@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from mai_thinking.config.climb import ClimbConfig
 from mai_thinking.config.distillation import DistillConfig
 from mai_thinking.config.grpo import GrpoConfig
 from mai_thinking.config.ladder import LadderConfig
@@ -29,7 +30,7 @@ def small(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: path.stem)
 def test_every_config_of_ours_can_be_read(path: Path) -> None:
-    kinds: dict[str, type[RunConfig]] = {"grpo": GrpoConfig, "distill": DistillConfig}
+    kinds: dict[str, type[RunConfig]] = {"grpo": GrpoConfig, "distill": DistillConfig, "climb": ClimbConfig}
     kind = kinds.get(path.stem.rpartition("-")[2], PretrainConfig)
     if path.parent.name == "ladders":
         kind = LadderConfig

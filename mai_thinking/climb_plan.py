@@ -1,0 +1,308 @@
+"""What a climb consists of, what of it is done, how long the rest will take: read from the disk alone, without torch.
+
+A stage is *finished* when its folder has a model, and the inputs that it was made from are still the present ones: its
+resolved config, and the records of lineage of the models and traces that it began with. A stage that has collapsed
+(`collapse.json`) is answered by two more (MAI-Thinking-1 report §3.1.4), which the plan holds from then on.
+"""
+
+import json
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from mai_thinking.config.climb import ClimbConfig, StageKind, StageSection, answer_names
+from mai_thinking.config.distillation import DistillConfig
+from mai_thinking.config.grpo import GrpoConfig
+from mai_thinking.config.loading import apply_override, read_yaml_with_base, validate
+from mai_thinking.config.pretraining import PretrainConfig
+from mai_thinking.errors import RunError, UsageError
+from mai_thinking.lineage_record import read_lineage
+from mai_thinking.training.goodput import RESTART, account_of
+from mai_thinking.training.metrics import read_records
+from mai_thinking.training.run_folder import RunFolder, atomic_file
+
+StageConfig = PretrainConfig | GrpoConfig | DistillConfig
+CONFIGS: dict[StageKind, type[StageConfig]] = {
+    "pretrain": PretrainConfig,
+    "grpo": GrpoConfig,
+    "self_distill": DistillConfig,
+}
+COLLAPSE = "collapse.json"
+INPUTS = "stages.json"
+"""In the climb's folder: the ids of the records that each stage began with."""
+LATE = 0.5
+"""Traces of the later half of the steps before a collapse: of the earliest ones the report says that they hurt."""
+
+State = Literal["finished", "collapsed", "begun", "changed", "waits", "to do"]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One run of the climb, resolved."""
+
+    name: str
+    run: StageKind
+    config: StageConfig
+    parents: tuple[Path, ...]
+    """The model folder and the folders of traces that it begins with."""
+    seconds_per_step: float | None
+    """As declared."""
+    answers: str | None = None
+    """The stage whose collapse this one answers."""
+    state: State = "to do"
+    why: str = ""
+    """What has changed, or is waited for."""
+
+    @property
+    def folder(self) -> RunFolder:
+        """Where it runs."""
+        return RunFolder(self.config.folder)
+
+    @cached_property
+    def collapse(self) -> dict[str, Any] | None:
+        """What `collapse.json` says: `step`, `last_good_step`, `verdict`, `evidence`."""
+        path = self.folder.path / COLLAPSE
+        found: dict[str, Any] | None = json.loads(path.read_text()) if path.is_file() else None
+        return found
+
+    @property
+    def steps_done(self) -> int:
+        """Steps in its records."""
+        return max((record["step"] for record in read_records(self.folder.metrics)), default=0)
+
+    @property
+    def seconds(self) -> float:
+        """What it has taken so far, without the time in which nobody ran it."""
+        spent = account_of(self.folder.path)
+        return spent.wall_clock - spent.seconds[RESTART]
+
+    def parent_ids(self) -> dict[str, str | None]:
+        """The ids of its parents' records, by path; None where there is no sound record."""
+        return {str(path): _record_id(path) for path in self.parents}
+
+
+class ClimbPlan:
+    """The stages of a climb as they stand now: those declared, and the answers to collapses."""
+
+    def __init__(self, config: ClimbConfig) -> None:
+        """UsageError if a stage's config is wrong, or its file is not there."""
+        self.config = config
+        self.path = config.folder
+        self._inputs: dict[str, Any] = _read_json(self.path / INPUTS)
+        self._last: dict[str, Stage] = {}  # by declared name: the stage that has its model and its newest traces
+        self.stages: list[Stage] = []
+        for section in config.stages:
+            stage = self._add(section.name, section.run, self._tree(section), section.seconds_per_step)
+            if stage.run == "grpo":
+                stage = self._add_answers(stage)
+            self._last[section.name] = stage
+
+    @property
+    def next(self) -> Stage | None:
+        """The first stage that is to be run, or gone on with; None when all is done. RunError if it has collapsed, and
+        that is not answered."""
+        for index, stage in enumerate(self.stages):
+            following = self.stages[index + 1] if index + 1 < len(self.stages) else None
+            if stage.state == "collapsed" and (following is None or following.answers is None):
+                raise RunError(f"{self._spell_collapse(stage)}; {self._no_answer()}")
+            if stage.state not in ("finished", "collapsed"):
+                return stage
+        return None
+
+    def remember_inputs(self, stage: Stage) -> None:
+        """Write down what `stage` begins with, before it does."""
+        inputs = _read_json(self.path / INPUTS) | {stage.name: stage.parent_ids()}
+        with atomic_file(self.path / INPUTS) as path:
+            path.write_text(json.dumps(inputs, indent=1) + "\n")
+
+    # ------------------------------------------------------------------------------------------------ the stages
+
+    def _add(
+        self,
+        name: str,
+        run: StageKind,
+        tree: dict[str, Any],
+        seconds_per_step: float | None,
+        answers: str | None = None,
+    ) -> Stage:
+        tree |= {"name": name, "output_dir": str(self.path / name)}
+        # By its name, so that another stage before it changes nothing here.
+        tree.setdefault("seed", (self.config.seed + zlib.crc32(name.encode())) % 2**31)
+        config = validate(CONFIGS[run], tree, f"stage {name!r}")
+        model = config.init_from
+        parents = [] if model is None else [Path(model).expanduser()]
+        if isinstance(config, DistillConfig):
+            parents += [source.folder / "traces" for source in config.traces]
+        stage = Stage(name, run, config, tuple(parents), seconds_per_step, answers)
+        state, why = self._judge(stage)
+        stage = replace(stage, state=state, why=why)
+        self.stages.append(stage)
+        return stage
+
+    def _tree(self, section: StageSection) -> dict[str, Any]:
+        tree = _read_with(section.config, section.set, section.name)
+        if section.init_from is not None:
+            model = str(self._last[section.init_from].folder.final)
+            tree["init_from"] = model
+            if section.run == "pretrain":
+                apply_override(tree, f"data.tokenizer.path={json.dumps(model)}")
+        if section.traces:
+            tree["traces"] = [
+                {"run": str(self._last[traces.stage].folder.path)}
+                | traces.model_dump(mode="json", exclude={"stage"}, exclude_none=True)
+                for traces in section.traces
+            ]
+        return tree
+
+    def _add_answers(self, stage: Stage) -> Stage:
+        """What a collapse of `stage` asks for, if there was one; the stage that has its model in the end."""
+        reset = self.config.reset
+        first, left = stage, stage.config.steps
+        traces: list[dict[str, Any]] = []
+        while stage.state == "collapsed" and reset is not None and len(traces) < reset.at_most:
+            assert stage.collapse is not None
+            good = int(stage.collapse["last_good_step"])
+            if good < 1:
+                break  # nothing is older than the damage
+            traces.append({"run": str(stage.folder.path), "steps": [0, good], "late": LATE})
+            left = max(1, left - good)
+            names = answer_names(first.name, len(traces))
+            tree = _read_with(reset.config, reset.set, names[0])
+            tree |= {"init_from": first.config.init_from, "traces": list(traces)}
+            distilled = self._add(names[0], "self_distill", tree, reset.seconds_per_step, stage.name)
+            tree = first.config.model_dump(mode="json", exclude={"seed"})
+            tree |= {"init_from": str(distilled.folder.final), "steps": left}
+            stage = self._add(names[1], "grpo", tree, first.seconds_per_step, stage.name)
+        return stage
+
+    def _judge(self, stage: Stage) -> tuple[State, str]:
+        """(state, why): from its folder, and the states of the stages that it begins with."""
+        folder = stage.folder
+        exists = folder.config.exists()
+        by_folder = {other.folder.path: other for other in self.stages}
+        for parent in stage.parents:
+            before = by_folder.get(parent.parent)
+            done = ("finished", "collapsed") if parent.name == "traces" else ("finished",)
+            if before is not None and before.state not in done:
+                return ("waits", f"for {before.name}") if exists else ("to do", "")
+        if not exists:
+            return "to do", ""
+        if changed := folder.changed_keys(stage.config):
+            return "changed", f"{', '.join(changed[:3])}{' and more' if len(changed) > 3 else ''}"
+        began, now = self._inputs.get(stage.name), stage.parent_ids()
+        if began is None:
+            return "changed", "nothing says what it began with"
+        if began != now:
+            others = [path for path in now if began.get(path) != now[path]]
+            return "changed", f"{', '.join(others)} is another than it began with"
+        if folder.finished:
+            return "finished", ""
+        return ("begun", "") if stage.collapse is None else ("collapsed", "")
+
+    # ------------------------------------------------------------------------------------------------ in words
+
+    def text(self) -> str:
+        """The plan as a table: each stage, its state, and an estimate of its time."""
+        rows = [("stage", "run", "from", "steps", "state", "minutes")]
+        for stage, minutes in self.minutes():
+            rows.append(
+                (stage.name, stage.run, self._spell_parents(stage), f"{stage.config.steps:,}", _spell(stage), minutes)
+            )
+        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        return "\n".join([f"{self.config.name} in {self.path}", "", *lines, "", self._spell_total()])
+
+    def minutes(self) -> Iterator[tuple[Stage, str]]:
+        """Each stage with its minutes: those that it took, or are still to come."""
+        for stage in self.stages:
+            left = self.seconds_left(stage)
+            if stage.state in ("finished", "collapsed"):
+                yield stage, f"{stage.seconds / 60:.1f}"
+            else:
+                yield stage, "unknown" if left is None else f"about {left / 60:.1f} to come"
+
+    def seconds_left(self, stage: Stage) -> float | None:
+        """Estimate of what `stage` will still take: by its own steps so far, else by what its config declares, times
+        what the climb's steps so far took against what was declared of them. None if nothing is known."""
+        if stage.state in ("finished", "collapsed"):
+            return 0.0
+        done = stage.steps_done if stage.state == "begun" else 0
+        if done:
+            return stage.seconds / done * max(0, stage.config.steps - done)
+        return None if stage.seconds_per_step is None else stage.seconds_per_step * stage.config.steps * self._pace
+
+    @cached_property
+    def _pace(self) -> float:
+        """How long a second of the declared times is here."""
+        measured = declared = 0.0
+        for stage in self.stages:
+            if stage.state in ("finished", "collapsed") and stage.seconds_per_step is not None:
+                measured += stage.seconds
+                declared += stage.seconds_per_step * stage.steps_done
+        return measured / declared if declared else 1.0
+
+    def _spell_total(self) -> str:
+        left = [self.seconds_left(stage) for stage in self.stages]
+        known = sum(seconds for seconds in left if seconds is not None) / 60
+        spent = sum(stage.seconds for stage in self.stages if stage.state in ("finished", "collapsed", "begun")) / 60
+        unknown = sum(seconds is None for seconds in left)
+        rest = f" and {unknown} stages of unknown length" if unknown else ""
+        return f"{spent:.0f} minutes so far; about {known:.0f} minutes{rest} to come"
+
+    def _spell_parents(self, stage: Stage) -> str:
+        """The stages that `stage` begins with, or folders from elsewhere."""
+        names = {other.folder.path: other.name for other in self.stages}
+        return ", ".join(
+            names.get(path.parent, str(path)) + (" (traces)" if path.name == "traces" else "") for path in stage.parents
+        )
+
+    def _spell_collapse(self, stage: Stage) -> str:
+        assert stage.collapse is not None
+        return f"stage {stage.name} collapsed at step {stage.collapse['step']}: {stage.collapse['verdict']}"
+
+    def _no_answer(self) -> str:
+        if self.config.reset is None:
+            return "set `reset` to answer with self-distillation, or change the stage's config"
+        return f"`reset` allows {self.config.reset.at_most} answer(s), from traces before it; change the stage's config"
+
+
+def _spell(stage: Stage) -> str:
+    match stage.state:
+        case "begun":
+            return f"begun, {stage.steps_done} steps done"
+        case "changed":
+            return f"to do again: {stage.why}"
+        case "waits":
+            return f"there, but waits {stage.why}"
+        case "collapsed":
+            return f"collapsed at step {(stage.collapse or {})['step']}"
+        case _ if stage.answers:
+            return f"{stage.state}; answers the collapse of {stage.answers}"
+    return stage.state
+
+
+def _read_with(path: str, changes: Mapping[str, Any], stage: str) -> dict[str, Any]:
+    tree = read_yaml_with_base(Path(path))
+    for key, value in changes.items():
+        try:
+            apply_override(tree, f"{key}={yaml.safe_dump(value, default_flow_style=True)}")
+        except UsageError as error:
+            raise UsageError(f"stage {stage!r}: {error}") from None
+    return tree
+
+
+def _record_id(folder: Path) -> str | None:
+    try:
+        return read_lineage(folder).id
+    except ValueError:
+        return None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    return found

@@ -1,0 +1,108 @@
+"""The config of `scripts/climb.py`: stages in a row, from random weights to the consolidated model.
+
+MAI-Thinking-1 report §3.1 (the climb), §3.1.4 (self-distillation), §3.5 (consolidation).
+"""
+
+from typing import Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from mai_thinking.config.base import Section
+from mai_thinking.config.names import nearest_name
+from mai_thinking.config.run import RunConfig
+
+StageKind = Literal["pretrain", "grpo", "self_distill"]
+"""What a stage runs: the script of this name."""
+
+RESERVED = ("report", "lock", "config.yaml", "stages.json")
+"""What a climb's folder holds beside its stages'."""
+
+
+def answer_names(stage: str, attempt: int) -> tuple[str, str]:
+    """The two stages that answer the `attempt`-th collapse, from 1, of `stage`: the self-distillation, and the rest."""
+    number = "" if attempt == 1 else f"-{attempt}"
+    return f"{stage}-reset{number}", f"{stage}-on{number}"
+
+
+class StageTracesSection(Section):
+    """Traces of an earlier RL stage, as `traces:` of a self-distillation has them, with a stage for the run."""
+
+    stage: str
+    weight: float = Field(1.0, gt=0)
+    """Share of the traces, relative to the other stages' weights (§3.5: 56/11/33)."""
+    steps: tuple[int, int] | None = None
+    """First and last gradient step; null means any."""
+    late: float | None = Field(None, gt=0, le=1)
+    """Of the checkpoints in `steps`, the latest share; null: a quarter, or all where `steps` are given."""
+
+
+class StageSection(Section):
+    """One stage: a run in the folder OUTPUT/NAME, with a config like any other's."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    run: StageKind
+    config: str
+    """The YAML file that the stage's config begins with."""
+    init_from: str | None = None
+    """The earlier stage whose model this one starts from; null leaves it to `config`. Mid-training reads with that
+    model's tokenizer."""
+    traces: tuple[StageTracesSection, ...] = ()
+    """Of a self-distillation: what it learns from. Of several specialists it makes one model."""
+    set: dict[str, Any] = Field(default_factory=dict)
+    """key.path: value, laid over `config` as a script's overrides are."""
+    seconds_per_step: float | None = Field(None, gt=0)
+    """What a step took, all in all, where it was measured: `--dry-run` reckons with it until the climb has measurements
+    of its own."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if (self.run == "self_distill") != bool(self.traces):
+            raise ValueError(f"stage {self.name!r}: `traces` are what a self_distill learns from, and it alone")
+        return self
+
+
+class ResetSection(Section):
+    """The answer to a collapse (§3.1.4): the stage's first weights are distilled from its traces older than the damage,
+    and the stage goes on from there with the steps that are left."""
+
+    config: str
+    """The YAML file of the self-distillation; weights and traces are the climb's to set."""
+    set: dict[str, Any] = Field(default_factory=dict)
+    """key.path: value, laid over `config`."""
+    at_most: int = Field(1, ge=1)
+    """Collapses of one stage that are answered; one more ends the climb."""
+    seconds_per_step: float | None = Field(None, gt=0)
+    """As in a stage."""
+
+
+class ClimbConfig(RunConfig):
+    """A whole climb. A stage without a `seed` draws its own from the climb's and its name."""
+
+    stages: tuple[StageSection, ...] = Field(min_length=1)
+    """In the order in which they are run."""
+    reset: ResetSection | None = None
+    """Null: a collapse ends the climb."""
+
+    @model_validator(mode="after")
+    def _check_stages(self) -> Self:
+        earlier: dict[str, StageKind] = {}
+        for stage in self.stages:
+            if stage.name in earlier or stage.name in RESERVED:
+                why = "is used twice" if stage.name in earlier else "is the climb's own"
+                raise ValueError(f"stage {stage.name!r}: the name {why}; take another")
+            models = [] if stage.init_from is None else [stage.init_from]
+            for name in [*models, *(traces.stage for traces in stage.traces)]:
+                if name not in earlier:
+                    hint = nearest_name(name, earlier) if earlier else "it is the first"
+                    raise ValueError(f"stage {stage.name!r}: there is no earlier stage {name!r}; {hint}")
+            for traces in stage.traces:
+                if earlier[traces.stage] != "grpo":
+                    raise ValueError(f"stage {stage.name!r}: {traces.stage!r} writes no traces; name a grpo stage")
+            earlier[stage.name] = stage.run
+        if self.reset is not None:
+            for stage in self.stages:
+                for attempt in range(1, self.reset.at_most + 1):
+                    for name in answer_names(stage.name, attempt) if stage.run == "grpo" else ():
+                        if name in earlier:
+                            raise ValueError(f"stage {name!r}: {stage.name!r} may need the name; take another")
+        return self

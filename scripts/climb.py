@@ -1,0 +1,25 @@
+"""The whole climb, stage by stage: `python scripts/climb.py CONFIG.yaml [key.path=value …] [--dry-run]`.
+
+The same command goes on where it was, and runs again what has changed. `--dry-run` shows the plan, its state and the
+time that it will take.
+"""
+
+from mai_thinking.config.climb import ClimbConfig
+from mai_thinking.config.command import exit_with, parse_run_command
+
+
+def main() -> int:
+    """Parse, build, run."""
+    config, dry_run = parse_run_command(ClimbConfig, "configs/nano-climb.yaml", __doc__ or "")
+    if dry_run:
+        from mai_thinking.climb_plan import ClimbPlan
+
+        print(ClimbPlan(config).text())
+        return 0
+    from mai_thinking.climb import run_climb  # after the config, so that a mistake in it is told at once
+
+    return run_climb(config)
+
+
+if __name__ == "__main__":
+    exit_with(main)
