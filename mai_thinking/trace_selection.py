@@ -146,10 +146,10 @@ class _Source:
         by_prompt = self._candidates(window, removed)
         chosen = self._draw(by_prompt, quota, removed)
         if not chosen:
-            rule, count = removed.most_common(1)[0]
+            most = ", ".join(f"{count:,} to {rule!r}" for rule, count in removed.most_common(3) if count)
             raise UsageError(
-                f"{self.key}: nothing is left of {len(steps):,} traces in {self.section.run}; {count:,} fell to "
-                f"{rule!r}: choose other steps, or loosen that rule under `selection`"
+                f"{self.key}: nothing is left of {len(steps):,} traces in {self.section.run}; fell {most}: choose "
+                "other steps, or loosen these rules under `selection`"
             )
         examples = [example for _, example in self._examples(window, set(chosen)) if example is not None]
         prompts = len(set(chosen.values()))
