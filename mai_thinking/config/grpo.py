@@ -5,6 +5,7 @@ from typing import Self
 from pydantic import Field, model_validator
 
 from mai_thinking.config.base import Section
+from mai_thinking.config.collapse import CollapseSection
 from mai_thinking.config.objective import ObjectiveSection
 from mai_thinking.config.run import OptimizerSection, ScheduleSection, TrainingConfig
 from mai_thinking.config.sampling import CurriculumSection, SamplingSection
@@ -94,3 +95,4 @@ class GrpoConfig(TrainingConfig):
     )
     schedule: ScheduleSection = ScheduleSection(shape="constant")
     evaluation: ClimbEvaluationSection = ClimbEvaluationSection()
+    collapse: CollapseSection = CollapseSection()

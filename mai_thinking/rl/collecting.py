@@ -85,15 +85,18 @@ class Collector:
 
     def collect(
         self, wanted: int, *, step: int, version: int, max_length: int, penalise_length: bool, checkpoint: str,
-        beat: Callable[[], None],
+        beat: Callable[[], None], hopeless: Callable[[SamplingCounts], bool],
     ) -> list[Group]:  # fmt: skip
-        """At least `wanted` groups to learn from, in waves. RunError if none comes up for too long."""
+        """At least `wanted` groups to learn from, in waves; fewer if the tasks are solved, or it is `hopeless`, by the
+        counts since the last `take_counts`, to go on. RunError if none comes up for too long."""
         groups: list[Group] = []
         fruitless = 0
         while len(groups) < wanted:
             wave = self._wave(max_length)
             found = self._judge(wave, step, version, max_length, penalise_length, checkpoint)
             groups += found
+            if len(groups) < wanted and (self.counts.solved or hopeless(self.counts)):
+                break
             fruitless = 0 if found else fruitless + 1
             if fruitless == FRUITLESS_WAVES:
                 raise RunError(

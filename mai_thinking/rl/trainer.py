@@ -7,9 +7,11 @@ ends as the undisturbed one does, bit for bit.
 
 import functools
 import hashlib
+import json
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +20,14 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
+from mai_thinking.config.command import EXIT_COLLAPSED
 from mai_thinking.config.grpo import GrpoConfig
 from mai_thinking.config.tasks import TaskSection
 from mai_thinking.data.tokenizer import load_tokenizer
 from mai_thinking.errors import UsageError
 from mai_thinking.lineage import Source, hash_file
 from mai_thinking.rl.buffer import Group, RolloutBuffer
+from mai_thinking.rl.collapse import CollapseDetector, is_repetitive
 from mai_thinking.rl.collecting import Collector, Responder
 from mai_thinking.rl.evaluation import HeldOut, Sample
 from mai_thinking.rl.grading import GradingPool
@@ -40,9 +44,12 @@ from mai_thinking.training.goodput import EVALUATION
 from mai_thinking.training.model_files import load_model_config
 from mai_thinking.training.optimizer import build_optimizer, learning_rate
 from mai_thinking.training.parallel import share
-from mai_thinking.training.run_folder import RunFolder
+from mai_thinking.training.run_folder import RunFolder, atomic_file
 from mai_thinking.training.session import Session, run_in_folder
 from mai_thinking.training.state import ModelState, OptimizerState, PerRank, RandomState
+
+COLLAPSE = "collapse.json"
+"""In the folder of a run that was stopped as collapsed: the fields of `mai_thinking.rl.collapse.Verdict`."""
 
 
 def climb(config: GrpoConfig, *, dry_run: bool = False) -> int:
@@ -50,6 +57,10 @@ def climb(config: GrpoConfig, *, dry_run: bool = False) -> int:
     if dry_run:
         print(describe(config))
         return 0
+    if config.collapse.enabled and (config.folder / COLLAPSE).exists():
+        RunFolder(config.folder).check(config)
+        print(f"{config.folder} has collapsed: see its {COLLAPSE}. collapse.enabled=false goes on with it all the same")
+        return EXIT_COLLAPSED
     return run_in_folder(config, functools.partial(Climb, config))
 
 
@@ -91,6 +102,8 @@ class Climb:
         self.examiner = Responder(self.judge, pool, template, self.tokenizer)
         self.held_out = HeldOut(mix, config.evaluation, rank=rank, ranks=ranks)
         self.curriculum = LengthCurriculum(config.curriculum)
+        self.detector = CollapseDetector(config.collapse)
+        self.solved = False
         self.buffer = RolloutBuffer()
         self.collector = Collector(
             config,
@@ -105,10 +118,13 @@ class Climb:
         self.progress = {"step": 0, "tokens": 0}
         state = self._state()
         self.step = self.session.resume(state)
-        self.progress = state["progress"]
+        self.progress = {name: state["progress"][name] for name in self.progress}
+        if history := state["progress"].get("collapse"):  # older checkpoints have none
+            self.detector.load_state_dict(history)
 
     def run(self) -> int:
-        """Climb to the last step, evaluate, save `final/`, write the report. Or, when asked to stop, save and stop."""
+        """Climb to the last step, or until the tasks are solved, evaluate, save `final/`, write the report. Or, when asked to stop or collapsed, save
+        and stop."""
         self.session.save_architecture(self.architecture, self.tokenizer)
         self.session.say(f"{self.config.name} in {self.folder.path}\n\n{describe(self.config)}\n")
         if dropout := load_model_config(self.config.init_from).dropout:
@@ -119,7 +135,13 @@ class Climb:
             if self.step == 0:
                 self._evaluate()
             while self.step < self.config.steps:
-                self._one_step()
+                if not self._collapsed:  # as a checkpoint may have it
+                    self._one_step()
+                if self.solved:
+                    session.say(f"after step {self.step} hardly a problem is left to learn from: the tasks are solved")
+                    break
+                if self._collapsed:
+                    return self._end_collapsed()
                 if self.step % self.config.evaluation.every == 0 and self.step < self.config.steps:
                     self._evaluate()
                 stopping = session.stop.agreed()
@@ -139,6 +161,8 @@ class Climb:
     def _one_step(self) -> None:
         begin = time.perf_counter()
         dropped, counts = self._refill() if self.step % self.config.rollouts.steps_per_update == 0 else (0, None)
+        if self._collapsed or self.solved:
+            return
         generated = time.perf_counter()
         step = self.step + 1
         groups = self.buffer.take(self._groups_per_step)
@@ -166,12 +190,17 @@ class Climb:
             "seconds": end - begin,
         }
         self.session.record(record, exact=("loss", "grad_norm", "reward"))
+        self.detector.update(record)
         if self.curriculum.update(round(summary["cut_off"] * self._rollouts_per_step), self._rollouts_per_step):
             self.session.say(f"step {step}: responses may be {self.curriculum.max_length} tokens long from here on")
         note = (
             f"pass rate {summary['pass_rate']:.2f}  entropy {metrics['entropy']:.2f}  k {metrics['clip_relaxation']:g}"
         )
         self.session.line.update(step, self.progress["tokens"], metrics["loss"], note)
+
+    @property
+    def _collapsed(self) -> bool:
+        return self.config.collapse.enabled and self.detector.verdict is not None
 
     @property
     def _groups_per_step(self) -> int:
@@ -199,17 +228,25 @@ class Climb:
                 penalise_length=self.curriculum.penalises_length,
                 checkpoint=f"{self.config.name}/step-{self.step:08d}",
                 beat=self.session.ledger.beat,
+                hopeless=lambda counts: self.config.collapse.enabled and self.detector.hopeless(counts),
             )
         )
-        return dropped, self._sum_counts(self.collector.take_counts())
+        counts, missing = self._sum_counts(self.collector.take_counts(), max(0, wanted - len(self.buffer)))
+        if missing and counts.solved:
+            self.solved = True
+        elif missing:
+            self.detector.starve(self.step, counts)
+        return dropped, counts
 
-    def _sum_counts(self, counts: SamplingCounts) -> SamplingCounts:
+    def _sum_counts(self, counts: SamplingCounts, missing: int) -> tuple[SamplingCounts, int]:
+        """Both over all ranks; each gives up its collecting by itself, and then all do."""
         if self.session.ranks == 1:
-            return counts
+            return counts, missing
         state = counts.state_dict()
-        values = torch.tensor(list(state.values()), dtype=torch.float64, device=self.accelerator.device)
+        values = torch.tensor([*state.values(), missing], dtype=torch.float64, device=self.accelerator.device)
         dist.all_reduce(values)
-        return SamplingCounts(**dict(zip(state, map(round, values.tolist()), strict=True)))
+        *sums, missing = map(round, values.tolist())
+        return SamplingCounts(**dict(zip(state, sums, strict=True))), missing
 
     def _summarize(self, groups: Sequence[Group]) -> dict[str, Any]:
         """What the rollouts of a step were like, over all ranks."""
@@ -224,6 +261,7 @@ class Climb:
             "pass_rate": sum(group.pass_rate * len(group.rollouts) for group in groups),
             "response_length": sum(len(rollout.response_ids) for rollout in rollouts),
             "cut_off": sum(not rollout.finished for rollout in rollouts),
+            "repetition": sum(is_repetitive(rollout.response_ids) for rollout in rollouts),
             "staleness": sum((version - group.version) * len(group.rollouts) for group in groups),
         }
         values = torch.tensor([*sums.values(), len(rollouts)], dtype=torch.float64, device=self.accelerator.device)
@@ -268,7 +306,7 @@ class Climb:
             "buffer": PerRank(self.buffer),
             "collector": PerRank(self.collector),
             "random": PerRank(RandomState()),
-            "progress": self.progress,
+            "progress": {**self.progress, "collapse": self.detector.state_dict()},
             "ledger": self.session.ledger,
         }
 
@@ -284,6 +322,21 @@ class Climb:
             write_report(self.folder, self.config, evaluation, samples)
             self.session.save_final(model, self.tokenizer, self.step)
         self.accelerator.wait_for_everyone()
+
+    def _end_collapsed(self) -> int:
+        """Save, and leave the verdict with its evidence where the next stage looks for it; the exit code."""
+        verdict = self.detector.verdict
+        assert verdict is not None
+        self.session.save(self.step, self._state(), synchronous=True)
+        self.accelerator.wait_for_everyone()  # all traces are written
+        if self.session.rank == 0:
+            self.session.record_traces(self.folder.path / FOLDER, self.step)
+            with atomic_file(self.folder.path / COLLAPSE) as path:
+                path.write_text(json.dumps(asdict(verdict), indent=2) + "\n")
+        self.accelerator.wait_for_everyone()
+        self.session.say(str(verdict))
+        self.session.ledger.end("collapsed")
+        return EXIT_COLLAPSED
 
 
 def _source_of(task: TaskSection) -> Source:

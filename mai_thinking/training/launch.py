@@ -41,7 +41,8 @@ def launch(section: LaunchSection, script: Path, arguments: list[str]) -> int:
     """Run `script` with `arguments` as `section.nproc` ranks until it is done; the exit code of the whole job.
 
     0: done. 2: a rank refused its config or input (its line is on stderr). 75: stopped by SIGTERM or Ctrl-C after
-    saving. 3: the run has collapsed, and is saved. 1: given up, with the first failure's traceback on stderr. 128 + signal: stopped without having saved.
+    saving. 3: the run has collapsed, and is saved. 1: given up, with the first failure's traceback on stderr.
+    128 + signal: stopped without having saved.
     """
     _silence_elastic()
     with tempfile.TemporaryDirectory(prefix="mai-launch-") as scratch:

@@ -1,0 +1,293 @@
+"""The collapse detector: real and made-up climbs that are well, collapses of several kinds, and a provoked one."""
+
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from mai_thinking.config.collapse import CollapseSection
+from mai_thinking.config.grpo import GrpoConfig
+from mai_thinking.config.loading import load_config, save_config
+from mai_thinking.lineage import require_own
+from mai_thinking.rl.collapse import CollapseDetector, Verdict, is_repetitive
+from mai_thinking.rl.sampling import SamplingCounts
+from mai_thinking.rl.traces import FOLDER
+from mai_thinking.rl.trainer import COLLAPSE, Climb, climb
+from mai_thinking.training.metrics import read_records
+
+ROOT = Path(__file__).parents[2]
+HEALTHY = json.loads((Path(__file__).parent / "healthy_climbs.json").read_text())
+"""Two climbs of configs/nano-grpo.yaml (learning rate 1e-3, tasks of 2 or 3 numbers), well by their held-out problems.
+A row a step: entropy, grad_norm, pass_rate; where the buffer was filled also mismatch, groups kept, too hard, too
+easy. In one, entropy narrows while more problems are too hard for a time; in the other, it rises fivefold and falls."""
+PROVOKED = "optimizer.learning_rate=0.3"  # a hundred times that of configs/tiny-grpo.yaml
+Record = dict[str, Any]
+
+
+def filled(kept: int, hard: int, easy: int) -> Record:
+    dropped = {"early_too_hard": 0, "early_too_easy": 0, "too_hard": hard, "too_easy": easy}
+    return {"groups_kept": kept, **{f"groups_dropped/{rule}": number for rule, number in dropped.items()}}
+
+
+def real_records(name: str) -> Iterator[Record]:
+    for step, (entropy, grad_norm, pass_rate, *rest) in enumerate(HEALTHY[name], start=1):
+        record = {"step": step, "entropy": entropy, "grad_norm": grad_norm, "pass_rate": pass_rate}
+        if rest:
+            mismatch, *groups = rest
+            record |= filled(*groups) | ({} if mismatch is None else {"mismatch": mismatch})
+        yield record
+
+
+def made_up(seed: int, steps: int, *, damage: dict[str, float] | None = None, at: int = 10**9) -> Iterator[Record]:
+    """A noisy climb, its buffer filled every second step; from the record of step `at` on, `damage` multiplies."""
+    draw = random.Random(seed)
+    for step in range(1, steps + 1):
+        by = (damage or {}) if step >= at else {}
+        reach = min(0.95, 0.6 + 0.001 * step) * by.get("reach", 1)
+        record = {
+            "step": step,
+            "entropy": 0.3 * math.exp(draw.gauss(0, 0.25)) * by.get("entropy", 1),
+            "grad_norm": 0.3 * math.exp(draw.gauss(0, 0.4)) * by.get("grad_norm", 1),
+            "pass_rate": draw.gauss(0.3, 0.05) * by.get("pass_rate", 1),
+            "repetition": min(1.0, max(0.0, draw.gauss(0.01, 0.01)) * by.get("repetition", 1)),
+        }
+        if step % 2:
+            kept = sum(draw.random() < reach for _ in range(48))
+            record |= filled(kept, 48 - kept, 0) | {"mismatch": 5e-6 * by.get("mismatch", 1)}
+        yield record
+
+
+def verdict_on(records: Iterator[Record], **section: Any) -> Verdict | None:
+    detector = CollapseDetector(CollapseSection(**section))
+    return next((verdict for record in records if (verdict := detector.update(record))), None)
+
+
+@pytest.mark.parametrize("name", HEALTHY)
+def test_real_climbs_that_are_well_are_left_alone(name: str) -> None:
+    assert verdict_on(real_records(name)) is None
+    assert verdict_on(real_records(name), threshold=4.0) is None  # and not by a hair
+
+
+def test_noise_is_no_collapse() -> None:
+    assert all(verdict_on(made_up(seed, 300)) is None for seed in range(20))
+
+
+@pytest.mark.parametrize(
+    ("damage", "signs"),
+    [
+        ({"reach": 0.2, "entropy": 6}, {"within_reach", "entropy_high"}),
+        ({"reach": 0.3, "entropy": 0.1}, {"entropy_low"}),
+        ({"pass_rate": 0.2, "repetition": 60}, {"solved", "repetition"}),
+        ({"pass_rate": 0.2, "mismatch": 1e4, "grad_norm": 30}, {"solved", "mismatch", "grad_norm"}),
+        ({"pass_rate": 0.1, "reach": 0.3}, {"solved"}),
+    ],
+)
+def test_a_collapse_is_found_within_20_steps_and_its_beginning_too(damage: dict[str, float], signs: set[str]) -> None:
+    for seed in range(10):
+        verdict = verdict_on(made_up(seed, 200, damage=damage, at=101))
+        assert verdict is not None
+        assert 101 <= verdict.step <= 120
+        # The weights of step 99 gave the last good record; some of its noise may look like the beginning.
+        assert 90 <= verdict.last_good_step <= 100
+        assert signs <= set(verdict.evidence)
+        assert str(verdict.last_good_step) in str(verdict)
+        assert "\n" not in str(verdict)
+
+
+@pytest.mark.parametrize("damage", [{"entropy": 8}, {"entropy": 0.1}, {"grad_norm": 20}, {"repetition": 50}])
+def test_without_harm_there_is_no_collapse(damage: dict[str, float]) -> None:
+    assert verdict_on(made_up(3, 200, damage=damage, at=101)) is None
+
+
+def test_one_wild_filling_is_no_collapse() -> None:
+    records = list(made_up(1, 150))
+    records[100] |= filled(0, 48, 0) | {"entropy": 9.0}
+    assert verdict_on(iter(records)) is None
+
+
+def test_easy_problems_that_drop_out_are_no_harm() -> None:
+    """What is left to learn from is harder: its pass rate falls while more is solved, and entropy with it."""
+    records = list(made_up(1, 200))
+    for record in records[100:]:
+        record.update(pass_rate=record["pass_rate"] / 4, entropy=record["entropy"] / 5)
+        if "groups_kept" in record:
+            record |= filled(16, 0, 32)
+    assert verdict_on(iter(records)) is None
+
+
+@pytest.mark.parametrize("cut", [3, 99, 104, 150])
+def test_it_goes_on_exactly_from_its_state(cut: int) -> None:
+    records = list(made_up(5, 200, damage={"reach": 0.2, "entropy": 6}, at=101))
+    whole, first, second = (CollapseDetector(CollapseSection()) for _ in range(3))
+    for record in records[:cut]:
+        first.update(record)
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    for record in records:
+        whole.update(record)
+    for record in records[cut:]:
+        second.update(record)
+    assert second.state_dict() == whole.state_dict()
+    assert second.verdict == whole.verdict is not None
+
+
+# ------------------------------------------------------------------------------------------------ a buffer never filled
+
+
+def detector_after(fillings: list[tuple[int, int]]) -> CollapseDetector:
+    """(problems, of them within reach) in each."""
+    detector = CollapseDetector(CollapseSection())
+    for index, (problems, reached) in enumerate(fillings):
+        detector.update({"step": 2 * index + 1, "pass_rate": 0.3, **filled(reached, problems - reached, 0)})
+    return detector
+
+
+def test_a_filling_is_given_up_when_it_is_hopeless() -> None:
+    detector = detector_after([(64, 32), (48, 32)])
+    waves = next(n for n in range(100) if detector.hopeless(SamplingCounts(too_hard=8 * n, early_too_hard=8 * n)))
+    assert 2 <= waves <= 4
+    assert not detector.hopeless(SamplingCounts(too_easy=1000))
+    assert not CollapseDetector(CollapseSection()).hopeless(SamplingCounts(too_hard=1000))
+    verdict = detector.starve(4, SamplingCounts(too_hard=62, kept=2))
+    assert (verdict.step, verdict.last_good_step, verdict.verdict) == (4, 2, "starved")
+    assert verdict.evidence["within_reach"]["value"] == pytest.approx(2 / 64)
+    assert verdict.evidence["within_reach"]["usual"] == pytest.approx(64 / 112)
+
+
+@pytest.mark.parametrize("reach", [0.02, 0.1, 0.5, 0.98])
+def test_chance_alone_is_not_hopeless(reach: float) -> None:
+    """Small histories, each wave looked at: where nothing changed nothing is given up."""
+    draw = random.Random(4)
+    for _ in range(300):
+        detector = detector_after([(12, sum(draw.random() < reach for _ in range(12))) for _ in range(2)])
+        counts = SamplingCounts()
+        for _ in range(60):
+            kept = sum(draw.random() < reach for _ in range(4))
+            counts.kept, counts.too_hard = counts.kept + kept, counts.too_hard + 4 - kept
+            assert not detector.hopeless(counts)
+
+
+def test_repetition_is_a_loop_of_tokens() -> None:
+    assert is_repetitive([7] * 16)
+    assert is_repetitive([1, 2, 3, 4, 5] * 6)
+    assert is_repetitive(list(range(20)) + [3, 4] * 30)
+    assert not is_repetitive([7] * 15)  # too short to tell
+    assert not is_repetitive(list(range(100)))
+    assert not is_repetitive(list(range(40)) * 2 + list(range(50, 60)))  # said twice, as a check of an answer may
+    draw = random.Random(0)
+    assert not any(is_repetitive([draw.randrange(10) for _ in range(60)]) for _ in range(100))
+
+
+# -------------------------------------------------------------------------------------------------- a climb, provoked
+
+
+@pytest.fixture(scope="module")
+def make(tiny_run: Path) -> Callable[..., GrpoConfig]:
+    def config(folder: Path, *overrides: str) -> GrpoConfig:
+        places = [f"output_dir={folder}", f"init_from={tiny_run / 'final'}", "steps=30", "evaluation.every=100"]
+        return load_config(GrpoConfig, ROOT / "configs" / "tiny-grpo.yaml", [*places, *overrides])
+
+    return config
+
+
+@pytest.fixture(scope="module")
+def collapsed(make: Callable[..., GrpoConfig], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("collapse") / "run"
+    assert climb(make(folder, PROVOKED)) == 3
+    return folder
+
+
+def steps_of(folder: Path) -> int:
+    return sum("kind" not in record for record in read_records(folder / "metrics.jsonl"))
+
+
+def test_a_provoked_collapse_ends_the_run(
+    collapsed: Path, make: Callable[..., GrpoConfig], capsys: pytest.CaptureFixture[str]
+) -> None:
+    written = json.loads((collapsed / COLLAPSE).read_text())
+    assert set(written) == {"step", "last_good_step", "verdict", "evidence"}
+    assert written["step"] == steps_of(collapsed) <= 20
+    assert 0 <= written["last_good_step"] < written["step"]
+    assert written["evidence"]
+    assert not (collapsed / "final").exists()
+    assert (collapsed / "checkpoints" / f"step-{written['step']:08d}").is_dir()
+    assert read_records(collapsed / "events.jsonl")[-1]["how"] == "collapsed"
+    assert all("repetition" in r for r in read_records(collapsed / "metrics.jsonl") if "kind" not in r)
+    require_own(collapsed / FOLDER, allow_third_party=False)
+    before = {path: path.stat().st_mtime_ns for path in collapsed.rglob("*")}
+    capsys.readouterr()
+    assert climb(make(collapsed, PROVOKED)) == 3
+    assert "has collapsed" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in collapsed.rglob("*")} == before
+
+
+def test_a_run_that_died_before_the_verdict_was_written_comes_to_it_again(
+    collapsed: Path, make: Callable[..., GrpoConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one_step = Climb._one_step
+
+    def with_signal(self: Climb) -> None:
+        if self.step + 1 == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        one_step(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Climb, "_one_step", with_signal)
+        assert climb(make(tmp_path / "run", PROVOKED)) == 75
+    for _ in range(2):
+        assert climb(make(tmp_path / "run", PROVOKED)) == 3
+        written = (tmp_path / "run" / COLLAPSE).read_text()
+        assert json.loads(written) == json.loads((collapsed / COLLAPSE).read_text())
+        (tmp_path / "run" / COLLAPSE).unlink()
+
+
+def test_switched_off_it_lets_a_collapsed_run_go_on(
+    collapsed: Path, make: Callable[..., GrpoConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(self: Climb) -> None:
+        raise InterruptedError
+
+    monkeypatch.setattr(Climb, "_one_step", stop)
+    with pytest.raises(InterruptedError):
+        climb(make(collapsed, PROVOKED, "collapse.enabled=false"))
+
+
+def test_all_ranks_come_to_the_verdict_and_the_launcher_passes_it_on(
+    make: Callable[..., GrpoConfig], tmp_path: Path
+) -> None:
+    save_config(make(tmp_path / "run", PROVOKED), tmp_path / "config.yaml")
+    command = [sys.executable, "scripts/launch.py", "--nproc", "2", "scripts/grpo.py", str(tmp_path / "config.yaml")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=250)
+    assert ended.returncode == 3, ended.stdout + ended.stderr
+    assert json.loads((tmp_path / "run" / COLLAPSE).read_text())["step"] == steps_of(tmp_path / "run") <= 20
+
+
+def test_a_run_from_before_the_detector_goes_on(
+    make: Callable[..., GrpoConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither its config nor its checkpoints know of one."""
+    state, one_step = Climb._state, Climb._one_step
+
+    def with_signal(self: Climb) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        one_step(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Climb, "_state", lambda self: state(self) | {"progress": self.progress})
+        patch.setattr(Climb, "_one_step", with_signal)
+        assert climb(make(tmp_path / "run", "steps=2")) == 75
+    path = tmp_path / "run" / "config.yaml"
+    config = yaml.safe_load(path.read_text())
+    del config["collapse"]
+    path.write_text(yaml.safe_dump(config))
+    assert climb(make(tmp_path / "run", "steps=2")) == 0
+    assert steps_of(tmp_path / "run") == 2
