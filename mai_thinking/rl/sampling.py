@@ -104,6 +104,13 @@ class SamplingCounts:
     """Generated for decided problems."""
     rollouts_kept: int = 0
 
+    @property
+    def solved(self) -> bool:
+        """Whether there is nothing left to learn: of at least 200 problems, 97 % too easy."""
+        easy = self.early_too_easy + self.too_easy
+        problems = easy + self.kept + self.early_too_hard + self.too_hard
+        return problems >= 200 and easy >= 0.97 * problems
+
     def count(self, group: GroupSampling) -> None:
         """Take in a decided group. ValueError while it still wants rollouts."""
         if group.wanted:

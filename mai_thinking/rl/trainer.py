@@ -123,8 +123,8 @@ class Climb:
             self.detector.load_state_dict(history)
 
     def run(self) -> int:
-        """Climb to the last step, or until the tasks are solved, evaluate, save `final/`, write the report. Or, when asked to stop or collapsed, save
-        and stop."""
+        """Climb to the last step, or until the tasks are solved, evaluate, save `final/`, write the report. Or, when
+        asked to stop or collapsed, save and stop."""
         self.session.save_architecture(self.architecture, self.tokenizer)
         self.session.say(f"{self.config.name} in {self.folder.path}\n\n{describe(self.config)}\n")
         if dropout := load_model_config(self.config.init_from).dropout:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from mai_thinking.config.loading import load_config, save_config
 from mai_thinking.errors import RunError, UsageError
 from mai_thinking.lineage import require_own
 from mai_thinking.rl.buffer import Group
+from mai_thinking.rl.collecting import Responder
 from mai_thinking.rl.learner import PolicyStep
 from mai_thinking.rl.objective import Objective
 from mai_thinking.rl.rewards import RewardParts
@@ -187,6 +189,31 @@ def test_a_checkpoint_without_a_part_of_the_state_is_found_out(
     except (IndexError, RunError):
         return  # no rollouts where there should be some, or other ones than the first time
     assert read_losses(tmp_path / "run") != read_losses(climbed)
+
+
+def test_a_climb_ends_when_its_tasks_are_solved(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From the second filling on every response is right: then no group is left to learn from."""
+    respond, fillings = Responder.respond, []
+    refill = Climb._refill
+
+    def counted(self: Climb) -> Any:
+        fillings.append(self.step)
+        return refill(self)
+
+    def all_right(self: Responder, asked: Any) -> Any:
+        attempts = respond(self, asked)
+        return [replace(attempt, score=1.0) for attempt in attempts] if len(fillings) > 1 else attempts
+
+    monkeypatch.setattr(Climb, "_refill", counted)
+    monkeypatch.setattr(Responder, "respond", all_right)
+    config = make(tmp_path / "run")
+    assert climb(config) == 0
+    assert "the tasks are solved" in capsys.readouterr().out
+    steps = [record["step"] for record in read_records(tmp_path / "run" / "metrics.jsonl") if "kind" not in record]
+    assert len(steps) == config.rollouts.steps_per_update < config.steps
+    assert (tmp_path / "run" / "final").is_dir()
 
 
 def read_losses(folder: Path) -> list[tuple[float, int]]:
