@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list
 
@@ -39,7 +39,8 @@ def run_climb(config: ClimbConfig) -> int:
     A stage that collapses is answered as `config.reset` says; RunError if that is not allowed any more.
     """
     with ExitStack() as stack:
-        rank = PartialState().process_index  # the ranks meet
+        accelerator = Accelerator()  # the ranks meet
+        rank = accelerator.process_index
         if rank == 0:
             stack.enter_context(locked(config.folder))
             with atomic_file(config.folder / "config.yaml") as path:
@@ -48,6 +49,7 @@ def run_climb(config: ClimbConfig) -> int:
         stack.callback(stop.close)
         before: Stage | None = None
         while (stage := _next_stage(config, rank, before)) is not None:
+            _clear_memory()
             if before is not None:
                 _begin_anew()
             code = _run(stage)
@@ -60,7 +62,7 @@ def run_climb(config: ClimbConfig) -> int:
         if rank == 0:
             write_report(ClimbPlan(config))
             _say(rank, f"{config.name} is finished: see {config.folder / 'report' / 'summary.md'}")
-        PartialState().wait_for_everyone()
+        accelerator.wait_for_everyone()
     return 0
 
 
@@ -97,12 +99,15 @@ def _run(stage: Stage) -> int:
             return self_distill(stage.config)
 
 
-def _begin_anew() -> None:
-    """Make this process as good as a new one for the next stage."""
+def _clear_memory() -> None:
+    """Leave nothing of an earlier stage in this process."""
     gc.collect()  # the last model, its optimiser, and what DDP holds of them
     # Precision is kept there; with another one the next `Accelerator` would refuse. The ranks' connection stays.
     AcceleratorState._reset_state()
-    # The next ledger is not to begin with this process, nor with the fault that an earlier stage was restarted for.
+
+
+def _begin_anew() -> None:
+    """The next ledger is not to begin with this process, nor with the fault that an earlier stage was restarted for."""
     os.environ[LAUNCHED_VARIABLE] = str(time.time())
     os.environ.pop(CAUSE_VARIABLE, None)
 

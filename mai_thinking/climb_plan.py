@@ -22,6 +22,7 @@ from mai_thinking.config.loading import apply_override, read_yaml_with_base, val
 from mai_thinking.config.pretraining import PretrainConfig
 from mai_thinking.errors import RunError, UsageError
 from mai_thinking.lineage_record import read_lineage
+from mai_thinking.rl.collapse import Verdict
 from mai_thinking.training.goodput import RESTART, account_of
 from mai_thinking.training.metrics import read_records
 from mai_thinking.training.run_folder import RunFolder, atomic_file
@@ -65,10 +66,15 @@ class Stage:
 
     @cached_property
     def collapse(self) -> dict[str, Any] | None:
-        """What `collapse.json` says: `step`, `last_good_step`, `verdict`, `evidence`."""
+        """The fields of a `Verdict`, if it has collapsed."""
         path = self.folder.path / COLLAPSE
         found: dict[str, Any] | None = json.loads(path.read_text()) if path.is_file() else None
         return found
+
+    @property
+    def verdict(self) -> str:
+        """The collapse in one line."""
+        return str(Verdict(**self.collapse)) if self.collapse else ""
 
     @property
     def steps_done(self) -> int:
@@ -109,7 +115,7 @@ class ClimbPlan:
         for index, stage in enumerate(self.stages):
             following = self.stages[index + 1] if index + 1 < len(self.stages) else None
             if stage.state == "collapsed" and (following is None or following.answers is None):
-                raise RunError(f"{self._spell_collapse(stage)}; {self._no_answer()}")
+                raise RunError(f"stage {stage.name}: {stage.verdict}. {self._no_answer()}")
             if stage.state not in ("finished", "collapsed"):
                 return stage
         return None
@@ -261,13 +267,9 @@ class ClimbPlan:
             names.get(path.parent, str(path)) + (" (traces)" if path.name == "traces" else "") for path in stage.parents
         )
 
-    def _spell_collapse(self, stage: Stage) -> str:
-        assert stage.collapse is not None
-        return f"stage {stage.name} collapsed at step {stage.collapse['step']}: {stage.collapse['verdict']}"
-
     def _no_answer(self) -> str:
         if self.config.reset is None:
-            return "set `reset` to answer with self-distillation, or change the stage's config"
+            return "Set `reset` to answer with self-distillation, or change the stage's config"
         return f"`reset` allows {self.config.reset.at_most} answer(s), from traces before it; change the stage's config"
 
 

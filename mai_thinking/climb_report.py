@@ -62,7 +62,7 @@ def write_report(plan: ClimbPlan) -> None:
     if climbs:
         page.append("## Held-out problems\n\n" + pass_table(climbs))
         page += [f"![{name}]({name}.png)" for name in draw(folder, spans)]
-        page += [_spell_collapse(span.stage) for span in climbs if span.stage.collapse is not None]
+        page += [f"**{span.stage.name}** {span.stage.verdict}" for span in climbs if span.stage.collapse is not None]
         page.append("## Then and now\n\n" + "\n\n".join(_samples(climbs)))
     page.append("## Where it came from\n\n" + fenced(_lineage(plan.stages[-1])))
     with atomic_file(folder / "summary.md") as path:
@@ -85,9 +85,7 @@ def pass_table(climbs: Sequence[Span]) -> str:
     lines = ["| task | pass@1 at first | at best | at last | pass@k at first | at last |", "|---|" + "---:|" * 5]
     for task in _tasks(climbs):
         marks = [record for span in climbs for record in span.evaluations if PASS + task in record]
-        (k,) = {name for name in marks[-1] if name.startswith("pass@") and name.endswith(f"/{task}")} - {
-            f"{end}/{task}" for end in ("pass@1", "pass@1_low", "pass@1_high")
-        } or {PASS + task}
+        k = _pass_k(marks[-1], task)
         first, last = marks[0], marks[-1]
         best = max(record[PASS + task] for record in marks)
         lines.append(
@@ -96,6 +94,13 @@ def pass_table(climbs: Sequence[Span]) -> str:
             f"| {first.get(k, float('nan')):.3f} | {last[k]:.3f} ({k.partition('/')[0]}) |"
         )
     return "\n".join(lines)
+
+
+def _pass_k(record: Record, task: str) -> str:
+    """The name of pass@k of a task, for the record's k."""
+    own = {f"{name}/{task}" for name in ("pass@1", "pass@1_low", "pass@1_high")}
+    others = [name for name in record if name.startswith("pass@") and name.endswith(f"/{task}") and name not in own]
+    return others[0] if others else PASS + task
 
 
 def draw(folder: Path, spans: Sequence[Span]) -> list[str]:
@@ -158,11 +163,14 @@ def _draw_climb(plt: Any, path: Path, spans: Sequence[Span]) -> None:
             minutes = [span.at(record["step"]) for record in marks]
             style = {"color": f"C{index}", "markersize": 3}
             axes.plot(minutes, [record[PASS + task] for record in marks], "o-", label=label, **style)
+            best_of = [record[_pass_k(record, task)] for record in marks]
+            axes.plot(minutes, best_of, color=f"C{index}", linestyle=":", linewidth=0.9)
             low, high = ([record[f"pass@1_{end}/{task}"] for record in marks] for end in ("low", "high"))
             axes.fill_between(minutes, low, high, color=f"C{index}", alpha=0.12)
             label = None
-    axes.set(xlabel="minutes of work since random weights", ylabel="held-out pass@1", ylim=(0, 1))
-    axes.set_title("the climb, with 95 % intervals", loc="left")
+    axes.set(xlabel="minutes of work since random weights", ylabel="held-out pass@1, with 95 % interval", ylim=(0, 1))
+    axes.plot([], [], color="grey", linestyle=":", label="pass@k")
+    axes.fill_between([], [], [], color="tab:green", alpha=0.25, label="self-distillation")
     axes.grid(alpha=0.3)
     _mark(axes, spans, names=True)
     axes.legend(loc="upper left")
@@ -204,14 +212,6 @@ def _mark(axes: Any, spans: Sequence[Span], *, names: bool) -> None:
                 rotation=20, fontsize=7, annotation_clip=False,
             )  # fmt: skip
     axes.set_xlim(left=climbing[0])
-
-
-def _spell_collapse(stage: Stage) -> str:
-    assert stage.collapse is not None
-    return (
-        f"**{stage.name} collapsed** at step {stage.collapse['step']}; good up to step "
-        f"{stage.collapse['last_good_step']}: {stage.collapse['verdict']}"
-    )
 
 
 def _samples(climbs: Sequence[Span]) -> Iterator[str]:
