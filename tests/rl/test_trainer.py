@@ -208,7 +208,7 @@ def test_a_climb_ends_when_its_tasks_are_solved(
 
     monkeypatch.setattr(Climb, "_refill", counted)
     monkeypatch.setattr(Responder, "respond", all_right)
-    config = make(tmp_path / "run")
+    config = make(tmp_path / "run", "evaluation.every=2")
     assert climb(config) == 0
     assert "the tasks are solved" in capsys.readouterr().out
     steps = [record["step"] for record in read_records(tmp_path / "run" / "metrics.jsonl") if "kind" not in record]
