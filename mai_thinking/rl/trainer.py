@@ -232,7 +232,8 @@ class Climb:
             )
         )
         counts, missing = self._sum_counts(self.collector.take_counts(), max(0, wanted - len(self.buffer)))
-        if missing and counts.solved:
+        # A rank gives up for want of hard problems or of easy ones; what all of them drew tells which.
+        if missing and counts.early_too_easy + counts.too_easy > counts.early_too_hard + counts.too_hard:
             self.solved = True
         elif missing:
             self.detector.starve(self.step, counts)
