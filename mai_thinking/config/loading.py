@@ -14,6 +14,7 @@ from pydantic_core import ErrorDetails
 
 from mai_thinking.config.base import Section
 from mai_thinking.config.names import nearest_name
+from mai_thinking.config.shipped import find_config
 from mai_thinking.errors import UsageError
 
 ConfigType = TypeVar("ConfigType", bound=Section)
@@ -50,7 +51,9 @@ def save_config(config: Section, path: Path | str) -> None:
 
 
 def read_yaml_with_base(path: Path, descendants: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """The mapping in `path`, laid over those of its `base:` parents."""
+    """The mapping in `path`, laid over those of its `base:` parents. What is not there is looked for among the configs
+    that come with the package."""
+    path = find_config(path)
     if path.resolve() in descendants:
         raise UsageError(f"{path}: `base:` leads back to itself; remove one of the links")
     try:

@@ -1,0 +1,54 @@
+"""What saving costs the loop: train nano and save every tenth step, in turn in the background and at once."""
+
+import contextlib
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+
+from mai_thinking.bench.options import Options
+from mai_thinking.bench.result import Result, Row
+from mai_thinking.bench.timing import Figure
+from mai_thinking.bench.train import CONFIG
+from mai_thinking.config.loading import load_config
+from mai_thinking.config.pretraining import PretrainConfig
+from mai_thinking.pretraining import Pretraining
+from mai_thinking.training.run_folder import RunFolder
+from mai_thinking.training.session import make_accelerator
+
+EVERY = 10
+
+
+def measure(options: Options) -> Result:
+    """Half of `options.rounds` saves each way, and one more of each that does not count."""
+    saves = 2 * (options.rounds // 2 + 1)
+    with tempfile.TemporaryDirectory(dir=Path.cwd()) as name, contextlib.ExitStack() as stack:
+        config = load_config(PretrainConfig, CONFIG, [f"output_dir={name}/run", "steps=10000"])
+        folder = RunFolder(config.folder)
+        run = Pretraining(config, folder, make_accelerator(config, folder), stack)
+        cost: dict[bool, list[tuple[float, int]]] = {False: [], True: []}
+        steps: list[float] = []
+        for batch in run.loader:
+            begin = time.perf_counter()
+            run._train(batch)
+            steps.append(time.perf_counter() - begin)
+            run.session.checkpointer.due(run.step)
+            if run.step % EVERY == 0:
+                synchronous = run.step // EVERY % 2 == 0
+                stall = run.session.checkpointer.save(run.step, run._state(), synchronous=synchronous)
+                cost[synchronous].append((stall, len(steps)))
+            if run.step == EVERY * saves + EVERY // 2:
+                break
+    usual = median(steps)
+    rows, whole = [], {}
+    for synchronous, marks in cost.items():
+        # The last save has no nine steps behind it.
+        after = [sum(steps[at : at + 9]) - 9 * usual for _, at in marks[1:] if at + 9 <= len(steps)]
+        stalls = Figure.of((seconds for seconds, _ in marks[1:]), "s")
+        slower = Figure.of(after, "s")
+        whole[synchronous] = stalls.median + max(0.0, slower.median)
+        word = "synchronous" if synchronous else "asynchronous"
+        rows.append(Row({"save": word}, {"stall": stalls, "nine steps after it, over nine others": slower}))
+    step = Row({"": "a step"}, {"step": Figure.of(steps, "s")})
+    share = Row({"": "asynchronous / synchronous"}, {"cost": Figure.of([whole[False] / whole[True]], "×")})
+    return Result("checkpoint", [*rows, step, share])

@@ -1,0 +1,55 @@
+"""`python scripts/bench.py WHAT`: which measurements there are, and how one is asked for."""
+
+import argparse
+import importlib
+import os
+from pathlib import Path
+
+from mai_thinking.errors import UsageError
+
+BENCHES = {
+    "moe": "our experts against the library's: training at 512 and 4,096 tokens, decoding at 1 to 64",
+    "train": "a training step of nano with our experts and with the library's, and where its time goes",
+    "load": "what a step of nano waits for its data",
+    "rollout": "our engine against `generate`, response lengths as they fall and all equal",
+    "grpo": "a whole step of the climb against one of TRL's GRPOTrainer",
+    "growth": "tokens per second against experts, context, batch and workers",
+    "checkpoint": "what saving costs the loop, asynchronously and synchronously",
+    "recovery": "from a worker's death to the next step, from the warm standby and from a cold start",
+    "zero-start": "expert load at initialisation, attention's output gains ordinary or zero",
+}
+
+
+def run(arguments: list[str] | None = None) -> None:
+    """Parse, measure, print."""
+    parser = argparse.ArgumentParser(
+        description="Measure, each benchmark its sides in turn in one run:\n\n"
+        + "\n".join(f"{name:<12} {what}" for name, what in BENCHES.items())
+        + "\n\nFigures are medians, with quartiles in brackets.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("what", choices=BENCHES)
+    parser.add_argument("model", type=Path, nargs="?", default=Path("runs/nano/final"), help="for rollout and grpo")
+    parser.add_argument("--rounds", type=int, default=15, help="how often each side has its turn (default: 15)")
+    parser.add_argument("--json", action="store_true", help="print all figures as one JSON object, in the last line")
+    options = parser.parse_args(arguments)
+    if options.rounds < 2:
+        raise UsageError(f"--rounds {options.rounds}: a spread takes at least 2")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    _measure(options.what, options.model, options.rounds, as_json=options.json)
+
+
+def _measure(what: str, model: Path, rounds: int, *, as_json: bool) -> None:
+    # Only now: all of it brings torch.
+    from mai_thinking.bench.machine import Ceiling, describe
+    from mai_thinking.bench.options import Options
+
+    ceiling = Ceiling()
+    ceiling.sample()
+    module = importlib.import_module(f"mai_thinking.bench.{what.replace('-', '_')}")
+    result = module.measure(Options(model, rounds, ceiling))
+    ceiling.sample()
+    result.ceiling, result.machine = ceiling.figures(), describe()
+    print(result.text(), flush=True)
+    if as_json:
+        print(result.json(), flush=True)

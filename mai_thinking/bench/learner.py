@@ -1,0 +1,58 @@
+"""A model in training, without the run around it."""
+
+import itertools
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+from mai_thinking.config.pretraining import PretrainConfig
+from mai_thinking.data import Loader, PreparedData, Step
+from mai_thinking.training.model_files import build_model, model_config
+from mai_thinking.training.optimizer import build_optimizer
+from mai_thinking.training.parallel import share
+from mai_thinking.training.run_folder import RunFolder
+from mai_thinking.training.session import make_accelerator
+from mai_thinking.training.step import TrainStep
+
+LEARNING_RATE = 1e-4
+"""As low as makes the routing stay what it is while it is measured."""
+
+
+class Learner:
+    """`config`'s model, optimiser and step, on data that is already prepared."""
+
+    def __init__(self, config: PretrainConfig, data: PreparedData) -> None:
+        self.config = config
+        architecture = model_config(config, data.tokenizer)
+        accelerator = make_accelerator(config, RunFolder(config.folder))
+        parallel = share(build_model(config, architecture), accelerator, "ddp")
+        parallel.model.train()
+        self._step = TrainStep(
+            parallel,
+            build_optimizer(parallel.model, config.optimizer),
+            clip_norm=config.optimizer.clip_norm,
+            balance=architecture.router_aux_loss_coef,
+            z=architecture.router_z_loss_coef,
+            exact_balance=config.execution.activation_checkpointing,
+        )
+        self._number = itertools.count(1)
+
+    def learn(self, batch: Step) -> float:
+        """One step; → tokens in it."""
+        self._step(batch.micro_batches, LEARNING_RATE, next(self._number))
+        return float(self.config.batch.tokens_per_step)
+
+
+@contextmanager
+def loading(config: PretrainConfig, data: PreparedData, *, prefetch: int = 4) -> Iterator[Loader]:
+    """`config`'s loader, for one rank."""
+    with ExitStack() as stack:
+        yield stack.enter_context(
+            Loader(
+                data,
+                context_length=config.batch.context_length,
+                micro_batch_size=config.batch.micro_batch_size,
+                rows_per_step=config.batch.global_batch_size,
+                seed=config.seed,
+                prefetch=prefetch,
+            )
+        )
