@@ -175,7 +175,9 @@ def test_prompts_are_drawn_uniformly_with_a_cap_and_a_total(
     options = ["selection.per_prompt=1", "selection.total=200"]
     chosen = prompts_of(select(make([run], *options), tokenizer), tokenizer)
     assert len(chosen) == len(set(chosen)) == 200
-    rich = sum(int(prompt.split("number ")[1].split("?")[0]) % 2 for prompt in chosen)
+    numbers = [int(prompt.split("number ")[1].split("?")[0]) for prompt in chosen]
+    assert 170 <= np.mean(numbers) <= 230  # 199.5 ± 6; the first to come would give 99.5
+    rich = sum(number % 2 for number in numbers)
     assert 70 <= rich <= 130  # 100 ± 7; if traces were drawn and not prompts, it would be 185
 
     selection = select(make([run], "selection.per_prompt=5", "selection.total=300"), tokenizer)
