@@ -7,7 +7,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from mai_thinking.config.base import Section
+from mai_thinking.config.base import Section, fill_from_defaults
 from mai_thinking.config.data import DataSection
 from mai_thinking.config.run import BatchSection, OptimizerSection, PlanSection, ScheduleSection, TrainingConfig
 from mai_thinking.config.tasks import TemplateSection
@@ -152,19 +152,14 @@ class DistillConfig(TrainingConfig):
 
     @model_validator(mode="before")
     @classmethod
-    def _fill_schedule(cls, fields: Any) -> Any:
-        """Keys of `optimizer` and `schedule` that are not given are this recipe's, not pre-training's."""
+    def _fill_from_defaults(cls, fields: Any) -> Any:
+        """Keys of `optimizer` and `schedule` that are not given are this recipe's; its warm-up goes by `steps`."""
         if not isinstance(fields, dict):
             return fields
-        steps = fields.get("steps")
-        defaults: dict[str, dict[str, Any]] = {
-            "optimizer": cls.model_fields["optimizer"].default.model_dump(),
-            "schedule": cls.model_fields["schedule"].default.model_dump()
-            | {"warmup_steps": math.ceil(WARMUP * steps) if isinstance(steps, int) and steps > 0 else 0},
-        }
-        given = {name: fields.get(name, {}) for name in defaults}
-        filled = {name: defaults[name] | tree for name, tree in given.items() if isinstance(tree, dict)}
-        return {**fields, **filled}
+        steps, schedule = fields.get("steps"), fields.get("schedule", {})
+        if isinstance(steps, int) and isinstance(schedule, dict):
+            fields = {**fields, "schedule": {"warmup_steps": math.ceil(WARMUP * max(0, steps)), **schedule}}
+        return fill_from_defaults(cls, fields, "optimizer", "schedule")
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -1,10 +1,10 @@
 """The config of `scripts/grpo.py`: the RL climb (MAI-Thinking-1 report §3)."""
 
-from typing import Self
+from typing import Any, Self
 
 from pydantic import Field, model_validator
 
-from mai_thinking.config.base import Section
+from mai_thinking.config.base import Section, fill_from_defaults
 from mai_thinking.config.collapse import CollapseSection
 from mai_thinking.config.objective import ObjectiveSection
 from mai_thinking.config.run import OptimizerSection, ScheduleSection, TrainingConfig
@@ -96,3 +96,8 @@ class GrpoConfig(TrainingConfig):
     schedule: ScheduleSection = ScheduleSection(shape="constant")
     evaluation: ClimbEvaluationSection = ClimbEvaluationSection()
     collapse: CollapseSection = CollapseSection()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_from_defaults(cls, fields: Any) -> Any:
+        return fill_from_defaults(cls, fields, "optimizer", "schedule")

@@ -131,3 +131,10 @@ def test_a_mistake_is_told_before_torch_is_imported() -> None:
 def test_chaos_is_checked() -> None:
     with pytest.raises(ValueError, match="explode"):
         LaunchSection(chaos="explode:30s")
+
+
+def test_a_climb_s_learning_rate_alone_leaves_its_other_values() -> None:
+    """They are the report's for RL (§3.6), and not those of pre-training, whose section is the same."""
+    config = load_config(GrpoConfig, CONFIGS / "tiny-grpo.yaml", ["optimizer={learning_rate: 1.0e-4}"])
+    assert (config.optimizer.learning_rate, config.optimizer.betas) == (1e-4, (0.95, 0.95))
+    assert (config.optimizer.epsilon, config.optimizer.weight_decay) == (1e-15, 0.0)
