@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from mai_thinking.bench import command, growth, load, moe, rollout, train
 from mai_thinking.bench.machine import Ceiling, describe
 from mai_thinking.bench.options import Options
-from mai_thinking.bench.profile import ATTENTION, LOSS, OPTIMISER, PRODUCTS, profile_rows
+from mai_thinking.bench.profile import ATTENTION, LOSS, OPTIMISER, PRODUCTS, own_times, profile_rows
 from mai_thinking.bench.result import Result, Row
 from mai_thinking.bench.timing import Figure, Turn, alternate, fastest, milliseconds, rate, ratio
 from mai_thinking.config.pretraining import PretrainConfig
@@ -117,6 +117,18 @@ def test_a_profile_gives_inner_operations_to_what_they_are_part_of() -> None:
     assert profile_rows(work, least=101.0)[0].figures["share"].median == pytest.approx(100.0)
 
 
+def test_an_operation_does_not_count_what_runs_inside_it() -> None:
+    spans = [
+        (1, 0, 100, "Optimizer.step#AdamW.step"),
+        (1, 10, 30, "aten::mm"),
+        (1, 100, 160, "aten::linear"),
+        (1, 110, 150, "aten::t"),
+        (1, 120, 130, "aten::mm"),
+        (2, 0, 50, "aten::copy_"),  # beside the optimiser, not in it
+    ]
+    assert own_times(spans) == {OPTIMISER: 100, PRODUCTS: 60 - 40 + 10, "t": 30, "copy_": 50}
+
+
 def test_moe_compares_layers_that_compute_the_same(options: Options) -> None:
     bench = moe.Layer(experts=16, top_k=3, latent=8, inner=12)
     x, gates = torch.randn(5, 8), torch.rand(5, 3)
@@ -163,8 +175,8 @@ def test_growth(options: Options, tmp_path: Path, tiny_config: Callable[..., Pre
 
 
 def test_rollouts(options: Options) -> None:
-    result = rollout.compare(tiny_model(), options, about="tiny", requests=3, slots=2)
-    assert [row.case.get("lengths") for row in result.rows[:2]] == ["as they fall", "all 50"]
+    result = rollout.compare(tiny_model(), options, about="tiny", requests=3, longest=6, slots=2)
+    assert [row.case.get("lengths") for row in result.rows[:2]] == ["as they fall", "all 3"]
     assert result.rows[0].figures.keys() == {"engine", "generate", "ratio"}
 
 

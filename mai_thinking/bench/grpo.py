@@ -57,7 +57,7 @@ def measure(options: Options) -> Result:
     rows = [_row(side, taken[1:steps]) for side, taken in (("ours", ours), ("TRL", theirs))]
     pairs = [[Turn(whole, 1.0) for whole, _, _ in taken[1:steps]] for taken in (theirs, ours)]
     against = Row({"": "TRL's step / ours"}, {"ratio": ratio(*pairs)})
-    notes = [f"from {options.model}; shares: operators' own processor time in {PROFILED_STEPS} of our steps"]
+    notes = [f"from {options.model}; shares: operators' own time in {PROFILED_STEPS} of our steps"]
     return Result("grpo", [*rows, against, *profile], notes)
 
 

@@ -35,7 +35,13 @@ def measure(options: Options) -> Result:
 
 
 def compare(
-    model: MaiThinkingForCausalLM, options: Options, *, about: str, requests: int = 512, slots: int = 256
+    model: MaiThinkingForCausalLM,
+    options: Options,
+    *,
+    about: str,
+    requests: int = 512,
+    longest: int = 100,
+    slots: int = 256,
 ) -> Result:
     """`requests` of each kind of lengths; a quarter of `options.rounds` rounds, since each takes many seconds."""
     rng = np.random.default_rng(0)
@@ -46,8 +52,8 @@ def compare(
     rows: list[Row] = []
     profile: list[Row] = []
     kinds: list[tuple[str, Any, int | None]] = [
-        ("as they fall", rng.integers(4, 101, requests), end),
-        ("all 50", np.full(requests, 50), None),
+        ("as they fall", rng.integers(4, longest + 1, requests), end),
+        (f"all {longest // 2}", np.full(requests, longest // 2), None),
     ]
     for name, limits, ending in kinds:
         asked = [Request(i, prompts[i // 16], int(limit)) for i, limit in enumerate(limits)]
@@ -64,7 +70,7 @@ def compare(
         figures = {side: rate(taken, "tokens/s") for side, taken in turns.items()}
         rows.append(Row({"lengths": name}, figures | {"ratio": ratio(turns["generate"], turns["engine"])}))
         profile = profile or profile_rows(ours)
-    notes = [f"{about}; shares: operators' own processor time of the engine, lengths as they fall"]
+    notes = [f"{about}; shares: operators' own time of the engine, lengths as they fall"]
     return Result("rollout", rows + profile, notes)
 
 

@@ -48,7 +48,7 @@ def compare(config: PretrainConfig, options: Options) -> Result:
         for _ in range(PROFILED_STEPS):
             step("ours")
 
-    notes = [f"shares: operators' own processor time in {PROFILED_STEPS} of our steps, all threads together"]
+    notes = [f"shares: operators' own time in {PROFILED_STEPS} of our steps"]
     return Result("train", [row, *profile_rows(profiled)], notes)
 
 
