@@ -11,6 +11,7 @@ from pathlib import Path
 from mai_thinking.config.command import exit_with
 from mai_thinking.config.launch import LaunchSection
 from mai_thinking.config.loading import validate
+from mai_thinking.config.shipped import find_script
 from mai_thinking.errors import UsageError
 from mai_thinking.training.standby import start_standby
 
@@ -25,7 +26,7 @@ def parse(arguments: list[str] | None = None) -> tuple[LaunchSection, Path, list
     parser.add_argument("script", type=Path, help="such as scripts/pretrain.py")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="its config, overrides and flags")
     options = vars(parser.parse_args(arguments))
-    script, rest = options.pop("script"), options.pop("arguments")
+    script, rest = find_script(options.pop("script")), options.pop("arguments")
     if not script.is_file():
         raise UsageError(f"{script}: no such script")
     return validate(LaunchSection, options, "launch"), script, rest
