@@ -24,7 +24,7 @@ def write_report(
     page = "\n\n".join(
         [
             f"# {config.name}",
-            f"{evaluation["step"]:,} steps of {config.groups_per_step} groups of {config.sampling.full_size} rollouts, from "
+            f"{evaluation['step']:,} steps of {config.groups_per_step} groups of {config.sampling.full_size} rollouts, from "
             f"`{config.init_from}`.",
             "## Held-out problems\n\n" + pass_table(evaluations[0], evaluation),
             *(f"![{name}]({name}.png)" for name in figures),
