@@ -24,8 +24,8 @@ def write_report(
     page = "\n\n".join(
         [
             f"# {config.name}",
-            f"{evaluation['step']:,} steps of {config.groups_per_step} groups of {config.sampling.full_size} rollouts, from "
-            f"`{config.init_from}`.",
+            f"{evaluation['step']:,} steps of {config.groups_per_step} groups of {config.sampling.full_size} rollouts, "
+            f"from `{config.init_from}`.",
             "## Held-out problems\n\n" + pass_table(evaluations[0], evaluation),
             *(f"![{name}]({name}.png)" for name in figures),
             "## Samples\n\n" + "\n\n".join(_show(sample) for sample in samples),
