@@ -60,10 +60,10 @@ def show(trace: dict[str, Any], console: Console) -> None:
         f"checkpoint {trace['checkpoint']} · engine version {trace['engine_version']} · lineage {trace['lineage']}",
     ]
     for line in lines:
-        console.print(Text(_printable(line), style="dim"))
-    console.print(Text.assemble((_printable(trace["prompt"]), "cyan"), _printable(trace["response"])))
+        console.print(Text(printable(line), style="dim"))
+    console.print(Text.assemble((printable(trace["prompt"]), "cyan"), printable(trace["response"])))
     right = "green" if trace["reward_task"] > 0 else "red"
-    console.print(Text(_printable(f"answer {answer}, reference {trace['reference']!r}"), style=right), end="\n\n")
+    console.print(Text(printable(f"answer {answer}, reference {trace['reference']!r}"), style=right), end="\n\n")
 
 
 def _first(table: pa.Table, order: Order, count: int) -> pa.Table:
@@ -91,5 +91,6 @@ def _mean_surprise(logprobs: Sequence[float]) -> str:
     return f"{-sum(logprobs) / len(logprobs):.3f} nats per token" if logprobs else "no tokens"
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
+    """`text` with control and direction characters spelled out; line ends stay."""
     return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
