@@ -45,7 +45,10 @@ def _curve(run: Path, metric: str) -> list[tuple[int, float]]:
     records = read_records(run / "metrics.jsonl")
     if not records:
         raise UsageError(f"{run}: no metrics.jsonl with records; name the output_dir of a run")
-    curve = [(record["step"], float(record[metric])) for record in records if _number(record, metric)]
+    having = [record for record in records if _number(record, metric)]
+    # Steps and evaluations may both have it: response_length, say. Only one of them is a curve.
+    having = [record for record in having if "kind" not in record] or having
+    curve = [(record["step"], float(record[metric])) for record in having]
     if not curve:
         raise UsageError(f"{run}: no metric {metric!r}; there are {', '.join(_numbers(records))}")
     return curve

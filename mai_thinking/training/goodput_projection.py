@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import mean
 
 from mai_thinking.errors import UsageError
-from mai_thinking.training.checkpoint_storage import MANIFEST
+from mai_thinking.training.checkpoint_storage import MANIFEST, read_manifest
 from mai_thinking.training.goodput import CHECKPOINT, DATA, EVALUATION, OTHER, PRODUCTIVE, SLOW, START_UP, account
 from mai_thinking.training.metrics import read_records
 
@@ -78,12 +78,16 @@ def measure(run: Path) -> Costs:
 
 
 def _commit_seconds(run: Path, events: list[dict]) -> float:
-    """From the stall's end in the ledger to the time of the manifest, for the checkpoints that are still there."""
+    """From the stall's end in the ledger to the time of the manifest, for the checkpoints that are still there and were
+    not saved by a rank that was left: those belong to no stall."""
     ends = [event["time"] for event in events if event.get("category") == CHECKPOINT]
     delays = []
-    for manifest in (run / "checkpoints").glob(f"step-*/{MANIFEST}"):
-        written = manifest.stat().st_mtime
-        delays += [written - max((end for end in ends if end <= written), default=written)]
+    for path in (run / "checkpoints").glob("step-*"):
+        manifest = read_manifest(path)
+        writers = sum(name.endswith(".safetensors") for name in manifest["files"])
+        if writers == manifest["world_size"]:
+            written = (path / MANIFEST).stat().st_mtime
+            delays.append(written - max((end for end in ends if end <= written), default=written))
     return mean(delays) if delays else 0.0
 
 

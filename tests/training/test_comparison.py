@@ -26,6 +26,14 @@ def test_mean_and_span_of_the_last_values(tmp_path: Path) -> None:
     assert (tmp_path / "new" / "figure.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_metric_of_steps_and_evaluations_is_that_of_steps(tmp_path: Path) -> None:
+    a, b = write_run(tmp_path / "a", []), write_run(tmp_path / "b", [])
+    for run, step in ((a, 2), (b, 5)):
+        with (run / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps({"kind": "evaluation", "step": step, "loss": 9.0}) + "\n")
+    assert "| both (2) | 1.000 (1.000–1.000) |" in compare({"both": [a, b]}, ["loss"], tmp_path / "figure.png")
+
+
 def test_what_is_not_there_is_named(tmp_path: Path) -> None:
     run = write_run(tmp_path / "a", [0.0])
     with pytest.raises(UsageError, match="no metric 'pass_1'; there are loss, pass@1, step"):
