@@ -134,7 +134,7 @@ def draw(result: Account, path: Path) -> None:
             if segment.category == category
         ]
         share = result.seconds[category] / max(result.wall_clock, 1e-9)
-        bars.broken_barh(spans, (0, 1), color=_COLOURS[category], label=f"{category} {share:.1%}")
+        bars.broken_barh(spans, (0, 1), color=_COLOURS[category], linewidth=0, label=f"{category} {share:.1%}")
     bars.set_yticks([])
     bars.legend(ncols=5, fontsize=7, loc="lower center", bbox_to_anchor=(0.5, 1.22), frameon=False)
     bars.set_title(
