@@ -30,7 +30,7 @@ def small(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: path.stem)
 def test_every_config_of_ours_can_be_read(path: Path) -> None:
-    grpo = dict.fromkeys(("grpo", "controller"), GrpoConfig)
+    grpo = dict.fromkeys(("grpo", "controller", "mismatch"), GrpoConfig)
     kinds: dict[str, type[RunConfig]] = {**grpo, "distill": DistillConfig, "climb": ClimbConfig}
     kind = kinds.get(path.stem.rpartition("-")[2], PretrainConfig)
     if path.parent.name == "ladders":
