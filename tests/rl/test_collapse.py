@@ -131,6 +131,7 @@ def test_it_goes_on_exactly_from_its_state(cut: int) -> None:
     for record in records[:cut]:
         first.update(record)
     second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    assert second.state_dict() == first.state_dict()
     for record in records:
         whole.update(record)
     for record in records[cut:]:
