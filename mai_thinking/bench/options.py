@@ -15,4 +15,4 @@ class Options:
     rounds: int
     """How often each side has its turn."""
     ceiling: Ceiling
-    """Sampled once before the benchmark starts."""
+    """Sampled before the benchmark starts, and after it; a benchmark may do so too."""
