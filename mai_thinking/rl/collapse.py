@@ -13,8 +13,9 @@ so that one wild reading is no alarm, a lasting change is, and a sign's change b
 A change that lasts half a window becomes what is usual, and the alarm ends: entropy may go where the climb takes it.
 
 The verdict is *collapsed* when a sign of harm (fewer problems solved, or within reach at all) and a sign of another
-kind raise their alarms together, or one of harm alone comes to 2·threshold; and *starved* when the engine's newest
-weights find next to no problem to learn from where the run's earlier ones did: then no further step would ever come.
+kind raise their alarms within a window of steps, or one of harm alone comes to 2·threshold; and *starved* when the
+engine's newest weights find next to no problem to learn from where the run's earlier ones did: then no further step
+would ever come.
 """
 
 import math
@@ -45,22 +46,25 @@ class _Kind:
     least_spread: float
     """s is never less: in natural logarithms where `logarithmic`; as a part of what is usual for a sign of harm."""
     logarithmic: bool = False
+    share_of: str = "step"
+    """The field that says of how many problems a sign of harm is a share."""
     harm: bool = False
     """Whether it is itself what a climb is for, and so must be among the alarms."""
 
 
 SIGNS = {
-    "solved": _Kind("solved", -1, 0.25, harm=True),
-    "within_reach": _Kind("within_reach", -1, 0.25, harm=True),
+    "solved": _Kind("solved", -1, 0.25, share_of="problems", harm=True),
+    "within_reach": _Kind("within_reach", -1, 0.25, share_of="unsolved", harm=True),
     "entropy_low": _Kind("entropy", -1, 0.25, logarithmic=True),
     "entropy_high": _Kind("entropy", +1, 0.25, logarithmic=True),
     "grad_norm": _Kind("grad_norm", +1, 0.4, logarithmic=True),
     "mismatch": _Kind("mismatch", +1, 0.7, logarithmic=True),
     "repetition": _Kind("repetition", +1, 0.05),
 }
-"""`solved` and `within_reach` are shares of all problems drawn to fill a buffer, dropped ones included: what is
-learned from is chosen by its pass rate, which therefore falls as easy problems drop out. Solved: too easy ones count
-whole, kept ones by their pass rate. Within reach: not too hard."""
+"""`solved` and `within_reach` are shares of the problems drawn to fill a buffer, dropped ones included: what is learned
+from is chosen by its pass rate, which therefore falls as easy problems drop out. Solved: of all problems, where too
+easy ones count whole and kept ones by their pass rate. Within reach: of those not too easy, the kept ones. That falls
+too when a policy narrows until it solves a problem always or never, while the share solved stays what it was."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,8 @@ class Verdict:
     verdict: str
     """`collapsed` or `starved`."""
     evidence: dict[str, Any]
-    """Sign → its `value`, what was `usual`, the `spread` s, the `score` S, and the step `since` which it is off."""
+    """Sign → its `value`, what was `usual`, the `spread` s and the `score` S when that was highest; the step `since`
+    which it was off, its own `last_good_step`, and the `step` of its last alarm."""
 
     def __str__(self) -> str:
         """One line."""
@@ -99,26 +104,29 @@ class CollapseDetector:
     def update(self, record: Mapping[str, Any]) -> Verdict | None:
         """Take in the record of the step just done; the verdict, if that is what it comes to."""
         record = _with_shares(record)
-        if drawn := record.get("problems"):
-            self._fillings.append((drawn, round(drawn * record["within_reach"])))
+        if drawn := record.get("unsolved"):
+            self._fillings.append((drawn, record["groups_kept"]))
         for sign in self._signs.values():
             if (value := record.get(sign.kind.field)) is not None:
-                sign.take(record["step"], float(value), record.get("problems", 1))
-        alarms = {name: sign for name, sign in self._signs.items() if sign.score >= self.section.threshold}
-        harms = [sign.score for sign in alarms.values() if sign.kind.harm]
-        certain = len(harms) < len(alarms) or any(score >= 2 * self.section.threshold for score in harms)
-        if self.verdict is None and harms and certain:
-            evidence = {name: sign.evidence() for name, sign in alarms.items()}
-            last_good = min(sign.last_good_step for sign in alarms.values())
-            self.verdict = Verdict(record["step"], last_good, "collapsed", evidence)
+                sign.take(record["step"], float(value), record[sign.kind.share_of])
+        harms = [sign.score for sign in self._signs.values() if sign.kind.harm]
+        alarms, last_good = self._alarms(record["step"])
+        company = any(not SIGNS[name].harm for name in alarms)
+        if self.verdict is None and max(harms) >= self.section.threshold * (1 if company else 2):
+            self.verdict = Verdict(record["step"], last_good, "collapsed", alarms)
         return self.verdict
 
+    def _alarms(self, step: int) -> tuple[dict[str, Any], int]:
+        """The evidence of the signs that have alarmed in the last `window` steps, and the last step before all that."""
+        recent = {name: sign.alarm for name, sign in self._signs.items() if sign.alarmed_since(step)}
+        return recent, min((alarm["last_good_step"] for alarm in recent.values()), default=step)
+
     def hopeless(self, counts: SamplingCounts) -> bool:
-        """Whether filling the buffer had better be given up: of the problems drawn for it so far, less than a fifth of
-        the usual share is within reach, and if nothing had changed that would be less likely than 1 in 10⁹ (by the
-        likelihood ratio of two coins against one). Too easy is within reach. Never in the first filling, before which
-        nothing is usual."""
-        drawn, reached = _drawn(counts)
+        """Whether filling the buffer had better be given up: of the problems drawn for it so far and not too easy, less
+        than a fifth of the usual share is within reach, and if nothing had changed that would be less likely than 1 in
+        10⁹ (by the likelihood ratio of two coins against one). Never in the first filling, before which nothing is
+        usual."""
+        drawn, reached = _unsolved(counts)
         before, reached_before = self._drawn_before()
         if not drawn or not before:
             return False
@@ -129,24 +137,22 @@ class CollapseDetector:
     def starve(self, step: int, counts: SamplingCounts) -> Verdict:
         """The verdict after `step`, when a buffer could not be filled, from the counts of all ranks."""
         reach = self._signs["within_reach"]
-        drawn, reached = _drawn(counts)
+        drawn, reached = _unsolved(counts)
         before, reached_before = self._drawn_before()
         found = {
             "value": reached / drawn,
-            "usual": reached_before / before,
+            "usual": reached_before / max(1, before),
             "drawn": drawn,
             "drawn_before": before,
             "since": step + 1,
         }
-        alarms = {n: sign for n, sign in self._signs.items() if sign.score >= self.section.threshold and sign != reach}
-        evidence = {name: sign.evidence() for name, sign in alarms.items()}
+        alarms, last_good = self._alarms(step)
         # The engine's weights of the last filling could still find problems.
-        last_good = min([reach.last_step - 1, *(sign.last_good_step for sign in alarms.values())])
-        self.verdict = Verdict(step, last_good, "starved", {"within_reach": found, **evidence})
+        self.verdict = Verdict(step, min(reach.last_step - 1, last_good), "starved", alarms | {"within_reach": found})
         return self.verdict
 
     def _drawn_before(self) -> tuple[int, int]:
-        """Problems drawn in the last `window` fillings, and how many of them were within reach."""
+        """`_unsolved` of the last `window` fillings."""
         return sum(drawn for drawn, _ in self._fillings), sum(reached for _, reached in self._fillings)
 
     def state_dict(self) -> dict[str, Any]:
@@ -176,14 +182,10 @@ class _Sign:
         self.last_good_step = 0
         """The step whose weights gave the last reading with a score of 0: a record's numbers are of the weights before
         its step."""
+        self.alarm: dict[str, Any] = {}
+        """Evidence of the last alarm, where the score was highest."""
         self._since = 0
-        self._value = self._spread = 0.0
         self._history: deque[float] = deque(maxlen=section.window)
-
-    @property
-    def usual(self) -> float | None:
-        """The median reading; None before the first."""
-        return self._plain(statistics.median(self._history)) if self._history else None
 
     def take(self, step: int, value: float, problems: int) -> None:
         """Take in a reading, of so many problems if it is a share of them."""
@@ -194,25 +196,28 @@ class _Sign:
             least = self.kind.least_spread
             if self.kind.harm:  # a quarter of the usual share, or what chance does to a share of so few problems
                 least = max(least * median, math.sqrt(median * (1 - median) / problems), 1e-9)
-            self._spread = max(least, deviation)
-            excess = min(self.kind.worse * (x - median) / self._spread, _LARGEST_EXCESS) - _DRIFT
+            spread = max(least, deviation)
+            excess = min(self.kind.worse * (x - median) / spread, _LARGEST_EXCESS) - _DRIFT
             was = self.score
             self.score = min(max(was + excess, 0.0), 2 * self.section.threshold)
             if was == 0.0 < self.score:
                 self._since = step
+            if self.score >= self.section.threshold:
+                usual = math.exp(median) if self.kind.logarithmic else median
+                self._raise_alarm(step, {"value": value, "usual": usual, "spread": spread, "score": self.score})
         if self.score == 0.0:
             self.last_good_step = step - 1
-        self.last_step, self._value = step, value
+        self.last_step = step
         self._history.append(x)
 
-    def evidence(self) -> dict[str, float]:
-        return {
-            "value": self._value,
-            "usual": self.usual or 0.0,
-            "spread": self._spread,
-            "score": self.score,
-            "since": self._since,
-        }
+    def _raise_alarm(self, step: int, found: dict[str, Any]) -> None:
+        if self.alarm.get("since") != self._since or self.score > self.alarm["score"]:
+            self.alarm = {**found, "since": self._since, "last_good_step": self.last_good_step}
+        self.alarm["step"] = step
+
+    def alarmed_since(self, step: int) -> bool:
+        """Whether it has alarmed in the `window` steps up to `step`."""
+        return bool(self.alarm) and self.alarm["step"] > step - self.section.window
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -220,18 +225,14 @@ class _Sign:
             "last_step": self.last_step,
             "last_good_step": self.last_good_step,
             "since": self._since,
-            "value": self._value,
-            "spread": self._spread,
+            "alarm": dict(self.alarm),
             "history": list(self._history),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.score, self.last_step, self.last_good_step = state["score"], state["last_step"], state["last_good_step"]
-        self._since, self._value, self._spread = state["since"], state["value"], state["spread"]
+        self._since, self.alarm = state["since"], dict(state["alarm"])
         self._history = deque(state["history"], maxlen=self.section.window)
-
-    def _plain(self, x: float) -> float:
-        return math.exp(x) if self.kind.logarithmic else x
 
 
 def is_repetitive(response_ids: Sequence[int] | np.ndarray) -> bool:
@@ -245,23 +246,23 @@ def is_repetitive(response_ids: Sequence[int] | np.ndarray) -> bool:
 
 
 def _with_shares(record: Mapping[str, Any]) -> dict[str, Any]:
-    """`record`, and if a buffer was filled in its step: the problems drawn for that, and the shares of them."""
+    """`record`, and if a buffer was filled in its step: the problems drawn for that, and shares of them."""
     if "groups_kept" not in record:
         return dict(record)
     hard = record["groups_dropped/early_too_hard"] + record["groups_dropped/too_hard"]
     easy = record["groups_dropped/early_too_easy"] + record["groups_dropped/too_easy"]
     kept = record["groups_kept"]
-    problems = hard + easy + kept
-    if not problems:
-        return dict(record)
-    solved = (easy + kept * record["pass_rate"]) / problems
-    return {**record, "problems": problems, "solved": solved, "within_reach": 1 - hard / problems}
+    shares: dict[str, Any] = {}
+    if problems := hard + easy + kept:
+        shares = {"problems": problems, "solved": (easy + kept * record["pass_rate"]) / problems}
+    if hard + kept:
+        shares |= {"unsolved": hard + kept, "within_reach": kept / (hard + kept)}
+    return {**record, **shares}
 
 
-def _drawn(counts: SamplingCounts) -> tuple[int, int]:
-    """Problems drawn, and how many of them were within reach."""
-    reached = counts.kept + counts.early_too_easy + counts.too_easy
-    return reached + counts.early_too_hard + counts.too_hard, reached
+def _unsolved(counts: SamplingCounts) -> tuple[int, int]:
+    """Problems drawn that were not too easy, and how many of them were within reach."""
+    return counts.kept + counts.early_too_hard + counts.too_hard, counts.kept
 
 
 def _divergence(share: float, usual: float) -> float:

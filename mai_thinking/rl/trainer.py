@@ -232,8 +232,8 @@ class Climb:
             )
         )
         counts, missing = self._sum_counts(self.collector.take_counts(), max(0, wanted - len(self.buffer)))
-        # A rank gives up for want of hard problems or of easy ones; what all of them drew tells which.
-        if missing and counts.early_too_easy + counts.too_easy > counts.early_too_hard + counts.too_hard:
+        # A rank gives up because all is too easy, or too hard; what all of them drew tells which.
+        if missing and counts.early_too_easy + counts.too_easy >= 9 * (counts.early_too_hard + counts.too_hard):
             self.solved = True
         elif missing:
             self.detector.starve(self.step, counts)
