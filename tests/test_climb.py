@@ -297,6 +297,7 @@ def launch(folder: Path, config: ClimbConfig, faults: list[tuple[str, str, int, 
     assert len(list(folder.glob("struck-*"))) == len(faults)
 
 
+@pytest.mark.slow
 def test_two_workers_killed_on_the_way_end_in_the_same_weights(make: Make, tmp_path: Path) -> None:
     launch(tmp_path / "a", make(tmp_path / "undisturbed"), [])
     faults = [("end", "pretrain", 5, 0), ("begin", "first", 0, 0), ("step", "first", 3, 1), ("step", "self", 2, 0)]
