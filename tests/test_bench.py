@@ -2,12 +2,9 @@
 
 import json
 import math
-import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +13,6 @@ import torch
 from torch.nn import functional as F
 
 from mai_thinking.bench import command, growth, load, moe, rollout, train
-from mai_thinking.bench.apart import Apart
 from mai_thinking.bench.machine import Ceiling, describe
 from mai_thinking.bench.options import Options
 from mai_thinking.bench.profile import ATTENTION, OPTIMISER, PRODUCTS, own_times, profile_rows
@@ -133,48 +129,30 @@ def test_an_operation_does_not_count_what_runs_inside_it() -> None:
     assert own_times(spans) == {OPTIMISER: 100, PRODUCTS: 60 - 40 + 10, "t": 30, "copy_": 50}
 
 
-SIZES = moe.Sizes(experts=16, top_k=3, latent=8, inner=12)
-
-
-def here(what: str, tokens: int) -> dict[str, Callable[[], Any]]:
-    """Every side of the comparison in this process."""
-    return {name: partial(moe.make_side, name, SIZES, what, tokens) for name in moe.SIDES}
-
-
 def test_moe_compares_layers_that_compute_the_same(options: Options) -> None:
-    chosen, gates, x, _ = moe.inputs(SIZES, 5)
+    bench = moe.Layer(experts=16, top_k=3, latent=8, inner=12)
+    x, gates = torch.randn(5, 8), torch.rand(5, 3)
+    chosen = torch.rand(5, 16).topk(3).indices
     with torch.no_grad():
-        expected, *others = (moe.layer(name, SIZES)(x, chosen, gates) for name in moe.SIDES)
-    assert expected.abs().max() > 1e-4
-    assert all((other - expected).abs().max() < 1e-6 for other in others)
+        expected = moe.bucketed_experts(bench.ours, x, chosen, gates)
+        for name in moe.PEERS:
+            assert (bench._peer(name)(x, chosen, gates) - expected).abs().max() < 1e-6, name
     for what in (moe.DECODING, moe.TRAINING):
-        row, _ = moe.compare(here(what, 5), SIZES, what, 5, options)
+        row, _ = bench.compare(what, 5, options)
         figures = row.figures
         assert row.case["fastest peer"] in moe.PEERS
         assert figures["ours"].count == options.rounds
-    assert all(weight.grad is not None for weight in moe.layer("ours", SIZES).parameters())
     flops = 6 * 15 * (3 * 8 * 12)
-    assert figures["arithmetic"].median == pytest.approx(options.ceiling.product_milliseconds(flops), rel=0.9)
+    assert figures["arithmetic"].median == pytest.approx(options.ceiling.product_milliseconds(flops))
 
 
 def test_moe_leaves_out_who_has_no_chance(options: Options, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(moe, "LARGEST_COPY", 1)
     monkeypatch.setattr(moe, "HOPELESS", 1.0)
-    row, notes = moe.compare(here(moe.TRAINING, 5), SIZES, moe.TRAINING, 5, options)
+    row, notes = moe.Layer(experts=16, top_k=3, latent=8, inner=12).compare(moe.TRAINING, 5, options)
     assert len(notes) == 2
     assert "batched_mm left out, it would copy" in notes[0]
     assert row.case["fastest peer"] in ("grouped_mm", "eager")
-
-
-def test_a_side_apart_times_itself() -> None:
-    with Apart(partial) as one:  # a partial function is made as well as any other side
-        turns = alternate({"long": one.make(time.sleep, 0.05)}, rounds=2)["long"]
-        other = one.make(os.getpid)()
-    assert all(0.05 <= turn.seconds < 5.0 for turn in turns)
-    assert isinstance(other, Turn)
-    assert other.amount != os.getpid()
-    with Apart(partial) as one, pytest.raises(RuntimeError, match="has died"):
-        one.make()
 
 
 def test_training_and_loading(options: Options, tmp_path: Path, tiny_config: Callable[..., PretrainConfig]) -> None:

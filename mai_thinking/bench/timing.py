@@ -10,6 +10,9 @@ from dataclasses import dataclass
 from statistics import median, quantiles
 from typing import NamedTuple
 
+Side = Callable[[], float | None]
+"""Does its work once, and may say how much of it there was."""
+
 
 class Turn(NamedTuple):
     """One side's part in one round."""
@@ -17,10 +20,6 @@ class Turn(NamedTuple):
     seconds: float
     amount: float
     """What the side returned; 1 if it returned nothing."""
-
-
-Side = Callable[[], float | Turn | None]
-"""Does its work once, and may say how much of it there was; or times itself."""
 
 
 @dataclass(frozen=True)
@@ -57,17 +56,10 @@ def alternate(
         for name in list(sides)[:: -1 if number % 2 else 1]:
             begin = clock()
             amount = sides[name]()
-            seconds = clock() - begin
+            taken = Turn(clock() - begin, 1.0 if amount is None else amount)
             if number >= warmup:
-                turns[name].append(as_turn(seconds, amount))
+                turns[name].append(taken)
     return turns
-
-
-def as_turn(seconds: float, amount: float | Turn | None) -> Turn:
-    """Of a side that took `seconds` to return `amount`."""
-    if isinstance(amount, Turn):
-        return amount
-    return Turn(seconds, 1.0 if amount is None else amount)
 
 
 def milliseconds(turns: Iterable[Turn]) -> Figure:

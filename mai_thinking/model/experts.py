@@ -24,19 +24,14 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
 
-from mai_thinking.model.recycling import Recycler
-
 CACHE_BYTES = 4 * 2**20
 """A bucket's working set. With 1 MiB of L2 a core, 2 to 6 MiB did alike and 12 MiB took a third more time."""
 LIKE_LOAD = 0.8
 """No expert joins a bucket that has less than this share of its busiest one's load: the rest would be padding,"""
 FEW_EXPERTS = 16
 """unless the bucket has fewer experts than this: then another round of products costs more than the padding."""
-PAIRS_PER_EXPERT = 1 / 4
+PAIRS_PER_EXPERT = 1 / 8
 """With fewer pairs than this, as in decoding, hardly any share an expert, and sorting costs more than it saves."""
-
-_memory = Recycler()
-"""Of what a layer keeps for its backward pass, and of gradients."""
 
 
 class ExpertWeights(Protocol):
@@ -213,7 +208,7 @@ class _BucketedSwiGLU(torch.autograd.Function):
         chosen_TK: torch.Tensor,
     ) -> torch.Tensor:
         plan = plan_buckets(chosen_TK, w_gate_up)
-        gate_up_P = _memory.empty((plan.pair_P.size(0), w_gate_up.size(1)), x_TL)
+        gate_up_P = x_TL.new_empty(plan.pair_P.size(0), w_gate_up.size(1))
         y_PL = _bucket_by_bucket(plan, x_TL, w_gate_up, w_down, gate_up_P)
         ctx.save_for_backward(x_TL, w_gate_up, w_down, gates_TK, y_PL, gate_up_P, plan.pair_P, plan.row_TK, plan.idle)
         ctx.buckets = plan.buckets
@@ -229,11 +224,11 @@ class _BucketedSwiGLU(torch.autograd.Function):
         dgates_TK = _products(dout_TL.unsqueeze(1), y_TKL.mT).squeeze(1).to(gates_TK.dtype)
 
         weights_too = any(ctx.needs_input_grad[1:3])
-        dw_gate_up, dw_down = (_memory.empty(w.shape, w) if weights_too else None for w in (w_gate_up, w_down))
+        dw_gate_up, dw_down = (torch.empty_like(w) if weights_too else None for w in (w_gate_up, w_down))
         if dw_gate_up is not None and dw_down is not None:
             dw_gate_up.index_fill_(0, idle, 0.0)
             dw_down.index_fill_(0, idle, 0.0)
-        dx_PL = _memory.empty(y_PL.shape, y_PL)
+        dx_PL = torch.empty_like(y_PL)
         token_P = plan.tokens()
         gate_P1 = _with_zero_row(gates_TK.reshape(-1, 1)).index_select(0, pair_P)
         x_dout = _with_zero_row(torch.cat((x_TL, dout_TL), dim=1))
@@ -266,7 +261,7 @@ def _bucket_by_bucket(
 ) -> torch.Tensor:
     """→ every row's output [P, L]. Its gate and up are left in `gate_up_P` [P, 2F], if given."""
     latent, width = x_TL.size(1), w_gate_up.size(1)
-    y_PL = _memory.empty((plan.pair_P.size(0), latent), x_TL)
+    y_PL = x_TL.new_empty(plan.pair_P.size(0), latent)
     padded_x, token_P = _with_zero_row(x_TL), plan.tokens()
     x, inner, gate_up = plan.scratch(x_TL, latent, width // 2, width)
     w_scratch, d_scratch = plan.weight_scratch(w_gate_up, w_down)
