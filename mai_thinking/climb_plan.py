@@ -22,7 +22,7 @@ from mai_thinking.config.loading import apply_override, read_yaml_with_base, val
 from mai_thinking.config.pretraining import PretrainConfig
 from mai_thinking.errors import RunError, UsageError
 from mai_thinking.lineage_record import read_lineage
-from mai_thinking.rl.collapse import Verdict
+from mai_thinking.rl.collapse import Verdict, read_verdict
 from mai_thinking.training.goodput import RESTART, account_of
 from mai_thinking.training.metrics import read_records
 from mai_thinking.training.run_folder import RunFolder, atomic_file
@@ -33,7 +33,6 @@ CONFIGS: dict[StageKind, type[StageConfig]] = {
     "grpo": GrpoConfig,
     "self_distill": DistillConfig,
 }
-COLLAPSE = "collapse.json"
 INPUTS = "stages.json"
 """In the climb's folder: the ids of the records that each stage began with."""
 LATE = 0.5
@@ -65,16 +64,9 @@ class Stage:
         return RunFolder(self.config.folder)
 
     @cached_property
-    def collapse(self) -> dict[str, Any] | None:
-        """The fields of a `Verdict`, if it has collapsed."""
-        path = self.folder.path / COLLAPSE
-        found: dict[str, Any] | None = json.loads(path.read_text()) if path.is_file() else None
-        return found
-
-    @property
-    def verdict(self) -> str:
-        """The collapse in one line."""
-        return str(Verdict(**self.collapse)) if self.collapse else ""
+    def collapse(self) -> Verdict | None:
+        """The verdict, if it has collapsed."""
+        return read_verdict(self.folder.path)
 
     @property
     def steps_done(self) -> int:
@@ -115,7 +107,7 @@ class ClimbPlan:
         for index, stage in enumerate(self.stages):
             following = self.stages[index + 1] if index + 1 < len(self.stages) else None
             if stage.state == "collapsed" and (following is None or following.answers is None):
-                raise RunError(f"stage {stage.name}: {stage.verdict}. {self._no_answer()}")
+                raise RunError(f"stage {stage.name}: {stage.collapse}. {self._no_answer()}")
             if stage.state not in ("finished", "collapsed"):
                 return stage
         return None
@@ -172,7 +164,7 @@ class ClimbPlan:
         traces: list[dict[str, Any]] = []
         while stage.state == "collapsed" and reset is not None and len(traces) < reset.at_most:
             assert stage.collapse is not None
-            good = int(stage.collapse["last_good_step"])
+            good = stage.collapse.last_good_step
             if good < 1:
                 break  # nothing is older than the damage
             traces.append({"run": str(stage.folder.path), "steps": [0, good], "late": LATE})
@@ -282,7 +274,7 @@ def _spell(stage: Stage) -> str:
         case "waits":
             return f"there, but waits {stage.why}"
         case "collapsed":
-            return f"collapsed at step {(stage.collapse or {})['step']}"
+            return f"collapsed at step {stage.collapse.step}" if stage.collapse else stage.state
         case _ if stage.answers:
             return f"{stage.state}; answers the collapse of {stage.answers}"
     return stage.state

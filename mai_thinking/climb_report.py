@@ -62,7 +62,7 @@ def write_report(plan: ClimbPlan) -> None:
     if climbs:
         page.append("## Held-out problems\n\n" + pass_table(climbs))
         page += [f"![{name}]({name}.png)" for name in draw(folder, spans)]
-        page += [f"**{span.stage.name}** {span.stage.verdict}" for span in climbs if span.stage.collapse is not None]
+        page += [f"**{span.stage.name}** {span.stage.collapse}" for span in climbs if span.stage.collapse is not None]
         page.append("## Then and now\n\n" + "\n\n".join(_samples(climbs)))
     page.append("## Where it came from\n\n" + fenced(_lineage(plan.stages[-1])))
     with atomic_file(folder / "summary.md") as path:
@@ -140,7 +140,7 @@ def _headline(spans: Sequence[Span]) -> str:
 def _outcome(span: Span) -> str:
     evaluations, steps = span.evaluations, span.steps
     if span.stage.collapse is not None:
-        return f"collapsed at step {span.stage.collapse['step']}"
+        return f"collapsed at step {span.stage.collapse.step}"
     match span.stage.run:
         case "pretrain" if evaluations:
             return f"{evaluations[-1]['bits_per_byte']:.3f} bits per byte of held-out text"
@@ -205,7 +205,7 @@ def _mark(axes: Any, spans: Sequence[Span], *, names: bool) -> None:
         else:
             axes.axvline(span.begin, color="grey", linewidth=0.7)
         if stage.collapse is not None:
-            axes.axvline(span.at(int(stage.collapse["step"])), color="tab:red", linestyle="--")
+            axes.axvline(span.at(stage.collapse.step), color="tab:red", linestyle="--")
         if names:
             axes.annotate(
                 stage.name, (span.begin, 1.0), (2, 3), xycoords=("data", "axes fraction"), textcoords="offset points",

@@ -101,10 +101,7 @@ class SelfDistillation:
         with session.line:
             while self.step < self.config.steps:
                 self._one_step()
-                stopping = session.stop.agreed()
-                if session.checkpointer.due(self.step) or stopping:
-                    session.save(self.step, self._state(), synchronous=stopping)
-                if stopping:
+                if session.stop_after(self.step, self._state):
                     return session.end_interrupted(self.step)
         session.save(self.step, self._state(), synchronous=True)
         self._finish()
@@ -133,15 +130,11 @@ class SelfDistillation:
         record = {
             "step": self.step,
             "tokens": tokens,
-            "loss": result.loss,
-            "balance_loss": result.balance_loss,
-            "router_z_loss": result.router_z_loss,
-            "grad_norm": result.grad_norm,
+            **result.metrics(),
             "lr": rate,
             "traces": self.progress["traces"],
             "response_tokens": batch.response_tokens,
             "text_rows": batch.text_rows,
-            **result.routing,
             "tokens_per_second": self.config.batch.tokens_per_step / seconds,
             "seconds": seconds,
         }

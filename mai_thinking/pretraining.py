@@ -112,10 +112,7 @@ class Pretraining:
             while self.step < self.config.steps:
                 self._train(next(self.loader))
                 self._evaluate_if_due()
-                stopping = session.stop.agreed()
-                if session.checkpointer.due(self.step) or stopping:
-                    session.save(self.step, self._state(), synchronous=stopping)
-                if stopping:
+                if session.stop_after(self.step, self._state):
                     return session.end_interrupted(self.step)
         session.save(self.step, self._state(), synchronous=True)
         self._finish()
@@ -142,12 +139,8 @@ class Pretraining:
         record = {
             "step": self.step,
             "tokens": tokens,
-            "loss": result.loss,
-            "balance_loss": result.balance_loss,
-            "router_z_loss": result.router_z_loss,
-            "grad_norm": result.grad_norm,
+            **result.metrics(),
             "lr": rate,
-            **result.routing,
             "tokens_per_second": self.config.batch.tokens_per_step / seconds,
             "data_wait": self.loader.wait_seconds,
             "seconds": seconds,

@@ -26,6 +26,7 @@ from mai_thinking.config.loading import read_yaml_with_base, validate
 from mai_thinking.config.tasks import TemplateSection
 from mai_thinking.data.tokenizer import Encoder, load_tokenizer
 from mai_thinking.errors import UsageError
+from mai_thinking.rl.collapse import repetition
 from mai_thinking.rl.language import foreign_words
 from mai_thinking.rl.template import Template
 from mai_thinking.rl.traces import FOLDER, TraceStore
@@ -259,18 +260,8 @@ class _Rules:
             case "unanswered":
                 return row["answer"] is None
             case "repetitive":
-                return repetition(row["response_ids"]) > (self.section.max_repetition or 0.0)
+                return repetition(row["response_ids"].tolist(), _GRAM) > (self.section.max_repetition or 0.0)
         return foreign_share(row["response"]) > (self.section.max_foreign or 0.0)
-
-
-def repetition(ids: Tokens) -> float:
-    """Share of the runs of 8 tokens that occurred before in the same response; 0 of a response that is too short."""
-    runs, size = len(ids) - _GRAM + 1, ids.itemsize
-    if runs < 2:
-        return 0.0
-    content = ids.tobytes()
-    different = {content[size * start : size * (start + _GRAM)] for start in range(runs)}
-    return 1 - len(different) / runs
 
 
 def foreign_share(text: str) -> float:

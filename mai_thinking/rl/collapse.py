@@ -18,11 +18,13 @@ engine's newest weights find next to no problem to learn from where the run's ea
 would ever come.
 """
 
+import json
 import math
 import statistics
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -67,6 +69,10 @@ easy ones count whole and kept ones by their pass rate. Within reach: of those n
 too when a policy narrows until it solves a problem always or never, while the share solved stays what it was."""
 
 
+COLLAPSE = "collapse.json"
+"""In the folder of a run that was stopped as collapsed: the fields of its `Verdict`."""
+
+
 @dataclass(frozen=True)
 class Verdict:
     """Why a run stops; `collapse.json` in its folder."""
@@ -88,6 +94,12 @@ class Verdict:
             for name, found in self.evidence.items()
         ]
         return f"{self.verdict} after step {self.step}: {'; '.join(parts)}. Last good step: {self.last_good_step}"
+
+
+def read_verdict(run: Path) -> Verdict | None:
+    """Of the run in folder `run`, if it has collapsed."""
+    path = run / COLLAPSE
+    return Verdict(**json.loads(path.read_text())) if path.is_file() else None
 
 
 class CollapseDetector:
@@ -239,10 +251,14 @@ def is_repetitive(response_ids: Sequence[int] | np.ndarray) -> bool:
     """Whether a response goes round in a loop: more than half of its runs of 4 tokens occurred in it before. One of
     fewer than 16 tokens never does."""
     ids = list(map(int, response_ids))
-    if len(ids) < _SHORTEST_LOOP:
-        return False
-    grams = list(zip(*(ids[offset:] for offset in range(_GRAM)), strict=False))
-    return len(set(grams)) < len(grams) / 2
+    return len(ids) >= _SHORTEST_LOOP and repetition(ids, _GRAM) > 0.5
+
+
+def repetition(ids: Sequence[int], size: int) -> float:
+    """Share of the runs of `size` tokens that occurred before in the same response; 0 of a response that is too
+    short."""
+    runs = list(zip(*(ids[offset:] for offset in range(size)), strict=False))
+    return 1 - len(set(runs)) / len(runs) if runs else 0.0
 
 
 def _with_shares(record: Mapping[str, Any]) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from mai_thinking.data.tokenizer import load_tokenizer
 from mai_thinking.errors import UsageError
 from mai_thinking.lineage import Source, hash_file
 from mai_thinking.rl.buffer import Group, RolloutBuffer
-from mai_thinking.rl.collapse import CollapseDetector, is_repetitive
+from mai_thinking.rl.collapse import COLLAPSE, CollapseDetector, is_repetitive
 from mai_thinking.rl.collecting import Collector, Responder
 from mai_thinking.rl.evaluation import HeldOut, Sample
 from mai_thinking.rl.grading import GradingPool
@@ -47,9 +47,6 @@ from mai_thinking.training.parallel import share
 from mai_thinking.training.run_folder import RunFolder, atomic_file
 from mai_thinking.training.session import Session, run_in_folder
 from mai_thinking.training.state import ModelState, OptimizerState, PerRank, RandomState
-
-COLLAPSE = "collapse.json"
-"""In the folder of a run that was stopped as collapsed: the fields of `mai_thinking.rl.collapse.Verdict`."""
 
 
 def climb(config: GrpoConfig, *, dry_run: bool = False) -> int:
@@ -144,10 +141,7 @@ class Climb:
                     return self._end_collapsed()
                 if self.step % self.config.evaluation.every == 0 and self.step < self.config.steps:
                     self._evaluate()
-                stopping = session.stop.agreed()
-                if session.checkpointer.due(self.step) or stopping:
-                    session.save(self.step, self._state(), synchronous=stopping)
-                if stopping:
+                if session.stop_after(self.step, self._state):
                     if session.rank == 0:  # whoever gives up here can still learn from them
                         session.record_traces(self.folder.path / FOLDER, self.step)
                     return session.end_interrupted(self.step)

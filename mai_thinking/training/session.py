@@ -140,6 +140,14 @@ class Session:
         with self.ledger.span(CHECKPOINT):
             self.checkpointer.save(step, state, synchronous=synchronous)
 
+    def stop_after(self, step: int, state: Callable[[], State]) -> bool:
+        """After each step: save if a checkpoint is due or the run was asked to stop; whether it is to stop now, saved.
+        Collective."""
+        stopping = self.stop.agreed()
+        if self.checkpointer.due(step) or stopping:
+            self.save(step, state(), synchronous=stopping)
+        return stopping
+
     def survivor(self, optimizer: torch.optim.Optimizer, state: Callable[[], State]) -> Survivor:
         """Ready to save the run when another rank is gone. Collective; see `Survivor`."""
         return Survivor(self.checkpointer, optimizer, state, self.ledger.announce)

@@ -41,6 +41,16 @@ class StepResult:
     routing: dict[str, Any]
     """`violation` (a list, layer by layer), `violation_max`, `dead_experts`, `router_entropy`."""
 
+    def metrics(self) -> dict[str, Any]:
+        """All of it, as metrics.jsonl has it."""
+        return {
+            "loss": self.loss,
+            "balance_loss": self.balance_loss,
+            "router_z_loss": self.router_z_loss,
+            "grad_norm": self.grad_norm,
+            **self.routing,
+        }
+
 
 class NonFiniteError(RunError):
     """A loss or gradient that is not a number any more; the weights have not been updated with it."""

@@ -7,9 +7,10 @@ from typing import Any
 
 import yaml
 
+from mai_thinking.climb_plan import INPUTS
 from mai_thinking.errors import UsageError
 from mai_thinking.lineage_record import RECORD, Lineage, read_lineage
-from mai_thinking.rl.collapse import Verdict
+from mai_thinking.rl.collapse import COLLAPSE, Verdict, read_verdict
 from mai_thinking.rl.trace_report import Order, choose
 from mai_thinking.rl.traces import FOLDER, TraceStore
 from mai_thinking.training.goodput import Account, account
@@ -64,8 +65,8 @@ class Climb:
 
 def read(path: Path) -> Run | Climb:
     """The run or the climb in the folder `path`. UsageError if there is neither."""
-    if (path / "stages.json").is_file():
-        names = json.loads((path / "stages.json").read_text())
+    if (path / INPUTS).is_file():
+        names = json.loads((path / INPUTS).read_text())
         stages = [read_run(path / name) for name in names if (path / name / "config.yaml").is_file()]
         if stages:
             config = yaml.safe_load((path / "config.yaml").read_text())
@@ -79,7 +80,6 @@ def read_run(path: Path) -> Run:
     """The run in the folder `path`, which has a config.yaml and perhaps no more."""
     config = yaml.safe_load((path / "config.yaml").read_text())
     records, events = read_records(path / "metrics.jsonl"), read_records(path / "events.jsonl")
-    written = path / "collapse.json"
     return Run(
         path=path,
         config=config,
@@ -90,7 +90,7 @@ def read_run(path: Path) -> Run:
         account=account(events),
         samples=_samples(path),
         lineage=_lineage(path),
-        collapse=Verdict(**json.loads(written.read_text())) if written.is_file() else None,
+        collapse=read_verdict(path),
     )
 
 
@@ -103,7 +103,7 @@ def _kind(config: dict[str, Any]) -> str:
 def _status(path: Path, events: list[Record]) -> str:
     if (path / "final").is_dir():
         return "finished"
-    if (path / "collapse.json").is_file():
+    if (path / COLLAPSE).is_file():
         return "collapsed"
     if events and events[-1]["event"] == "end":
         return "stopped on request"
