@@ -1,4 +1,4 @@
-"""The collapse detector: real and made-up climbs that are well, collapses of several kinds, and a provoked one."""
+"""The collapse detector: real and made-up climbs that are well, collapses of several kinds, and a damaged one."""
 
 import json
 import math
@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import yaml
+from damaged_grpo import AT, damaged_step
 
 from mai_thinking.config.collapse import CollapseSection
 from mai_thinking.config.grpo import GrpoConfig
@@ -32,7 +33,6 @@ hard for a time; the other ends with all tasks solved, and its entropy rises fiv
 the learning rate goes up from nothing to thirty times the config's in 60 steps; pass@1 falls from 0.66 to 0.53
 (no detector was on the watch yet)."""
 HEALTHY = ["narrowing for a time", "to the end"]
-PROVOKED = "optimizer.learning_rate=0.3"  # a hundred times that of configs/tiny-grpo.yaml
 Record = dict[str, Any]
 
 
@@ -201,7 +201,7 @@ def test_repetition_is_a_loop_of_tokens() -> None:
     assert not any(is_repetitive([draw.randrange(10) for _ in range(60)]) for _ in range(100))
 
 
-# -------------------------------------------------------------------------------------------------- a climb, provoked
+# -------------------------------------------------------------------------------------------------- a climb, damaged
 
 
 @pytest.fixture(scope="module")
@@ -216,7 +216,9 @@ def make(tiny_run: Path) -> Callable[..., GrpoConfig]:
 @pytest.fixture(scope="module")
 def collapsed(make: Callable[..., GrpoConfig], tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("collapse") / "run"
-    assert climb(make(folder, PROVOKED)) == 3
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Climb, "_one_step", damaged_step)
+        assert climb(make(folder)) == 3
     return folder
 
 
@@ -224,13 +226,14 @@ def steps_of(folder: Path) -> int:
     return sum("kind" not in record for record in read_records(folder / "metrics.jsonl"))
 
 
-def test_a_provoked_collapse_ends_the_run(
+def test_a_collapse_ends_the_run(
     collapsed: Path, make: Callable[..., GrpoConfig], capsys: pytest.CaptureFixture[str]
 ) -> None:
     written = json.loads((collapsed / COLLAPSE).read_text())
     assert set(written) == {"step", "last_good_step", "verdict", "evidence"}
-    assert written["step"] == steps_of(collapsed) <= 20
-    assert 0 <= written["last_good_step"] < written["step"]
+    assert written["step"] == steps_of(collapsed) == AT - 1
+    assert written["verdict"] == "starved"
+    assert 0 < written["last_good_step"] < written["step"]
     assert written["evidence"]
     assert not (collapsed / "final").exists()
     assert (collapsed / "checkpoints" / f"step-{written['step']:08d}").is_dir()
@@ -239,7 +242,7 @@ def test_a_provoked_collapse_ends_the_run(
     require_own(collapsed / FOLDER, allow_third_party=False)
     before = {path: path.stat().st_mtime_ns for path in collapsed.rglob("*")}
     capsys.readouterr()
-    assert climb(make(collapsed, PROVOKED)) == 3
+    assert climb(make(collapsed)) == 3
     assert "has collapsed" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in collapsed.rglob("*")} == before
 
@@ -247,18 +250,17 @@ def test_a_provoked_collapse_ends_the_run(
 def test_a_run_that_died_before_the_verdict_was_written_comes_to_it_again(
     collapsed: Path, make: Callable[..., GrpoConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    one_step = Climb._one_step
 
     def with_signal(self: Climb) -> None:
         if self.step + 1 == 4:
             os.kill(os.getpid(), signal.SIGTERM)
-        one_step(self)
+        damaged_step(self)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(Climb, "_one_step", with_signal)
-        assert climb(make(tmp_path / "run", PROVOKED)) == 75
+    monkeypatch.setattr(Climb, "_one_step", with_signal)
+    assert climb(make(tmp_path / "run")) == 75
+    monkeypatch.setattr(Climb, "_one_step", damaged_step)
     for _ in range(2):
-        assert climb(make(tmp_path / "run", PROVOKED)) == 3
+        assert climb(make(tmp_path / "run")) == 3
         written = (tmp_path / "run" / COLLAPSE).read_text()
         assert json.loads(written) == json.loads((collapsed / COLLAPSE).read_text())
         (tmp_path / "run" / COLLAPSE).unlink()
@@ -272,18 +274,19 @@ def test_switched_off_it_lets_a_collapsed_run_go_on(
 
     monkeypatch.setattr(Climb, "_one_step", stop)
     with pytest.raises(InterruptedError):
-        climb(make(collapsed, PROVOKED, "collapse.enabled=false"))
+        climb(make(collapsed, "collapse.enabled=false"))
 
 
 def test_all_ranks_come_to_the_verdict_and_the_launcher_passes_it_on(
     make: Callable[..., GrpoConfig], tmp_path: Path
 ) -> None:
-    save_config(make(tmp_path / "run", PROVOKED), tmp_path / "config.yaml")
-    command = [sys.executable, "scripts/launch.py", "--nproc", "2", "scripts/grpo.py", str(tmp_path / "config.yaml")]
+    save_config(make(tmp_path / "run"), tmp_path / "config.yaml")
+    script = str(Path(__file__).parent / "damaged_grpo.py")
+    command = [sys.executable, "scripts/launch.py", "--nproc", "2", script, str(tmp_path / "config.yaml")]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=250)
     assert ended.returncode == 3, ended.stdout + ended.stderr
-    assert json.loads((tmp_path / "run" / COLLAPSE).read_text())["step"] == steps_of(tmp_path / "run") <= 20
+    assert json.loads((tmp_path / "run" / COLLAPSE).read_text())["step"] == steps_of(tmp_path / "run") == AT - 1
 
 
 def test_a_run_from_before_the_detector_goes_on(

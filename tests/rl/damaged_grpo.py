@@ -1,0 +1,39 @@
+"""scripts/grpo.py with a policy that is damaged in mid-climb, the same on any machine.
+
+An overlarge learning rate may as well find an answer that is always right, and what it finds hangs on rounding. So the
+weights themselves are damaged: before step `AT` no token can be drawn any more that has one of the letters which
+configs/tiny-grpo.yaml rewards.
+"""
+
+import re
+import runpy
+from pathlib import Path
+
+import torch
+
+from mai_thinking.rl.trainer import Climb
+
+AT = 10  # the engine is given these weights at once, so that no gradient is taken of what others had drawn
+
+
+def damage(climb: Climb) -> None:
+    """Silence the tokens that are rewarded, and make the others so loud that none of them is drawn by chance."""
+    embedding = climb.parallel.whole().get_input_embeddings().weight
+    rewarded = [bool(re.search("[a-m]", climb.tokenizer.decode([token]))) for token in range(len(climb.tokenizer))]
+    with torch.no_grad():
+        embedding *= 50
+        embedding[: len(rewarded)][torch.tensor(rewarded)] = 0
+
+
+def damaged_step(climb: Climb) -> None:
+    """In the place of `Climb._one_step`."""
+    if climb.step + 1 == AT:
+        damage(climb)
+    one_step(climb)
+
+
+one_step = Climb._one_step
+
+if __name__ == "__main__":
+    Climb._one_step = damaged_step  # type: ignore[method-assign]
+    runpy.run_path(str(Path(__file__).parents[2] / "scripts" / "grpo.py"), run_name="__main__")
