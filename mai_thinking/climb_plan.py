@@ -149,6 +149,9 @@ class ClimbPlan:
             tree["init_from"] = model
             if section.run == "pretrain":
                 apply_override(tree, f"data.tokenizer.path={json.dumps(model)}")
+        if section.rollback_of is not None:
+            collapsed = next(stage for stage in self.stages if stage.name == section.rollback_of)
+            tree["init_from"] = str(_newest_before_collapse(collapsed))
         if section.traces:
             tree["traces"] = [
                 {"run": str(self._last[traces.stage].folder.path)}
@@ -174,6 +177,7 @@ class ClimbPlan:
             tree |= {"init_from": first.config.init_from, "traces": list(traces)}
             distilled = self._add(names[0], "self_distill", tree, reset.seconds_per_step, stage.name)
             tree = first.config.model_dump(mode="json", exclude={"seed"})
+            _lay_over(tree, reset.set_on, names[1])
             tree |= {"init_from": str(distilled.folder.final), "steps": left}
             stage = self._add(names[1], "grpo", tree, first.seconds_per_step, stage.name)
         return stage
@@ -182,10 +186,9 @@ class ClimbPlan:
         """(state, why): from its folder, and the states of the stages that it begins with."""
         folder = stage.folder
         exists = folder.config.exists()
-        by_folder = {other.folder.path: other for other in self.stages}
         for parent in stage.parents:
-            before = by_folder.get(parent.parent)
-            done = ("finished", "collapsed") if parent.name == "traces" else ("finished",)
+            before = self._stage_of(parent)
+            done = ("finished",) if parent.name == "final" else ("finished", "collapsed")
             if before is not None and before.state not in done:
                 return ("waits", f"for {before.name}") if exists else ("to do", "")
         if not exists:
@@ -254,10 +257,16 @@ class ClimbPlan:
 
     def _spell_parents(self, stage: Stage) -> str:
         """The stages that `stage` begins with, or folders from elsewhere."""
-        names = {other.folder.path: other.name for other in self.stages}
-        return ", ".join(
-            names.get(path.parent, str(path)) + (" (traces)" if path.name == "traces" else "") for path in stage.parents
-        )
+        parts = []
+        for path in stage.parents:
+            before = self._stage_of(path)
+            of_it = "" if path.name == "final" else f" ({path.name})"
+            parts.append(f"{before.name}{of_it}" if before else str(path))
+        return ", ".join(parts)
+
+    def _stage_of(self, path: Path) -> Stage | None:
+        """The stage that `path` is a part of."""
+        return next((stage for stage in self.stages if stage.folder.path in path.parents), None)
 
     def _no_answer(self) -> str:
         if self.config.reset is None:
@@ -282,12 +291,30 @@ def _spell(stage: Stage) -> str:
 
 def _read_with(path: str, changes: Mapping[str, Any], stage: str) -> dict[str, Any]:
     tree = read_yaml_with_base(Path(path))
+    _lay_over(tree, changes, stage)
+    return tree
+
+
+def _lay_over(tree: dict[str, Any], changes: Mapping[str, Any], stage: str) -> None:
     for key, value in changes.items():
         try:
             apply_override(tree, f"{key}={yaml.safe_dump(value, default_flow_style=True)}")
         except UsageError as error:
             raise UsageError(f"stage {stage!r}: {error}") from None
-    return tree
+
+
+def _newest_before_collapse(stage: Stage) -> Path:
+    """Of a stage that has not collapsed yet, the folder that it would be in. RunError if it never will, or none is
+    left."""
+    if stage.state == "finished":
+        raise RunError(f"stage {stage.name} is to be rolled back, but it did not collapse; remove what rolls it back")
+    if stage.collapse is None:
+        return stage.folder.checkpoints
+    saved = sorted(stage.folder.checkpoints.glob("step-*"))
+    before = [path for path in saved if int(path.name.removeprefix("step-")) < stage.collapse.step]
+    if not before:
+        raise RunError(f"stage {stage.name} has no checkpoint from before its collapse; raise checkpoint.keep")
+    return before[-1]
 
 
 def _record_id(folder: Path) -> str | None:

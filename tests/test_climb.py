@@ -23,6 +23,7 @@ from mai_thinking.config.loading import load_config, save_config
 from mai_thinking.config.pretraining import PretrainConfig
 from mai_thinking.errors import RunError, UsageError
 from mai_thinking.lineage import require_own
+from mai_thinking.lineage_record import read_lineage
 from mai_thinking.pretraining import Pretraining
 from mai_thinking.rl.collapse import CollapseDetector, Verdict
 from mai_thinking.training.goodput import account_of
@@ -127,7 +128,9 @@ def test_the_nano_climb_is_planned_for_an_hour_and_a_quarter(tmp_path: Path) -> 
     [
         (["stages.1.init_from=pretrian"], "did you mean 'pretrain'"),
         (["stages.0.init_from=last"], "no earlier stage 'last'"),
-        (["stages.2.traces.0.stage=pretrain"], "'pretrain' writes no traces"),
+        (["stages.2.traces.0.stage=pretrain"], "'pretrain' does not climb"),
+        (["stages.3.init_from=null", "stages.3.rollback_of=pretrain"], "'pretrain' does not climb"),
+        (["stages.3.rollback_of=first"], "remove one"),
         (["stages.2.traces=[]"], "traces"),
         (["stages.3.name=first"], "used twice"),
         (["stages.3.name=report"], "climb's own"),
@@ -265,6 +268,40 @@ def test_a_collapse_is_answered(make: Make, tmp_path: Path, monkeypatch: pytest.
     assert "**first** collapsed after step 3: solved" in page
     assert "answers the collapse of first" in plan.text()
     assert run_climb(config) == 0
+
+
+def test_a_collapse_is_rolled_back_beside_its_answer(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`first` collapses at its third step, with checkpoints of the second and of the end; nothing does at another rate,
+    which the stage that goes on has, and the one that goes back."""
+    collapse_at(monkeypatch, 3)
+    rate = {"optimizer.learning_rate": 1e-3}
+    back = {"init_from": None, "rollback_of": "first", "set": {"steps": 2, "evaluation.every": 100} | rate}
+    config = make(
+        tmp_path / "x",
+        RESET,
+        f"reset.set_on={json.dumps(rate)}",
+        *(f"stages.3.{key}={json.dumps(value)}" for key, value in back.items()),
+    )
+    before = ClimbPlan(config).stages[-1]
+    assert (before.state, before.parents) == ("to do", (tmp_path / "x" / "first" / "checkpoints",))
+    assert run_climb(config) == 0
+    plan = ClimbPlan(config)
+    assert plan.next is None
+    first, on, last = (next(s for s in plan.stages if s.name == name) for name in ("first", "first-on", "last"))
+    assert isinstance(first.config, GrpoConfig)
+    assert isinstance(on.config, GrpoConfig)
+    assert on.config.optimizer.learning_rate == 1e-3 != first.config.optimizer.learning_rate
+    checkpoint = tmp_path / "x" / "first" / "checkpoints" / "step-00000002"
+    assert last.parents == (checkpoint,)
+    assert "first (step-00000002)" in plan.text()
+    assert require_own(last.folder.final, allow_third_party=False).parents[0].id == read_lineage(checkpoint).id
+
+
+def test_what_did_not_collapse_is_not_rolled_back(climbed: Path, make: Make) -> None:
+    with pytest.raises(RunError, match="stage first is to be rolled back, but it did not collapse"):
+        ClimbPlan(make(climbed, "stages.3.init_from=null", "stages.3.rollback_of=first"))
 
 
 def test_a_collapse_too_many_ends_the_climb(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -46,6 +46,9 @@ class StageSection(Section):
     init_from: str | None = None
     """The earlier stage whose model this one starts from; null leaves it to `config`. Mid-training reads with that
     model's tokenizer."""
+    rollback_of: str | None = None
+    """Instead: the earlier stage whose collapse is rolled back, to its newest checkpoint before that was detected. The
+    rival of `reset`, to be compared with it."""
     traces: tuple[StageTracesSection, ...] = ()
     """Of a self-distillation: what it learns from. Of several specialists it makes one model."""
     set: dict[str, Any] = Field(default_factory=dict)
@@ -58,6 +61,8 @@ class StageSection(Section):
     def _check(self) -> Self:
         if (self.run == "self_distill") != bool(self.traces):
             raise ValueError(f"stage {self.name!r}: `traces` are what a self_distill learns from, and it alone")
+        if self.init_from is not None and self.rollback_of is not None:
+            raise ValueError(f"stage {self.name!r}: it starts from `init_from` or from `rollback_of`; remove one")
         return self
 
 
@@ -69,6 +74,8 @@ class ResetSection(Section):
     """The YAML file of the self-distillation; weights and traces are the climb's to set."""
     set: dict[str, Any] = Field(default_factory=dict)
     """key.path: value, laid over `config`."""
+    set_on: dict[str, Any] = Field(default_factory=dict)
+    """key.path: value, laid over the config of the stage that goes on: what led to the collapse, otherwise."""
     at_most: int = Field(1, ge=1)
     """Collapses of one stage that are answered; one more ends the climb."""
     seconds_per_step: float | None = Field(None, gt=0)
@@ -90,14 +97,17 @@ class ClimbConfig(RunConfig):
             if stage.name in earlier or stage.name in RESERVED:
                 why = "is used twice" if stage.name in earlier else "is the climb's own"
                 raise ValueError(f"stage {stage.name!r}: the name {why}; take another")
-            models = [] if stage.init_from is None else [stage.init_from]
+            models = [name for name in (stage.init_from, stage.rollback_of) if name is not None]
             for name in [*models, *(traces.stage for traces in stage.traces)]:
                 if name not in earlier:
                     hint = nearest_name(name, earlier) if earlier else "it is the first"
                     raise ValueError(f"stage {stage.name!r}: there is no earlier stage {name!r}; {hint}")
-            for traces in stage.traces:
-                if earlier[traces.stage] != "grpo":
-                    raise ValueError(f"stage {stage.name!r}: {traces.stage!r} writes no traces; name a grpo stage")
+            climbs = [traces.stage for traces in stage.traces]
+            if stage.rollback_of is not None:
+                climbs.append(stage.rollback_of)
+            for name in climbs:
+                if earlier[name] != "grpo":
+                    raise ValueError(f"stage {stage.name!r}: {name!r} does not climb; name a grpo stage")
             earlier[stage.name] = stage.run
         if self.reset is not None:
             for stage in self.stages:

@@ -50,12 +50,24 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     )
 
 
+def is_checkpoint(path: str | Path) -> bool:
+    """Whether `path` is one of a run's `checkpoints/step-…`."""
+    return (Path(path).expanduser() / "manifest.json").is_file()
+
+
+def architecture_folder(path: str | Path) -> Path:
+    """Where the tokenizer and the model's config are: in a model folder itself, for a checkpoint beside it."""
+    folder = Path(path).expanduser()
+    return folder.parent.parent / "architecture" if is_checkpoint(folder) else folder
+
+
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
-    """The tokenizer in the folder `path`; UsageError unless it is a fast one with an end-of-text token."""
-    if not (Path(path).expanduser() / "tokenizer.json").is_file():
+    """The tokenizer of a model folder or checkpoint; UsageError unless it is a fast one with an end-of-text token."""
+    folder = architecture_folder(path)
+    if not (folder / "tokenizer.json").is_file():
         raise UsageError(f"{path}: no tokenizer.json there; name a folder such as a run's `final/`")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(Path(path).expanduser()), local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:  # The library raises what it stumbles over: KeyError, ValueError, bare Exception, ...
         raise UsageError(f"{path}: the tokenizer cannot be loaded: {error!r:.200}") from None
     if not isinstance(tokenizer, PreTrainedTokenizerFast) or tokenizer.eos_token_id is None:

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from mai_thinking.config.pretraining import PretrainConfig
-from mai_thinking.data.tokenizer import load_tokenizer
+from mai_thinking.data.tokenizer import architecture_folder, is_checkpoint, load_tokenizer
 from mai_thinking.errors import UsageError
 from mai_thinking.lineage import Lineage, random_weights, require_own
 from mai_thinking.model import MaiThinkingConfig, MaiThinkingForCausalLM
@@ -79,8 +79,8 @@ def build_model(config: PretrainConfig, architecture: MaiThinkingConfig) -> MaiT
 
 
 def load_model_config(folder: str | Path) -> MaiThinkingConfig:
-    """The architecture of a model folder, or a `UsageError` that says what is missing there."""
-    path = Path(folder).expanduser()
+    """The architecture of a model folder or checkpoint, or a `UsageError` that says what is missing there."""
+    path = architecture_folder(folder)
     if not (path / "config.json").is_file():
         unfinished = (path.parent / "config.yaml").is_file()
         recipe = Path("configs", f"{path.parent.name}.yaml")
@@ -94,8 +94,12 @@ def load_model_config(folder: str | Path) -> MaiThinkingConfig:
 
 
 def load_model(folder: str | Path, **changes: object) -> MaiThinkingForCausalLM:
-    """A model folder's weights in fp32; keywords as `from_pretrained` takes them."""
-    load_model_config(folder)
+    """The weights of a model folder or checkpoint in fp32; keywords as `from_pretrained` takes them."""
+    config = load_model_config(folder)
+    if is_checkpoint(folder):
+        model = MaiThinkingForCausalLM._from_config(changes.pop("config", config), dtype=torch.float32, **changes)
+        model.load_state_dict(CheckpointReader(Path(folder).expanduser()).read("model"))
+        return model
     try:
         return MaiThinkingForCausalLM.from_pretrained(Path(folder).expanduser(), dtype=torch.float32, **changes)
     except (SafetensorError, OSError, RuntimeError) as error:
@@ -108,12 +112,10 @@ def load_model_and_tokenizer(path: str | Path) -> tuple[MaiThinkingForCausalLM, 
     On a GPU if there is one. Raises `UsageError` if there is no model, or its tokenizer is another's.
     """
     path = Path(path).expanduser()
-    if (path / "config.json").is_file():
+    if (path / "config.json").is_file() or is_checkpoint(path):
         model, tokenizer = load_model(path), load_tokenizer(path)
     elif (path / "final" / "config.json").is_file():
         return load_model_and_tokenizer(path / "final")
-    elif (path / "manifest.json").is_file():
-        model, tokenizer = _load_checkpoint(path)
     elif checkpoints := sorted((path / "checkpoints").glob("step-*")):
         return load_model_and_tokenizer(checkpoints[-1])
     else:
@@ -127,14 +129,6 @@ def load_model_and_tokenizer(path: str | Path) -> tuple[MaiThinkingForCausalLM, 
     if torch.cuda.is_available():
         model.to("cuda")
     return model, tokenizer
-
-
-def _load_checkpoint(path: Path) -> tuple[MaiThinkingForCausalLM, PreTrainedTokenizerBase]:
-    """The model of a run's checkpoint, with the architecture and tokenizer that the run keeps beside them."""
-    start = path.parent.parent / "architecture"
-    model = MaiThinkingForCausalLM._from_config(load_model_config(start))
-    model.load_state_dict(CheckpointReader(path).read("model"))
-    return model, load_tokenizer(start)
 
 
 def starting_point(config: PretrainConfig, architecture: MaiThinkingConfig) -> Lineage:
