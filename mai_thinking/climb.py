@@ -8,6 +8,7 @@ stages nothing is kept in memory: what comes next is read from the disk (`climb_
 import gc
 import os
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -33,8 +34,8 @@ from mai_thinking.training.run_folder import atomic_file, locked
 from mai_thinking.training.worker import StopRequest
 
 
-def run_climb(config: ClimbConfig) -> int:
-    """Run what `config` still lacks, stage by stage, then write the page of results; the exit code.
+def run_climb(config: ClimbConfig, report: Callable[[ClimbPlan], None] = write_report) -> int:
+    """Run what `config` still lacks, stage by stage, then write the page of results with `report`; the exit code.
 
     A stage that collapses is answered as `config.reset` says; RunError if that is not allowed any more.
     """
@@ -60,7 +61,7 @@ def run_climb(config: ClimbConfig) -> int:
                 return EXIT_INTERRUPTED
             before = stage
         if rank == 0:
-            write_report(ClimbPlan(config))
+            report(ClimbPlan(config))
             _say(rank, f"{config.name} is finished: see {config.folder / 'report' / 'summary.md'}")
         accelerator.wait_for_everyone()
     return 0
