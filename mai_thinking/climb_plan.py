@@ -174,7 +174,8 @@ class ClimbPlan:
             left = max(1, left - good)
             names = answer_names(first.name, len(traces))
             tree = _read_with(reset.config, reset.set, names[0])
-            tree |= {"init_from": first.config.init_from, "traces": list(traces)}
+            model = reset.set.get("init_from", first.config.init_from)
+            tree |= {"init_from": model, "traces": list(traces)}
             distilled = self._add(names[0], "self_distill", tree, reset.seconds_per_step, stage.name)
             tree = first.config.model_dump(mode="json", exclude={"seed"})
             _lay_over(tree, reset.set_on, names[1])

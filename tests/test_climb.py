@@ -271,7 +271,7 @@ def test_a_collapse_is_answered(make: Make, tmp_path: Path, monkeypatch: pytest.
 
 
 def test_a_collapse_is_rolled_back_beside_its_answer(
-    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    climbed: Path, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`first` collapses at its third step, with checkpoints of the second and of the end; nothing does at another rate,
     which the stage that goes on has, and the one that goes back."""
@@ -282,6 +282,7 @@ def test_a_collapse_is_rolled_back_beside_its_answer(
         tmp_path / "x",
         RESET,
         f"reset.set_on={json.dumps(rate)}",
+        f"reset.set.init_from={climbed}/self/final",
         *(f"stages.3.{key}={json.dumps(value)}" for key, value in back.items()),
     )
     before = ClimbPlan(config).stages[-1]
@@ -293,6 +294,8 @@ def test_a_collapse_is_rolled_back_beside_its_answer(
     assert isinstance(first.config, GrpoConfig)
     assert isinstance(on.config, GrpoConfig)
     assert on.config.optimizer.learning_rate == 1e-3 != first.config.optimizer.learning_rate
+    reset = next(stage for stage in plan.stages if stage.name == "first-reset")
+    assert reset.config.init_from == str(climbed / "self" / "final")
     checkpoint = tmp_path / "x" / "first" / "checkpoints" / "step-00000002"
     assert last.parents == (checkpoint,)
     assert "first (step-00000002)" in plan.text()

@@ -67,13 +67,14 @@ class StageSection(Section):
 
 
 class ResetSection(Section):
-    """The answer to a collapse (§3.1.4): the stage's first weights are distilled from its traces older than the damage,
-    and the stage goes on from there with the steps that are left."""
+    """The answer to a collapse (§3.1.4): its traces older than the damage are distilled into the weights that the stage
+    began with, and the stage goes on from there with the steps that are left."""
 
     config: str
-    """The YAML file of the self-distillation; weights and traces are the climb's to set."""
+    """The YAML file of the self-distillation; its traces are the climb's to set."""
     set: dict[str, Any] = Field(default_factory=dict)
-    """key.path: value, laid over `config`."""
+    """key.path: value, laid over `config`. With `init_from`, the traces go into that model instead: as in the report, the
+    mid-trained one, where the stage began with a later one."""
     set_on: dict[str, Any] = Field(default_factory=dict)
     """key.path: value, laid over the config of the stage that goes on: what led to the collapse, otherwise."""
     at_most: int = Field(1, ge=1)
