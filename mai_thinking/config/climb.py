@@ -73,8 +73,8 @@ class ResetSection(Section):
     config: str
     """The YAML file of the self-distillation; its traces are the climb's to set."""
     set: dict[str, Any] = Field(default_factory=dict)
-    """key.path: value, laid over `config`. With `init_from`, the traces go into that model instead: as in the report, the
-    mid-trained one, where the stage began with a later one."""
+    """key.path: value, laid over `config`. With `init_from`, the traces go into that model instead: the mid-trained one
+    of the report, where the stage began with a later one."""
     set_on: dict[str, Any] = Field(default_factory=dict)
     """key.path: value, laid over the config of the stage that goes on: what led to the collapse, otherwise."""
     at_most: int = Field(1, ge=1)
