@@ -15,6 +15,7 @@ from mai_thinking.config.launch import LaunchSection
 from mai_thinking.config.loading import load_config, save_config
 from mai_thinking.config.pretraining import PretrainConfig
 from mai_thinking.config.run import RunConfig
+from mai_thinking.config.study import StudyConfig
 from mai_thinking.errors import UsageError
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -31,7 +32,8 @@ def small(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: path.stem)
 def test_every_config_of_ours_can_be_read(path: Path) -> None:
     grpo = dict.fromkeys(("grpo", "controller", "mismatch"), GrpoConfig)
-    kinds: dict[str, type[RunConfig]] = {**grpo, "distill": DistillConfig, "climb": ClimbConfig}
+    kinds: dict[str, type[RunConfig]] = {**grpo, "distill": DistillConfig, "findings": StudyConfig}
+    kinds |= dict.fromkeys(("climb", "collapse"), ClimbConfig)
     kind = kinds.get(path.stem.rpartition("-")[2], PretrainConfig)
     if path.parent.name == "ladders":
         kind = LadderConfig

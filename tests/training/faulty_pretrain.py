@@ -9,6 +9,7 @@ import json
 import os
 import runpy
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,20 @@ def strike(place: str, step: int) -> None:
             mark.touch()
             if fault["how"] == "tear":
                 checkpoints = now["folder"] / "checkpoints"
+                settle(checkpoints)
                 file = step_folder(checkpoints, visible_steps(checkpoints)[-1]) / "rank-00001.safetensors"
                 os.truncate(file, file.stat().st_size // 2)
             os.kill(os.getpid(), signal.SIGSTOP if fault["how"] == "hang" else signal.SIGKILL)
+
+
+def settle(checkpoints: Path) -> None:
+    """Wait for a save that is under way: once it ends it would be the newest checkpoint, and whole."""
+    seen, since = None, time.monotonic()
+    while time.monotonic() - since < 0.5:
+        names = sorted(path.name for path in checkpoints.iterdir())
+        if names != seen or any(name.endswith(".tmp") for name in names):
+            seen, since = names, time.monotonic()
+        time.sleep(0.02)
 
 
 def patch(owner: Any, name: str, before: Any) -> None:
