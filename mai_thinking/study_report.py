@@ -8,6 +8,7 @@ from statistics import fmean, stdev
 from mai_thinking.climb_plan import ClimbPlan
 from mai_thinking.config.study import StudyConfig
 from mai_thinking.errors import RunError
+from mai_thinking.training.comparison import spread
 from mai_thinking.training.metrics import Record, read_records
 from mai_thinking.training.report import pyplot, save_figure
 from mai_thinking.training.run_folder import atomic_file
@@ -45,8 +46,7 @@ def write_report(config: StudyConfig, plan: ClimbPlan) -> None:
 
 
 def measure(config: StudyConfig, plan: ClimbPlan) -> dict[str, Measurement]:
-    """By arm, from the records of its measured stages. A stage that collapsed counts with its own first evaluation and
-    the last one of the stage that went on."""
+    """By arm, from the records of its measured stages."""
     found: dict[str, Measurement] = {}
     for arm in config.arms:
         ends = [_ends(plan, config.measured_stage(arm.name, seed)) for seed in config.seeds]
@@ -61,13 +61,8 @@ def measure(config: StudyConfig, plan: ClimbPlan) -> dict[str, Measurement]:
 
 
 def _ends(plan: ClimbPlan, name: str) -> tuple[Record, Record]:
-    stages = [stage for stage in plan.stages if stage.name == name or stage.answers == name]
-    marks = [
-        record
-        for stage in stages
-        for record in read_records(stage.folder.metrics)
-        if record.get("kind") == "evaluation"
-    ]
+    stage = next(stage for stage in plan.stages if stage.name == name)
+    marks = [record for record in read_records(stage.folder.metrics) if record.get("kind") == "evaluation"]
     if not marks:
         raise RunError(f"stage {name}: it has no evaluation; set evaluation.every")
     return marks[0], marks[-1]
@@ -82,8 +77,8 @@ def table(config: StudyConfig, measured: dict[str, Measurement]) -> str:
         cells = []
         for when in WHEN:
             own, other = measured[arm.name].pass_1[when], first.pass_1[when]
-            cells += [_spell(own), "" if own is other else difference(own, other)]
-            cells.append(_spell(measured[arm.name].pass_k[when]))
+            cells += [spread(own), "" if own is other else difference(own, other)]
+            cells.append(spread(measured[arm.name].pass_k[when]))
         lines.append(f"| {arm.name} | {arm.about} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -93,10 +88,6 @@ def difference(own: Sequence[float], other: Sequence[float]) -> str:
     differences = [a - b for a, b in zip(own, other, strict=True)]
     error = f" ± {stdev(differences) / len(differences) ** 0.5:.3f}" if len(differences) > 1 else ""
     return f"{fmean(differences):+.3f}{error}"
-
-
-def _spell(values: Sequence[float]) -> str:
-    return f"{fmean(values):.3f} ({min(values):.3f}–{max(values):.3f})"
 
 
 def _draw(config: StudyConfig, measured: dict[str, Measurement], path: Path) -> bool:

@@ -9,7 +9,7 @@ from typing import Any, Self
 from pydantic import Field, model_validator
 
 from mai_thinking.config.base import Section
-from mai_thinking.config.climb import ClimbConfig, ResetSection, StageSection
+from mai_thinking.config.climb import ClimbConfig, StageSection
 from mai_thinking.config.loading import validate
 from mai_thinking.config.names import nearest_name
 from mai_thinking.config.run import RunConfig
@@ -47,8 +47,6 @@ class StudyConfig(RunConfig):
     """The first is what the others are held against."""
     measured: str
     """The one of `stages`, a climb, whose first and last evaluation are compared."""
-    reset: ResetSection | None = None
-    """As in a climb."""
 
     @model_validator(mode="after")
     def _check_names(self) -> Self:
@@ -73,7 +71,7 @@ class StudyConfig(RunConfig):
                 self._of_seed(_changed(stage, arm), seed, arm.name) for arm in self.arms for stage in self.stages
             ]
         tree = {"name": self.name, "seed": self.seed, "output_dir": self.output_dir, "stages": stages}
-        return validate(ClimbConfig, tree | {"reset": self.reset}, f"study {self.name!r}")
+        return validate(ClimbConfig, tree, f"study {self.name!r}")
 
     def measured_stage(self, arm: str, seed: int) -> str:
         """Its name in the climb."""

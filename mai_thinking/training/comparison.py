@@ -25,7 +25,7 @@ def compare(groups: Mapping[str, Sequence[Path]], metrics: Sequence[str], figure
     _draw(curves, figure)
     lines = ["| runs | " + " | ".join(metrics) + " |", "|---" * (len(metrics) + 1) + "|"]
     for label in groups:
-        cells = [_spell([curve[-1][1] for curve in curves[metric][label]]) for metric in metrics]
+        cells = [spread([curve[-1][1] for curve in curves[metric][label]]) for metric in metrics]
         lines.append(f"| {label} ({len(groups[label])}) | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -62,7 +62,8 @@ def _numbers(records: Sequence[Record]) -> list[str]:
     return sorted({name for record in records for name in record if _number(record, name)})
 
 
-def _spell(values: Sequence[float]) -> str:
+def spread(values: Sequence[float]) -> str:
+    """The mean of several runs' values, with the least and the most."""
     return f"{fmean(values):.3f} ({min(values):.3f}–{max(values):.3f})" if len(values) > 1 else f"{values[0]:.3f}"
 
 
