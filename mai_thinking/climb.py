@@ -3,6 +3,7 @@
 Pre-training, mid-training, the specialists' climbs with self-distillation between them, consolidation, a last climb:
 each is a run like any other, in a folder below the climb's, and goes on where it was when it is struck. Between the
 stages nothing is kept in memory: what comes next is read from the disk (`climb_plan`), by rank 0 for all.
+The folder is all that processes need to share to work on one climb together.
 """
 
 import gc
@@ -11,11 +12,12 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list
+from filelock import FileLock, Timeout
 
 from mai_thinking.climb_plan import ClimbPlan, Stage
 from mai_thinking.climb_report import write_report
@@ -30,63 +32,118 @@ from mai_thinking.errors import RunError
 from mai_thinking.pretraining import pretrain
 from mai_thinking.rl.trainer import climb
 from mai_thinking.training.goodput import CAUSE_VARIABLE, LAUNCHED_VARIABLE
-from mai_thinking.training.run_folder import atomic_file, locked
+from mai_thinking.training.run_folder import atomic_file
 from mai_thinking.training.worker import StopRequest
+
+WAIT = "wait"
+POLL_SECONDS = 2.0
 
 
 def run_climb(config: ClimbConfig, report: Callable[[ClimbPlan], None] = write_report) -> int:
     """Run what `config` still lacks, stage by stage, then write the page of results with `report`; the exit code.
 
+    Several processes may do so at once, on any machine that sees the folder: each takes a stage whose inputs are there.
     A stage that collapses is answered as `config.reset` says; RunError if that is not allowed any more.
     """
     with ExitStack() as stack:
         accelerator = Accelerator()  # the ranks meet
         rank = accelerator.process_index
-        if rank == 0:
-            stack.enter_context(locked(config.folder))
-            with atomic_file(config.folder / "config.yaml") as path:
-                save_config(config, path)
         stop = StopRequest()
         stack.callback(stop.close)
-        before: Stage | None = None
-        while (stage := _next_stage(config, rank, before)) is not None:
-            _clear_memory()
-            if before is not None:
-                _begin_anew()
-            code = _run(stage)
-            if code not in (0, EXIT_COLLAPSED):
-                return code
+        desk = stack.enter_context(_Desk(config)) if rank == 0 else None
+        while (stage := _next_stage(desk)) is not None:
+            if isinstance(stage, str):
+                time.sleep(POLL_SECONDS)
+            else:
+                _clear_memory()
+                code = _run(stage)
+                if code not in (0, EXIT_COLLAPSED):
+                    return code
             if stop.agreed():
-                _say(rank, f"stopped after stage {stage.name}; the same command goes on with the next")
+                _say(rank, "stopped between two stages; the same command goes on with the next")
                 return EXIT_INTERRUPTED
-            before = stage
-        if rank == 0:
-            report(ClimbPlan(config))
-            _say(rank, f"{config.name} is finished: see {config.folder / 'report' / 'summary.md'}")
+            _begin_anew()
+        if desk is not None:
+            desk.conclude(report)
         accelerator.wait_for_everyone()
     return 0
 
 
-def _next_stage(config: ClimbConfig, rank: int, before: Stage | None) -> Stage | None:
-    """What comes after `before`, ready to run: its folder is free, or its own. Collective; rank 0 looks and decides."""
-    found: list[Any] = [None]
-    if rank == 0:
-        plan = ClimbPlan(config)
-        stage = plan.next
-        if stage is not None and before is not None and stage.name == before.name:
-            raise RunError(f"stage {stage.name} ended and is not finished: {stage.state} {stage.why}".rstrip())
-        if before is None:
-            print(plan.text() + "\n", flush=True)
-        if stage is not None:
-            if stage.state == "changed":
-                aside = _move_aside(stage.folder.path)
-                print(f"stage {stage.name} is run again ({stage.why}); what it was is in {aside}", flush=True)
-            plan.remember_inputs(stage)
-            print(f"── stage {stage.name}\n", flush=True)
-        found = [stage]
+def _next_stage(desk: "_Desk | None") -> Stage | str | None:
+    """What rank 0 gets from the desk, for all ranks."""
+    found: list[Any] = [desk.take() if desk is not None else None]
     broadcast_object_list(found)
-    result: Stage | None = found[0]
-    return result
+    stage: Stage | str | None = found[0]
+    return stage
+
+
+class _Desk:
+    """Where the processes that work on a climb take its stages: one of them looks at the plan at a time, and a stage is
+    whose lock it holds (`claims/NAME.lock`). The system takes back the lock of a process that died."""
+
+    def __init__(self, config: ClimbConfig) -> None:
+        self.config = config
+        self._claims = config.folder / "claims"
+        self._claims.mkdir(parents=True, exist_ok=True)
+        self._looking = FileLock(self._claims / ".plan.lock")
+        self._claim: FileLock | None = None  # of the stage that is this process's
+        self._mine = ""
+        self._said: set[str] = set()
+
+    def __enter__(self) -> Self:
+        with self._looking, atomic_file(self.config.folder / "config.yaml") as path:
+            save_config(self.config, path)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._let_go()
+
+    def take(self) -> Stage | str | None:
+        """Let go of the last stage and take the next, ready to run: its folder is free, or its own. `WAIT` if all that
+        could be run is others'; None when all is done."""
+        with self._looking:
+            mine = self._let_go()
+            plan = ClimbPlan(self.config)
+            self._say_once(plan.text() + "\n", "plan")
+            for stage in plan.ready:
+                claim = FileLock(self._claims / f"{stage.name}.lock")
+                try:
+                    claim.acquire(timeout=0)
+                except Timeout:
+                    continue
+                self._claim, self._mine = claim, stage.name
+                if stage.name == mine:
+                    raise RunError(f"stage {mine} ended and is not finished: {stage.state} {stage.why}".rstrip())
+                if stage.state == "changed":
+                    aside = _move_aside(stage.folder.path)
+                    print(f"stage {stage.name} is run again ({stage.why}); what it was is in {aside}", flush=True)
+                plan.remember_inputs(stage)
+                print(f"── stage {stage.name}\n", flush=True)
+                return stage
+            if not plan.ready:
+                return None
+            others = ", ".join(stage.name for stage in plan.ready)
+            self._say_once(f"waiting for other processes, which run {others}", others)
+            return WAIT
+
+    def conclude(self, report: Callable[[ClimbPlan], None]) -> None:
+        """Write the page of results. Each process does, one after the other: none can know that it is the last."""
+        with self._looking:
+            report(ClimbPlan(self.config))
+            page = self.config.folder / "report" / "summary.md"
+            print(f"{self.config.name} is finished: see {page}", flush=True)
+
+    def _let_go(self) -> str:
+        """Give back the stage that was this process's; its name, or nothing."""
+        if self._claim is not None:
+            self._claim.release()
+        mine, self._claim, self._mine = self._mine, None, ""
+        return mine
+
+    def _say_once(self, text: str, key: str) -> None:
+        if key not in self._said:
+            self._said.add(key)
+            print(text, flush=True)
 
 
 def _run(stage: Stage) -> int:
@@ -108,7 +165,7 @@ def _clear_memory() -> None:
 
 
 def _begin_anew() -> None:
-    """The next ledger is not to begin with this process, nor with the fault that an earlier stage was restarted for."""
+    """The next ledger is not to begin before now, nor with the fault that an earlier stage was restarted for."""
     os.environ[LAUNCHED_VARIABLE] = str(time.time())
     os.environ.pop(CAUSE_VARIABLE, None)
 

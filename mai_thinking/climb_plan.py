@@ -101,16 +101,15 @@ class ClimbPlan:
             self._last[section.name] = stage
 
     @property
-    def next(self) -> Stage | None:
-        """The first stage that is to be run, or gone on with; None when all is done. RunError if it has collapsed, and
+    def ready(self) -> list[Stage]:
+        """The stages that may be run, or gone on with, now; none when all is done. RunError if one has collapsed, and
         that is not answered."""
-        for index, stage in enumerate(self.stages):
-            following = self.stages[index + 1] if index + 1 < len(self.stages) else None
-            if stage.state == "collapsed" and (following is None or following.answers is None):
+        answered = {stage.answers for stage in self.stages}
+        for stage in self.stages:
+            if stage.state == "collapsed" and stage.name not in answered:
                 raise RunError(f"stage {stage.name}: {stage.collapse}. {self._no_answer()}")
-            if stage.state not in ("finished", "collapsed"):
-                return stage
-        return None
+        done = ("finished", "collapsed")
+        return [stage for stage in self.stages if stage.state not in done and self._waits_for(stage) is None]
 
     def remember_inputs(self, stage: Stage) -> None:
         """Write down what `stage` begins with, before it does."""
@@ -186,14 +185,10 @@ class ClimbPlan:
     def _judge(self, stage: Stage) -> tuple[State, str]:
         """(state, why): from its folder, and the states of the stages that it begins with."""
         folder = stage.folder
-        exists = folder.config.exists()
-        for parent in stage.parents:
-            before = self._stage_of(parent)
-            done = ("finished",) if parent.name == "final" else ("finished", "collapsed")
-            if before is not None and before.state not in done:
-                return ("waits", f"for {before.name}") if exists else ("to do", "")
-        if not exists:
+        if not folder.config.exists():
             return "to do", ""
+        if (before := self._waits_for(stage)) is not None:
+            return "waits", f"for {before.name}"
         if changed := folder.changed_keys(stage.config):
             return "changed", f"{', '.join(changed[:3])}{' and more' if len(changed) > 3 else ''}"
         began, now = self._inputs.get(stage.name), stage.parent_ids()
@@ -205,6 +200,15 @@ class ClimbPlan:
         if folder.finished:
             return "finished", ""
         return ("begun", "") if stage.collapse is None else ("collapsed", "")
+
+    def _waits_for(self, stage: Stage) -> Stage | None:
+        """The first of the stages that it begins with that has not come to its end."""
+        for parent in stage.parents:
+            before = self._stage_of(parent)
+            done = ("finished",) if parent.name == "final" else ("finished", "collapsed")
+            if before is not None and before.state not in done:
+                return before
+        return None
 
     # ------------------------------------------------------------------------------------------------ in words
 

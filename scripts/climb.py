@@ -1,7 +1,7 @@
 """The whole climb, stage by stage: `python scripts/climb.py CONFIG.yaml [key.path=value …] [--dry-run]`.
 
-The same command goes on where it was, and runs again what has changed. `--dry-run` shows the plan, its state and the
-time that it will take.
+The same command goes on where it was, and runs again what has changed; started several times, its processes share the
+stages. `--dry-run` shows the plan, its state and the time that it will take.
 """
 
 from mai_thinking.config.climb import ClimbConfig

@@ -1,6 +1,7 @@
 """Choices compared over seeds, in one command: `python scripts/study.py CONFIG.yaml [key.path=value …] [--dry-run]`.
 
-The same command goes on where it was. `--dry-run` shows the plan, its state and the time that it will take.
+The same command goes on where it was; started several times, its processes share the work. `--dry-run` shows the plan,
+its state and the time that it will take.
 """
 
 from mai_thinking.config.command import exit_with, parse_run_command

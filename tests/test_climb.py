@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -231,6 +232,48 @@ def test_a_signal_at_the_end_of_a_stage_stops_the_climb(
     }  # fmt: skip
 
 
+def wait_for(text: str, file: Path) -> None:
+    deadline = time.monotonic() + 120
+    while text not in file.read_text():
+        assert time.monotonic() < deadline, file.read_text()
+        time.sleep(0.01)
+
+
+def test_processes_share_a_climb_and_take_over_from_a_dead_one(climbed: Path, make: Make, tmp_path: Path) -> None:
+    """One is held in `first`; another one takes `second`, waits, and can be stopped; when the first is dead, a third
+    goes on with what it was in, to the same bits."""
+    config = make(tmp_path / "x")
+    second = config.stages[1].model_copy(update={"name": "second"})
+    config = config.model_copy(update={"stages": (*config.stages[:2], second)})
+    save_config(config, tmp_path / "shared.yaml")
+    command = [sys.executable, str(ROOT / "scripts" / "climb.py"), str(tmp_path / "shared.yaml")]
+    processes: list[subprocess.Popen[str]] = []
+
+    def start(name: str) -> tuple[subprocess.Popen[str], Path]:
+        with (tmp_path / name).open("w") as output:
+            processes.append(subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, text=True))
+        return processes[-1], tmp_path / name
+
+    try:
+        held, said_by_held = start("held.txt")
+        wait_for("── stage first", said_by_held)
+        held.send_signal(signal.SIGSTOP)
+        other, said_by_other = start("other.txt")
+        wait_for("waiting for other processes, which run first", said_by_other)
+        assert states(ClimbPlan(config))["second"] == "finished"
+        assert states(ClimbPlan(config))["first"] != "finished"
+        other.send_signal(signal.SIGTERM)
+        assert other.wait(60) == 75, said_by_other.read_text()
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    assert "── stage second" not in said_by_held.read_text()
+    assert run_climb(config) == 0
+    assert set(states(ClimbPlan(config)).values()) == {"finished"}
+    assert trace(tmp_path / "x")["first"] == trace(climbed)["first"]
+
+
 def collapse_at(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
     """Every RL run of more than `steps` steps collapses at its step 3; what came before step 2 was good."""
     update = CollapseDetector.update
@@ -289,7 +332,7 @@ def test_a_collapse_is_rolled_back_beside_its_answer(
     assert (before.state, before.parents) == ("to do", (tmp_path / "x" / "first" / "checkpoints",))
     assert run_climb(config) == 0
     plan = ClimbPlan(config)
-    assert plan.next is None
+    assert not plan.ready
     first, on, last = (next(s for s in plan.stages if s.name == name) for name in ("first", "first-on", "last"))
     assert isinstance(first.config, GrpoConfig)
     assert isinstance(on.config, GrpoConfig)

@@ -14,7 +14,7 @@ from mai_thinking.config.run import RunConfig
 StageKind = Literal["pretrain", "grpo", "self_distill"]
 """What a stage runs: the script of this name."""
 
-RESERVED = ("report", "lock", "config.yaml", "stages.json")
+RESERVED = ("report", "claims", "config.yaml", "stages.json")
 """What a climb's folder holds beside its stages'."""
 
 
@@ -87,7 +87,7 @@ class ClimbConfig(RunConfig):
     """A whole climb. A stage without a `seed` draws its own from the climb's and its name."""
 
     stages: tuple[StageSection, ...] = Field(min_length=1)
-    """In the order in which they are run."""
+    """In an order in which they can be run: each after what it begins with."""
     reset: ResetSection | None = None
     """Null: a collapse ends the climb."""
 
