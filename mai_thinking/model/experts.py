@@ -30,8 +30,8 @@ LIKE_LOAD = 0.8
 """No expert joins a bucket that has less than this share of its busiest one's load: the rest would be padding,"""
 FEW_EXPERTS = 16
 """unless the bucket has fewer experts than this: then another round of products costs more than the padding."""
-PAIRS_PER_EXPERT = 1 / 8
-"""With fewer pairs than this, as in decoding, hardly any share an expert, and sorting costs more than it saves."""
+PAIRS_PER_EXPERT = 1
+"""With no more pairs than this, as in decoding, few share an expert, and sorting costs more than it saves."""
 
 
 class ExpertWeights(Protocol):
@@ -280,13 +280,28 @@ def _bucket_by_bucket(
 def _pair_by_pair(
     x_TL: torch.Tensor, w_gate_up: torch.Tensor, w_down: torch.Tensor, gates_TK: torch.Tensor, chosen_TK: torch.Tensor
 ) -> torch.Tensor:
-    """Without sorting: each pair its own copy of its expert's weights."""
+    """Without sorting: each pair its own copy of its expert's weights, as many at a time as a cache holds."""
     expert_S = chosen_TK.flatten()
     x_S1L = x_TL.unsqueeze(1).expand(*chosen_TK.shape, -1).reshape(-1, 1, x_TL.size(1))
-    gate, up = torch.bmm(x_S1L, w_gate_up.index_select(0, expert_S).mT).chunk(2, dim=-1)
-    y_S1L = torch.bmm(F.silu(gate).mul_(up), w_down.index_select(0, expert_S).mT)
+    gate, up = _times_chosen(x_S1L, w_gate_up, expert_S).chunk(2, dim=-1)
+    y_S1L = _times_chosen(F.silu(gate).mul_(up), w_down, expert_S)
     y_TKL = y_S1L.view(*chosen_TK.shape, x_TL.size(1))
     return _products(gates_TK.unsqueeze(1), y_TKL).squeeze(1).to(x_TL.dtype)
+
+
+def _times_chosen(x_S1I: torch.Tensor, weight_EOI: torch.Tensor, expert_S: torch.Tensor) -> torch.Tensor:
+    """[S, 1, I], [E, O, I], [S] → [S, 1, O]. The copies stay in the cache, in the same scratch memory."""
+    pairs, at_once = expert_S.size(0), max(1, CACHE_BYTES * weight_EOI.size(0) // weight_EOI.nbytes)
+    if pairs <= at_once:
+        return torch.bmm(x_S1I, weight_EOI.index_select(0, expert_S).mT)
+    out_S1O = x_S1I.new_empty(pairs, 1, weight_EOI.size(1))
+    scratch = weight_EOI.new_empty(at_once, *weight_EOI.shape[1:])
+    for first in range(0, pairs, at_once):
+        some = slice(first, first + at_once)
+        expert = expert_S[some]
+        copies = torch.index_select(weight_EOI, 0, expert, out=scratch[: expert.size(0)])
+        torch.bmm(x_S1I[some], copies.mT, out=out_S1O[some])
+    return out_S1O
 
 
 def _combine(y_PL: torch.Tensor, row_TK: torch.Tensor, gates_TK: torch.Tensor) -> torch.Tensor:

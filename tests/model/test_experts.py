@@ -123,13 +123,16 @@ def test_buckets_are_of_like_load(monkeypatch: pytest.MonkeyPatch) -> None:
         assert following.room < 0.8 * bucket.room
 
 
+@pytest.mark.parametrize("experts_in_cache", [0.5, 5, 1000])
 @pytest.mark.parametrize("pairs_per_expert", [0.0, float("inf")])
 @pytest.mark.parametrize("choose", [spread, crowded])
 def test_decoding_pair_by_pair_and_by_bucket(
-    choose: Choose, pairs_per_expert: float, monkeypatch: pytest.MonkeyPatch
+    choose: Choose, pairs_per_expert: float, experts_in_cache: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(experts_module, "PAIRS_PER_EXPERT", pairs_per_expert)
+    """Pair by pair at once, some at a time and a rest, or one by one where the cache does not hold an expert."""
     experts, (x, chosen, gates, _) = make(9, choose)
+    monkeypatch.setattr(experts_module, "PAIRS_PER_EXPERT", pairs_per_expert)
+    monkeypatch.setattr(experts_module, "CACHE_BYTES", int(experts_in_cache * experts.gate_up_proj[0].nbytes))
     with torch.no_grad():
         expected = eager_experts(experts, x, chosen, gates)
         assert (bucketed_experts(experts, x, chosen, gates) - expected).abs().max() < 1e-5
