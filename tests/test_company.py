@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounterWithBackend
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, ContinuousBatchingConfig, GenerationConfig
 
 from mai_thinking.training.metrics import read_records
 from mai_thinking.training.model_files import load_model
@@ -189,6 +189,25 @@ def test_generate_with_a_static_cache(attention: str) -> None:
     assert type(static.past_key_values).__name__ == "StaticCache"
     assert torch.equal(static.sequences, grown)
     assert len(set(grown[:, 12:].flatten().tolist())) > 5
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_generate_with_continuous_batching(attention: str) -> None:
+    """The library's paged cache, by its own `generate_batch`: long prompts in parts, and more requests than there is
+    room for at once, give the tokens that each prompt gives alone."""
+    model = tiny_model(attention=attention)
+    draw = torch.Generator().manual_seed(0)
+    prompts = [torch.randint(2, 97, (length,), generator=draw).tolist() for length in (3, 11, 40, 7, 15, 28)]
+    settings = GenerationConfig(max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=1)
+    alone = [model.generate(torch.tensor([p]), generation_config=settings)[0, len(p) :].tolist() for p in prompts]
+    settings.eos_token_id = 96  # which nothing here draws: it asks for one
+    batching = ContinuousBatchingConfig(num_blocks=4, max_batch_tokens=16)
+    outputs = model.generate_batch(
+        prompts, generation_config=settings, continuous_batching_config=batching, progress_bar=False
+    )
+    by_prompt = {tuple(output.prompt_ids): output.generated_tokens for output in outputs.values()}
+    assert [by_prompt[tuple(prompt)] for prompt in prompts] == alone
+    assert len({token for tokens in alone for token in tokens}) > 5
 
 
 @pytest.mark.parametrize(
