@@ -1,0 +1,82 @@
+"""Runs what the README's shell and Python blocks say, in order, in a fresh clone: `python tests/readme_commands.py`.
+
+In the present environment, which needs the extras `test` and `plots`; installing is what `.ci/run` tries. Long runs are
+cut short: `ADDED` says by what, `INSTEAD` what is run in a command's place; `test_readme.py` sees that these are all the
+README's long ones. Ten minutes on two cores.
+"""
+
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+_SOON = "evaluation.every=4 evaluation.max_bytes=2000 checkpoint.every=4"
+_CLIMB = "steps=4 evaluation.every=4 evaluation.problems=4 groups_per_step=2"
+_FAULTS = "launch.hang_seconds=10 launch.restarts=100"
+
+ADDED = {
+    "python scripts/pretrain.py": f"steps=8 {_SOON}",
+    "python scripts/sample.py runs/nano": "--prompt 'def '",
+    "python scripts/pretrain.py configs/nano-mid.yaml": f"steps=4 {_SOON}",
+    "python scripts/pretrain.py steps=100 name=short seed=1": f"steps=4 {_SOON}",
+    "python scripts/launch.py --nproc 2 scripts/pretrain.py": f"name=two steps=8 {_SOON}",
+    "python scripts/pretrain.py configs/nano-maths.yaml": f"steps=4 {_SOON}",
+    "python scripts/grpo.py": _CLIMB,
+    "python scripts/launch.py --nproc 2 scripts/grpo.py": f"name=two-climb {_CLIMB}",
+    "python scripts/grpo.py objective.entropy_control=fixed name=fixed": _CLIMB,
+    "python scripts/self_distill.py": "steps=2 traces.0.late=1.0 selection.correct_only=false",
+}
+_LAUNCH = "python scripts/launch.py --nproc 2"
+_STUDY = "OMP_NUM_THREADS=1 python scripts/study.py"
+_LADDER = "python scripts/ladder.py"
+INSTEAD = {
+    "pytest": "true  # as .ci/run does",
+    f"{_LAUNCH} --chaos 'kill:60s,hang:300s' scripts/pretrain.py": (
+        f"{_LAUNCH} --chaos 'kill:10s,hang:20s' scripts/pretrain.py name=faults steps=40 {_SOON} {_FAULTS}"
+    ),
+    f"{_LAUNCH} --restarts 100 --chaos kill:60s --chaos-seed 1 scripts/pretrain.py steps=1280 name=goodput-kill60": (
+        f"{_LAUNCH} --restarts 100 --chaos kill:10s scripts/pretrain.py steps=40 name=goodput-kill60 {_SOON}"
+    ),
+    "python scripts/climb.py": "python scripts/climb.py configs/tiny-climb.yaml",
+    _STUDY: f"{_STUDY} configs/tiny-findings.yaml & {_STUDY} configs/tiny-findings.yaml && wait $!",
+    f"{_LADDER} configs/ladders/experts-512-vs-128.yaml": f"{_LADDER} configs/ladders/tiny.yaml",
+    f"{_LADDER} fit POINTS.json": f"{_LADDER} fit tests/scaling/gadre-2024.json",
+}
+
+
+def readme_commands() -> list[str]:
+    """Of all shell blocks, in order, without comments and installation."""
+    lines = [line.split("  #")[0].strip() for block in _blocks("sh") for line in block.splitlines()]
+    return [re.sub(r"^pip install .* && ", "", line) for line in lines if line]
+
+
+def main() -> int:
+    """Run all; the exit code."""
+    failed = 0
+    with tempfile.TemporaryDirectory() as name:
+        subprocess.run(["git", "clone", "--quiet", str(ROOT), name], check=True)
+        environment = f"export PATH={Path(sys.executable).parent}:$PATH PYTHONPATH={name}; "
+        commands = [INSTEAD.get(command, f"{command} {ADDED.get(command, '')}") for command in readme_commands()]
+        tried = [["bash", "-c", environment + command] for command in commands]
+        tried += [["bash", "-c", f"{environment}python - <<'END'\n{block}END"] for block in _blocks("python")]
+        for arguments, command in zip(tried, [*commands, *_blocks("python")], strict=True):
+            begin = time.monotonic()
+            ended = subprocess.run(arguments, cwd=name, capture_output=True, text=True)
+            verdict = "FAILED" if ended.returncode else "ok"
+            print(f"{verdict:6} {time.monotonic() - begin:4.0f} s  {command.strip()}", flush=True)
+            if ended.returncode:
+                failed += 1
+                print(ended.stdout[-3000:], ended.stderr[-3000:], sep="\n", flush=True)
+    print(f"{failed} failed" if failed else "all commands of the README ran")
+    return 1 if failed else 0
+
+
+def _blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", (ROOT / "README.md").read_text(), flags=re.M | re.S)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
