@@ -1,8 +1,8 @@
 """Runs what the README's shell and Python blocks say, in order, in a fresh clone: `python tests/readme_commands.py`.
 
 In the present environment, which needs the extras `test` and `plots`; installing is what `.ci/run` tries. Long runs are
-cut short: `ADDED` says by what, `INSTEAD` what is run in a command's place; `test_readme.py` sees that these are all the
-README's long ones. Ten minutes on two cores.
+cut short: `ADDED` says by what, `INSTEAD` what is run in a command's place; `test_readme.py` sees that these are all
+of the README's long ones. Ten minutes on two cores.
 """
 
 import re
