@@ -72,14 +72,7 @@ class Pretraining:
         self.session = Session(config, folder, accelerator, stack, parent=parent, data=self.data)
         self.parallel = share(model, accelerator, config.execution.parallel)
         self.optimizer = build_optimizer(self.parallel.model, config.optimizer)
-        self.train_step = TrainStep(
-            self.parallel,
-            self.optimizer,
-            clip_norm=config.optimizer.clip_norm,
-            balance=self.architecture.router_aux_loss_coef,
-            z=self.architecture.router_z_loss_coef,
-            exact_balance=config.execution.activation_checkpointing,
-        )
+        self.train_step = TrainStep.of_pretraining(self.parallel, self.optimizer, config, self.architecture)
         # From here on random numbers are drawn by dropout alone; every rank has its own. Python's and NumPy's too, for
         # whoever adds something that draws from them.
         set_seed(config.seed + 1_000_003 * (1 + self.rank))

@@ -13,7 +13,8 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-_SOON = "schedule.warmup_steps=2 data.held_out.max_bytes=30000 evaluation.every=4 evaluation.max_bytes=2000 checkpoint.every=4"
+_QUICK = "data.held_out.max_bytes=30000 evaluation.every=4 evaluation.max_bytes=2000 checkpoint.every=4"
+_SOON = f"schedule.warmup_steps=2 {_QUICK}"
 _CLIMB = "steps=4 evaluation.every=4 evaluation.problems=4 groups_per_step=2"
 _FAULTS = "launch.hang_seconds=10 launch.restarts=100"
 

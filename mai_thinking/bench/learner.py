@@ -26,13 +26,8 @@ class Learner:
         accelerator = make_accelerator(config, RunFolder(config.folder))
         parallel = share(build_model(config, architecture), accelerator, "ddp")
         parallel.model.train()
-        self._step = TrainStep(
-            parallel,
-            build_optimizer(parallel.model, config.optimizer),
-            clip_norm=config.optimizer.clip_norm,
-            balance=architecture.router_aux_loss_coef,
-            z=architecture.router_z_loss_coef,
-            exact_balance=config.execution.activation_checkpointing,
+        self._step = TrainStep.of_pretraining(
+            parallel, build_optimizer(parallel.model, config.optimizer), config, architecture
         )
         self._number = itertools.count(1)
 

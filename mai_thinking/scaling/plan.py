@@ -108,14 +108,7 @@ def measure_step(config: PretrainConfig) -> float:
     if config.execution.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     parallel = share(model, accelerator, config.execution.parallel)
-    step = TrainStep(
-        parallel,
-        build_optimizer(parallel.model, config.optimizer),
-        clip_norm=config.optimizer.clip_norm,
-        balance=architecture.router_aux_loss_coef,
-        z=architecture.router_z_loss_coef,
-        exact_balance=config.execution.activation_checkpointing,
-    )
+    step = TrainStep.of_pretraining(parallel, build_optimizer(parallel.model, config.optimizer), config, architecture)
     parallel.model.train()
     batches = _random_batches(config, architecture, accelerator.device)
     seconds = []

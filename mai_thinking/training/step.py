@@ -14,12 +14,14 @@ import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
 
+from mai_thinking.config.pretraining import PretrainConfig
 from mai_thinking.errors import RunError
+from mai_thinking.model.configuration import MaiThinkingConfig
 from mai_thinking.model.latent_moe import Routing, balance_loss
 from mai_thinking.training.parallel import Parallel, clip_gradients
 
@@ -75,6 +77,24 @@ class TrainStep:
         self.parallel, self.optimizer = parallel, optimizer
         self.clip_norm, self.balance, self.z, self.exact_balance = clip_norm, balance, z, exact_balance
         self.ranks, self.device = parallel.accelerator.num_processes, parallel.accelerator.device
+
+    @classmethod
+    def of_pretraining(
+        cls,
+        parallel: Parallel,
+        optimizer: torch.optim.Optimizer,
+        config: PretrainConfig,
+        architecture: MaiThinkingConfig,
+    ) -> Self:
+        """With the weights of `config` and of the model's."""
+        return cls(
+            parallel,
+            optimizer,
+            clip_norm=config.optimizer.clip_norm,
+            balance=architecture.router_aux_loss_coef,
+            z=architecture.router_z_loss_coef,
+            exact_balance=config.execution.activation_checkpointing,
+        )
 
     def __call__(self, micro_batches: Sequence[MicroBatch], learning_rate: float, step: int) -> StepResult:
         """Learn from `micro_batches`: dicts of [B, T] int64 `input_ids`, `labels` (next tokens, -100 for none) and
