@@ -50,7 +50,7 @@ INSTEAD = {
 
 def readme_commands() -> list[str]:
     """Of all shell blocks, in order, without comments and installation."""
-    lines = [line.split("  #")[0].strip() for block in _blocks("sh") for line in block.splitlines()]
+    lines = [line.split("  #")[0].strip() for block in blocks("sh") for line in block.splitlines()]
     return [re.sub(r"^pip install .* && ", "", line) for line in lines if line]
 
 
@@ -62,8 +62,8 @@ def main() -> int:
         environment = f"export PATH={Path(sys.executable).parent}:$PATH PYTHONPATH={name}; "
         commands = [INSTEAD.get(command, f"{command} {ADDED.get(command, '')}") for command in readme_commands()]
         tried = [["bash", "-c", environment + command] for command in commands]
-        tried += [["bash", "-c", f"{environment}python - <<'END'\n{block}END"] for block in _blocks("python")]
-        for arguments, command in zip(tried, [*commands, *_blocks("python")], strict=True):
+        tried += [["bash", "-c", f"{environment}python - <<'END'\n{block}END"] for block in blocks("python")]
+        for arguments, command in zip(tried, [*commands, *blocks("python")], strict=True):
             begin = time.monotonic()
             ended = subprocess.run(arguments, cwd=name, capture_output=True, text=True)
             verdict = "FAILED" if ended.returncode else "ok"
@@ -75,7 +75,8 @@ def main() -> int:
     return 1 if failed else 0
 
 
-def _blocks(language: str) -> list[str]:
+def blocks(language: str) -> list[str]:
+    """The README's code blocks of a language."""
     return re.findall(rf"^```{language}\n(.*?)^```", (ROOT / "README.md").read_text(), flags=re.M | re.S)
 
 
