@@ -67,7 +67,7 @@ class Inspection:
                 node.add("[dim]… as above[/]")
             return
         self._drawn.add(id)
-        if record.data is not None:
+        if record.data is not None and (record.data.sources or record.data.manifest):
             node.add(self._data_label(record.data, lineage.places.get(record.data.manifest or "")))
         for parent in record.parents:
             place = lineage.places.get(parent)
@@ -88,7 +88,7 @@ class Inspection:
         return f"{head} {', '.join(facts)}{state}"
 
     def _data_label(self, data: Data, place: Path | None) -> str:
-        sources = "; ".join(f"{s.name} ({s.licence}, {s.provenance})" for s in data.sources)
+        sources = "; ".join(f"{s.name} ({', '.join(filter(None, (s.licence, s.provenance)))})" for s in data.sources)
         state = ""
         if data.manifest is not None and place is not None and place.is_dir():
             if place not in self._data_checked:
