@@ -52,7 +52,7 @@ def test_interleaved_and_every_layer_are_equal_in_parameters_and_flops() -> None
     for one, other in zip(runs[::2], runs[1::2], strict=True):
         assert (one.variant, other.variant) == ("interleaved", "every-layer")
         assert other.total == pytest.approx(one.total, rel=3e-4)
-        assert other.active == pytest.approx(one.active, rel=1.1e-3)
+        assert other.active == pytest.approx(one.active, rel=1.5e-3)
         assert other.config.steps == pytest.approx(one.config.steps, abs=1)
         assert len(one.config.model) > 0
 
