@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 _QUICK = "data.held_out.max_bytes=30000 evaluation.every=4 evaluation.max_bytes=2000 checkpoint.every=4"
 _SOON = f"schedule.warmup_steps=2 {_QUICK}"
 _CLIMB = "steps=4 evaluation.every=4 evaluation.problems=4 groups_per_step=2"
-_FAULTS = "launch.hang_seconds=10 launch.restarts=100"
+_FAULTS = "--hang-seconds 10 --restarts 100"
 
 ADDED = {
     "python scripts/pretrain.py": f"steps=8 {_SOON}",
@@ -36,7 +36,7 @@ _LADDER = "python scripts/ladder.py"
 INSTEAD = {
     "pytest": "true  # as .ci/run does",
     f"{_LAUNCH} --chaos 'kill:60s,hang:300s' scripts/pretrain.py": (
-        f"{_LAUNCH} --chaos 'kill:10s,hang:20s' scripts/pretrain.py name=faults steps=40 {_SOON} {_FAULTS}"
+        f"{_LAUNCH} {_FAULTS} --chaos 'kill:10s,hang:20s' scripts/pretrain.py name=faults steps=40 {_SOON}"
     ),
     f"{_LAUNCH} --restarts 100 --chaos kill:60s --chaos-seed 1 scripts/pretrain.py steps=1280 name=goodput-kill60": (
         f"{_LAUNCH} --restarts 100 --chaos kill:10s scripts/pretrain.py steps=40 name=goodput-kill60 {_SOON}"
