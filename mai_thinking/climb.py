@@ -86,8 +86,7 @@ class _Desk:
         self._claims = config.folder / "claims"
         self._claims.mkdir(parents=True, exist_ok=True)
         self._looking = FileLock(self._claims / ".plan.lock")
-        self._claim: FileLock | None = None  # of the stage that is this process's
-        self._mine = ""
+        self._mine: tuple[str, FileLock] | None = None  # the stage that is this process's, and its lock
         self._said: set[str] = set()
 
     def __enter__(self) -> Self:
@@ -111,7 +110,7 @@ class _Desk:
                     claim.acquire(timeout=0)
                 except Timeout:
                     continue
-                self._claim, self._mine = claim, stage.name
+                self._mine = stage.name, claim
                 if stage.name == mine:
                     raise RunError(f"stage {mine} ended and is not finished: {stage.state} {stage.why}".rstrip())
                 if stage.state == "changed":
@@ -135,10 +134,11 @@ class _Desk:
 
     def _let_go(self) -> str:
         """Give back the stage that was this process's; its name, or nothing."""
-        if self._claim is not None:
-            self._claim.release()
-        mine, self._claim, self._mine = self._mine, None, ""
-        return mine
+        if self._mine is None:
+            return ""
+        (name, claim), self._mine = self._mine, None
+        claim.release()
+        return name
 
     def _say_once(self, text: str, key: str) -> None:
         if key not in self._said:
