@@ -79,7 +79,9 @@ def bucketed_experts(
         x_TL, w_gate_up, w_down = x_TL.to(dtype), w_gate_up.to(dtype), w_down.to(dtype)
     if device != "cpu":
         return grouped_mm_experts_forward(_CastExperts(module, w_gate_up, w_down), x_TL, chosen_TK, gates_TK)
-    return _bucketed_on_cpu(x_TL, w_gate_up, w_down, gates_TK, chosen_TK)
+    # Being kept from the compiler costs a call a tenth of a millisecond, as much as the experts of one token.
+    compute = _outside_the_graph if torch.compiler.is_compiling() else _bucketed_on_cpu
+    return compute(x_TL, w_gate_up, w_down, gates_TK, chosen_TK)
 
 
 class _CastExperts:
@@ -92,16 +94,21 @@ class _CastExperts:
         return getattr(self._module, name)
 
 
-@torch.compiler.disable  # Shapes that depend on the data, in NumPy: nothing here for the compiler.
 def _bucketed_on_cpu(
     x_TL: torch.Tensor, w_gate_up: torch.Tensor, w_down: torch.Tensor, gates_TK: torch.Tensor, chosen_TK: torch.Tensor
 ) -> torch.Tensor:
     if torch.is_grad_enabled():
         return _BucketedSwiGLU.apply(x_TL, w_gate_up, w_down, gates_TK, chosen_TK)
+    if chosen_TK.size(0) == 1:
+        return _one_token(x_TL, w_gate_up, w_down, gates_TK, chosen_TK)
     if chosen_TK.numel() <= PAIRS_PER_EXPERT * w_gate_up.size(0):
         return _pair_by_pair(x_TL, w_gate_up, w_down, gates_TK, chosen_TK)
     plan = plan_buckets(chosen_TK, w_gate_up)
     return _combine(_bucket_by_bucket(plan, x_TL, w_gate_up, w_down, gate_up_P=None), plan.row_TK, gates_TK)
+
+
+# Shapes that depend on the data, in NumPy: nothing here for the compiler.
+_outside_the_graph = torch.compiler.disable(_bucketed_on_cpu)
 
 
 class Bucket(NamedTuple):
@@ -275,6 +282,17 @@ def _bucket_by_bucket(
         inner_nc = torch.ops.aten.silu.out(gate, out=bucket.on(inner)).mul_(up)
         torch.bmm(inner_nc, d_n.mT, out=bucket.of(y_PL))
     return y_PL
+
+
+def _one_token(
+    x_1L: torch.Tensor, w_gate_up: torch.Tensor, w_down: torch.Tensor, gates_1K: torch.Tensor, chosen_1K: torch.Tensor
+) -> torch.Tensor:
+    """The experts of one token share its input: their gates and ups are one product. Every operation counts here."""
+    expert_K = chosen_1K[0]
+    gate_up_1 = F.linear(x_1L, w_gate_up.index_select(0, expert_K).flatten(0, 1))
+    gate, up = gate_up_1.view(-1, 1, w_gate_up.size(1)).chunk(2, dim=-1)
+    y_K1L = torch.bmm(F.silu(gate).mul_(up), w_down.index_select(0, expert_K).mT)
+    return _products(gates_1K.unsqueeze(0), y_K1L.transpose(0, 1)).squeeze(0).to(x_1L.dtype)
 
 
 def _pair_by_pair(
