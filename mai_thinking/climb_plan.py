@@ -103,10 +103,10 @@ class ClimbPlan:
     @property
     def ready(self) -> list[Stage]:
         """The stages that may be run, or gone on with, now; none when all is done. RunError if one has collapsed, and
-        that is not answered."""
+        that is neither answered nor accepted."""
         answered = {stage.answers for stage in self.stages}
         for stage in self.stages:
-            if stage.state == "collapsed" and stage.name not in answered:
+            if stage.state == "collapsed" and stage.name not in answered and not self._accepted(stage):
                 raise RunError(f"stage {stage.name}: {stage.collapse}. {self._no_answer()}")
         done = ("finished", "collapsed")
         return [stage for stage in self.stages if stage.state not in done and self._waits_for(stage) is None]
@@ -200,6 +200,11 @@ class ClimbPlan:
         if folder.finished:
             return "finished", ""
         return ("begun", "") if stage.collapse is None else ("collapsed", "")
+
+    def _accepted(self, collapsed: Stage) -> bool:
+        """Whether its collapse is an outcome, and nobody waits for its model."""
+        needed = any(collapsed.folder.final in stage.parents for stage in self.stages)
+        return self.config.accept_collapse and not needed
 
     def _waits_for(self, stage: Stage) -> Stage | None:
         """The first of the stages that it begins with that has not come to its end."""

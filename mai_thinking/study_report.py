@@ -39,6 +39,7 @@ def write_report(config: StudyConfig, plan: ClimbPlan) -> None:
         f"Held-out problems at the first and the last evaluation of `{config.measured}`: mean (least–most) over seeds. "
         f"The difference from `{config.arms[0].name}` is taken seed by seed; ± is its standard error.",
     ]
+    page += collapses(config, plan)
     if _draw(config, measured, folder / "arms.png"):
         page.append("![pass@1 by arm](arms.png)")
     with atomic_file(folder / "summary.md") as path:
@@ -66,6 +67,13 @@ def _ends(plan: ClimbPlan, name: str) -> tuple[Record, Record]:
     if not marks:
         raise RunError(f"stage {name}: it has no evaluation; set evaluation.every")
     return marks[0], marks[-1]
+
+
+def collapses(config: StudyConfig, plan: ClimbPlan) -> list[str]:
+    """A line for each measured stage that ended before its time."""
+    measured = {config.measured_stage(arm.name, seed) for arm in config.arms for seed in config.seeds}
+    ended = [stage for stage in plan.stages if stage.name in measured and stage.state == "collapsed"]
+    return [f"`{stage.name}` (its last evaluation is of then) {stage.collapse}." for stage in ended]
 
 
 def table(config: StudyConfig, measured: dict[str, Measurement]) -> str:

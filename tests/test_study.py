@@ -3,16 +3,20 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from mai_thinking.climb import run_climb
+from mai_thinking.climb import climb, run_climb
 from mai_thinking.climb_plan import ClimbPlan
 from mai_thinking.config.distillation import DistillConfig
+from mai_thinking.config.grpo import GrpoConfig
 from mai_thinking.config.loading import load_config
 from mai_thinking.config.study import StudyConfig
-from mai_thinking.errors import UsageError
+from mai_thinking.errors import RunError, UsageError
+from mai_thinking.rl.collapse import CollapseDetector, Verdict
 from mai_thinking.study_report import difference, measure, table, write_report
+from mai_thinking.training.metrics import read_records
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 Make = Callable[..., StudyConfig]
@@ -87,6 +91,54 @@ def test_it_runs_once_and_leaves_its_page(make: Make, tmp_path: Path, capsys: py
     assert found.pass_1 == {"at first": [first["pass@1"]], "at last": [last["pass@1"]]}
     assert found.k == "pass@2"
     assert found.pass_k["at last"] == [last["pass@2"]]
+
+
+@pytest.fixture
+def collapsing(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """`collapsing(stage)`: that stage collapses at its first step."""
+
+    def collapse(stage: str) -> None:
+        def climb_of(config: GrpoConfig) -> int:
+            with monkeypatch.context() as patch:
+                if config.name == stage:
+                    patch.setattr(CollapseDetector, "update", give_up)
+                return climb(config)
+
+        monkeypatch.setattr("mai_thinking.climb.climb", climb_of)
+
+    def give_up(self: CollapseDetector, record: dict[str, Any]) -> Verdict:
+        sign = {"value": 0.1, "usual": 0.9, "since": 1}
+        self.verdict = Verdict(record["step"], 0, "starved", {"within_reach": sign})
+        return self.verdict
+
+    return collapse
+
+
+def test_an_arm_that_starves_is_an_outcome(
+    make: Make, tmp_path: Path, collapsing: Callable[[str], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    collapsing("late-climb-3")
+    config = make(tmp_path / "x", "seeds=[3]")
+    for _ in range(2):
+        assert run_climb(config.as_climb(), lambda plan: write_report(config, plan)) == 0
+    assert capsys.readouterr().out.count("── stage") == 5
+    assert evaluated(tmp_path / "x" / "late-climb-3") == [0, 1]
+    assert evaluated(tmp_path / "x" / "no-dropout-climb-3") == [0, 2]
+    page = (tmp_path / "x" / "report" / "summary.md").read_text()
+    assert page.count("`late-climb-3` (its last evaluation is of then) starved after step 1: within_reach") == 1
+    assert "`no-dropout-climb-3`" not in page
+
+
+def test_a_collapse_that_others_build_on_is_not(make: Make, tmp_path: Path, collapsing: Callable[[str], None]) -> None:
+    """Traces of a stage that collapsed are there; its model is not."""
+    collapsing("teacher-3")
+    config = make(tmp_path / "x", "seeds=[3]", "stages.1.init_from=teacher")
+    with pytest.raises(RunError, match="stage teacher-3: starved after step 1"):
+        run_climb(config.as_climb())
+
+
+def evaluated(folder: Path) -> list[int]:
+    return [r["step"] for r in read_records(folder / "metrics.jsonl") if r.get("kind") == "evaluation"]
 
 
 def test_the_table_goes_by_seeds(make: Make, tmp_path: Path) -> None:

@@ -90,6 +90,8 @@ class ClimbConfig(RunConfig):
     """In an order in which they can be run: each after what it begins with."""
     reset: ResetSection | None = None
     """Null: a collapse ends the climb."""
+    accept_collapse: bool = False
+    """Take a collapse for an outcome like any other, where no stage needs the model: as studies do, which compare."""
 
     @model_validator(mode="after")
     def _check_stages(self) -> Self:

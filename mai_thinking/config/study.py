@@ -46,7 +46,8 @@ class StudyConfig(RunConfig):
     arms: tuple[ArmSection, ...] = Field(min_length=2)
     """The first is what the others are held against."""
     measured: str
-    """The one of `stages`, a climb, whose first and last evaluation are compared."""
+    """The one of `stages`, a climb, whose first and last evaluation are compared. Where it collapses the last is
+    of then, which the page says."""
 
     @model_validator(mode="after")
     def _check_names(self) -> Self:
@@ -70,7 +71,8 @@ class StudyConfig(RunConfig):
             stages += [
                 self._of_seed(_changed(stage, arm), seed, arm.name) for arm in self.arms for stage in self.stages
             ]
-        tree = {"name": self.name, "seed": self.seed, "output_dir": self.output_dir, "stages": stages}
+        own = {"name": self.name, "seed": self.seed, "output_dir": self.output_dir}
+        tree = {**own, "stages": stages, "accept_collapse": True}
         return validate(ClimbConfig, tree, f"study {self.name!r}")
 
     def measured_stage(self, arm: str, seed: int) -> str:

@@ -319,10 +319,11 @@ class Climb:
         self.accelerator.wait_for_everyone()
 
     def _end_collapsed(self) -> int:
-        """Save, and leave the verdict with its evidence where the next stage looks for it; the exit code."""
+        """Save, evaluate, and leave the verdict with its evidence where the next stage looks for it; the exit code."""
         verdict = self.detector.verdict
         assert verdict is not None
         self.session.save(self.step, self._state(), synchronous=True)
+        self._evaluate()
         self.accelerator.wait_for_everyone()  # all traces are written
         if self.session.rank == 0:
             self.session.record_traces(self.folder.path / FOLDER, self.step)
