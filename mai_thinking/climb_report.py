@@ -168,7 +168,9 @@ def _draw_climb(plt: Any, path: Path, spans: Sequence[Span]) -> None:
             low, high = ([record[f"pass@1_{end}/{task}"] for record in marks] for end in ("low", "high"))
             axes.fill_between(minutes, low, high, color=f"C{index}", alpha=0.12)
             label = None
-    axes.set(xlabel="minutes of work since random weights", ylabel="held-out pass@1, with 95 % interval", ylim=(0, 1))
+    first = spans[0].stage
+    start = " since random weights" if not first.parents else f" since {first.parents[0]}"
+    axes.set(xlabel=f"minutes of work{start}", ylabel="held-out pass@1, with 95 % interval", ylim=(0, 1))
     axes.plot([], [], color="grey", linestyle=":", label="pass@k")
     axes.fill_between([], [], [], color="tab:green", alpha=0.25, label="self-distillation")
     axes.grid(alpha=0.3)

@@ -13,6 +13,7 @@ import torch
 from torch.nn import functional as F
 
 from mai_thinking.bench import command, growth, load, moe, rollout, train
+from mai_thinking.bench.learner import Learner
 from mai_thinking.bench.machine import Ceiling, describe
 from mai_thinking.bench.options import Options
 from mai_thinking.bench.profile import ATTENTION, OPTIMISER, PRODUCTS, own_times, profile_rows
@@ -21,6 +22,7 @@ from mai_thinking.bench.timing import Figure, Turn, alternate, fastest, millisec
 from mai_thinking.config.pretraining import PretrainConfig
 from mai_thinking.data import prepare
 from mai_thinking.errors import UsageError
+from mai_thinking.model.configuration import GLOBAL, LOCAL
 from tiny_models import tiny_model
 
 
@@ -172,6 +174,17 @@ def test_growth(options: Options, tmp_path: Path, tiny_config: Callable[..., Pre
     rows = growth.sweep("experts", sizes, prepare(config.data), options, str(path))
     assert [row.case for row in rows] == [{"grows": "experts", "to": "8"}, {"grows": "experts", "to": "16"}]
     assert rows[0].figures["to first"].median == 1.0
+
+
+def test_local_layers_alone(tmp_path: Path, tiny_config: Callable[..., PretrainConfig]) -> None:
+    config = tiny_config(tmp_path / "run")
+    data = prepare(config.data)
+    kinds = [
+        [layer.kind for layer in learner.model.model.layers]
+        for learner in (Learner(config, data), Learner(config, data, local_layers_alone=True))
+    ]
+    assert GLOBAL in kinds[0]
+    assert set(kinds[1]) == {LOCAL}
 
 
 def test_rollouts(options: Options) -> None:

@@ -27,10 +27,9 @@ CONTEXTS = (512, 1024, 2048, 4096, 8192)
 BATCHES = (1, 2, 4, 8, 16)
 WORKERS = (1, 2)
 WORKER_ROWS = 2
+LOCAL_LAYERS = "context, local layers alone"
 WARMUP = 10
 """Steps of a run that do not count."""
-LOCAL_LAYERS = ["model.num_hidden_layers=5"]
-"""The sixth would be global."""
 
 
 def measure(options: Options) -> Result:
@@ -40,7 +39,7 @@ def measure(options: Options) -> Result:
     sweeps = {
         "experts": {count: [*_shape(1024, TOKENS // 1024), f"model.num_experts={count}"] for count in EXPERTS},
         "context": by_context,
-        "context, local layers only": {size: [*changes, *LOCAL_LAYERS] for size, changes in by_context.items()},
+        LOCAL_LAYERS: by_context,
         "batch": {rows: _shape(1024, rows) for rows in BATCHES},
     }
     rows = [row for name, sizes in sweeps.items() for row in sweep(name, sizes, data, options)]
@@ -53,7 +52,8 @@ def sweep(
     name: str, sizes: dict[int, list[str]], data: PreparedData, options: Options, config: str = CONFIG
 ) -> list[Row]:
     """Steps of `config` with each size's changes, in turn."""
-    sides = {str(size): _steps(load_config(PretrainConfig, config, changes), data) for size, changes in sizes.items()}
+    configs = {str(size): load_config(PretrainConfig, config, changes) for size, changes in sizes.items()}
+    sides = {size: _steps(changed, data, alone=name == LOCAL_LAYERS) for size, changed in configs.items()}
     turns = alternate(sides, rounds=max(2, options.rounds // 4))
     first = next(iter(turns.values()))
     return [Row({"grows": name, "to": size}, _figures(taken, first)) for size, taken in turns.items()]
@@ -70,8 +70,8 @@ def _shape(context: int, rows: int, *, ranks: int = 1) -> list[str]:
     return [f"batch={{{sizes}}}"]
 
 
-def _steps(config: PretrainConfig, data: PreparedData) -> Side:
-    learner = Learner(config, data)
+def _steps(config: PretrainConfig, data: PreparedData, *, alone: bool) -> Side:
+    learner = Learner(config, data, local_layers_alone=alone)
     with loading(config, data, prefetch=0) as loader:
         batch = next(loader)
     return lambda: learner.learn(batch)

@@ -6,6 +6,7 @@ from contextlib import ExitStack, contextmanager
 
 from mai_thinking.config.pretraining import PretrainConfig
 from mai_thinking.data import Loader, PreparedData, Step
+from mai_thinking.model.configuration import LOCAL
 from mai_thinking.training.model_files import build_model, model_config
 from mai_thinking.training.optimizer import build_optimizer
 from mai_thinking.training.parallel import share
@@ -20,12 +21,14 @@ LEARNING_RATE = 1e-4
 class Learner:
     """`config`'s model, optimiser and step, on data that is already prepared."""
 
-    def __init__(self, config: PretrainConfig, data: PreparedData) -> None:
+    def __init__(self, config: PretrainConfig, data: PreparedData, *, local_layers_alone: bool = False) -> None:
         self.config = config
         architecture = model_config(config, data.tokenizer)
+        if local_layers_alone:  # which no config may have: a period ends with a global layer
+            architecture.layer_types = [LOCAL] * architecture.num_hidden_layers
         accelerator = make_accelerator(config, RunFolder(config.folder))
         parallel = share(build_model(config, architecture), accelerator, "ddp")
-        parallel.model.train()
+        self.model = parallel.model.train()
         self._step = TrainStep.of_pretraining(
             parallel, build_optimizer(parallel.model, config.optimizer), config, architecture
         )
