@@ -14,7 +14,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Self
 
-from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list
 from filelock import FileLock, Timeout
@@ -33,6 +32,7 @@ from mai_thinking.pretraining import pretrain
 from mai_thinking.rl.trainer import climb
 from mai_thinking.training.goodput import CAUSE_VARIABLE, LAUNCHED_VARIABLE
 from mai_thinking.training.run_folder import atomic_file
+from mai_thinking.training.session import meet
 from mai_thinking.training.worker import StopRequest
 
 WAIT = "wait"
@@ -46,7 +46,7 @@ def run_climb(config: ClimbConfig, report: Callable[[ClimbPlan], None] = write_r
     A stage that collapses is answered as `config.reset` says; RunError if that is not allowed any more.
     """
     with ExitStack() as stack:
-        accelerator = Accelerator()  # the ranks meet
+        accelerator = meet()
         rank = accelerator.process_index
         stop = StopRequest()
         stack.callback(stop.close)

@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException, Std
@@ -77,9 +76,6 @@ class Agent(LocalElasticAgent):
         self.heartbeats = scratch / "heartbeats"
         self.heartbeats.mkdir()
         self._environment = {HEARTBEAT_VARIABLE: str(self.heartbeats)}
-        if not torch.accelerator.is_available():
-            # Without it, Accelerate takes the ranks of a machine without an accelerator for separate runs.
-            self._environment["ACCELERATE_USE_CPU"] = "true"
         self._told_once = {LAUNCHED_VARIABLE: str(time.time() - seconds_since_process_start())}
         self._arguments = (str(script), arguments)
         self._attempt_began = time.time()

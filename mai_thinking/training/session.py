@@ -33,12 +33,18 @@ from mai_thinking.training.survivor import Survivor
 from mai_thinking.training.worker import StopRequest
 
 
+def meet(**options: Any) -> Accelerator:
+    """Where the ranks of a job meet, whoever started them: an `Accelerator`. On a machine without an accelerator that
+    takes them for separate runs unless it is told."""
+    return Accelerator(cpu=not torch.accelerator.is_available(), **options)
+
+
 def make_accelerator(config: TrainingConfig, folder: RunFolder) -> Accelerator:
     """Device, ranks, precision and trackers, as the config and the launcher say."""
     precision = config.execution.precision
     if precision == "auto":
         precision = "bf16" if torch.cuda.is_available() else "fp32"
-    return Accelerator(
+    return meet(
         mixed_precision="bf16" if precision == "bf16" else "no",
         log_with=list(config.tracking.trackers) or None,
         project_dir=str(folder.path / "trackers"),

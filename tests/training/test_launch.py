@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from mai_thinking.training.checkpoint_storage import read_manifest
 from mai_thinking.training.goodput import account_of
 from mai_thinking.training.metrics import read_records
 
@@ -39,6 +40,21 @@ def test_it_runs_to_the_end(tmp_path: Path) -> None:
     assert "toy: 0 of 2" in output
     assert "[rank 1] toy: 1 of 2" in output
     assert_gone(workers_in(output))
+
+
+def test_under_torchrun_the_ranks_find_each_other(tmp_path: Path) -> None:
+    """Without our launcher, as on several machines."""
+    repository = HERE.parents[1]
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    changes = (f"output_dir={tmp_path / 'run'}", "steps=4", "schedule.warmup_steps=1")
+    command = [sys.executable, *torchrun, "scripts/pretrain.py", "configs/tiny.yaml", *changes]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    ended = subprocess.run(command, cwd=repository, env=environment, capture_output=True, text=True, timeout=200)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    (newest,) = (tmp_path / "run" / "checkpoints").glob("step-00000004")
+    assert read_manifest(newest)["world_size"] == 2
+    steps = [record["step"] for record in read_records(tmp_path / "run" / "metrics.jsonl") if "kind" not in record]
+    assert steps == [1, 2, 3, 4]
 
 
 def test_a_crash_loop_ends_with_the_first_traceback(tmp_path: Path) -> None:
