@@ -8,6 +8,7 @@ Source: MAI-Thinking-1 report §2.1. Kernels, masks and caches are the transform
 Shapes: B batch, T queries, H query heads, G key-value heads, d head size, W window, n blocks of W.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -133,14 +134,46 @@ def windowed_sdpa(
     """
     B, _, T, _ = query.shape
     W = sliding_window
-    if W is None or attention_mask is None or T % W or T <= 2 * W or key.size(2) != T:
+    if attention_mask is None or W is None or not _in_blocks(T, key.size(2), W):
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     n = T // W
     q_BnHWd = query.unflatten(2, (n, W)).transpose(1, 2).flatten(0, 1)
     k_BnG2Wd, v_BnG2Wd = _two_blocks(key, W), _two_blocks(value, W)
-    mask_Bn1W2W = _mask_of_two_blocks(attention_mask, W)
+    whole = attention_mask.size(-1) == T
+    mask_Bn1W2W = _mask_of_two_blocks(attention_mask, W) if whole else attention_mask
     out_BnWHd, _ = sdpa_attention_forward(module, q_BnHWd, k_BnG2Wd, v_BnG2Wd, mask_Bn1W2W, **kwargs)
     return out_BnWHd.reshape(B, T, *out_BnWHd.shape[2:]), None
+
+
+def windowed_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    mask_function: Callable[..., torch.Tensor],
+    attention_mask: torch.Tensor | None = None,
+    local_size: int | None = None,
+    use_vmap: bool = False,
+    device: torch.device | str = "cpu",
+    **kwargs: Any,
+) -> torch.Tensor | None:
+    """The library's mask; for a local layer in whole blocks, only the part of it that `windowed_sdpa` looks at, bool
+    [B·n, 1, W, 2W]: all of it, T × T, would cost more than the layer as the context grows."""
+    if local_size is None or attention_mask is not None or use_vmap or not _in_blocks(q_length, kv_length, local_size):
+        return sdpa_mask(
+            batch_size=batch_size, q_length=q_length, kv_length=kv_length, mask_function=mask_function,
+            attention_mask=attention_mask, local_size=local_size, use_vmap=use_vmap, device=device, **kwargs,
+        )  # fmt: skip
+    n, W = q_length // local_size, local_size
+    query_nW1 = torch.arange(q_length, device=device).view(n, W, 1)
+    key_n12W = query_nW1[:, :1] + torch.arange(-W, W, device=device)
+    row_B111 = torch.arange(batch_size, device=device).view(-1, 1, 1, 1)
+    seen = mask_function(row_B111, torch.zeros_like(row_B111[:1]), query_nW1, key_n12W.clamp(min=0)) & (key_n12W >= 0)
+    return seen.expand(batch_size, n, W, 2 * W).reshape(-1, 1, W, 2 * W)
+
+
+def _in_blocks(queries: int, keys: int, window: int) -> bool:
+    """Whether so many queries are the keys' own, and more than two whole blocks as long as the window."""
+    return queries == keys and queries % window == 0 and queries > 2 * window
 
 
 def _two_blocks(states_BGTd: torch.Tensor, W: int) -> torch.Tensor:
@@ -159,4 +192,4 @@ def _mask_of_two_blocks(mask_B1TT: torch.Tensor, W: int) -> torch.Tensor:
 
 
 ALL_ATTENTION_FUNCTIONS.register("windowed_sdpa", windowed_sdpa)
-ALL_MASK_ATTENTION_FUNCTIONS.register("windowed_sdpa", sdpa_mask)
+ALL_MASK_ATTENTION_FUNCTIONS.register("windowed_sdpa", windowed_mask)

@@ -258,7 +258,8 @@ class MaiThinkingModel(MaiThinkingPreTrainedModel):
             "past_key_values": past_key_values,
             "position_ids": position_ids,
         }
-        return {GLOBAL: create_causal_mask(**arguments), LOCAL: create_sliding_window_causal_mask(**arguments)}
+        make = {GLOBAL: create_causal_mask, LOCAL: create_sliding_window_causal_mask}
+        return {kind: make[kind](**arguments) for kind in set(self.config.layer_types or ())}
 
 
 class MaiThinkingForCausalLM(MaiThinkingPreTrainedModel, GenerationMixin):

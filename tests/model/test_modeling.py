@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers.masking_utils import create_sliding_window_causal_mask
 
 from mai_thinking.model import MaiThinkingConfig, MaiThinkingForCausalLM
 from mai_thinking.model.modeling import DecoderLayer
@@ -238,3 +239,27 @@ def test_attention_implementations_agree(length: int) -> None:
         torch.testing.assert_close(logits, results[0][0], atol=1e-4, rtol=1e-4)
         for one, other in zip(gradients, results[0][1], strict=True):
             torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_local_layers_mask_is_the_part_of_the_librarys_that_it_looks_at(packed: bool) -> None:
+    T, W = 64, 8
+    positions = torch.stack([torch.cat((torch.arange(cut), torch.arange(T - cut))) for cut in (5, 8, 40)])
+    arguments = {
+        "inputs_embeds": torch.zeros(3, T, 1),
+        "attention_mask": None,
+        "past_key_values": None,
+        "position_ids": positions if packed else None,
+    }
+    own, whole = (
+        create_sliding_window_causal_mask(config=tiny_model(attention=attention).config, **arguments)
+        for attention in ("windowed_sdpa", "sdpa")
+    )
+    assert own.shape == (3 * T // W, 1, W, 2 * W)
+    whole = whole.expand(3, 1, T, T)
+    padded = torch.nn.functional.pad(whole, (W, 0))
+    for row in range(3):
+        for block in range(T // W):
+            start = block * W
+            expected = padded[row, 0, start : start + W, start : start + 2 * W]
+            assert torch.equal(own[row * T // W + block, 0], expected)
