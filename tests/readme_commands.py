@@ -48,7 +48,10 @@ INSTEAD = {
         f"{_LAUNCH} --restarts 100 --chaos kill:10s scripts/pretrain.py steps=40 name=goodput-kill60 {_SOON}"
     ),
     "python scripts/climb.py": "python scripts/climb.py configs/tiny-climb.yaml",
-    _STUDY: f"{_STUDY} configs/tiny-findings.yaml & {_STUDY} configs/tiny-findings.yaml && wait $!",
+    _STUDY: (
+        "python scripts/pretrain.py configs/tiny.yaml && "
+        f"{{ {_STUDY} configs/tiny-findings.yaml & {_STUDY} configs/tiny-findings.yaml && wait $!; }}"
+    ),
     f"{_LADDER} configs/ladders/experts-512-vs-128.yaml": f"{_LADDER} configs/ladders/tiny.yaml",
     f"{_LADDER} fit POINTS.json": f"{_LADDER} fit tests/scaling/gadre-2024.json",
 }
