@@ -43,7 +43,9 @@ def _measure(what: str, model: Path, rounds: int, *, as_json: bool) -> None:
     # Only now: all of it brings torch.
     from mai_thinking.bench.machine import Ceiling, describe
     from mai_thinking.bench.options import Options
+    from mai_thinking.training.allocator import keep_freed_memory
 
+    keep_freed_memory()  # as in training; for both sides
     ceiling = Ceiling()
     ceiling.sample()
     module = importlib.import_module(f"mai_thinking.bench.{what.replace('-', '_')}")

@@ -22,6 +22,7 @@ from mai_thinking.lineage import (
     record_traces,
 )
 from mai_thinking.model import MaiThinkingForCausalLM
+from mai_thinking.training.allocator import keep_freed_memory
 from mai_thinking.training.checkpoint import Checkpointer, State
 from mai_thinking.training.checkpoint_storage import step_folder
 from mai_thinking.training.goodput import CHECKPOINT, GoodputLedger
@@ -61,6 +62,7 @@ class Loop(Protocol):
 
 def run_in_folder(config: TrainingConfig, start: Callable[[RunFolder, Accelerator, ExitStack], Loop]) -> int:
     """Run a loop in its config's folder, or go on with it where it was; the exit code. A finished run is left alone."""
+    keep_freed_memory()
     folder = RunFolder(config.folder)
     folder.check(config)
     if folder.finished:

@@ -1,0 +1,24 @@
+"""Keeps the memory that a training step frees for the next step."""
+
+import ctypes
+import os
+import sys
+
+_TRIM_THRESHOLD, _MMAP_MAX = -1, -4
+"""Parameters of mallopt(3)."""
+
+_OWN_CHOICE = ("GLIBC_TUNABLES", "MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_MMAP_MAX_")
+
+
+def keep_freed_memory() -> bool:
+    """Tell glibc's allocator, for this process and those forked from it, to give no freed memory back to the kernel.
+
+    By default it gives tens of megabytes back in every step, and the kernel zeroes each page anew when the next step
+    takes them: 16,000 page faults and a sixth of the time of configs/nano.yaml's step on a CPU. The process keeps its
+    peak instead. Whoever has set glibc's own variables (`GLIBC_TUNABLES`, `MALLOC_TRIM_THRESHOLD_`, …) is left alone.
+    Returns whether it was done: elsewhere than on glibc there is nothing to tell.
+    """
+    if not sys.platform.startswith("linux") or any(name in os.environ for name in _OWN_CHOICE):
+        return False
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    return mallopt is not None and bool(mallopt(_TRIM_THRESHOLD, -1) and mallopt(_MMAP_MAX, 0))
