@@ -22,7 +22,7 @@ before = faults()
 use()
 print((faults() - before) * resource.getpagesize() / (20 * 2**26))
 """
-"""Prints which share of the pages of twenty tensors of 64 MiB had to be fetched from the kernel, after twenty others."""
+"""Prints which share of the pages of twenty tensors of 64 MiB the kernel had to give, after twenty others."""
 
 
 def share_fetched(*arguments: str, **variables: str) -> float:
