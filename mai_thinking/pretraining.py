@@ -108,7 +108,8 @@ class Pretraining:
                 if session.stop_after(self.step, self._state):
                     return session.end_interrupted(self.step)
         session.save(self.step, self._state(), synchronous=True)
-        self._finish()
+        if not self._finish():
+            return session.end_interrupted(self.step)
         session.ledger.end("done")
         return 0
 
@@ -160,14 +161,16 @@ class Pretraining:
             }
         return self._record_evaluation(results)
 
-    def _evaluate_all(self) -> dict[str, Any]:
-        """The same of all held-out text, category by category: it takes long enough to be struck by a fault, and then
-        goes on with the category where it was."""
+    def _evaluate_all(self) -> dict[str, Any] | None:
+        """The same of all held-out text, category by category: it takes long enough to be struck by a fault or asked to
+        stop, and then goes on with the category where it was. None if it was asked to stop."""
         model = self.parallel.whole()
         results = {}
         for category, documents in self.data.held_out.items():
             if not documents:
                 continue
+            if self.session.stop.agreed():
+                return None
             if category not in self.evaluated:
                 with self.session.ledger.span(EVALUATION), self.accelerator.autocast():
                     result = self._likelihood(model, [document.text for document in documents])
@@ -219,9 +222,12 @@ class Pretraining:
         )
         self.session.say(table.markdown() + "\n")
 
-    def _finish(self) -> None:
-        """Evaluate on all held-out text, save the model folder, write the report, show what the model says."""
+    def _finish(self) -> bool:
+        """Evaluate on all held-out text, save the model folder, write the report, show what the model says. False if it
+        was asked to stop before that was done."""
         evaluation = self._evaluate_all()
+        if evaluation is None:
+            return False
         model = self.parallel.whole()
         if self.rank == 0:
             samples = self._samples(model)
@@ -230,6 +236,7 @@ class Pretraining:
                 self.session.say(f"\n── {prompt!r}\n{prompt}{text}")
             self.session.save_final(model, self.data.tokenizer, self.step)
         self.accelerator.wait_for_everyone()
+        return True
 
     def _samples(self, model: MaiThinkingForCausalLM) -> dict[str, str]:
         evaluation = self.config.evaluation

@@ -151,6 +151,27 @@ def test_the_last_evaluation_goes_on_where_it_was(
     assert untimed(tmp_path / "run") == untimed(tiny_run)
 
 
+def test_the_last_evaluation_can_be_stopped(
+    tiny_run: Path, tmp_path: Path, tiny_config: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All is saved by then: nobody who asks it to stop should have to wait for the rest."""
+    likelihood, evaluated = Pretraining._likelihood, []
+
+    def asked_in_the_first(self: Pretraining, model: Any, texts: Any) -> Any:
+        if self.step == 20:
+            evaluated.append(len(texts))
+            if len(evaluated) == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+        return likelihood(self, model, texts)
+
+    monkeypatch.setattr(Pretraining, "_likelihood", asked_in_the_first)
+    assert pretrain(tiny_config(tmp_path / "run")) == 75
+    assert len(evaluated) == 1
+    assert pretrain(tiny_config(tmp_path / "run")) == 0
+    assert len(evaluated) == 2
+    assert untimed(tmp_path / "run") == untimed(tiny_run)
+
+
 def test_sharded_by_one_rank_is_the_same_run(tiny_run: Path, tmp_path: Path, tiny_config: Make) -> None:
     assert pretrain(tiny_config(tmp_path / "run", "execution.parallel=fsdp")) == 0
     assert untimed(tmp_path / "run") == untimed(tiny_run)
