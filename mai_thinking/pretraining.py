@@ -17,7 +17,9 @@ from accelerate.utils import set_seed
 
 from mai_thinking.config.pretraining import PretrainConfig
 from mai_thinking.data import Loader, PreparedData, Step, prepare
+from mai_thinking.errors import RunError
 from mai_thinking.model import MaiThinkingConfig, MaiThinkingForCausalLM
+from mai_thinking.training.checkpoint_storage import visible_steps
 from mai_thinking.training.evaluation import Likelihood, evaluate_texts, summarize
 from mai_thinking.training.goodput import EVALUATION
 from mai_thinking.training.metrics import MetricsLog, read_records
@@ -51,7 +53,8 @@ class Pretraining:
         self.data: PreparedData = prepare(config.data, say=self._say)
         self.architecture: MaiThinkingConfig = model_config(config, self.data.tokenizer)
         parent = starting_point(config, self.architecture)
-        model = build_model(config, self.architecture)
+        going_on = bool(visible_steps(folder.checkpoints))
+        model = build_model(config, self.architecture, filled_later=going_on)
         if config.execution.activation_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         if config.execution.compile:
@@ -79,6 +82,8 @@ class Pretraining:
         self.progress = {"step": 0, "tokens": 0}
         state = self._state()
         self.step = self.session.resume(state)
+        if going_on and not self.step:
+            raise RunError(f"{folder.checkpoints}: the checkpoints have gone while the run was starting; rerun")
         self.progress = state["progress"]
         replicated = config.execution.parallel == "ddp"
         self.survivor = self.session.survivor(self.optimizer, self._state) if replicated else None

@@ -2,8 +2,9 @@
 
 The work is torch elastic's (`LocalElasticAgent`), which also gives the ranks the environment that torch.distributed and
 Accelerate read. What is ours: workers are forked from a warm standby; a rank that is left behind is killed at once and
-not asked to leave; restarts are budgeted per time; a job that is alive but does not move is restarted too; exit codes
-mean something. Several machines: the same script under `torchrun --nnodes`.
+not asked to leave, unless it can save the run, which it does while its successors start; restarts are budgeted per
+time; a job that is alive but does not move is restarted too; exit codes mean something. Several machines: the same
+script under `torchrun --nnodes`.
 """
 
 import contextlib
@@ -15,9 +16,10 @@ import socket
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
@@ -31,7 +33,7 @@ from mai_thinking.config.launch import LaunchSection
 from mai_thinking.training.chaos import Chaos
 from mai_thinking.training.goodput import CAUSE_VARIABLE, LAUNCHED_VARIABLE, seconds_since_process_start
 from mai_thinking.training.heartbeat import HEARTBEAT_VARIABLE, heartbeat_path, read_heartbeat
-from mai_thinking.training.worker import run_script
+from mai_thinking.training.worker import SAVERS_VARIABLE, run_script
 
 _POLL_SECONDS = 0.05
 
@@ -55,6 +57,7 @@ def launch(section: LaunchSection, script: Path, arguments: list[str]) -> int:
         finally:
             chaos.stop()
             agent.kill_workers()
+            agent.wait_for_savers()
         return agent.exit_code
 
 
@@ -65,6 +68,31 @@ class Failure:
     what: str
     """One line: "rank 1 died (SIGKILL)"."""
     traceback: str = ""
+
+
+@dataclass
+class Savers:
+    """Ranks that are left of an attempt, and save the run."""
+
+    context: Any
+    """Elastic's hold on the attempt's processes and their output."""
+    beats: dict[int, BinaryIO]
+    """process id → its heartbeat, still open when the file has gone to the next attempt."""
+    deadline: float
+
+    def saving(self) -> list[int]:
+        """The process ids of those that are not done; none when the time is up."""
+        if time.monotonic() > self.deadline:
+            return []
+        alive = {process.pid for process in self.context._pc.processes if process.is_alive()}
+        return [pid for pid, beat in self.beats.items() if pid in alive and _saves_alone(beat)]
+
+    def end(self) -> None:
+        """Kill what is left, and let go of it."""
+        _kill(self.context._pc.processes)
+        self.context.close(signal.SIGKILL)
+        for beat in self.beats.values():
+            beat.close()
 
 
 class Agent(LocalElasticAgent):
@@ -83,6 +111,7 @@ class Agent(LocalElasticAgent):
         self._fruitless = 0
         self._furthest: dict[str, int] = {}  # by run: a job may have several, one after the other
         self._first_failure: Failure | None = None  # of those since the last new step
+        self._savers: list[Savers] = []
         spec = WorkerSpec(
             role="rank",
             local_world_size=section.nproc,
@@ -106,7 +135,9 @@ class Agent(LocalElasticAgent):
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
         for rank in range(self.section.nproc):
             heartbeat_path(self.heartbeats, rank).unlink(missing_ok=True)
-        worker_group.spec.args = (*self._arguments, {**self._environment, **self._told_once})
+        savers = " ".join(str(pid) for some in self._savers for pid in some.beats)
+        environment = {**self._environment, **self._told_once, SAVERS_VARIABLE: savers}
+        worker_group.spec.args = (*self._arguments, environment)
         self._attempt_began = time.time()
         return super()._start_workers(worker_group)
 
@@ -116,13 +147,14 @@ class Agent(LocalElasticAgent):
         super()._stop_workers(worker_group)
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+        self._let_go_of_savers()
         codes = self._exit_codes()
         if any(codes.values()):
             failure = self._end_attempt(codes)
         elif idle := self._seconds_too_long():
             failure = Failure(f"no step for {idle:.0f} s: {self._describe_states()}")
             if self._kill_stopped():
-                self._wait_for_survivors()
+                self._set_savers_aside()
         else:
             result: RunResult = super()._monitor_workers(worker_group)
             if result.state != WorkerState.FAILED:
@@ -142,12 +174,14 @@ class Agent(LocalElasticAgent):
         return {rank: process.pid for rank, process in self._processes().items() if process.is_alive()}
 
     def kill_workers(self) -> None:
-        """SIGKILL every worker, with all that it started. Works on stopped ones too."""
-        for process in self._processes().values():
-            with contextlib.suppress(ProcessLookupError):  # all gone, or so young that it has no group yet
-                os.killpg(process.pid, signal.SIGKILL)
-            if process.is_alive():
-                process.kill()
+        """SIGKILL every worker but the savers, with all that it started. Works on stopped ones too."""
+        _kill(self._processes().values())
+
+    def wait_for_savers(self) -> None:
+        """Until all have saved, or their time is up."""
+        while self._savers:
+            time.sleep(_POLL_SECONDS / 5)
+            self._let_go_of_savers()
 
     def exit_code_after(self, name: signal.Signals) -> int:
         """The job's exit code when this process was told to stop by the signal `name`."""
@@ -176,9 +210,9 @@ class Agent(LocalElasticAgent):
             self.exit_code = max(saved)
         elif EXIT_USAGE in codes.values():
             self.exit_code = EXIT_USAGE
-        else:
-            self._wait_for_survivors()
         failure = self._first_cause(codes)
+        if not self.exit_code:
+            self._set_savers_aside()
         self.kill_workers()
         return failure
 
@@ -256,14 +290,28 @@ class Agent(LocalElasticAgent):
             os.kill(pid, signal.SIGKILL)
         return bool(stopped)
 
-    def _wait_for_survivors(self) -> None:
-        """Workers that are left and can save without the others take that time (`training.survivor`)."""
-        deadline = time.monotonic() + self.section.survivor_seconds
-        while time.monotonic() < deadline:
-            beats = self._beats()
-            if not any((beat := beats[rank]) and beat[1]["saves_alone"] for rank in self.live_workers()):
-                return
-            time.sleep(_POLL_SECONDS / 5)
+    def _set_savers_aside(self) -> None:
+        """Workers that are left and can save without the others (`training.survivor`) do so while their successors
+        start: those wait for them before they touch the run (`training.worker.wait_for_savers`)."""
+        beats: dict[int, BinaryIO] = {}
+        for rank, pid in self.live_workers().items() if self.section.survivor_seconds else ():
+            with contextlib.suppress(FileNotFoundError):  # it has not beaten yet
+                beat = heartbeat_path(self.heartbeats, rank).open("rb")
+                if _saves_alone(beat):
+                    beats[pid] = beat
+                else:
+                    beat.close()
+        if beats:
+            _kill(process for process in self._processes().values() if process.pid not in beats)
+            deadline = time.monotonic() + self.section.survivor_seconds
+            self._savers.append(Savers(self._pcontext, beats, deadline))
+            self._pcontext = None
+
+    def _let_go_of_savers(self) -> None:
+        """Of those that are done. What they do after that is of no use: their peers are gone."""
+        for some in [some for some in self._savers if not some.saving()]:
+            some.end()
+            self._savers.remove(some)
 
     def _wait_for_workers(self, seconds: float) -> None:
         deadline = time.monotonic() + seconds
@@ -284,6 +332,22 @@ class LocalRendezvous(StaticTCPRendezvous):
             probe.bind(("127.0.0.1", 0))
             self.master_port = probe.getsockname()[1]
         return super().next_rendezvous()
+
+
+def _kill(processes: Iterable[Any]) -> None:
+    for process in processes:
+        with contextlib.suppress(ProcessLookupError):  # all gone, or so young that it has no group yet
+            os.killpg(process.pid, signal.SIGKILL)
+        if process.is_alive():
+            process.kill()
+
+
+def _saves_alone(beat: BinaryIO) -> bool:
+    beat.seek(0)
+    try:
+        return bool(json.loads(beat.read())["saves_alone"])
+    except ValueError:  # not written yet
+        return False
 
 
 def _state_of(pid: int) -> str:

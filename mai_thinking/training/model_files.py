@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerBase
+from transformers.initialization import no_init_weights
 from transformers.utils import logging
 
 from mai_thinking.config.pretraining import PretrainConfig
@@ -61,21 +62,34 @@ def model_config(config: PretrainConfig, tokenizer: PreTrainedTokenizerBase | No
     return MaiThinkingConfig.from_section(asked.to_section() | changes)
 
 
-def build_model(config: PretrainConfig, architecture: MaiThinkingConfig) -> MaiThinkingForCausalLM:
-    """The model in fp32 on the CPU, ready to train. Fresh weights follow from the seed alone."""
+def build_model(
+    config: PretrainConfig, architecture: MaiThinkingConfig, *, filled_later: bool = False
+) -> MaiThinkingForCausalLM:
+    """The model in fp32 on the CPU, ready to train. Fresh weights follow from the seed alone. Those that are
+    `filled_later`, from a checkpoint, are left as the memory was: drawing them takes longer than reading them."""
     kinds = {
         "attn_implementation": config.execution.attention,
         "experts_implementation": config.execution.experts,
     }
     try:
-        if config.init_from is not None:
+        if config.init_from is not None and not filled_later:
             return load_model(config.init_from, config=architecture, **kinds)
+        if filled_later:
+            return _unfilled(architecture, **kinds)
         torch.manual_seed(config.seed)
         return MaiThinkingForCausalLM._from_config(architecture, **kinds)
     except (ValueError, ImportError, KeyError) as error:
         if any(name in str(error) for name in ("attn_implementation", "experts_implementation", "attention")):
             raise UsageError(f"execution: {' '.join(str(error).split())}") from None
         raise
+
+
+def _unfilled(architecture: object, **changes: object) -> MaiThinkingForCausalLM:
+    """A model whose weights are what was in their memory."""
+    with no_init_weights():
+        model = MaiThinkingForCausalLM._from_config(architecture, **changes)
+    model.tie_weights()  # which the library takes for part of drawing them
+    return model
 
 
 def load_model_config(folder: str | Path) -> MaiThinkingConfig:
@@ -97,7 +111,7 @@ def load_model(folder: str | Path, **changes: object) -> MaiThinkingForCausalLM:
     """The weights of a model folder or checkpoint in fp32; keywords as `from_pretrained` takes them."""
     config = load_model_config(folder)
     if is_checkpoint(folder):
-        model = MaiThinkingForCausalLM._from_config(changes.pop("config", config), dtype=torch.float32, **changes)
+        model = _unfilled(changes.pop("config", config), dtype=torch.float32, **changes)
         model.load_state_dict(CheckpointReader(Path(folder).expanduser()).read("model"))
         return model
     try:

@@ -31,7 +31,7 @@ from mai_thinking.training.model_files import save_model
 from mai_thinking.training.progress import ProgressLine
 from mai_thinking.training.run_folder import RunFolder, atomic_folder
 from mai_thinking.training.survivor import Survivor
-from mai_thinking.training.worker import StopRequest
+from mai_thinking.training.worker import StopRequest, wait_for_savers
 
 
 def meet(**options: Any) -> Accelerator:
@@ -94,6 +94,7 @@ class Session:
         of what it leaves (`mai_thinking.lineage`)."""
         self.config, self.folder, self.accelerator = config, folder, accelerator
         self.rank, self.ranks = accelerator.process_index, accelerator.num_processes
+        wait_for_savers()
         if self.rank == 0:
             stack.enter_context(folder.claim(config))
         self.ledger = GoodputLedger(folder.events, enabled=self.rank == 0)

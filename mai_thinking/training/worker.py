@@ -14,6 +14,10 @@ import torch.distributed as dist
 
 from mai_thinking.training.orphans import die_with_parent
 
+SAVERS_VARIABLE = "MAI_SAVERS"
+"""The launcher tells a restarted worker in this environment variable which processes of the attempt before still save
+the run; it ends them when they have."""
+
 
 def run_script(script: str, arguments: list[str], environment: dict[str, str]) -> None:
     """Run `script` as `__main__` in this process, forked from the standby, as one rank of a job.
@@ -38,6 +42,21 @@ def run_script(script: str, arguments: list[str], environment: dict[str, str]) -
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
+
+
+def wait_for_savers() -> None:
+    """Until the last attempt's ranks that are left have saved the run and are gone. Before its folder is touched."""
+    for pid in os.environ.pop(SAVERS_VARIABLE, "").split():
+        while _exists(int(pid)):
+            time.sleep(0.005)
+
+
+def _exists(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 class StopRequest:

@@ -2,7 +2,8 @@
 
 `FAULTS` in the environment is a JSON list of {"step", "place", "rank", "how"}; `OMIT` names a part of the state that
 checkpoints leave out. Places: `between` (two micro-batches), `update` (gradients are there, weights not yet changed),
-`save` (half of the checkpoint's files are written). How: `kill`, `hang`, or `tear` (cut the newest checkpoint, die).
+`save` (half of the checkpoint's files are written). How: `kill`, `hang`, `tear` (cut the newest checkpoint, die), or
+`dawdle` (go on three seconds later).
 """
 
 import json
@@ -28,6 +29,9 @@ def strike(place: str, step: int) -> None:
         mark = now["folder"].parent / f"struck-{number}"
         if (fault["place"], fault["step"], fault["rank"]) == (place, step, RANK) and not mark.exists():
             mark.touch()
+            if fault["how"] == "dawdle":
+                time.sleep(3)
+                return
             if fault["how"] == "tear":
                 checkpoints = now["folder"] / "checkpoints"
                 settle(checkpoints)

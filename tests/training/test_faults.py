@@ -135,6 +135,22 @@ def test_every_kind_of_fault(
     assert sum(account.seconds.values()) == pytest.approx(account.wall_clock)
 
 
+@pytest.mark.parametrize("saver", [0, 1])
+def test_successors_wait_for_the_rank_that_saves(
+    undisturbed: dict[str, Any], tmp_path: Path, tiny_config: Callable[..., Any], saver: int
+) -> None:
+    """They start beside it, and are there long before a slow save is done."""
+    job = Job(tmp_path / "job", tiny_config)
+    code, output = job.finish([fault(11, "update", 1 - saver), fault(10, "save", saver, "dawdle")])
+    assert code == 0, output
+    assert "going on after step 10" in output
+    assert job.trace() == undisturbed
+    account = account_of(job.run)
+    assert account.rescued == 1
+    assert account.recomputed_steps == 0
+    assert account.recoveries[0] > 3
+
+
 @pytest.mark.parametrize("omitted", ["random", "loader", "optimizer"])
 def test_a_checkpoint_without_a_part_of_the_state_is_found_out(
     undisturbed: dict[str, Any], tmp_path: Path, tiny_config: Callable[..., Any], omitted: str
