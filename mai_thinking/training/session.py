@@ -36,8 +36,10 @@ from mai_thinking.training.worker import StopRequest, wait_for_savers
 
 def meet(**options: Any) -> Accelerator:
     """Where the ranks of a job meet, whoever started them: an `Accelerator`. On a machine without an accelerator that
-    takes them for separate runs unless it is told."""
-    return Accelerator(cpu=not torch.accelerator.is_available(), **options)
+    takes them for separate runs unless it is told. Nobody has touched the job's folders before."""
+    accelerator = Accelerator(cpu=not torch.accelerator.is_available(), **options)
+    wait_for_savers()
+    return accelerator
 
 
 def make_accelerator(config: TrainingConfig, folder: RunFolder) -> Accelerator:
@@ -94,7 +96,6 @@ class Session:
         of what it leaves (`mai_thinking.lineage`)."""
         self.config, self.folder, self.accelerator = config, folder, accelerator
         self.rank, self.ranks = accelerator.process_index, accelerator.num_processes
-        wait_for_savers()
         if self.rank == 0:
             stack.enter_context(folder.claim(config))
         self.ledger = GoodputLedger(folder.events, enabled=self.rank == 0)

@@ -45,7 +45,7 @@ def run_script(script: str, arguments: list[str], environment: dict[str, str]) -
 
 
 def wait_for_savers() -> None:
-    """Until the last attempt's ranks that are left have saved the run and are gone. Before its folder is touched."""
+    """Until those ranks of the attempt before that save the run have done so and are gone, with all their locks."""
     for pid in os.environ.pop(SAVERS_VARIABLE, "").split():
         while _exists(int(pid)):
             time.sleep(0.005)
