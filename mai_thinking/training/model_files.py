@@ -72,10 +72,10 @@ def build_model(
         "experts_implementation": config.execution.experts,
     }
     try:
-        if config.init_from is not None and not filled_later:
-            return load_model(config.init_from, config=architecture, **kinds)
         if filled_later:
             return _unfilled(architecture, **kinds)
+        if config.init_from is not None:
+            return load_model(config.init_from, config=architecture, **kinds)
         torch.manual_seed(config.seed)
         return MaiThinkingForCausalLM._from_config(architecture, **kinds)
     except (ValueError, ImportError, KeyError) as error:
