@@ -14,9 +14,9 @@ def keep_freed_memory() -> bool:
     """Tell glibc's allocator, for this process and those forked from it, to give no freed memory back to the kernel.
 
     By default it gives tens of megabytes back in every step, and the kernel zeroes each page anew when the next step
-    takes them: 16,000 page faults and a sixth of the time of configs/nano.yaml's step on a CPU. The process keeps its
-    peak instead. Whoever has set glibc's own variables (`GLIBC_TUNABLES`, `MALLOC_TRIM_THRESHOLD_`, …) is left alone.
-    Returns whether it was done: elsewhere than on glibc there is nothing to tell.
+    takes them: 14,000 page faults and an eighth of the time of configs/nano.yaml's step on a core. Kept, the process
+    stays at its peak. Whoever has set glibc's own variables (`GLIBC_TUNABLES`, `MALLOC_TRIM_THRESHOLD_`, …) is left
+    alone. Returns whether it was done: elsewhere than on glibc there is nothing to tell.
     """
     if not sys.platform.startswith("linux") or any(name in os.environ for name in _OWN_CHOICE):
         return False
