@@ -216,15 +216,15 @@ def test_a_signal_at_the_end_of_a_stage_stops_the_climb(
     make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """When the stage itself does not ask any more."""
-    finish = Pretraining._finish
+    samples = Pretraining._samples  # after the last evaluation
 
-    def with_signal(self: Pretraining) -> None:
+    def with_signal(self: Pretraining, model: Any) -> Any:
         os.kill(os.getpid(), signal.SIGTERM)
-        finish(self)
+        return samples(self, model)
 
     before = signal.getsignal(signal.SIGTERM)
     with monkeypatch.context() as patch:
-        patch.setattr(Pretraining, "_finish", with_signal)
+        patch.setattr(Pretraining, "_samples", with_signal)
         assert run_climb(make(tmp_path / "x")) == 75
     assert signal.getsignal(signal.SIGTERM) == before
     assert states(ClimbPlan(make(tmp_path / "x"))) == {
