@@ -16,9 +16,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from checksums import sha256_of
 from mai_thinking.config.pretraining import PretrainConfig
-from mai_thinking.errors import UsageError
+from mai_thinking.errors import RunError, UsageError
 from mai_thinking.pretraining import Pretraining, pretrain
-from mai_thinking.training.checkpoint import CheckpointReader
+from mai_thinking.training.checkpoint import Checkpointer, CheckpointReader
 from mai_thinking.training.metrics import read_records
 from mai_thinking.training.model_files import load_model_and_tokenizer
 
@@ -131,19 +131,28 @@ def test_a_last_checkpoint_out_of_turn_is_at_the_last_step(tmp_path: Path, tiny_
     assert sum(state["loader"]["rows"].values()) == 7 * config.batch.global_batch_size
 
 
+def strike_last_evaluation(category: int, strike: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """`strike` once, as that many of its categories were begun; returns a list that has an entry for each beginning."""
+    likelihood, begun = Pretraining._likelihood, list[int]()
+
+    def struck(self: Pretraining, model: Any, texts: Any) -> Any:
+        if self.step == 20:
+            begun.append(len(texts))
+            if len(begun) == category:
+                strike()
+        return likelihood(self, model, texts)
+
+    monkeypatch.setattr(Pretraining, "_likelihood", struck)
+    return begun
+
+
 def test_the_last_evaluation_goes_on_where_it_was(
     tiny_run: Path, tmp_path: Path, tiny_config: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    likelihood, evaluated = Pretraining._likelihood, []
+    def die() -> None:
+        raise KeyboardInterrupt
 
-    def dies_at_the_second(self: Pretraining, model: Any, texts: Any) -> Any:
-        if self.step == 20:
-            evaluated.append(len(texts))
-            if len(evaluated) == 2:
-                raise KeyboardInterrupt
-        return likelihood(self, model, texts)
-
-    monkeypatch.setattr(Pretraining, "_likelihood", dies_at_the_second)
+    evaluated = strike_last_evaluation(2, die, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         pretrain(tiny_config(tmp_path / "run"))
     assert pretrain(tiny_config(tmp_path / "run")) == 0
@@ -155,21 +164,24 @@ def test_the_last_evaluation_can_be_stopped(
     tiny_run: Path, tmp_path: Path, tiny_config: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All is saved by then: nobody who asks it to stop should have to wait for the rest."""
-    likelihood, evaluated = Pretraining._likelihood, []
-
-    def asked_in_the_first(self: Pretraining, model: Any, texts: Any) -> Any:
-        if self.step == 20:
-            evaluated.append(len(texts))
-            if len(evaluated) == 1:
-                os.kill(os.getpid(), signal.SIGTERM)
-        return likelihood(self, model, texts)
-
-    monkeypatch.setattr(Pretraining, "_likelihood", asked_in_the_first)
+    evaluated = strike_last_evaluation(1, lambda: os.kill(os.getpid(), signal.SIGTERM), monkeypatch)
     assert pretrain(tiny_config(tmp_path / "run")) == 75
     assert len(evaluated) == 1
     assert pretrain(tiny_config(tmp_path / "run")) == 0
     assert len(evaluated) == 2
     assert untimed(tmp_path / "run") == untimed(tiny_run)
+
+
+def test_weights_that_no_checkpoint_filled_are_not_trained(
+    tmp_path: Path, tiny_config: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that goes on draws none; if its checkpoints go just then, it must not take what the memory held."""
+    with monkeypatch.context() as patch:
+        stop_at(3, patch)
+        assert pretrain(tiny_config(tmp_path / "run")) == 75
+    monkeypatch.setattr(Checkpointer, "load_latest", lambda self, state: None)
+    with pytest.raises(RunError, match="checkpoints have gone"):
+        pretrain(tiny_config(tmp_path / "run"))
 
 
 def test_sharded_by_one_rank_is_the_same_run(tiny_run: Path, tmp_path: Path, tiny_config: Make) -> None:

@@ -3,7 +3,7 @@
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 HEARTBEAT_VARIABLE = "MAI_HEARTBEATS"
 """The launcher names a folder in this environment variable; each rank's heartbeat is a file in it."""
@@ -46,3 +46,12 @@ def read_heartbeat(folder: Path, rank: int) -> tuple[float, dict[str, Any]] | No
         return path.stat().st_mtime, json.loads(path.read_bytes())
     except (FileNotFoundError, ValueError):
         return None
+
+
+def saves_alone(file: BinaryIO) -> bool:
+    """What a heartbeat's open file says of its rank, also when a later attempt's has taken its path."""
+    file.seek(0)
+    try:
+        return bool(json.loads(file.read())["saves_alone"])
+    except ValueError:  # before the first beat
+        return False

@@ -32,7 +32,7 @@ from mai_thinking.config.faults import parse_faults
 from mai_thinking.config.launch import LaunchSection
 from mai_thinking.training.chaos import Chaos
 from mai_thinking.training.goodput import CAUSE_VARIABLE, LAUNCHED_VARIABLE, seconds_since_process_start
-from mai_thinking.training.heartbeat import HEARTBEAT_VARIABLE, heartbeat_path, read_heartbeat
+from mai_thinking.training.heartbeat import HEARTBEAT_VARIABLE, heartbeat_path, read_heartbeat, saves_alone
 from mai_thinking.training.worker import SAVERS_VARIABLE, run_script
 
 _POLL_SECONDS = 0.05
@@ -80,12 +80,11 @@ class Savers:
     """process id → its heartbeat, still open when the file has gone to the next attempt."""
     deadline: float
 
-    def saving(self) -> list[int]:
-        """The process ids of those that are not done; none when the time is up."""
-        if time.monotonic() > self.deadline:
-            return []
+    def done(self) -> bool:
+        """Whether all have saved, or died, or their time is up."""
         alive = {process.pid for process in self.context._pc.processes if process.is_alive()}
-        return [pid for pid, beat in self.beats.items() if pid in alive and _saves_alone(beat)]
+        saving = any(pid in alive and saves_alone(beat) for pid, beat in self.beats.items())
+        return not saving or time.monotonic() > self.deadline
 
     def end(self) -> None:
         """Kill what is left, and let go of it."""
@@ -297,7 +296,7 @@ class Agent(LocalElasticAgent):
         for rank, pid in self.live_workers().items() if self.section.survivor_seconds else ():
             with contextlib.suppress(FileNotFoundError):  # it has not beaten yet
                 beat = heartbeat_path(self.heartbeats, rank).open("rb")
-                if _saves_alone(beat):
+                if saves_alone(beat):
                     beats[pid] = beat
                 else:
                     beat.close()
@@ -309,7 +308,7 @@ class Agent(LocalElasticAgent):
 
     def _let_go_of_savers(self) -> None:
         """Of those that are done. What they do after that is of no use: their peers are gone."""
-        for some in [some for some in self._savers if not some.saving()]:
+        for some in [some for some in self._savers if some.done()]:
             some.end()
             self._savers.remove(some)
 
@@ -340,14 +339,6 @@ def _kill(processes: Iterable[Any]) -> None:
             os.killpg(process.pid, signal.SIGKILL)
         if process.is_alive():
             process.kill()
-
-
-def _saves_alone(beat: BinaryIO) -> bool:
-    beat.seek(0)
-    try:
-        return bool(json.loads(beat.read())["saves_alone"])
-    except ValueError:  # not written yet
-        return False
 
 
 def _state_of(pid: int) -> str:
