@@ -65,12 +65,12 @@ def _kind(name: str, outer: str) -> str:
 
 
 _KERNELS = (
+    ("compiled", ("triton_",)),
     ("optimiser", ("adam", "multi_tensor")),
     (ATTENTION, ("flash", "fmha")),
     ("grouped products", ("group",)),
     (PRODUCTS, ("gemm", "nvjet", "cutlass", "sm90_xmma", "splitk", "cublas")),
     ("sorting", ("sort", "radix", "searchsorted", "topk")),
-    ("compiled", ("triton",)),
     ("copies", ("memcpy", "memset", "copy")),
 )
 """Kinds of kernels and what their names have in them; the first that fits."""
