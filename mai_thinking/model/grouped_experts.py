@@ -76,28 +76,66 @@ class _GroupedSwiGLU(torch.autograd.Function):
         inner_SF = (F.silu(gate) * up).to(x_TL.dtype)
         y_SL = F.grouped_mm(inner_SF, w_down.mT, offs=order.ends_E)
         ctx.save_for_backward(x_TL, w_gate_up, w_down, gates_TK, gate_up_SF, *order)
-        return (y_SL[order.row_TK].float() * gates_TK.float()[..., None]).sum(dim=1).to(x_TL.dtype)
+        return _sum_of_rows(y_SL, order.row_TK, gates_TK).to(x_TL.dtype)
 
     @staticmethod
     def backward(ctx: Any, dout_TL: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x_TL, w_gate_up, w_down, gates_TK, gate_up_SF, *order_parts = ctx.saved_tensors
-        order, dtype = Order(*order_parts), x_TL.dtype
+        order = Order(*order_parts)
         token_S = order.pair_S // gates_TK.size(1)
         x_SL, dout_SL = x_TL[token_S], dout_TL[token_S]
-        gate_S1 = gates_TK.float().flatten()[order.pair_S][:, None]
         # Of the inner activations before they are weighed: y and its gradient are never needed.
-        d_unweighed = F.grouped_mm(dout_SL, w_down, offs=order.ends_E).float()
-        gate, up = gate_up_SF.float().chunk(2, dim=-1)
-        sigmoid = gate.sigmoid()
-        silu = gate * sigmoid
-        inner = silu * up
-        dgates_S = (d_unweighed * inner).sum(dim=-1)
-        d_inner = d_unweighed * gate_S1
-        d_gate = d_inner * up * (sigmoid + silu * (1.0 - sigmoid))
-        d_gate_up_SF = torch.cat((d_gate, d_inner * silu), dim=-1).to(dtype)
-        weighed_SF = (inner * gate_S1).to(dtype)
+        d_unweighed_SF = F.grouped_mm(dout_SL, w_down, offs=order.ends_E)
+        gate_S = gates_TK.float().flatten()[order.pair_S]
+        d_gate_up_SF, weighed_SF, dgates_S = swiglu_backward(d_unweighed_SF, gate_up_SF, gate_S)
         dw_down = F.grouped_mm(dout_SL.mT, weighed_SF, offs=order.ends_E)
         dw_gate_up = F.grouped_mm(d_gate_up_SF.mT, x_SL, offs=order.ends_E)
         dx_SL = F.grouped_mm(d_gate_up_SF, w_gate_up, offs=order.ends_E)
-        dx_TL = dx_SL[order.row_TK].float().sum(dim=1).to(dtype)
+        dx_TL = _sum_of_rows(dx_SL, order.row_TK, torch.ones_like(gates_TK)).to(x_TL.dtype)
         return dx_TL, dw_gate_up, dw_down, dgates_S[order.row_TK].to(gates_TK.dtype), None
+
+
+def _sum_of_rows(rows_SL: torch.Tensor, row_TK: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
+    """Σ_k weight · row, [T, L] fp32."""
+    if not torch.compiler.is_compiling():
+        return (rows_SL[row_TK].float() * weights_TK.float()[..., None]).sum(dim=1)
+    # A compiler's sum over so few rows is four times slower than adding them one by one.
+    first, *others = (rows_SL[row_TK[:, k]].float() * weights_TK[:, k, None].float() for k in range(row_TK.size(1)))
+    return sum(others, first)
+
+
+@torch.library.custom_op("mai_thinking::swiglu_backward", mutates_args=())
+def swiglu_backward(
+    d_unweighed_SF: torch.Tensor, gate_up_S2F: torch.Tensor, weight_S: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Given the gradient of inner = silu(gate) · up as it would be before weighing, [S, F], and the rows' weights [S]
+    fp32: the gradient of gate and up [S, 2F], inner · weight [S, F], and the gradient of the weights [S] fp32."""
+    gate, up = gate_up_S2F.float().chunk(2, dim=-1)
+    d_unweighed, weight_S1 = d_unweighed_SF.float(), weight_S[:, None]
+    sigmoid = gate.sigmoid()
+    silu = gate * sigmoid
+    inner = silu * up
+    d_inner = d_unweighed * weight_S1
+    d_gate = d_inner * up * (sigmoid + silu * (1.0 - sigmoid))
+    dtype = gate_up_S2F.dtype
+    return (
+        torch.cat((d_gate, d_inner * silu), dim=-1).to(dtype),
+        (inner * weight_S1).to(dtype),
+        (d_unweighed * inner).sum(dim=-1),
+    )
+
+
+@swiglu_backward.register_fake
+def _(
+    d_unweighed_SF: torch.Tensor, gate_up_S2F: torch.Tensor, weight_S: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return torch.empty_like(gate_up_S2F), torch.empty_like(d_unweighed_SF), torch.empty_like(weight_S)
+
+
+@swiglu_backward.register_kernel("cuda")
+def _(
+    d_unweighed_SF: torch.Tensor, gate_up_S2F: torch.Tensor, weight_S: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    from mai_thinking.model import swiglu_kernel  # brings Triton, which only builds for a GPU have
+
+    return swiglu_kernel.swiglu_backward(d_unweighed_SF.contiguous(), gate_up_S2F.contiguous(), weight_S.contiguous())

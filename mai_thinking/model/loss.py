@@ -1,11 +1,11 @@
 """Cross-entropy of a large vocabulary without holding all logits."""
 
-import functools
-from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+
+from mai_thinking.model.fused import fused
 
 CHUNK_ELEMENTS = {"cpu": 2**21, "cuda": 2**28}
 """Logits held at once. On a CPU they should stay near its caches; on a GPU a chunk should fill the machine."""
@@ -47,7 +47,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     ) -> torch.Tensor:
         wants_gradient = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         on_gpu = hidden_TD.is_cuda
-        loss_and_gradient = _fused(_loss_and_gradient) if on_gpu else _loss_and_gradient_in_place
+        loss_and_gradient = fused(_loss_and_gradient) if on_gpu else _loss_and_gradient_in_place
         operand_VD = weight_VD if dtype is None else weight_VD.to(dtype)
         loss = torch.zeros((), dtype=torch.float32, device=hidden_TD.device)
         d_hidden = torch.zeros_like(hidden_TD) if wants_gradient else None
@@ -104,9 +104,3 @@ def _loss_and_gradient(
         return loss, None
     is_target = labels_T[:, None] == torch.arange(logits_TV.size(1), device=logits_TV.device)
     return loss, torch.where(counted, (logits_TV - log_z).exp() - is_target.float(), 0.0).to(dtype)
-
-
-@functools.cache
-def _fused(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function`, compiled when it is first called."""
-    return torch.compile(function)

@@ -26,6 +26,7 @@ from mai_thinking.model.latent_moe import Experts, LatentMoE, Router, Routing, b
 from mai_thinking.model.loss import chunked_cross_entropy
 from mai_thinking.model.norm import RMSNorm
 from mai_thinking.model.packed_attention import Documents, find_documents
+from mai_thinking.model.packed_flex import packed_block_mask
 from mai_thinking.model.precision import half_precision
 from mai_thinking.model.projection import residual_projection
 
@@ -244,6 +245,18 @@ class MaiThinkingModel(MaiThinkingPreTrainedModel):
             expert_choices=torch.stack(choices) if output_expert_choices and choices else None,
         )
 
+    def _packed_masks(self, inputs_embeds: torch.Tensor, position_ids: torch.Tensor | None) -> dict[str, Any] | None:
+        """For whole rows: what our own attention functions take in a mask's place, if they are to be used."""
+        kind, (rows, length) = self.config._attn_implementation, inputs_embeds.shape[:2]
+        if kind == "packed_flex":
+            positions_1T = torch.arange(length, device=inputs_embeds.device)[None]
+            positions_BT = (positions_1T if position_ids is None else position_ids).expand(rows, -1)
+            windows = {LOCAL: self.config.sliding_window, GLOBAL: None}
+            return {layer: packed_block_mask(positions_BT, window) for layer, window in windows.items()}
+        if kind == "windowed_sdpa" and self.half_precision is not None:
+            return dict.fromkeys((GLOBAL, LOCAL), find_documents(position_ids, rows, length, inputs_embeds.device))
+        return None
+
     @property
     def half_precision(self) -> torch.dtype | None:
         """What the layers compute in, if that is half precision on a GPU: flash attention is to be had, and logits are
@@ -254,17 +267,17 @@ class MaiThinkingModel(MaiThinkingPreTrainedModel):
     def _masks(
         self,
         inputs_embeds: torch.Tensor,
-        attention_mask: torch.Tensor | dict[str, torch.Tensor | Documents | None] | None,
+        attention_mask: torch.Tensor | dict[str, Any] | None,
         past_key_values: Cache | None,
         position_ids: torch.Tensor | None,
-    ) -> dict[str, torch.Tensor | Documents | None]:
+    ) -> dict[str, Any]:
         """One mask a kind of layer, in the form that the chosen attention function takes."""
         if isinstance(attention_mask, dict):  # `generate` with a static cache prepares them ahead
             return attention_mask
-        ours = self.config._attn_implementation == "windowed_sdpa" and attention_mask is None
-        if ours and past_key_values is None and self.half_precision is not None:
-            rows, length = inputs_embeds.shape[:2]
-            return dict.fromkeys((GLOBAL, LOCAL), find_documents(position_ids, rows, length, inputs_embeds.device))
+        if attention_mask is None and past_key_values is None:
+            packed = self._packed_masks(inputs_embeds, position_ids)
+            if packed is not None:
+                return packed
         arguments = {
             "config": self.config,
             "inputs_embeds": inputs_embeds,

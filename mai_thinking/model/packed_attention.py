@@ -6,6 +6,8 @@ No mask is made. It wants half precision; elsewhere the masks and kernels of `mo
 Shapes: B rows, T tokens in a row, S = B·T tokens, N documents, H query heads, G key-value heads, d head size.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -100,12 +102,27 @@ def _attend_backward(
     """→ gradients like q, k and v."""
     most = int(longest)
     no_dropout = torch.zeros(2, dtype=torch.uint64, device=q.device)
-    dq, dk, dv = torch.ops.aten._flash_attention_backward(
-        d_out.contiguous(), q, k, v, out, log_sums, offsets, offsets, most, most, 0.0, True, no_dropout,
-        q.new_empty(0), scale=scale,
-        window_size_left=None if before < 0 else before, window_size_right=None if before < 0 else 0,
-    )  # fmt: skip
+    with _same_bits():
+        dq, dk, dv = torch.ops.aten._flash_attention_backward(
+            d_out.contiguous(), q, k, v, out, log_sums, offsets, offsets, most, most, 0.0, True, no_dropout,
+            q.new_empty(0), scale=scale,
+            window_size_left=None if before < 0 else before, window_size_right=None if before < 0 else 0,
+        )  # fmt: skip
     return dq, dk, dv
+
+
+@contextmanager
+def _same_bits() -> Iterator[None]:
+    """The kernel can add up in a fixed order, at no cost that shows, but asks for that where all of torch is asked."""
+    settings: Any = torch.utils.deterministic
+    before, fill = torch.are_deterministic_algorithms_enabled(), settings.fill_uninitialized_memory
+    settings.fill_uninitialized_memory = False
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+        settings.fill_uninitialized_memory = fill
 
 
 @_attend_backward.register_fake

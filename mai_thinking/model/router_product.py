@@ -1,9 +1,9 @@
 """The router's product: fp32 whatever is around it (MAI-Thinking-1 report §2.1), and what that costs on a GPU.
 
 A GPU's matrix units have no fp32: its fp32 product takes some fifteen times as long as one of bf16, and the router's
-two gradients would be a good part of a step. They are made of bf16 parts instead: a number is the sum of its first eight
-bits and the next eight, so 16 of its 24 bits are kept, and their products are summed in fp32. The forward product, which
-decides where tokens go, is in fp32 throughout.
+two gradients would be a good part of a step. They are made of bf16 parts instead: of a number's 24 bits the first eight
+and the next eight are kept, and products are summed in fp32. The forward product, which decides where tokens go, is in
+fp32 throughout.
 """
 
 from typing import Any

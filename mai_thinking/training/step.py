@@ -153,16 +153,22 @@ class TrainStep:
     def _forward(self, batch: MicroBatch, label_count: torch.Tensor) -> tuple[torch.Tensor, Routing]:
         with self.parallel.accelerator.autocast():
             output = self.parallel.model(
-                input_ids=batch["input_ids"].to(self.device),
-                position_ids=batch["position_ids"].to(self.device),
-                shift_labels=batch["labels"].to(self.device),
-                token_mask=None if "token_mask" not in batch else batch["token_mask"].to(self.device),
+                input_ids=self._moved(batch["input_ids"]),
+                position_ids=self._moved(batch["position_ids"]),
+                shift_labels=self._moved(batch["labels"]),
+                token_mask=None if "token_mask" not in batch else self._moved(batch["token_mask"]),
                 num_items_in_batch=label_count,
                 skip_logits=True,
                 use_cache=False,
                 output_router_logits=False,
             )
         return output.loss, output.routing
+
+    def _moved(self, tensor: torch.Tensor) -> torch.Tensor:
+        """To the device, which goes on with the last micro-batch meanwhile."""
+        if self.device.type == "cuda":
+            return tensor.pin_memory().to(self.device, non_blocking=True)
+        return tensor.to(self.device)
 
     def _total(
         self, cross_entropy: torch.Tensor, routing: Routing, counts_ME: torch.Tensor, token_count: int
