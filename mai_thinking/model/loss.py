@@ -19,6 +19,14 @@ def chunked_cross_entropy(hidden_BTD: torch.Tensor, weight_VD: torch.Tensor, lab
     return _ChunkedCrossEntropy.apply(hidden_TD, weight_VD, labels_BT.flatten())
 
 
+def logits_product(hidden_ND: torch.Tensor, weight_VD: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+    """hidden · weightᵀ, [N, V] fp32. On a GPU, `dtype` bf16 means a product of bf16 operands, summed and returned in
+    fp32; otherwise it is the product in the weight's own dtype."""
+    if dtype is torch.bfloat16 and hidden_ND.device.type == "cuda":
+        return torch.mm(hidden_ND.to(dtype), weight_VD.to(dtype).T, out_dtype=torch.float32)
+    return F.linear(hidden_ND.to(weight_VD.dtype), weight_VD).float()
+
+
 class _ChunkedCrossEntropy(torch.autograd.Function):
     """Loss forward, and the gradient of it: d loss / d logits = softmax − one-hot."""
 

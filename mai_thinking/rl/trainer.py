@@ -277,6 +277,7 @@ class Climb:
             top_p=rollouts.top_p,
             seed=self.config.seed,
             end_of_text=self.tokenizer.eos_token_id,
+            dtype=engine_dtype(self.accelerator),
         )
 
     def _evaluate(self) -> tuple[dict[str, Any], list[Sample]]:
