@@ -72,7 +72,7 @@ def draw_unbranched(logits_AV: torch.Tensor, uniforms_A: torch.Tensor, *, temper
         return Draws(tokens_A1.squeeze(1), logits_AV.new_zeros(logits_AV.size(0)), nucleus_AV)
     p_AV = (logits_AV / temperature).softmax(dim=-1)
     inside_AV = _nucleus_unbranched(p_AV, top_p)
-    p_inside_AV = p_AV.where(inside_AV, 0.0)
+    p_inside_AV = p_AV * inside_AV
     cumulative_AV = (p_inside_AV * UNITS).long().cumsum(dim=-1)
     units_A = cumulative_AV[:, -1]
     target_A = torch.minimum((uniforms_A.double() * units_A).long(), units_A - 1)
@@ -93,11 +93,11 @@ def _nucleus_unbranched(p_AV: torch.Tensor, top_p: float) -> torch.Tensor:
     least_A1 = torch.zeros_like(bits_AV[:, :1])
     for bit in range(29, -1, -1):  # probabilities are below 2, whose bits are 2 ** 30
         higher_A1 = least_A1 + 2**bit
-        enough_A1 = p_AV.where(bits_AV >= higher_A1, 0.0).sum(dim=-1, keepdim=True) >= top_p
+        enough_A1 = (p_AV * (bits_AV >= higher_A1)).sum(dim=-1, keepdim=True) >= top_p
         least_A1 = higher_A1.where(enough_A1, least_A1)
     above_AV, level_AV = bits_AV > least_A1, bits_AV == least_A1
     # Of several tokens as likely as the last one that is needed, the first by index are in.
-    missing_A1 = top_p - p_AV.where(above_AV, 0.0).sum(dim=-1, keepdim=True)
+    missing_A1 = top_p - (p_AV * above_AV).sum(dim=-1, keepdim=True)
     needed_A1 = (missing_A1 / least_A1.view(torch.float32)).ceil().clamp(min=1.0, max=p_AV.size(1))
     return above_AV | (level_AV & (level_AV.cumsum(dim=-1, dtype=torch.int32) <= needed_A1))
 

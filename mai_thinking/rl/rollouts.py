@@ -13,6 +13,7 @@ import logging
 import sys
 from collections import Counter, deque
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -20,6 +21,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mai_thinking.errors import RunError, UsageError
 from mai_thinking.model import MaiThinkingForCausalLM
@@ -166,7 +168,7 @@ class BatchedEngine:
         done: dict[int, Rollout] = {}
         for _ in range(ATTEMPTS):
             try:
-                with torch.inference_mode():
+                with torch.inference_mode(), self._attention_kernels():
                     self._run([request for request in requests if request.id not in done], done)
                 return [done[request.id] for request in requests]
             except Exception as error:
@@ -197,6 +199,12 @@ class BatchedEngine:
                 hidden_AD, experts_aMK = steps.decode([one.tokens[-1] for one in running], positions_A)
             else:
                 hidden_AD, experts_aMK = hidden_AD[:0], experts_aMK[:0]
+
+    def _attention_kernels(self) -> AbstractContextManager[None]:
+        """On a GPU not cuDNN's, which plan anew for every length of a prompt."""
+        if self._model.device.type == "cpu":
+            return nullcontext()
+        return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
 
     def _room(self, length: int) -> tuple[SlotCache, Steps]:
         """A cache for sequences of `length` tokens, and what works on it; the last ones, if large enough."""

@@ -133,7 +133,7 @@ class StaticSteps:
         self._experts_SMK[:a].copy_(experts_aMK)
         self._uniforms_S[:A].copy_(torch.from_numpy(uniforms_A))
         self._launch(("draw", R), lambda: self._draw(R))
-        rows_A = self._drawn_Sb[:A].cpu().numpy().view(self._row)[:, 0]
+        rows_A = self._drawn_Sb[:A].to("cpu", copy=True).numpy().view(self._row)[:, 0]
         if not rows_A["finite"].all():
             raise NotFiniteError(int(rows_A["finite"].argmin()))
         return Drawn(rows_A["token"].tolist(), rows_A["logprob"].tolist(), rows_A["nucleus"], rows_A["experts"][:a])
