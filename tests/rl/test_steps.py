@@ -1,17 +1,20 @@
 """Steps of static shapes against plain ones, in fp32 and as autocast computes, and on a GPU recorded ones too."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import mai_thinking.rl.steps as steps_module
 from mai_thinking.bench.rollout import differences
 from mai_thinking.errors import RunError
 from mai_thinking.model import MaiThinkingForCausalLM
+from mai_thinking.rl.nucleus import draw
 from mai_thinking.rl.rollouts import BatchedEngine, Request, Rollout
-from mai_thinking.rl.steps import CapturedSteps, padded_keys, padded_slots
+from mai_thinking.rl.steps import CapturedSteps, StaticSteps, padded_keys, padded_slots
 from tiny_models import tiny_model
 
 GPU_SIZES: dict[str, Any] = {
@@ -107,6 +110,40 @@ def test_longer_sequences_get_new_steps_and_new_weights_do_not() -> None:
     )
     mine.generate([Request(1, [5] * 5, 200)])
     assert mine._steps is not first
+
+
+class Operations(TorchDispatchMode):
+    """Notes what runs inside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(str(func.overloadpacket).removeprefix("aten."))
+        return func(*args, **(kwargs or {}))
+
+
+WAITING = {"_local_scalar_dense", "item", "nonzero", "masked_select", "unique", "_unique2", "bincount", "lift_fresh"}
+"""Operations that hand data to the host, or take it from there: no graph can have them."""
+
+
+def test_no_recorded_operation_waits_for_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the library's experts: ours are another function on a GPU."""
+    model = tiny_model(experts="grouped_mm")
+    operations = Operations()
+
+    def watched(self: StaticSteps, size: Any, work: Callable[[], None]) -> None:
+        with operations:
+            work()
+
+    monkeypatch.setattr(StaticSteps, "_launch", watched)
+    engine(model, how="static").generate(requests(groups=1))
+    assert {"embedding", "searchsorted", "scaled_dot_product_attention", "_grouped_mm"} <= operations.names
+    assert not operations.names & WAITING
+    with Operations() as others:  # the draw that may wait does so
+        draw(torch.zeros(2, 97), torch.zeros(2), temperature=1.0, top_p=0.9)
+    assert others.names & WAITING
 
 
 def test_static_steps_name_what_is_not_finite() -> None:
