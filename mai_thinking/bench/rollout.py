@@ -106,13 +106,16 @@ def compare_on_gpu(
 ) -> Result:
     """`requests` of one length, a quarter of `options.rounds` rounds."""
     dtype = torch.bfloat16
+    model.set_attn_implementation("windowed_sdpa")  # the learner's
+    peer = inference_copy(model, dtype)
+    peer.set_attn_implementation("sdpa")
     kind = Kind(f"all {length}", np.full(requests, length), None)
     asked = _asked(_prompts(model, np.random.default_rng(0), requests), kind)
     engine = _engine(model, slots, dtype=dtype)
     sides = {
         "engine": _ours(engine, asked),
         "no graphs": _ours(_engine(model, slots, dtype=dtype, how="static"), asked),
-        "generate": _theirs(inference_copy(model, dtype), slots, asked, kind),
+        "generate": _theirs(peer, slots, asked, kind),
     }
     turns = alternate(sides, rounds=max(2, options.rounds // 4), clock=_clock)
     figures = {side: rate(taken, "tokens/s") for side, taken in turns.items()}
