@@ -71,8 +71,6 @@ class SelfDistillation:
         text = self._prepare_text()
         self.batches = Batches(self.selection, text, config, rank=rank, ranks=ranks)
         model, parent = policy_model(config, self.architecture)
-        if config.execution.compile:
-            model.compile()
         self.session = Session(config, folder, accelerator, stack, parent=parent, data=text or (), traces=traces)
         self.parallel = share(model, accelerator, config.execution.parallel)
         self.optimizer = build_optimizer(self.parallel.model, config.optimizer)

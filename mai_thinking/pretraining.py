@@ -23,7 +23,7 @@ from mai_thinking.training.checkpoint_storage import visible_steps
 from mai_thinking.training.evaluation import Likelihood, evaluate_texts, summarize
 from mai_thinking.training.goodput import EVALUATION
 from mai_thinking.training.metrics import MetricsLog, read_records
-from mai_thinking.training.model_files import build_model, model_config, starting_point
+from mai_thinking.training.model_files import arrange, build_model, model_config, starting_point
 from mai_thinking.training.optimizer import build_optimizer, learning_rate
 from mai_thinking.training.parallel import share
 from mai_thinking.training.plan import Plan
@@ -55,10 +55,7 @@ class Pretraining:
         parent = starting_point(config, self.architecture)
         going_on = bool(visible_steps(folder.checkpoints))
         model = build_model(config, self.architecture, filled_later=going_on)
-        if config.execution.activation_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-        if config.execution.compile:
-            model.compile()
+        arrange(model, config.execution)
         self.loader = stack.enter_context(
             Loader(
                 self.data,

@@ -10,6 +10,7 @@ from mai_thinking.errors import UsageError
 BENCHES = {
     "moe": "our experts against the library's: training at 512 and 4,096 tokens, decoding at 1 to 64",
     "train": "a training step of nano with our experts and with the library's, and where its time goes",
+    "card": "configs/L12.yaml on one GPU: tokens per second, utilisation and memory, ours and the library's",
     "load": "what a step of nano waits for its data",
     "rollout": "our engine against `generate`, response lengths as they fall and all equal",
     "grpo": "a whole step of the climb against one of TRL's GRPOTrainer",

@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager
 from mai_thinking.config.pretraining import PretrainConfig
 from mai_thinking.data import Loader, PreparedData, Step
 from mai_thinking.model.configuration import LOCAL
-from mai_thinking.training.model_files import build_model, model_config
+from mai_thinking.training.model_files import arrange, build_model, model_config
 from mai_thinking.training.optimizer import build_optimizer
 from mai_thinking.training.parallel import share
 from mai_thinking.training.run_folder import RunFolder
@@ -27,17 +27,23 @@ class Learner:
         if local_layers_alone:  # which no config may have: a period ends with a global layer
             architecture.layer_types = [LOCAL] * architecture.num_hidden_layers
         accelerator = make_accelerator(config, RunFolder(config.folder))
-        parallel = share(build_model(config, architecture), accelerator, "ddp")
+        model = build_model(config, architecture)
+        arrange(model, config.execution)
+        parallel = share(model, accelerator, "ddp")
         self.model = parallel.model.train()
-        self._step = TrainStep.of_pretraining(
-            parallel, build_optimizer(parallel.model, config.optimizer), config, architecture
-        )
+        self.whole = parallel.whole()
+        self._optimizer = build_optimizer(parallel.model, config.optimizer)
+        self._step = TrainStep.of_pretraining(parallel, self._optimizer, config, architecture)
         self._number = itertools.count(1)
 
     def learn(self, batch: Step) -> float:
         """One step; → tokens in it."""
         self._step(batch.micro_batches, LEARNING_RATE, next(self._number))
         return float(self.config.batch.tokens_per_step)
+
+    def forget_gradients(self) -> None:
+        """Of a step that failed."""
+        self._optimizer.zero_grad(set_to_none=True)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Iterable
 
+import torch
 from torch.profiler import ProfilerActivity, profile
 
 from mai_thinking.bench.result import Row
@@ -61,3 +62,39 @@ def _kind(name: str, outer: str) -> str:
         return ATTENTION
     name = name.removeprefix("aten::")
     return PRODUCTS if name in _PRODUCTS else name
+
+
+_KERNELS = (
+    ("compiled", ("triton_",)),
+    ("optimiser", ("adam", "multi_tensor")),
+    (ATTENTION, ("flash", "fmha")),
+    ("grouped products", ("group",)),
+    (PRODUCTS, ("gemm", "nvjet", "cutlass", "sm90_xmma", "splitk", "cublas")),
+    ("sorting", ("sort", "radix", "searchsorted", "topk")),
+    ("copies", ("memcpy", "memset", "copy")),
+)
+"""Kinds of kernels and what their names have in them; the first that fits."""
+
+
+def gpu_profile_rows(work: Callable[[], object], *, kernels: int = 12) -> list[Row]:
+    """Shares of the GPU's busy time in one call of `work` by kind of kernel, in percent; then the longest kernels."""
+    with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as measured:
+        work()
+        torch.cuda.synchronize()
+    spent: Counter[str] = Counter()
+    for event in measured.key_averages():
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            spent[event.key] += int(event.self_device_time_total)
+    kinds: Counter[str] = Counter()
+    for name, time in spent.items():
+        low = name.lower()
+        kinds[next((kind for kind, marks in _KERNELS if any(mark in low for mark in marks)), "other")] += time
+    total = sum(spent.values()) or 1
+    by_kind = [
+        Row({"kernels": kind}, {"share": Figure.of([100.0 * t / total], "%")}) for kind, t in kinds.most_common()
+    ]
+    longest = [
+        Row({"kernel": name[:90]}, {"share": Figure.of([100.0 * time / total], "%")})
+        for name, time in spent.most_common(kernels)
+    ]
+    return by_kind + longest

@@ -89,7 +89,7 @@ class ExecutionSection(Section):
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """Every rank holds the whole model, or (FSDP2) its share of weights, gradients and optimiser state."""
     compile: bool = False
-    """Compile the model with torch.compile."""
+    """Compile the layers with torch.compile: for a GPU, where it fuses what lies between the products."""
 
 
 class TrackingSection(Section):

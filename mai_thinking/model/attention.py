@@ -3,7 +3,8 @@
 Source: MAI-Thinking-1 report §2.1. Kernels, masks and caches are the transformers library's, chosen by
 `config._attn_implementation` ("sdpa", "eager", "flash_attention_2", "flex_attention", ...).
 
-"windowed_sdpa" is ours: SDPA that does not compute, only to mask it, what lies outside a local layer's window.
+"windowed_sdpa" is ours: SDPA that does not compute, only to mask it, what lies outside a local layer's window; in half
+precision on a GPU, the flash kernel with documents' offsets in the mask's place (`model.packed_attention`).
 
 Shapes: B batch, T queries, H query heads, G key-value heads, d head size, W window, n blocks of W.
 """
@@ -21,6 +22,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mai_thinking.model.configuration import LOCAL, MaiThinkingConfig
 from mai_thinking.model.norm import RMSNorm
+from mai_thinking.model.packed_attention import Documents, packed_attention
 from mai_thinking.model.projection import residual_projection
 
 RotaryTables = tuple[torch.Tensor, torch.Tensor]
@@ -58,7 +60,7 @@ class Attention(nn.Module):
         self,
         x_BTD: torch.Tensor,
         rotary: RotaryTables,
-        attention_mask: torch.Tensor | None,
+        attention_mask: torch.Tensor | Documents | None,
         past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
@@ -125,13 +127,15 @@ def windowed_sdpa(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
+    attention_mask: torch.Tensor | Documents | None,
     sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """SDPA where a local layer's queries, in blocks as long as the window, meet only their own block of keys and the
     one before it: 2·W keys a query instead of T. Anything that is not whole blocks goes through the library's SDPA.
     """
+    if isinstance(attention_mask, Documents):
+        return packed_attention(query, key, value, attention_mask, sliding_window, kwargs["scaling"]), None
     B, _, T, _ = query.shape
     W = sliding_window
     if attention_mask is None or W is None or not _in_blocks(T, key.size(2), W):

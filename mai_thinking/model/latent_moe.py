@@ -20,6 +20,7 @@ from transformers.integrations import use_experts_implementation
 from mai_thinking.model.configuration import MaiThinkingConfig
 from mai_thinking.model.experts import eager_experts
 from mai_thinking.model.projection import residual_projection
+from mai_thinking.model.router_product import router_product
 
 
 class Routing(NamedTuple):
@@ -57,8 +58,9 @@ class Router(nn.Module):
 
         Given `chosen_TK`, it weighs these experts instead of choosing (routing replay, §3.1).
         """
+        in_half_precision = x_TD.is_cuda and torch.is_autocast_enabled("cuda")
         with torch.autocast(x_TD.device.type, enabled=False):
-            logits_TE = F.linear(x_TD.float(), self.weight.float())
+            logits_TE = router_product(x_TD.float(), self.weight.float(), split_gradients=in_half_precision)
         probabilities_TE = logits_TE.softmax(dim=-1)
         if chosen_TK is None:
             chosen_TK = stable_top_k(probabilities_TE.detach(), self.top_k)
@@ -76,8 +78,20 @@ def stable_top_k(probabilities_TE: torch.Tensor, k: int) -> torch.Tensor:
     """
     experts = probabilities_TE.size(-1)
     bits = probabilities_TE.contiguous().view(torch.int32).long()
-    reversed_index = torch.arange(experts - 1, -1, -1, device=bits.device)
-    return (bits * experts + reversed_index).topk(k, dim=-1).indices
+    keys = bits * experts + torch.arange(experts - 1, -1, -1, device=bits.device)
+    if torch.compiler.is_compiling() and keys.is_cuda:
+        return _largest_by_turns(keys, experts, k)
+    return keys.topk(k, dim=-1).indices
+
+
+def _largest_by_turns(keys_TE: torch.Tensor, experts: int, k: int) -> torch.Tensor:
+    """`stable_top_k` from its keys by k maxima, which a compiler makes one kernel of: each row is read once."""
+    chosen = []
+    for _ in range(k):
+        largest_T1 = keys_TE.amax(dim=-1, keepdim=True)
+        chosen.append(experts - 1 - largest_T1 % experts)
+        keys_TE = torch.where(keys_TE == largest_T1, -1, keys_TE)
+    return torch.cat(chosen, dim=-1)
 
 
 @use_experts_implementation

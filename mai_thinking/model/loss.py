@@ -1,5 +1,7 @@
 """Cross-entropy of a large vocabulary without holding all logits."""
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,30 +11,44 @@ CHUNK_ELEMENTS = {"cpu": 2**21, "cuda": 2**28}
 """Logits held at once. On a CPU they should stay near its caches; on a GPU a chunk should fill the machine."""
 
 
-def chunked_cross_entropy(hidden_BTD: torch.Tensor, weight_VD: torch.Tensor, labels_BT: torch.Tensor) -> torch.Tensor:
-    """Σ over labels ≠ -100 of −log softmax(hidden · weightᵀ)[label], a scalar in fp32.
+def logits_product(hidden: torch.Tensor, weight_VD: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+    """hidden [N, D] · weightᵀ → logits [N, V] fp32. No gradient.
+
+    With a `dtype`, on a GPU, that is what the operands are rounded to; sums and logits are fp32 all the same. Without,
+    the product is in the weight's dtype.
+    """
+    if dtype is None:
+        return F.linear(hidden.to(weight_VD.dtype), weight_VD).float()
+    return torch.mm(hidden.to(dtype), weight_VD.to(dtype).mT, out_dtype=torch.float32)
+
+
+def chunked_cross_entropy(
+    hidden_BTD: torch.Tensor, weight_VD: torch.Tensor, labels_BT: torch.Tensor, dtype: torch.dtype | None = None
+) -> torch.Tensor:
+    """Σ over labels ≠ -100 of −log softmax(hidden · weightᵀ)[label], a scalar in fp32. `dtype` as `logits_product`'s.
 
     Tokens go through in chunks, and where a gradient is wanted it is computed with the chunk's logits at hand, so that
     neither pass ever sees all of them. Differentiable once.
     """
-    hidden_TD = hidden_BTD.flatten(0, 1).to(weight_VD.dtype)
-    return _ChunkedCrossEntropy.apply(hidden_TD, weight_VD, labels_BT.flatten())
-
-
-def logits_product(hidden_ND: torch.Tensor, weight_VD: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
-    """hidden · weightᵀ, [N, V] fp32. On a GPU, `dtype` bf16 means a product of bf16 operands, summed and returned in
-    fp32; otherwise it is the product in the weight's own dtype."""
-    if dtype is torch.bfloat16 and hidden_ND.device.type == "cuda":
-        return torch.mm(hidden_ND.to(dtype), weight_VD.to(dtype).T, out_dtype=torch.float32)
-    return F.linear(hidden_ND.to(weight_VD.dtype), weight_VD).float()
+    hidden_TD = hidden_BTD.flatten(0, 1).to(dtype or weight_VD.dtype)
+    return _ChunkedCrossEntropy.apply(hidden_TD, weight_VD, labels_BT.flatten(), dtype)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     """Loss forward, and the gradient of it: d loss / d logits = softmax − one-hot."""
 
     @staticmethod
-    def forward(ctx: Any, hidden_TD: torch.Tensor, weight_VD: torch.Tensor, labels_T: torch.Tensor) -> torch.Tensor:
+    def forward(
+        ctx: Any,
+        hidden_TD: torch.Tensor,
+        weight_VD: torch.Tensor,
+        labels_T: torch.Tensor,
+        dtype: torch.dtype | None,
+    ) -> torch.Tensor:
         wants_gradient = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        on_gpu = hidden_TD.is_cuda
+        loss_and_gradient = _fused(_loss_and_gradient) if on_gpu else _loss_and_gradient_in_place
+        operand_VD = weight_VD if dtype is None else weight_VD.to(dtype)
         loss = torch.zeros((), dtype=torch.float32, device=hidden_TD.device)
         d_hidden = torch.zeros_like(hidden_TD) if wants_gradient else None
         d_weight = torch.zeros_like(weight_VD, dtype=torch.float32) if wants_gradient else None
@@ -40,19 +56,16 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         for begin in range(0, hidden_TD.size(0), size):
             chunk = slice(begin, begin + size)
             hidden, labels = hidden_TD[chunk], labels_T[chunk]
-            logits = F.linear(hidden, weight_VD).float()
-            log_z = logits.logsumexp(dim=-1, keepdim=True)
-            counted = (labels != -100)[:, None]
-            target = labels.clamp(min=0)[:, None]
-            loss += torch.where(counted, log_z - logits.gather(1, target), 0.0).sum()
-            if d_hidden is None or d_weight is None:
+            logits = logits_product(hidden, operand_VD, dtype)
+            chunk_loss, d_logits = loss_and_gradient(logits, labels, operand_VD.dtype, wants_gradient)
+            loss += chunk_loss
+            if d_hidden is None or d_weight is None or d_logits is None:
                 continue
-            d_logits = logits.sub_(log_z).exp_().mul_(counted)
-            d_logits.scatter_add_(1, target, -counted.to(d_logits.dtype))
-            d_logits = d_logits.to(weight_VD.dtype)
-            torch.mm(d_logits, weight_VD, out=d_hidden[chunk])
+            torch.mm(d_logits, operand_VD, out=d_hidden[chunk])
             if d_weight.dtype == d_logits.dtype:
                 d_weight.addmm_(d_logits.mT, hidden)
+            elif on_gpu:
+                d_weight += torch.mm(d_logits.mT, hidden, out_dtype=torch.float32)
             else:
                 d_weight += d_logits.mT @ hidden
         ctx.save_for_backward(d_hidden, d_weight)
@@ -60,6 +73,40 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx: Any, d_loss: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+    def backward(ctx: Any, d_loss: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         d_hidden, d_weight = ctx.saved_tensors
-        return d_hidden * d_loss.to(d_hidden.dtype), (d_weight * d_loss).to(ctx.weight_dtype), None
+        return d_hidden * d_loss.to(d_hidden.dtype), (d_weight * d_loss).to(ctx.weight_dtype), None, None
+
+
+def _loss_and_gradient_in_place(
+    logits_TV: torch.Tensor, labels_T: torch.Tensor, dtype: torch.dtype, wants_gradient: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Σ of the labels' −log softmax, and the logits' gradient in `dtype`, which takes their place."""
+    log_z = logits_TV.logsumexp(dim=-1, keepdim=True)
+    counted = (labels_T != -100)[:, None]
+    target = labels_T.clamp(min=0)[:, None]
+    loss = torch.where(counted, log_z - logits_TV.gather(1, target), 0.0).sum()
+    if not wants_gradient:
+        return loss, None
+    d_logits = logits_TV.sub_(log_z).exp_().mul_(counted)
+    d_logits.scatter_add_(1, target, -counted.to(d_logits.dtype))
+    return loss, d_logits.to(dtype)
+
+
+def _loss_and_gradient(
+    logits_TV: torch.Tensor, labels_T: torch.Tensor, dtype: torch.dtype, wants_gradient: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The same for a compiler: two passes over the logits, and one that writes the gradient."""
+    log_z = logits_TV.logsumexp(dim=-1, keepdim=True)
+    counted = (labels_T != -100)[:, None]
+    loss = torch.where(counted, log_z - logits_TV.gather(1, labels_T.clamp(min=0)[:, None]), 0.0).sum()
+    if not wants_gradient:
+        return loss, None
+    is_target = labels_T[:, None] == torch.arange(logits_TV.size(1), device=logits_TV.device)
+    return loss, torch.where(counted, (logits_TV - log_z).exp() - is_target.float(), 0.0).to(dtype)
+
+
+@functools.cache
+def _fused(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, compiled when it is first called."""
+    return torch.compile(function)

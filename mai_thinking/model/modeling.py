@@ -25,6 +25,8 @@ from mai_thinking.model.configuration import GLOBAL, LOCAL, MaiThinkingConfig
 from mai_thinking.model.latent_moe import Experts, LatentMoE, Router, Routing, balance_loss
 from mai_thinking.model.loss import chunked_cross_entropy
 from mai_thinking.model.norm import RMSNorm
+from mai_thinking.model.packed_attention import Documents, find_documents
+from mai_thinking.model.precision import half_precision
 from mai_thinking.model.projection import residual_projection
 
 
@@ -61,7 +63,7 @@ class DecoderLayer(GradientCheckpointingLayer):
     def forward(
         self,
         residual_BTD: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | Documents | None = None,
         rotary: RotaryTables | None = None,
         token_mask_BT: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
@@ -161,8 +163,9 @@ class MaiThinkingOutput(ModelOutput):
     scores: torch.Tensor | None = None
 
 
-Head = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-"""What may take the place of the logits: hidden states [B, T, D] fp32 and the head's weights [V, D] → scores."""
+Head = Callable[[torch.Tensor, torch.Tensor, torch.dtype | None], torch.Tensor]
+"""What may take the place of the logits: hidden states [B, T, D] fp32, the head's weights [V, D] and what the product's
+operands are to be rounded to (`half_precision`) → scores."""
 
 
 class MaiThinkingModel(MaiThinkingPreTrainedModel):
@@ -241,16 +244,27 @@ class MaiThinkingModel(MaiThinkingPreTrainedModel):
             expert_choices=torch.stack(choices) if output_expert_choices and choices else None,
         )
 
+    @property
+    def half_precision(self) -> torch.dtype | None:
+        """What the layers compute in, if that is half precision on a GPU: flash attention is to be had, and logits are
+        products of such operands."""
+        weight: torch.Tensor = self.layers[0].attention.o_proj.weight  # type: ignore[assignment, union-attr]
+        return half_precision(weight)
+
     def _masks(
         self,
         inputs_embeds: torch.Tensor,
-        attention_mask: torch.Tensor | dict[str, torch.Tensor | None] | None,
+        attention_mask: torch.Tensor | dict[str, torch.Tensor | Documents | None] | None,
         past_key_values: Cache | None,
         position_ids: torch.Tensor | None,
-    ) -> dict[str, torch.Tensor | None]:
+    ) -> dict[str, torch.Tensor | Documents | None]:
         """One mask a kind of layer, in the form that the chosen attention function takes."""
         if isinstance(attention_mask, dict):  # `generate` with a static cache prepares them ahead
             return attention_mask
+        ours = self.config._attn_implementation == "windowed_sdpa" and attention_mask is None
+        if ours and past_key_values is None and self.half_precision is not None:
+            rows, length = inputs_embeds.shape[:2]
+            return dict.fromkeys((GLOBAL, LOCAL), find_documents(position_ids, rows, length, inputs_embeds.device))
         arguments = {
             "config": self.config,
             "inputs_embeds": inputs_embeds,
@@ -315,15 +329,16 @@ class MaiThinkingForCausalLM(MaiThinkingPreTrainedModel, GenerationMixin):
         if labels is not None and shift_labels is None:
             shift_labels = F.pad(labels, (0, 1), value=-100)[:, 1:]
         loss = aux_loss = logits = scores = None
+        dtype = self.model.half_precision
         with torch.autocast(hidden_BTD.device.type, enabled=False):
             if head is not None:
-                scores = head(hidden_BTD, self.lm_head.weight)
+                scores = head(hidden_BTD, self.lm_head.weight, dtype)
             elif not skip_logits:
                 kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
                 logits = self.lm_head(hidden_BTD[:, kept].to(self.lm_head.weight.dtype)).float()
             if shift_labels is not None:
                 items = (shift_labels != -100).sum() if num_items_in_batch is None else num_items_in_batch
-                loss = chunked_cross_entropy(hidden_BTD, self.lm_head.weight, shift_labels) / items
+                loss = chunked_cross_entropy(hidden_BTD, self.lm_head.weight, shift_labels, dtype) / items
         if output_router_logits and output.routing is not None:
             routing = output.routing
             aux_loss = balance_loss(routing.counts_E, routing.probabilities_E, routing.tokens[0])

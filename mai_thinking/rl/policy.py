@@ -10,12 +10,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
 from mai_thinking.model.latent_moe import Routing
-from mai_thinking.model.loss import CHUNK_ELEMENTS
+from mai_thinking.model.loss import CHUNK_ELEMENTS, logits_product
 from mai_thinking.rl.nucleus import packed_tokens, unpack_bits
 from mai_thinking.rl.packing import MicroBatch
 
@@ -47,10 +46,10 @@ def response_logprobs(
     places go through the head.
     """
 
-    def head(hidden_BTD: torch.Tensor, weight_VD: torch.Tensor) -> torch.Tensor:
-        hidden_ND = hidden_BTD[batch.response_mask].to(weight_VD.dtype)
+    def head(hidden_BTD: torch.Tensor, weight_VD: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+        hidden_ND = hidden_BTD[batch.response_mask].to(dtype or weight_VD.dtype)
         nucleus = batch.nucleus if replay_nucleus else None
-        return token_logprobs(hidden_ND, weight_VD, batch.targets, nucleus, temperature)
+        return token_logprobs(hidden_ND, weight_VD, batch.targets, nucleus, temperature, dtype)
 
     output = model(
         input_ids=batch.input_ids,
@@ -70,19 +69,21 @@ def token_logprobs(
     targets_N: torch.Tensor,
     nucleus_NB: torch.Tensor | None,
     temperature: float,
+    dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """log softmax(hidden · weightᵀ / temperature)[target], over the nucleus (bit-packed) if given; [N] fp32.
+    """log softmax(hidden · weightᵀ / temperature)[target], over the nucleus (bit-packed) if given; [N] fp32. On a GPU,
+    the product's operands may be rounded to `dtype` (`loss.logits_product`), which the hidden states have already.
 
     Never holds all logits, and computes only those inside where the nucleus is narrow. A target outside its nucleus
     has −∞, or a meaningless value where that is narrow. Differentiable once.
     """
     if nucleus_NB is None or nucleus_NB.device.type != "cpu":
-        return _TokenLogprobs.apply(hidden_ND, weight_VD, targets_N, nucleus_NB, temperature)
+        return _TokenLogprobs.apply(hidden_ND, weight_VD, targets_N, nucleus_NB, temperature, dtype)
     size_N = torch.from_numpy(np.bitwise_count(nucleus_NB.numpy()).sum(axis=-1, dtype=np.int64))
     is_narrow_N = size_N <= NARROW * weight_VD.size(0)
     narrow, wide = (which.nonzero().squeeze(1) for which in (is_narrow_N, ~is_narrow_N))
     parts = [
-        function(hidden_ND[rows], weight_VD, targets_N[rows], nucleus_NB[rows], temperature)
+        function(hidden_ND[rows], weight_VD, targets_N[rows], nucleus_NB[rows], temperature, None)
         for function, rows in ((_narrow_logprobs, narrow), (_TokenLogprobs.apply, wide))
     ]
     return torch.cat(parts).index_select(0, torch.cat((narrow, wide)).argsort())
@@ -94,6 +95,7 @@ def _narrow_logprobs(
     targets_N: torch.Tensor,
     nucleus_NB: torch.Tensor,
     temperature: float,
+    _: torch.dtype | None,
 ) -> torch.Tensor:
     """`token_logprobs` from the products of each hidden state with its own nucleus's tokens."""
     row_S, token_S = packed_tokens(nucleus_NB)
@@ -118,12 +120,14 @@ class _TokenLogprobs(torch.autograd.Function):
         targets_N: torch.Tensor,
         nucleus_NB: torch.Tensor | None,
         temperature: float,
+        dtype: torch.dtype | None,
     ) -> torch.Tensor:
-        ctx.temperature = temperature
+        ctx.temperature, ctx.dtype = temperature, dtype
+        operand_VD = weight_VD if dtype is None else weight_VD.to(dtype)
         log_z_N = hidden_ND.new_empty(hidden_ND.size(0), dtype=torch.float32)
         logprobs_N = torch.empty_like(log_z_N)
         for chunk in _chunks(hidden_ND, weight_VD):
-            logits = _logits(hidden_ND[chunk], weight_VD, nucleus_NB, chunk, temperature)
+            logits = _logits(hidden_ND[chunk], operand_VD, nucleus_NB, chunk, temperature, dtype)
             log_z_N[chunk] = logits.logsumexp(dim=-1)
             logprobs_N[chunk] = logits.gather(1, targets_N[chunk, None]).squeeze(1) - log_z_N[chunk]
         ctx.save_for_backward(hidden_ND, weight_VD, targets_N, nucleus_NB, log_z_N)
@@ -136,15 +140,16 @@ class _TokenLogprobs(torch.autograd.Function):
         d_hidden = torch.empty_like(hidden_ND)
         d_weight = torch.zeros_like(weight_VD, dtype=torch.float32)
         scale_N1 = (d_logprobs_N / ctx.temperature)[:, None]
+        operand_VD = weight_VD if ctx.dtype is None else weight_VD.to(ctx.dtype)
         for chunk in _chunks(hidden_ND, weight_VD):
             hidden = hidden_ND[chunk]
-            logits = _logits(hidden, weight_VD, nucleus_NB, chunk, ctx.temperature)
+            logits = _logits(hidden, operand_VD, nucleus_NB, chunk, ctx.temperature, ctx.dtype)
             d_logits = logits.sub_(log_z_N[chunk, None]).exp_().mul_(-scale_N1[chunk])
             d_logits.scatter_add_(1, targets_N[chunk, None], scale_N1[chunk])
-            d_logits = d_logits.to(weight_VD.dtype)
-            torch.mm(d_logits, weight_VD, out=d_hidden[chunk])
+            d_logits = d_logits.to(operand_VD.dtype)
+            torch.mm(d_logits, operand_VD, out=d_hidden[chunk])
             d_weight += d_logits.mT @ hidden
-        return d_hidden, d_weight.to(weight_VD.dtype), None, None, None
+        return d_hidden, d_weight.to(weight_VD.dtype), None, None, None, None
 
 
 def _chunks(hidden_ND: torch.Tensor, weight_VD: torch.Tensor) -> list[slice]:
@@ -153,9 +158,14 @@ def _chunks(hidden_ND: torch.Tensor, weight_VD: torch.Tensor) -> list[slice]:
 
 
 def _logits(
-    hidden: torch.Tensor, weight_VD: torch.Tensor, nucleus_NB: torch.Tensor | None, chunk: slice, temperature: float
+    hidden: torch.Tensor,
+    weight_VD: torch.Tensor,
+    nucleus_NB: torch.Tensor | None,
+    chunk: slice,
+    temperature: float,
+    dtype: torch.dtype | None,
 ) -> torch.Tensor:
-    logits = F.linear(hidden, weight_VD).float().div_(temperature)
+    logits = logits_product(hidden, weight_VD, dtype).div_(temperature)
     if nucleus_NB is not None:
         logits.masked_fill_(~unpack_bits(nucleus_NB[chunk], weight_VD.size(0)), float("-inf"))
     return logits

@@ -74,8 +74,6 @@ class Climb:
         check_lengths(config, mix)
         self.tokenizer = load_tokenizer(config.init_from)
         model, lineage = policy_model(config, self.architecture)
-        if config.execution.compile:
-            model.compile()
         pool = stack.enter_context(
             GradingPool(
                 config.tasks,

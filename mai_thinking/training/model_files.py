@@ -10,6 +10,7 @@ from transformers.initialization import no_init_weights
 from transformers.utils import logging
 
 from mai_thinking.config.pretraining import PretrainConfig
+from mai_thinking.config.run import ExecutionSection
 from mai_thinking.data.tokenizer import architecture_folder, is_checkpoint, load_tokenizer
 from mai_thinking.errors import UsageError
 from mai_thinking.lineage import Lineage, random_weights, require_own
@@ -82,6 +83,19 @@ def build_model(
         if any(name in str(error) for name in ("attn_implementation", "experts_implementation", "attention")):
             raise UsageError(f"execution: {' '.join(str(error).split())}") from None
         raise
+
+
+def arrange(model: MaiThinkingForCausalLM, execution: ExecutionSection) -> None:
+    """Have `model` recompute activations and run compiled, as `execution` says.
+
+    Compiled is each layer by itself: layers of a kind share one compilation, and whatever stands between layers, such
+    as finding the documents in a row, may look at the data.
+    """
+    if execution.activation_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if execution.compile:
+        for layer in model.model.layers:
+            layer.compile()
 
 
 def _unfilled(architecture: object, **changes: object) -> MaiThinkingForCausalLM:

@@ -1,0 +1,103 @@
+"""The experts on a GPU: the pairs sorted by expert, and one grouped product for all experts at a time.
+
+    pairs        t0·e7  t0·e2  t1·e7 …          each token K times
+    sorted       e2: t0 …   e7: t0 t1 …         x gathered in this order, [S, L]
+    products     [S, L] → gate, up [S, 2F] → silu(gate) · up [S, F] → y [S, L], a group of rows an expert
+    combined     Σ_k gate · y, each token's K rows gathered back
+
+Everything has a shape that is known beforehand, so that a step can be compiled or captured in a graph. The backward is
+written out: autograd would add the gathers' gradients up by atomic additions, slowly and in any order, and would keep
+the gathered rows and every product. Kept are the inputs and gate and up; the gates' gradient is had from the inner
+activations, so that y is not needed.
+
+Shapes: T tokens, K chosen experts per token, S = T·K token-expert pairs, E experts, L latent size, F inner size.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+
+def grouped_experts(
+    x_TL: torch.Tensor,
+    w_gate_up: torch.Tensor,
+    w_down: torch.Tensor,
+    gates_TK: torch.Tensor,
+    chosen_TK: torch.Tensor,
+) -> torch.Tensor:
+    """Σ_k gate · expert(x): [T, L], [E, 2F, L], [E, L, F], [T, K], [T, K] int64 → [T, L].
+
+    No pair is dropped, and the same inputs give the same bits. `x_TL` and the weights are of one dtype that the
+    library's grouped product knows; between the products all is fp32, the combination too.
+    """
+    out: torch.Tensor = _GroupedSwiGLU.apply(x_TL, w_gate_up, w_down, gates_TK, chosen_TK)
+    return out
+
+
+class Order(NamedTuple):
+    """Pairs sorted by expert, and within an expert by token."""
+
+    pair_S: torch.Tensor
+    """Each row's pair (token · K + slot), int64."""
+    row_TK: torch.Tensor
+    """Each pair's row, int64."""
+    ends_E: torch.Tensor
+    """Where each expert's rows end, int32, as the grouped product takes it."""
+
+    @classmethod
+    def of(cls, chosen_TK: torch.Tensor, experts: int) -> "Order":
+        """By a stable sort of [T, K] indices of experts."""
+        # A radix sort's passes go by the keys' width.
+        key_S = chosen_TK.flatten().to(torch.int16 if experts < 2**15 else torch.int32)
+        sorted_S, pair_S = torch.sort(key_S, stable=True)
+        each_E = torch.arange(experts, device=key_S.device, dtype=key_S.dtype)
+        ends_E = torch.searchsorted(sorted_S, each_E, right=True, out_int32=True)
+        row_S = torch.empty_like(pair_S).scatter_(0, pair_S, torch.arange(pair_S.size(0), device=pair_S.device))
+        return cls(pair_S, row_S.view(chosen_TK.shape), ends_E)
+
+
+class _GroupedSwiGLU(torch.autograd.Function):
+    """The experts and their combination, differentiable in inputs, weights and gates."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_TL: torch.Tensor,
+        w_gate_up: torch.Tensor,
+        w_down: torch.Tensor,
+        gates_TK: torch.Tensor,
+        chosen_TK: torch.Tensor,
+    ) -> torch.Tensor:
+        order = Order.of(chosen_TK, w_gate_up.size(0))
+        x_SL = x_TL[order.pair_S // chosen_TK.size(1)]
+        gate_up_SF = F.grouped_mm(x_SL, w_gate_up.mT, offs=order.ends_E)
+        gate, up = gate_up_SF.float().chunk(2, dim=-1)
+        inner_SF = (F.silu(gate) * up).to(x_TL.dtype)
+        y_SL = F.grouped_mm(inner_SF, w_down.mT, offs=order.ends_E)
+        ctx.save_for_backward(x_TL, w_gate_up, w_down, gates_TK, gate_up_SF, *order)
+        return (y_SL[order.row_TK].float() * gates_TK.float()[..., None]).sum(dim=1).to(x_TL.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, dout_TL: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x_TL, w_gate_up, w_down, gates_TK, gate_up_SF, *order_parts = ctx.saved_tensors
+        order, dtype = Order(*order_parts), x_TL.dtype
+        token_S = order.pair_S // gates_TK.size(1)
+        x_SL, dout_SL = x_TL[token_S], dout_TL[token_S]
+        gate_S1 = gates_TK.float().flatten()[order.pair_S][:, None]
+        # Of the inner activations before they are weighed: y and its gradient are never needed.
+        d_unweighed = F.grouped_mm(dout_SL, w_down, offs=order.ends_E).float()
+        gate, up = gate_up_SF.float().chunk(2, dim=-1)
+        sigmoid = gate.sigmoid()
+        silu = gate * sigmoid
+        inner = silu * up
+        dgates_S = (d_unweighed * inner).sum(dim=-1)
+        d_inner = d_unweighed * gate_S1
+        d_gate = d_inner * up * (sigmoid + silu * (1.0 - sigmoid))
+        d_gate_up_SF = torch.cat((d_gate, d_inner * silu), dim=-1).to(dtype)
+        weighed_SF = (inner * gate_S1).to(dtype)
+        dw_down = F.grouped_mm(dout_SL.mT, weighed_SF, offs=order.ends_E)
+        dw_gate_up = F.grouped_mm(d_gate_up_SF.mT, x_SL, offs=order.ends_E)
+        dx_SL = F.grouped_mm(d_gate_up_SF, w_gate_up, offs=order.ends_E)
+        dx_TL = dx_SL[order.row_TK].float().sum(dim=1).to(dtype)
+        return dx_TL, dw_gate_up, dw_down, dgates_S[order.row_TK].to(gates_TK.dtype), None

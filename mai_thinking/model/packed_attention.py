@@ -1,0 +1,137 @@
+"""Attention over packed documents on a GPU: the flash kernel that PyTorch has, told where documents begin.
+
+It takes rows as one long sequence of documents of any length, and skips what lies outside a local layer's window.
+No mask is made. It wants half precision; elsewhere the masks and kernels of `model.attention` serve.
+
+Shapes: B rows, T tokens in a row, S = B·T tokens, N documents, H query heads, G key-value heads, d head size.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+
+
+class Documents(NamedTuple):
+    """Where documents begin in rows laid end to end; takes a mask's place in the layers."""
+
+    offsets: torch.Tensor
+    """Each document's first token among S, and S; int32 [N + 1], on the rows' device."""
+    longest: torch.Tensor
+    """The longest one's length, a scalar on the CPU, where it is read without waiting for the device."""
+
+
+def find_documents(position_ids_BT: torch.Tensor | None, rows: int, length: int, device: torch.device) -> Documents:
+    """A document begins at a row's start and wherever positions do not go on by one; without positions, a row is one.
+
+    `position_ids_BT` is [B, T], or [1, T] for rows that are alike. Waits for the device.
+    """
+    if position_ids_BT is None:
+        offsets = torch.arange(0, (rows + 1) * length, length, dtype=torch.int32, device=device)
+        return Documents(offsets, torch.tensor(length))
+    begins_BT = torch.ones(rows, length, dtype=torch.bool, device=device)
+    begins_BT[:, 1:] = position_ids_BT[:, 1:] != position_ids_BT[:, :-1] + 1
+    starts = begins_BT.flatten().nonzero().squeeze(1)
+    offsets = torch.cat((starts, starts.new_tensor([rows * length]))).to(torch.int32)
+    torch._dynamo.mark_dynamic(offsets, 0)  # another micro-batch has another number of documents
+    return Documents(offsets, offsets.diff().max().cpu())
+
+
+def packed_attention(
+    q_BHTd: torch.Tensor,
+    k_BGTd: torch.Tensor,
+    v_BGTd: torch.Tensor,
+    documents: Documents,
+    window: int | None,
+    scale: float,
+) -> torch.Tensor:
+    """Causal attention within documents, of each token to itself and the `window` − 1 before it → [B, T, H, d]."""
+    B, _, T, _ = q_BHTd.shape
+    q, k, v = (states.transpose(1, 2).flatten(0, 1).contiguous() for states in (q_BHTd, k_BGTd, v_BGTd))
+    out_SHd, _ = _attend(q, k, v, *documents, -1 if window is None else window - 1, scale)
+    return out_SHd.unflatten(0, (B, T))
+
+
+@torch.library.custom_op("mai_thinking::packed_attention", mutates_args=(), device_types="cuda")
+def _attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    offsets: torch.Tensor,
+    longest: torch.Tensor,
+    before: int,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """[S, H, d], [S, G, d] twice → outputs [S, H, d] and the log-sums of exponentials [H, S] fp32; `before` tokens are
+    seen besides the own, −1 for all."""
+    most = int(longest)
+    out, log_sums, *_ = torch.ops.aten._flash_attention_forward(
+        q, k, v, offsets, offsets, most, most, 0.0, True, False, scale=scale,
+        window_size_left=None if before < 0 else before, window_size_right=None if before < 0 else 0,
+    )  # fmt: skip
+    return out, log_sums
+
+
+@_attend.register_fake
+def _(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    offsets: torch.Tensor,
+    longest: torch.Tensor,
+    before: int,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.empty_like(q), q.new_empty(q.size(1), q.size(0), dtype=torch.float32)
+
+
+@torch.library.custom_op("mai_thinking::packed_attention_backward", mutates_args=(), device_types="cuda")
+def _attend_backward(
+    d_out: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    log_sums: torch.Tensor,
+    offsets: torch.Tensor,
+    longest: torch.Tensor,
+    before: int,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """→ gradients like q, k and v."""
+    most = int(longest)
+    no_dropout = torch.zeros(2, dtype=torch.uint64, device=q.device)
+    dq, dk, dv = torch.ops.aten._flash_attention_backward(
+        d_out.contiguous(), q, k, v, out, log_sums, offsets, offsets, most, most, 0.0, True, no_dropout,
+        q.new_empty(0), scale=scale,
+        window_size_left=None if before < 0 else before, window_size_right=None if before < 0 else 0,
+    )  # fmt: skip
+    return dq, dk, dv
+
+
+@_attend_backward.register_fake
+def _(
+    d_out: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    log_sums: torch.Tensor,
+    offsets: torch.Tensor,
+    longest: torch.Tensor,
+    before: int,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+    q, k, v, offsets, longest, ctx.before, ctx.scale = inputs
+    ctx.save_for_backward(q, k, v, *output, offsets, longest)
+
+
+def _differentiate(ctx: Any, d_out: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    dq, dk, dv = _attend_backward(d_out, *ctx.saved_tensors, ctx.before, ctx.scale)
+    return dq, dk, dv, None, None, None, None
+
+
+_attend.register_autograd(_differentiate, setup_context=_keep)
