@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from mai_thinking.config.loading import load_config
 from mai_thinking.config.pretraining import PretrainConfig
@@ -31,3 +32,9 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory, tiny_config: Callable[...
     folder = tmp_path_factory.mktemp("runs") / "tiny"
     assert pretrain(tiny_config(folder)) == 0
     return folder
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """What needs a GPU is skipped where there is none."""
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a GPU")

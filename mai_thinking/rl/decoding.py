@@ -14,64 +14,100 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
+from torch import nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mai_thinking.model import MaiThinkingConfig, MaiThinkingForCausalLM
 from mai_thinking.model.configuration import GLOBAL, LOCAL
 
 Experts = NDArray[np.uint16]
+SLOT_ATTENTION = "slot_sdpa"
+"""The name that the library knows `slot_attention` under."""
+
+
+def slot_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """SDPA where a single query's heads that share keys count as so many queries: the library's older versions write
+    the keys out for each of them, which is most of what a decoding step would read. Else the library's."""
+    B, H, T, d = query.shape
+    if T > 1 or attention_mask is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    queries = query.reshape(B, key.size(1), -1, d)
+    heads = F.scaled_dot_product_attention(queries, key, value, attn_mask=attention_mask, scale=scaling)
+    return heads.reshape(B, 1, H, d), None
+
+
+ALL_ATTENTION_FUNCTIONS.register(SLOT_ATTENTION, slot_attention)
 
 
 class Prompt(NamedTuple):
-    """A prompt that has been through the model, to be copied into any number of slots."""
+    """A prompt that has been through the model, to be copied into any number of slots. l layers of a kind."""
 
-    keys: list[torch.Tensor]
-    """A layer each, [G, P, d]; local layers' too."""
-    values: list[torch.Tensor]
+    states: dict[str, tuple[torch.Tensor, torch.Tensor]]
+    """Keys and values of each kind of layer, [l, G, P, d]; local layers' of all tokens too."""
     hidden_D: torch.Tensor
     """The last token's final hidden state, which predicts the response's first token."""
     experts_MPK: Experts
 
 
 class SlotCache:
-    """Keys and values of `slots` sequences of up to `length` tokens; the model takes it for `past_key_values`."""
+    """Keys and values of `slots` sequences of up to `length` tokens; the model takes it for `past_key_values`.
+
+    Layers of a kind lie in one tensor, so that slots are filled and moved in few operations.
+    """
 
     def __init__(self, config: MaiThinkingConfig, slots: int, length: int, like: torch.Tensor) -> None:
         self._window = min(config.sliding_window, length)
-        self.slots, self.length = slots, length
-        self._local = [kind == LOCAL for kind in config.layer_types or []]
-        rooms = [self._window if local else length for local in self._local]
-        shapes = [(slots, config.num_key_value_heads, room, config.head_dim) for room in rooms]
-        self._keys, self._values = ([like.new_zeros(shape) for shape in shapes] for _ in range(2))
+        self.slots, self.length, self._dtype = slots, length, like.dtype
+        layers = layers_of(config)
+        self._place = {layer: (kind, i) for kind, own in layers.items() for i, layer in enumerate(own)}
+        self._states: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        for kind, own in layers.items():
+            room = self._window if kind == LOCAL else length
+            shape = (len(own), slots, config.num_key_value_heads, room, config.head_dim)
+            self._states[kind] = like.new_zeros(shape), like.new_zeros(shape)
         self._position_A = torch.zeros(0, dtype=torch.long, device=like.device)
         self._rows_A = torch.arange(slots, device=like.device)
         self._used = 0
 
     def fill(self, first: int, count: int, prompt: Prompt) -> None:
         """Copy a prompt into slots `first` … `first + count − 1`."""
-        for layer, local in enumerate(self._local):
-            P = prompt.keys[layer].size(1)
-            kept = min(P, self._window) if local else P
-            # Of a longer prompt than the window, the last tokens, each at its place in the ring.
-            tokens = torch.arange(P - kept, P, device=prompt.hidden_D.device)
-            place = tokens % self._window if local else tokens
-            for cache, states in ((self._keys, prompt.keys), (self._values, prompt.values)):
-                cache[layer][first : first + count, :, place] = states[layer][:, P - kept :]
+        for kind, parts in self._states.items():
+            for cache, states in zip(parts, prompt.states[kind], strict=True):
+                P, room = states.size(2), cache.size(3)
+                if room < P:
+                    # Of a longer prompt than the window, the last tokens, each at its place in the ring.
+                    states = states[:, :, P - room :].roll(P % room, dims=2)
+                cache[:, first : first + count, :, :P] = states[:, None]
 
     def move(self, source: Sequence[int], target: Sequence[int], used: int) -> None:
         """Copy slots `source` over slots `target`, of their first `used` tokens."""
         origin, goal = (torch.tensor(slots, device=self._rows_A.device) for slots in (source, target))
-        for states in (*self._keys, *self._values):
-            states[goal, :, :used] = states[origin, :, :used]
+        for parts in self._states.values():
+            for states in parts:
+                states[:, goal, :, :used] = states[:, origin, :, :used]
 
     def at(self, position_A: torch.Tensor, used: int) -> dict[str, torch.Tensor]:
-        """Prepare a decoding step that writes slot i's token at `position_A[i]`, the largest of which is `used` − 1.
+        """Prepare a decoding step that writes slot i's token at `position_A[i]`, all of which are below `used`.
 
-        → the masks of the two kinds of layers, [A, 1, 1, keys] bool.
+        → the masks of the two kinds of layers, [A, 1, 1, keys]: bool, or off the CPU what is added to the scores, which
+        attention would otherwise make of it again in every layer.
         """
         self._position_A, self._used = position_A, used
         written = torch.arange(used, device=position_A.device) <= position_A[:, None]
         mask_A11T = written[:, None, None]
+        if mask_A11T.device.type != "cpu":
+            mask_A11T = torch.zeros_like(mask_A11T, dtype=self._dtype).masked_fill_(~mask_A11T, float("-inf"))
         return {GLOBAL: mask_A11T, LOCAL: mask_A11T[..., : self._window]}
 
     def update(
@@ -79,11 +115,18 @@ class SlotCache:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Write this step's keys and values; → all of the layer's for the slots in use, views."""
         A = k_AG1d.size(0)
-        place_A = self._position_A % self._window if self._local[layer] else self._position_A
-        keys, values = self._keys[layer], self._values[layer]
+        kind, index = self._place[layer]
+        place_A = self._position_A % self._window if kind == LOCAL else self._position_A
+        keys, values = (states[index] for states in self._states[kind])
         keys[self._rows_A[:A], :, place_A] = k_AG1d[:, :, 0]
         values[self._rows_A[:A], :, place_A] = v_AG1d[:, :, 0]
         return keys[:A, :, : self._used], values[:A, :, : self._used]
+
+
+def layers_of(config: MaiThinkingConfig) -> dict[str, list[int]]:
+    """The layers of each kind, in order."""
+    kinds = config.layer_types or []
+    return {kind: [layer for layer, own in enumerate(kinds) if own == kind] for kind in sorted(set(kinds))}
 
 
 class _Capture:
@@ -120,26 +163,29 @@ def prefill(model: MaiThinkingForCausalLM, prompts: Sequence[Sequence[int]]) -> 
         output_expert_choices=True,
     )
     experts_MBPK = output.expert_choices.cpu().numpy().astype(np.uint16)
+    whole = {
+        kind: [torch.stack([part[layer] for layer in own]) for part in (capture.keys, capture.values)]
+        for kind, own in layers_of(model.config).items()
+    }
     results = []
     for row, prompt in enumerate(prompts):
         P = len(prompt)
-        keys, values = ([states[row, :, :P] for states in part] for part in (capture.keys, capture.values))
-        results.append(Prompt(keys, values, output.last_hidden_state[row, P - 1], experts_MBPK[:, row, :P]))
+        states = {kind: (keys[:, row, :, :P], values[:, row, :, :P]) for kind, (keys, values) in whole.items()}
+        results.append(Prompt(states, output.last_hidden_state[row, P - 1], experts_MBPK[:, row, :P]))
     return results
 
 
 def decode(
-    model: MaiThinkingForCausalLM, cache: SlotCache, tokens_A: torch.Tensor, positions_A: NDArray[np.int64]
-) -> tuple[torch.Tensor, Experts]:
-    """Take one token of each slot through the model → final hidden states [A, D], experts [A, M, K]."""
-    position_A = torch.from_numpy(positions_A).to(model.device)
+    model: MaiThinkingForCausalLM, cache: SlotCache, tokens_A: torch.Tensor, position_A: torch.Tensor, used: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Take one token of each slot, at positions below `used`, through the model → final hidden states [A, D], experts
+    [A, M, K] int64. Nothing in it waits for the device."""
     output = model.model(
         tokens_A[:, None],
-        attention_mask=cache.at(position_A, int(positions_A.max()) + 1),
+        attention_mask=cache.at(position_A, used),
         position_ids=position_A[:, None],
         past_key_values=cache,
         use_cache=True,
         output_expert_choices=True,
     )
-    experts_AMK = output.expert_choices[:, :, 0].transpose(0, 1)
-    return output.last_hidden_state[:, 0], experts_AMK.cpu().numpy().astype(np.uint16)
+    return output.last_hidden_state[:, 0], output.expert_choices[:, :, 0].transpose(0, 1)

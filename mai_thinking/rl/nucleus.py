@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 
 FEW = 32
@@ -19,6 +20,9 @@ BISECTIONS = 9
 """Usually enough to come within `FEW` tokens of the nucleus's end."""
 BLOCKS = 256
 """Blocks that the vocabulary is cut into, to find the few likeliest tokens in the blocks with the largest maxima."""
+
+UNITS = 2.0**40
+"""What a probability of 1 counts in integers: less than a millionth of a millionth of the mass is rounded away."""
 
 
 class Draws(NamedTuple):
@@ -37,6 +41,8 @@ def draw(logits_AV: torch.Tensor, uniforms_A: torch.Tensor, *, temperature: floa
 
     Temperature 0 takes the likeliest token, of a nucleus of one and with log-probability 0.
     """
+    if logits_AV.device.type != "cpu":
+        return draw_unbranched(logits_AV, uniforms_A, temperature=temperature, top_p=top_p)
     if temperature == 0.0:
         tokens_A = logits_AV.argmax(dim=-1)
         nucleus_AV = torch.zeros_like(logits_AV, dtype=torch.bool).scatter_(1, tokens_A[:, None], True)
@@ -51,6 +57,49 @@ def draw(logits_AV: torch.Tensor, uniforms_A: torch.Tensor, *, temperature: floa
     tokens_A1 = torch.searchsorted(cumulative_AV, target_A[:, None], right=True)
     logprobs_A = (p_AV.gather(1, tokens_A1).squeeze(1) / mass_A).log()
     return Draws(tokens_A1.squeeze(1), logprobs_A, inside_AV.bool())
+
+
+def draw_unbranched(logits_AV: torch.Tensor, uniforms_A: torch.Tensor, *, temperature: float, top_p: float) -> Draws:
+    """`draw` without a branch or a shape that depends on the data: a GPU need not wait for the host, and its work can
+    be recorded. Rows of logits that are not finite give anything, but no error.
+
+    A GPU sums in an order of its own, so the cumulative mass is counted in integers: in floats, a token outside the
+    nucleus could seem to add to it, and be drawn.
+    """
+    if temperature == 0.0:
+        tokens_A1 = logits_AV.argmax(dim=-1, keepdim=True)
+        nucleus_AV = torch.zeros_like(logits_AV, dtype=torch.bool).scatter_(1, tokens_A1, True)
+        return Draws(tokens_A1.squeeze(1), logits_AV.new_zeros(logits_AV.size(0)), nucleus_AV)
+    p_AV = (logits_AV / temperature).softmax(dim=-1)
+    inside_AV = _nucleus_unbranched(p_AV, top_p)
+    p_inside_AV = p_AV * inside_AV
+    cumulative_AV = (p_inside_AV * UNITS).long().cumsum(dim=-1)
+    units_A = cumulative_AV[:, -1]
+    target_A = torch.minimum((uniforms_A.double() * units_A).long(), units_A - 1)
+    tokens_A1 = torch.searchsorted(cumulative_AV, target_A[:, None], right=True).clamp_(max=p_AV.size(1) - 1)
+    logprobs_A = (p_AV.gather(1, tokens_A1).squeeze(1) / p_inside_AV.sum(dim=-1)).log()
+    return Draws(tokens_A1.squeeze(1), logprobs_A, inside_AV)
+
+
+def _nucleus_unbranched(p_AV: torch.Tensor, top_p: float) -> torch.Tensor:
+    """The nucleus of each row of probabilities, [A, V] bool.
+
+    Finds the largest probability above which, itself included, enough lies. The bits of non-negative floats order like
+    integers: they are settled one by one from the highest down. Far less work on a GPU than a sort.
+    """
+    if top_p >= 1.0:
+        return torch.ones_like(p_AV, dtype=torch.bool)
+    bits_AV = p_AV.contiguous().view(torch.int32)
+    least_A1 = torch.zeros_like(bits_AV[:, :1])
+    for bit in range(29, -1, -1):  # probabilities are below 2, whose bits are 2 ** 30
+        higher_A1 = least_A1 + 2**bit
+        enough_A1 = (p_AV * (bits_AV >= higher_A1)).sum(dim=-1, keepdim=True) >= top_p
+        least_A1 = higher_A1.where(enough_A1, least_A1)
+    above_AV, level_AV = bits_AV > least_A1, bits_AV == least_A1
+    # Of several tokens as likely as the last one that is needed, the first by index are in.
+    missing_A1 = top_p - (p_AV * above_AV).sum(dim=-1, keepdim=True)
+    needed_A1 = (missing_A1 / least_A1.view(torch.float32)).ceil().clamp(min=1.0, max=p_AV.size(1))
+    return above_AV | (level_AV & (level_AV.cumsum(dim=-1, dtype=torch.int32) <= needed_A1))
 
 
 def _nucleus(p_AV: torch.Tensor, top_p: float) -> torch.Tensor:
@@ -144,6 +193,13 @@ def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
 def pack_bits(mask_NV: torch.Tensor) -> NDArray[np.uint8]:
     """[N, V] bool → [N, ceil(V / 8)]; token v is bit v % 8 of byte v // 8."""
     return np.packbits(mask_NV.cpu().numpy(), axis=-1, bitorder="little")
+
+
+def pack_bits_there(mask_NV: torch.Tensor) -> torch.Tensor:
+    """`pack_bits` on the mask's own device, → uint8."""
+    bits_NB8 = F.pad(mask_NV.to(torch.uint8), (0, -mask_NV.size(1) % 8)).unflatten(1, (-1, 8))
+    shifts_8 = torch.arange(8, dtype=torch.uint8, device=mask_NV.device)
+    return bits_NB8.bitwise_left_shift(shifts_8).sum(dim=-1).to(torch.uint8)
 
 
 def unpack_bits(packed_NB: torch.Tensor, vocab_size: int) -> torch.Tensor:

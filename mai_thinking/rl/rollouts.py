@@ -10,24 +10,38 @@ share nor the number of slots changes what is drawn; both can only change the lo
 
 import copy
 import logging
+import sys
 from collections import Counter, deque
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mai_thinking.errors import RunError, UsageError
 from mai_thinking.model import MaiThinkingForCausalLM
-from mai_thinking.rl.decoding import Experts, Prompt, SlotCache, decode, prefill
-from mai_thinking.rl.nucleus import draw, pack_bits, uniforms
+from mai_thinking.model.latent_moe import Experts as ExpertNetworks
+from mai_thinking.rl.decoding import SLOT_ATTENTION, Experts, Prompt, SlotCache, prefill
+from mai_thinking.rl.nucleus import uniforms
+from mai_thinking.rl.steps import CapturedSteps, NotFiniteError, PlainSteps, Sampler, StaticSteps, Steps, padded_keys
 
 ATTEMPTS = 3
 """How often a generation that fails is tried."""
 PREFILL_TOKENS = 4096
 """Tokens, padding included, of prompts that go through the model together."""
+
+How = Literal["plain", "static", "captured"]
+"""See `mai_thinking.rl.steps`."""
+_STEPS: dict[How, type[PlainSteps | StaticSteps]] = {
+    "plain": PlainSteps,
+    "static": StaticSteps,
+    "captured": CapturedSteps,
+}
 
 logger = logging.getLogger(__name__)
 
@@ -101,6 +115,9 @@ class _Running:
 class BatchedEngine:
     """Our own engine, on a copy of the model. `temperature` 0 is greedy; `end_of_text` None never ends by itself.
 
+    `dtype` is that of autocast in the learner: what autocast would cast, the copy holds in it. None: all in the
+    weights' own. `how` it steps is left to the device unless given: captured in bf16 on a GPU.
+
     On a CPU, many slots pay: a step reads the experts' weights once for all of them.
     """
 
@@ -113,24 +130,34 @@ class BatchedEngine:
         top_p: float,
         seed: int,
         end_of_text: int | None,
+        dtype: torch.dtype | None = None,
+        how: How | None = None,
     ) -> None:
         if slots < 1 or temperature < 0.0 or not 0.0 < top_p <= 1.0:
             raise UsageError(
                 f"rollouts: slots {slots}, temperature {temperature}, top_p {top_p}; "
                 "they must be at least 1, at least 0, and in (0, 1]"
             )
-        self.slots, self.temperature, self.top_p = slots, temperature, top_p
-        self.seed, self.end_of_text = seed, end_of_text
-        self._model = copy.deepcopy(model).eval().requires_grad_(False)
-        self._model.zero_grad(set_to_none=True)
-        self._model.set_attn_implementation("sdpa")  # which takes the decoding step's masks
+        self.slots, self.seed, self.end_of_text = slots, seed, end_of_text
+        self._model = inference_copy(model, dtype)
+        on_gpu = self._model.device.type == "cuda"
+        # The library's grouped products in fp32 ask the host for sizes, which no graph can.
+        fastest: How = "captured" if dtype is torch.bfloat16 else "static"
+        self._how: How = how or (fastest if on_gpu else "plain")
+        # Both take the decoding step's masks.
+        self._model.set_attn_implementation("sdpa" if self._how == "plain" else SLOT_ATTENTION)
+        head_VD = self._model.lm_head.weight.detach()
+        head_dtype = dtype if on_gpu else None  # as in the learner: see `logits_product`
+        self._sampler = Sampler(head_VD.to(head_dtype or head_VD.dtype), head_dtype, temperature, top_p)
         self._cache: SlotCache | None = None
+        self._steps: Steps | None = None
 
     def update_weights(self, model: MaiThinkingForCausalLM) -> None:
         """Copy `model`'s weights. Until then, rollouts come from those of the last call, whatever the learner does."""
-        with torch.no_grad():
+        with torch.no_grad():  # in place: graphs know the addresses
             for mine, theirs in zip(self._model.parameters(), model.parameters(), strict=True):
                 mine.copy_(theirs)
+            self._sampler.head_VD.copy_(self._model.lm_head.weight)
 
     def generate(self, requests: Sequence[Request]) -> list[Rollout]:
         """A rollout for each request, in their order.
@@ -142,11 +169,12 @@ class BatchedEngine:
         done: dict[int, Rollout] = {}
         for _ in range(ATTEMPTS):
             try:
-                with torch.inference_mode():
+                with torch.inference_mode(), self._attention_kernels():
                     self._run([request for request in requests if request.id not in done], done)
                 return [done[request.id] for request in requests]
             except Exception as error:
                 failure = error
+                self._cache = None  # it may hold values that are not finite, which no mask hides
                 missing = len(requests) - len(done)
                 logger.warning("generation failed with %d of %d rollouts missing: %r", missing, len(requests), error)
         raise RunError(
@@ -158,29 +186,36 @@ class BatchedEngine:
         """Generate all requests into `done`."""
         if not requests:
             return
-        cache = self._room(max(len(request.prompt_ids) + request.max_new_tokens for request in requests))
+        cache, steps = self._room(max(len(request.prompt_ids) + request.max_new_tokens for request in requests))
         waiting = _Waiting(self._model, requests)
         running: list[_Running] = []
         hidden_AD = self._model.lm_head.weight.new_empty(0, self._model.config.hidden_size)
+        experts_aMK = torch.zeros(0, *_experts_shape(self._model), dtype=torch.long, device=hidden_AD.device)
         while waiting or running:
             hidden_AD = torch.cat((hidden_AD, *self._admit(waiting, running, cache)))
-            self._draw(hidden_AD, running)
+            self._draw(steps, hidden_AD, experts_aMK, running)
             running = self._retire(running, cache, done)
             if running:
-                tokens_A = torch.tensor([one.tokens[-1] for one in running], device=hidden_AD.device)
                 positions_A = np.array([one.position for one in running])
-                hidden_AD, experts_AMK = decode(self._model, cache, tokens_A, positions_A)
-                for one, experts_MK in zip(running, experts_AMK, strict=True):
-                    one.experts.append(experts_MK)
+                hidden_AD, experts_aMK = steps.decode([one.tokens[-1] for one in running], positions_A)
             else:
-                hidden_AD = hidden_AD[:0]
+                hidden_AD, experts_aMK = hidden_AD[:0], experts_aMK[:0]
 
-    def _room(self, length: int) -> SlotCache:
-        """A cache for sequences of `length` tokens; the last one, if that is large enough."""
-        if self._cache is None or self._cache.length < length:
-            like = self._model.model.layers[0].attention.v_proj.weight
-            self._cache = SlotCache(self._model.config, self.slots, length, like)
-        return self._cache
+    def _attention_kernels(self) -> AbstractContextManager[None]:
+        """On a GPU not cuDNN's, which plan anew for every length of a prompt."""
+        if self._model.device.type == "cpu":
+            return nullcontext()
+        return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
+
+    def _room(self, length: int) -> tuple[SlotCache, Steps]:
+        """A cache for sequences of `length` tokens, and what works on it; the last ones, if large enough."""
+        if self._cache is None or self._steps is None or self._cache.length < length:
+            self._cache = self._steps = None  # before there is a second one
+            first: Any = self._model.model.layers[0]
+            room = length if self._how == "plain" else padded_keys(length, sys.maxsize)
+            self._cache = SlotCache(self._model.config, self.slots, room, first.attention.v_proj.weight)
+            self._steps = _STEPS[self._how](self._model, self._cache, self._sampler)
+        return self._cache, self._steps
 
     def _admit(self, waiting: "_Waiting", running: list[_Running], cache: SlotCache) -> list[torch.Tensor]:
         """Fill the free slots, behind those in use; → the hidden states [n, D] that predict their first tokens."""
@@ -192,18 +227,22 @@ class BatchedEngine:
             running.extend(_Running(request, prompt) for request in requests)
         return hidden
 
-    def _draw(self, hidden_AD: torch.Tensor, running: list[_Running]) -> None:
-        """The next token of every slot in use."""
-        logits_AV = self._model.lm_head(hidden_AD.to(self._model.lm_head.weight.dtype)).float()
+    def _draw(self, steps: Steps, hidden_AD: torch.Tensor, experts_aMK: torch.Tensor, running: list[_Running]) -> None:
+        """The next token of every slot in use, and the experts that those decoded went through."""
         ids_A = np.array([one.request.id for one in running])
         positions_A = np.array([one.position + 1 for one in running])
-        _check_finite(logits_AV, running)
-        u_A = torch.from_numpy(uniforms(self.seed, ids_A, positions_A)).to(logits_AV.device)
-        draws = draw(logits_AV, u_A, temperature=self.temperature, top_p=self.top_p)
-        steps = zip(
-            running, draws.tokens_A.tolist(), draws.logprobs_A.tolist(), pack_bits(draws.nucleus_AV), strict=True
-        )
-        for one, token, logprob, nucleus in steps:
+        try:
+            drawn = steps.draw(hidden_AD, experts_aMK, uniforms(self.seed, ids_A, positions_A))
+        except NotFiniteError as error:
+            one = running[error.row]
+            raise FloatingPointError(
+                f"request {one.request.id}: the logits of response token {len(one.tokens)} are not finite"
+            ) from None
+        for one, experts_MK in zip(running, drawn.experts_aMK, strict=False):  # the newest have none yet
+            one.experts.append(experts_MK)
+        for one, token, logprob, nucleus in zip(
+            running, drawn.tokens_A, drawn.logprobs_A, drawn.nucleus_AB, strict=True
+        ):
             one.tokens.append(token)
             one.logprobs.append(logprob)
             one.nucleus.append(nucleus)
@@ -266,13 +305,20 @@ class _Waiting:
         self._ready.update(zip(batch, prefill(self._model, batch), strict=True))
 
 
-def _check_finite(logits_AV: torch.Tensor, running: Sequence[_Running]) -> None:
-    low, high = logits_AV.aminmax()  # NaN if any is; several times faster than `isfinite` of each
-    if not (low.isfinite() and high.isfinite()):
-        one = running[int(logits_AV.isfinite().all(dim=-1).int().argmin())]
-        raise FloatingPointError(
-            f"request {one.request.id}: the logits of response token {len(one.tokens)} are not finite"
-        )
+def inference_copy(model: MaiThinkingForCausalLM, dtype: torch.dtype | None) -> MaiThinkingForCausalLM:
+    """A copy without gradients, that holds in `dtype` what autocast casts to it: the weights of all products but the
+    router's and the head's."""
+    made = copy.deepcopy(model).eval().requires_grad_(False)
+    made.zero_grad(set_to_none=True)
+    if dtype is not None:
+        for module in made.model.modules():
+            if isinstance(module, nn.Linear | ExpertNetworks):
+                module.to(dtype)
+    return made
+
+
+def _experts_shape(model: MaiThinkingForCausalLM) -> tuple[int, int]:
+    return len(model.config.moe_layers), model.config.num_experts_per_tok
 
 
 def _check(requests: Sequence[Request]) -> None:

@@ -268,6 +268,8 @@ class Climb:
 
     def _engine(self, model: Any, temperature: float) -> BatchedEngine:
         rollouts = self.config.rollouts
+        # On a CPU the engine stays in fp32, whose products are the faster ones there.
+        casts = self.accelerator.mixed_precision == "bf16" and self.accelerator.device.type == "cuda"
         return BatchedEngine(
             model,
             slots=rollouts.slots,
@@ -275,6 +277,7 @@ class Climb:
             top_p=rollouts.top_p,
             seed=self.config.seed,
             end_of_text=self.tokenizer.eos_token_id,
+            dtype=torch.bfloat16 if casts else None,
         )
 
     def _evaluate(self) -> tuple[dict[str, Any], list[Sample]]:

@@ -5,7 +5,15 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from mai_thinking.rl.nucleus import draw, pack_bits, packed_tokens, uniforms, unpack_bits
+from mai_thinking.rl.nucleus import (
+    draw,
+    draw_unbranched,
+    pack_bits,
+    pack_bits_there,
+    packed_tokens,
+    uniforms,
+    unpack_bits,
+)
 
 
 def by_sorting(p_V: NDArray[np.float32], top_p: float) -> NDArray[np.bool_]:
@@ -64,6 +72,59 @@ def test_extreme_uniforms_stay_in_the_nucleus() -> None:
         assert draws.logprobs_A.isfinite().all()
 
 
+def test_the_unbranched_draw_is_the_same() -> None:
+    """Nuclei of one token to nearly all, with and without ties; where sums in another order decide, they are a
+    millionth from `top_p`."""
+    generator = torch.Generator().manual_seed(0)
+    differing = rows = 0
+    for vocab_size in (2, 97, 4096):
+        u = torch.from_numpy(uniforms(7, np.arange(24), np.arange(24)))
+        for spread in (0.05, 1.0, 3.0, 8.0, 60.0):
+            smooth = torch.randn(24, vocab_size, generator=generator) * spread
+            for logits in (smooth, smooth.round(), torch.zeros_like(smooth)):
+                for top_p in (1e-6, 0.2, 0.9, 0.97, 1.0 - 1e-7, 1.0):
+                    one = draw(logits, u, temperature=0.8, top_p=top_p)
+                    other = draw_unbranched(logits, u, temperature=0.8, top_p=top_p)
+                    alike = (one.nucleus_AV == other.nucleus_AV).all(dim=-1)
+                    p = (logits / 0.8).softmax(-1)
+                    for row in (~alike).nonzero().squeeze(1).tolist():
+                        smaller = one.nucleus_AV[row] & other.nucleus_AV[row]
+                        assert abs(float(p[row][smaller].double().sum()) - top_p) < 1e-6
+                    assert torch.equal(one.tokens_A[alike], other.tokens_A[alike])
+                    torch.testing.assert_close(one.logprobs_A[alike], other.logprobs_A[alike], atol=2e-6, rtol=1e-6)
+                    assert other.nucleus_AV.gather(1, other.tokens_A[:, None]).all()
+                    differing, rows = differing + int((~alike).sum()), rows + len(alike)
+    print(f"{differing} of {rows} nuclei differ")
+    assert differing < 0.02 * rows
+
+
+@pytest.mark.parametrize("vocab_size", [2, 97, 4096])
+@pytest.mark.parametrize("spread", [0.05, 1.0, 3.0, 8.0])
+def test_the_unbranched_nucleus_is_the_smallest_set(vocab_size: int, spread: float) -> None:
+    logits = torch.randn(24, vocab_size, generator=torch.Generator().manual_seed(0)) * spread
+    for top_p in (0.2, 0.9, 0.97):
+        nucleus = draw_unbranched(logits, torch.full((24,), 0.5), temperature=1.0, top_p=top_p).nucleus_AV
+        for row, p_V in zip(nucleus.numpy(), logits.softmax(-1).numpy(), strict=True):
+            assert np.array_equal(row, by_sorting(p_V, top_p))
+
+
+def test_the_unbranched_draw_at_its_edges() -> None:
+    logits = torch.randn(50, 4096, generator=torch.Generator().manual_seed(1))
+    for u in (0.0, 1.0 - 2.0**-53):
+        draws = draw_unbranched(logits, torch.full((50,), u, dtype=torch.float64), temperature=1.0, top_p=0.9)
+        assert draws.nucleus_AV.gather(1, draws.tokens_A[:, None]).all()
+        assert draws.logprobs_A.isfinite().all()
+    greedy = torch.tensor([[0.0, 3.0, 2.9], [5.0, 1.0, 4.0]])
+    for one, other in zip(
+        draw(greedy, torch.full((2,), 0.99), temperature=0.0, top_p=0.97),
+        draw_unbranched(greedy, torch.full((2,), 0.99), temperature=0.0, top_p=0.97),
+        strict=True,
+    ):
+        assert torch.equal(one, other)
+    for bad in (float("nan"), float("inf"), float("-inf")):
+        draw_unbranched(torch.full((2, 97), bad), torch.full((2,), 0.5), temperature=1.0, top_p=0.9)
+
+
 def test_temperature_zero_takes_the_likeliest() -> None:
     logits = torch.tensor([[0.0, 3.0, 2.9], [5.0, 1.0, 4.0]])
     draws = draw(logits, torch.tensor([0.99, 0.99]), temperature=0.0, top_p=0.97)
@@ -95,6 +156,7 @@ def test_bits_come_back(vocab_size: int) -> None:
     mask = torch.rand(13, vocab_size, generator=torch.Generator().manual_seed(2)) < 0.3
     packed = pack_bits(mask)
     assert packed.shape == (13, -(-vocab_size // 8))
+    assert np.array_equal(pack_bits_there(mask).numpy(), packed)
     assert torch.equal(unpack_bits(torch.from_numpy(packed), vocab_size), mask)
     row, token = packed_tokens(torch.from_numpy(packed))
     assert torch.equal(torch.stack((row, token), dim=1), mask.nonzero())

@@ -9,6 +9,7 @@ import torch
 from transformers import GenerationConfig
 
 import mai_thinking.rl.rollouts as rollouts_module
+import mai_thinking.rl.steps as steps_module
 from mai_thinking.errors import RunError, UsageError
 from mai_thinking.model import MaiThinkingForCausalLM
 from mai_thinking.rl.packing import pack
@@ -171,7 +172,7 @@ def test_weights_are_those_of_the_last_update() -> None:
 
 def failing(times: int, error: Exception | None) -> Callable[..., Any]:
     """`decode` that, from its tenth call on, `times` times raises or returns NaN."""
-    decode, calls = rollouts_module.decode, [0]
+    decode, calls = steps_module.decode, [0]
 
     def faulty(*arguments: Any) -> Any:
         calls[0] += 1
@@ -190,7 +191,7 @@ def failing(times: int, error: Exception | None) -> Callable[..., Any]:
 def test_a_failed_generation_is_retried(error: Exception | None, monkeypatch: pytest.MonkeyPatch) -> None:
     model, wanted = tiny_model(), requests()
     undisturbed = engine(model).generate(wanted)
-    monkeypatch.setattr(rollouts_module, "decode", failing(2, error))
+    monkeypatch.setattr(steps_module, "decode", failing(2, error))
     retried = engine(model).generate(wanted)
     assert all(same(*pair) for pair in zip(undisturbed, retried, strict=True))
 
@@ -201,7 +202,7 @@ def test_a_failed_generation_is_retried(error: Exception | None, monkeypatch: py
 def test_a_generation_that_keeps_failing_is_an_error(
     error: Exception | None, named: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rollouts_module, "decode", failing(10**9, error))
+    monkeypatch.setattr(steps_module, "decode", failing(10**9, error))
     with pytest.raises(RunError, match=f"failed 3 times.*{named}") as raised:
         engine(tiny_model()).generate(requests())
     assert "\n" not in str(raised.value)
