@@ -40,7 +40,8 @@ class Side:
 
 
 SIDES = {
-    "ours": Side("windowed_sdpa", "bucketed_mm", compiled=True),
+    "ours": Side("packed_flex", "bucketed_mm", compiled=True),
+    "ours, flash attention": Side("windowed_sdpa", "bucketed_mm", compiled=True),
     "ours, not compiled": Side("windowed_sdpa", "bucketed_mm", compiled=False, micro_batch_size=8),
     "transformers' sdpa and grouped_mm, compiled": Side("sdpa", "grouped_mm", compiled=True, micro_batch_size=8),
     "transformers' sdpa and grouped_mm": Side("sdpa", "grouped_mm", compiled=False, micro_batch_size=4),

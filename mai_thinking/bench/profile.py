@@ -78,13 +78,18 @@ _KERNELS = (
 
 def gpu_profile_rows(work: Callable[[], object], *, kernels: int = 12) -> list[Row]:
     """Shares of the GPU's busy time in one call of `work` by kind of kernel, in percent; then the longest kernels."""
-    with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as measured:
+    with profile(activities=[ProfilerActivity.CUDA]) as measured:
         work()
         torch.cuda.synchronize()
     spent: Counter[str] = Counter()
     for event in measured.key_averages():
         if event.device_type == torch.autograd.DeviceType.CUDA:
             spent[event.key] += int(event.self_device_time_total)
+    return kernel_rows(spent, kernels)
+
+
+def kernel_rows(spent: Counter[str], kernels: int = 12) -> list[Row]:
+    """The same of microseconds by kernel."""
     kinds: Counter[str] = Counter()
     for name, time in spent.items():
         low = name.lower()
