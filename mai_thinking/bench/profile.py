@@ -65,9 +65,9 @@ def _kind(name: str, outer: str) -> str:
 
 
 _KERNELS = (
-    ("compiled", ("triton_",)),
+    (ATTENTION, ("triton_tem", "flash", "fmha")),
+    ("compiled", ("triton_", "swiglu")),
     ("optimiser", ("adam", "multi_tensor")),
-    (ATTENTION, ("flash", "fmha")),
     ("grouped products", ("group",)),
     (PRODUCTS, ("gemm", "nvjet", "cutlass", "sm90_xmma", "splitk", "cublas")),
     ("sorting", ("sort", "radix", "searchsorted", "topk")),

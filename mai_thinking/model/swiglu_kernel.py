@@ -13,7 +13,7 @@ ROWS, COLUMNS = 4, 256
 
 
 @triton.jit
-def _kernel(d_ptr, gate_up_ptr, weight_ptr, d_gate_up_ptr, weighed_ptr, d_weight_ptr, rows, F: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: E501  # fmt: skip
+def swiglu_backward_kernel(d_ptr, gate_up_ptr, weight_ptr, d_gate_up_ptr, weighed_ptr, d_weight_ptr, rows, F: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: E501  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     there = row < rows
     weight = tl.load(weight_ptr + row, mask=there, other=0.0)[:, None]
@@ -45,7 +45,7 @@ def swiglu_backward(
     rows, inner = d_unweighed_SF.shape
     d_gate_up, weighed = torch.empty_like(gate_up_S2F), torch.empty_like(d_unweighed_SF)
     d_weight = torch.empty_like(weight_S)
-    _kernel[(triton.cdiv(rows, ROWS),)](
+    swiglu_backward_kernel[(triton.cdiv(rows, ROWS),)](
         d_unweighed_SF, gate_up_S2F, weight_S, d_gate_up, weighed, d_weight, rows, inner, ROWS, COLUMNS, num_warps=4
     )
     return d_gate_up, weighed, d_weight
