@@ -4,7 +4,7 @@ On a CPU: the nano model, 512 requests, 16 a prompt, temperature 1, top-p 0.97. 
 4 … 100 tokens, fewer where the model ends by itself. The engine has 256 slots; `generate` takes 256 requests at a time.
 The engine returns nuclei, experts and log-probabilities besides.
 
-On a GPU: a fresh L12 with a vocabulary of 32,768 unless a model is given, 256 requests of 256 tokens, everybody in
+On a GPU: a fresh L12 with a vocabulary of 32,768 unless a model is given, 256 requests of 128 tokens, everybody in
 bf16; and the engine once more without its graphs.
 """
 
@@ -101,7 +101,7 @@ def compare_on_gpu(
     *,
     about: str,
     requests: int = 256,
-    length: int = 256,
+    length: int = 128,
     slots: int = 256,
 ) -> Result:
     """`requests` of one length, a quarter of `options.rounds` rounds."""

@@ -75,23 +75,22 @@ def bucketed_experts(
     """
     device = x_TL.device.type
     w_gate_up, w_down = module.gate_up_proj, module.down_proj
-    if torch.is_autocast_enabled(device):
-        # Neither a custom autograd function nor the grouped product is cast by autocast itself.
-        dtype = torch.get_autocast_dtype(device)
-        x_TL, w_gate_up, w_down = x_TL.to(dtype), w_gate_up.to(dtype), w_down.to(dtype)
+    # Neither a custom autograd function nor the grouped product is cast by autocast itself.
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else w_gate_up.dtype
+    x_TL = x_TL.to(dtype)
+    if device != "cpu" and _fits_grouped_product(dtype, w_gate_up, w_down):
+        return grouped_experts(x_TL, w_gate_up, w_down, gates_TK, chosen_TK, getattr(module, "copies", None))
+    w_gate_up, w_down = w_gate_up.to(dtype), w_down.to(dtype)
     if device != "cpu":
-        if _fits_grouped_product(x_TL, w_gate_up, w_down):
-            return grouped_experts(x_TL, w_gate_up, w_down, gates_TK, chosen_TK)
         return grouped_mm_experts_forward(_CastExperts(module, w_gate_up, w_down), x_TL, chosen_TK, gates_TK)
     # Being kept from the compiler costs a call a tenth of a millisecond, as much as the experts of one token.
     compute = _outside_the_graph if torch.compiler.is_compiling() else _bucketed_on_cpu
     return compute(x_TL, w_gate_up, w_down, gates_TK, chosen_TK)
 
 
-def _fits_grouped_product(x_TL: torch.Tensor, *weights: torch.Tensor) -> bool:
+def _fits_grouped_product(dtype: torch.dtype, *weights: torch.Tensor) -> bool:
     """bf16, and whole lines of 16 bytes."""
-    in_bf16 = all(tensor.dtype == torch.bfloat16 for tensor in (x_TL, *weights))
-    return in_bf16 and all(size % 8 == 0 for weight in weights for size in weight.shape[1:])
+    return dtype == torch.bfloat16 and all(size % 8 == 0 for weight in weights for size in weight.shape[1:])
 
 
 class _CastExperts:

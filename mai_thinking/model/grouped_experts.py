@@ -25,14 +25,20 @@ def grouped_experts(
     w_down: torch.Tensor,
     gates_TK: torch.Tensor,
     chosen_TK: torch.Tensor,
+    copies: "Copies | None" = None,
 ) -> torch.Tensor:
     """Σ_k gate · expert(x): [T, L], [E, 2F, L], [E, L, F], [T, K], [T, K] int64 → [T, L].
 
-    No pair is dropped, and the same inputs give the same bits. `x_TL` and the weights are of one dtype that the
-    library's grouped product knows; between the products all is fp32, the combination too.
+    No pair is dropped, and the same inputs give the same bits. Products are in the dtype of `x_TL`, which the library's
+    grouped product must know; between them all is fp32, the combination too. `copies` are the weights in that dtype,
+    for whoever has them.
     """
-    out: torch.Tensor = _GroupedSwiGLU.apply(x_TL, w_gate_up, w_down, gates_TK, chosen_TK)
+    out: torch.Tensor = _GroupedSwiGLU.apply(x_TL, w_gate_up, w_down, gates_TK, chosen_TK, *(copies or (None, None)))
     return out
+
+
+Copies = tuple[torch.Tensor, torch.Tensor]
+"""An experts module's two weights, rounded."""
 
 
 class Order(NamedTuple):
@@ -68,7 +74,12 @@ class _GroupedSwiGLU(torch.autograd.Function):
         w_down: torch.Tensor,
         gates_TK: torch.Tensor,
         chosen_TK: torch.Tensor,
+        gate_up_copy: torch.Tensor | None,
+        down_copy: torch.Tensor | None,
     ) -> torch.Tensor:
+        ctx.weight_dtype = w_gate_up.dtype
+        w_gate_up = w_gate_up.to(x_TL.dtype) if gate_up_copy is None else gate_up_copy
+        w_down = w_down.to(x_TL.dtype) if down_copy is None else down_copy
         order = Order.of(chosen_TK, w_gate_up.size(0))
         x_SL = x_TL[order.pair_S // chosen_TK.size(1)]
         gate_up_SF = F.grouped_mm(x_SL, w_gate_up.mT, offs=order.ends_E)
@@ -92,7 +103,8 @@ class _GroupedSwiGLU(torch.autograd.Function):
         dw_gate_up = F.grouped_mm(d_gate_up_SF.mT, x_SL, offs=order.ends_E)
         dx_SL = F.grouped_mm(d_gate_up_SF, w_gate_up, offs=order.ends_E)
         dx_TL = _sum_of_rows(dx_SL, order.row_TK, torch.ones_like(gates_TK)).to(x_TL.dtype)
-        return dx_TL, dw_gate_up, dw_down, dgates_S[order.row_TK].to(gates_TK.dtype), None
+        dgates_TK = dgates_S[order.row_TK].to(gates_TK.dtype)
+        return dx_TL, dw_gate_up.to(ctx.weight_dtype), dw_down.to(ctx.weight_dtype), dgates_TK, None, None, None
 
 
 def _sum_of_rows(rows_SL: torch.Tensor, row_TK: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:

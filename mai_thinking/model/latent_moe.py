@@ -10,6 +10,8 @@ Shapes: T tokens (batch and sequence flattened), D hidden size, L latent size, F
 per token.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -19,6 +21,7 @@ from transformers.integrations import use_experts_implementation
 
 from mai_thinking.model.configuration import MaiThinkingConfig
 from mai_thinking.model.experts import eager_experts
+from mai_thinking.model.grouped_experts import Copies
 from mai_thinking.model.projection import residual_projection
 from mai_thinking.model.router_product import router_product
 
@@ -60,7 +63,7 @@ class Router(nn.Module):
         """
         in_half_precision = x_TD.is_cuda and torch.is_autocast_enabled("cuda")
         with torch.autocast(x_TD.device.type, enabled=False):
-            logits_TE = router_product(x_TD.float(), self.weight.float(), split_gradients=in_half_precision)
+            logits_TE = router_product(x_TD.float(), self.weight.float(), by_parts=in_half_precision)
         probabilities_TE = logits_TE.softmax(dim=-1)
         if chosen_TK is None:
             chosen_TK = stable_top_k(probabilities_TE.detach(), self.top_k)
@@ -109,10 +112,27 @@ class Experts(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.empty(E, 2 * inner, L))
         self.down_proj = nn.Parameter(torch.empty(E, L, inner))
         self.act_fn = F.silu
+        self.copies: Copies | None = None
+        """Set by `rounded_once`."""
 
     def forward(self, x_TL: torch.Tensor, chosen_TK: torch.Tensor, gates_TK: torch.Tensor) -> torch.Tensor:
         """Latents [T, L], experts [T, K] int64 and their weights [T, K] fp32 → Σ_k gate · expert(latent), [T, L]."""
         return eager_experts(self, x_TL, chosen_TK, gates_TK)
+
+
+@contextmanager
+def rounded_once(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Within, the experts' weights must not change, and `grouped_experts` takes copies of them in `dtype`: rounding
+    billions of weights anew for every micro-batch takes longer than the memory for the copies is worth."""
+    all_experts = [module for module in model.modules() if isinstance(module, Experts)]
+    with torch.no_grad():
+        for experts in all_experts:
+            experts.copies = experts.gate_up_proj.to(dtype), experts.down_proj.to(dtype)
+    try:
+        yield
+    finally:
+        for experts in all_experts:
+            experts.copies = None
 
 
 class LatentMoE(nn.Module):

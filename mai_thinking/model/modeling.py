@@ -248,6 +248,8 @@ class MaiThinkingModel(MaiThinkingPreTrainedModel):
     def _packed_masks(self, inputs_embeds: torch.Tensor, position_ids: torch.Tensor | None) -> dict[str, Any] | None:
         """For whole rows: what our own attention functions take in a mask's place, if they are to be used."""
         kind, (rows, length) = self.config._attn_implementation, inputs_embeds.shape[:2]
+        if inputs_embeds.is_cuda and (self.config.head_dim % 8 or not 16 <= self.config.head_dim <= 256):
+            return None  # neither kernel takes such heads
         if kind == "packed_flex":
             positions_1T = torch.arange(length, device=inputs_embeds.device)[None]
             positions_BT = (positions_1T if position_ids is None else position_ids).expand(rows, -1)

@@ -1,9 +1,12 @@
-"""The router's product: fp32 whatever is around it (MAI-Thinking-1 report §2.1), and what that costs on a GPU.
+"""The router's product: fp32 whatever is around it (MAI-Thinking-1 report §2.1), by a GPU's matrix units.
 
-A GPU's matrix units have no fp32: its fp32 product takes some fifteen times as long as one of bf16, and the router's
-two gradients would be a good part of a step. They are made of bf16 parts instead: of a number's 24 bits the first eight
-and the next eight are kept, and products are summed in fp32. The forward product, which decides where tokens go, is in
-fp32 throughout.
+They have no fp32, and the product without them takes some fifteen times as long as one of bf16. But an fp32 number's 24
+bits are three bf16 numbers of eight: high, middle and low. The product of two such sums is nine products of bf16, of
+which six reach into the result's 24 bits; the units sum them in fp32, as one long product:
+
+    x · wᵀ  =  [h h m h m l] · [h m h l m h]ᵀ
+
+The gradients are made of the first two parts, which keep 16 bits.
 """
 
 from typing import Any
@@ -12,38 +15,45 @@ import torch
 import torch.nn.functional as F
 
 
-def router_product(x_TD: torch.Tensor, weight_ED: torch.Tensor, *, split_gradients: bool) -> torch.Tensor:
-    """x · weightᵀ in fp32: [T, D], [E, D] → [T, E]. `split_gradients` makes the gradients of bf16 parts, on a GPU."""
-    if split_gradients:
+def router_product(x_TD: torch.Tensor, weight_ED: torch.Tensor, *, by_parts: bool) -> torch.Tensor:
+    """x · weightᵀ in fp32: [T, D], [E, D] → [T, E]; `by_parts` as above."""
+    if by_parts:
         logits_TE: torch.Tensor = _RouterProduct.apply(x_TD, weight_ED)
         return logits_TE
     return F.linear(x_TD, weight_ED)
 
 
 class _RouterProduct(torch.autograd.Function):
-    """The product, with its gradients of bf16 parts."""
+    """The product by parts, forward and backward."""
 
     @staticmethod
     def forward(ctx: Any, x_TD: torch.Tensor, weight_ED: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(x_TD, weight_ED)
-        return F.linear(x_TD, weight_ED)
+        xh, xm, xl = parts(x_TD)
+        wh, wm, wl = parts(weight_ED)
+        return _product(torch.cat((xh, xh, xm, xh, xm, xl), dim=1), torch.cat((wh, wm, wh, wl, wm, wh), dim=1).mT)
 
     @staticmethod
     def backward(ctx: Any, d_TE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         x_TD, weight_ED = ctx.saved_tensors
         E, D = weight_ED.shape
-        (d_high, d_low), (w_high, w_low), (x_high, x_low) = parts(d_TE), parts(weight_ED), parts(x_TD)
-        # What is left out, low times low, is below the last bit that is kept.
-        dx_TD = _product(torch.cat((d_high, d_low, d_high), dim=1), torch.cat((w_high, w_high, w_low)))
-        crossed = _product(torch.cat((d_high, d_low), dim=1).mT, torch.cat((x_high, x_low), dim=1))
+        (dh, dm, _), (wh, wm, _), (xh, xm, _) = parts(d_TE), parts(weight_ED), parts(x_TD)
+        dx_TD = _product(torch.cat((dh, dm, dh), dim=1), torch.cat((wh, wh, wm)))
+        crossed = _product(torch.cat((dh, dm), dim=1).mT, torch.cat((xh, xm), dim=1))
         return dx_TD, crossed[:E, :D] + crossed[E:, :D] + crossed[:E, D:]
 
 
-def parts(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Two bf16 tensors whose sum is fp32 `x` but for a 2⁻¹⁶th."""
+def parts(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Three bf16 tensors whose sum is fp32 `x`, bit for bit, unless it is next to the smallest that there are."""
     # Cut off, not rounded: a compiler takes a number's way to bf16 and back for nothing, and the rest would be 0.
-    high = (x.view(torch.int32) & -65536).view(torch.float32)
-    return high.to(torch.bfloat16), (x - high).to(torch.bfloat16)
+    high = _first_eight_bits(x)
+    middle = _first_eight_bits(x - high)
+    low = x - high - middle
+    return high.to(torch.bfloat16), middle.to(torch.bfloat16), low.to(torch.bfloat16)
+
+
+def _first_eight_bits(x: torch.Tensor) -> torch.Tensor:
+    return (x.view(torch.int32) & -65536).view(torch.float32)
 
 
 def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

@@ -82,24 +82,35 @@ def draw_unbranched(logits_AV: torch.Tensor, uniforms_A: torch.Tensor, *, temper
 
 
 def _nucleus_unbranched(p_AV: torch.Tensor, top_p: float) -> torch.Tensor:
-    """The nucleus of each row of probabilities, [A, V] bool.
-
-    Finds the largest probability above which, itself included, enough lies. The bits of non-negative floats order like
-    integers: they are settled one by one from the highest down. Far less work on a GPU than a sort.
-    """
+    """The nucleus of each row of probabilities, [A, V] bool."""
     if top_p >= 1.0:
         return torch.ones_like(p_AV, dtype=torch.bool)
-    bits_AV = p_AV.contiguous().view(torch.int32)
-    least_A1 = torch.zeros_like(bits_AV[:, :1])
-    for bit in range(29, -1, -1):  # probabilities are below 2, whose bits are 2 ** 30
-        higher_A1 = least_A1 + 2**bit
-        enough_A1 = (p_AV * (bits_AV >= higher_A1)).sum(dim=-1, keepdim=True) >= top_p
-        least_A1 = higher_A1.where(enough_A1, least_A1)
+    p_AV = p_AV.contiguous()
+    bits_AV, least_A1 = p_AV.view(torch.int32), least_likely(p_AV, top_p)
     above_AV, level_AV = bits_AV > least_A1, bits_AV == least_A1
     # Of several tokens as likely as the last one that is needed, the first by index are in.
     missing_A1 = top_p - (p_AV * above_AV).sum(dim=-1, keepdim=True)
     needed_A1 = (missing_A1 / least_A1.view(torch.float32)).ceil().clamp(min=1.0, max=p_AV.size(1))
     return above_AV | (level_AV & (level_AV.cumsum(dim=-1, dtype=torch.int32) <= needed_A1))
+
+
+def least_likely(p_AV: torch.Tensor, top_p: float) -> torch.Tensor:
+    """The largest probability above which, itself included, `top_p` lies, of each row; its bits, [A, 1] int32.
+
+    The bits of non-negative floats order like integers: they are settled one by one from the highest down. That is far
+    less work on a GPU than a sort.
+    """
+    if p_AV.is_cuda:
+        from mai_thinking.rl import nucleus_kernel  # brings Triton, which only builds for a GPU have
+
+        return nucleus_kernel.least_likely(p_AV, top_p)
+    bits_AV = p_AV.view(torch.int32)
+    least_A1 = torch.zeros_like(bits_AV[:, :1])
+    for bit in range(29, -1, -1):  # probabilities are below 2, whose bits are 2 ** 30
+        higher_A1 = least_A1 + 2**bit
+        enough_A1 = (p_AV * (bits_AV >= higher_A1)).sum(dim=-1, keepdim=True) >= top_p
+        least_A1 = higher_A1.where(enough_A1, least_A1)
+    return least_A1
 
 
 def _nucleus(p_AV: torch.Tensor, top_p: float) -> torch.Tensor:

@@ -94,6 +94,8 @@ def arrange(model: MaiThinkingForCausalLM, execution: ExecutionSection) -> None:
     if execution.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if execution.compile:
+        # A compilation for each kind of layer, with gradients and without, and for each shape.
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
         for layer in model.model.layers:
             layer.compile()
 

@@ -24,6 +24,8 @@ class Parallel(Protocol):
     accelerator: Accelerator
     model: nn.Module
     """What to call in training; its parameters are the optimiser's."""
+    sharded: bool
+    """Whether parameters are whole only inside the forward and backward pass."""
 
     def deferred(self) -> AbstractContextManager[None]:
         """Around the forward and backward of every micro-batch but the last: gradients stay on their rank."""
@@ -35,6 +37,8 @@ class Parallel(Protocol):
 
 class Replicated:
     """Every rank holds the whole model (DDP; with one rank, the model itself)."""
+
+    sharded = False
 
     def __init__(self, model: MaiThinkingForCausalLM, accelerator: Accelerator) -> None:
         self.accelerator = accelerator
@@ -52,6 +56,8 @@ class Sharded:
     """Weights, gradients and optimiser state lie in shards, an equal part on each rank (FSDP2, as ZeRO stage 3). A
     layer is gathered while it is computed. Accelerate falls back to DDP where there is no GPU; `fully_shard` works
     over gloo too."""
+
+    sharded = True
 
     def __init__(self, model: MaiThinkingForCausalLM, accelerator: Accelerator) -> None:
         self.accelerator = accelerator

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from mai_thinking.rl.nucleus import (
     draw,
     draw_unbranched,
+    least_likely,
     pack_bits,
     pack_bits_there,
     packed_tokens,
@@ -160,3 +161,15 @@ def test_bits_come_back(vocab_size: int) -> None:
     assert torch.equal(unpack_bits(torch.from_numpy(packed), vocab_size), mask)
     row, token = packed_tokens(torch.from_numpy(packed))
     assert torch.equal(torch.stack((row, token), dim=1), mask.nonzero())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("vocab_size", [97, 4096, 2**15])
+def test_the_kernel_finds_the_same_end(vocab_size: int) -> None:
+    for spread in (0.1, 3.0, 10.0):
+        p = (spread * torch.randn(64, vocab_size, generator=torch.Generator().manual_seed(0))).softmax(-1)
+        for top_p in (0.5, 0.97, 0.999):
+            found, expected = least_likely(p.cuda(), top_p).cpu(), least_likely(p, top_p)
+            assert float((found != expected).float().mean()) < 0.05  # the order of a sum decides
+            close = (found.view(torch.float32) / expected.view(torch.float32) - 1).abs()
+            assert float(close.max()) < 0.01
