@@ -22,8 +22,6 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from mai_thinking.model.fused import fused
 
 BLOCK = 128
-SAFE = {"ROWS_GUARANTEED_SAFE": True}
-"""Every token sees itself, so no row of scores needs a check for having none."""
 
 
 def packed_block_mask(position_ids_BT: torch.Tensor, window: int | None) -> BlockMask:
@@ -76,7 +74,7 @@ def packed_flex(
     alone = query.is_cuda and not torch.compiler.is_compiling()
     attend: Any = fused(flex_attention) if alone else flex_attention
     out_BHTd = attend(
-        query, key, value, block_mask=attention_mask, scale=scaling, enable_gqa=True, kernel_options=dict(SAFE)
+        query, key, value, block_mask=attention_mask, scale=scaling, enable_gqa=True
     )
     return out_BHTd.transpose(1, 2), None
 
