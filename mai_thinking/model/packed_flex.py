@@ -73,9 +73,7 @@ def packed_flex(
     # Not compiled, it would hold all scores.
     alone = query.is_cuda and not torch.compiler.is_compiling()
     attend: Any = fused(flex_attention) if alone else flex_attention
-    out_BHTd = attend(
-        query, key, value, block_mask=attention_mask, scale=scaling, enable_gqa=True
-    )
+    out_BHTd = attend(query, key, value, block_mask=attention_mask, scale=scaling, enable_gqa=True)
     return out_BHTd.transpose(1, 2), None
 
 

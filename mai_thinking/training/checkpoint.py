@@ -24,11 +24,11 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.tensor import DTensor
 
 from mai_thinking.config.checkpoint import CheckpointSection
 from mai_thinking.errors import UsageError
+from mai_thinking.training.checkpoint_staging import HostCopies
 from mai_thinking.training.checkpoint_storage import (
     CheckpointWriter,
     find_damage,
@@ -81,8 +81,7 @@ class Checkpointer:
         self._write: _Write | None = None
         self._agreement = dist.new_group(backend="gloo") if self.world > 1 else None
         self._writers = dist.new_group(backend="gloo") if self.world > 1 else None
-        pinned = torch.cuda.is_available()
-        self._stager = DefaultStager(StagingOptions(pinned, False, False, pinned))
+        self._host = HostCopies()
         # DCP warns at every save and load of a single process, which is an ordinary way to use this class.
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
@@ -113,7 +112,7 @@ class Checkpointer:
             tensors, document = self._collect(state)
             synchronous = synchronous or not self.section.asynchronous
             tensors = _own_share(tensors, self.rank, self.world)
-            staged = tensors if synchronous else self._stager.stage(tensors)
+            staged = tensors if synchronous else self._host.take(tensors)
             writer = CheckpointWriter(self.folder, step, self.rank, self.world, {self.rank: document}, self.seal)
             self._write = _Write(staged, writer, self._writers)
             if synchronous:
@@ -160,7 +159,7 @@ class Checkpointer:
         try:
             self.wait()
         finally:
-            self._stager.close()
+            self._host.close()
 
     def _collect(self, state: State) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """All tensors under unique names, and this rank's JSON document, which no later step can change."""
