@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,16 +13,17 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from mai_thinking.bench import command, growth, load, moe, rollout, train
+from mai_thinking.bench import card, command, growth, load, moe, rollout, train
 from mai_thinking.bench.learner import Learner
 from mai_thinking.bench.machine import Ceiling, describe
 from mai_thinking.bench.options import Options
-from mai_thinking.bench.profile import ATTENTION, OPTIMISER, PRODUCTS, own_times, profile_rows
+from mai_thinking.bench.profile import ATTENTION, OPTIMISER, PRODUCTS, kernel_rows, own_times, profile_rows
 from mai_thinking.bench.result import Result, Row
 from mai_thinking.bench.timing import Figure, Turn, alternate, fastest, milliseconds, rate, ratio
 from mai_thinking.config.pretraining import PretrainConfig
-from mai_thinking.data import prepare
+from mai_thinking.data import Step, prepare
 from mai_thinking.errors import UsageError
+from mai_thinking.model import MaiThinkingConfig
 from mai_thinking.model.configuration import GLOBAL, LOCAL
 from tiny_models import tiny_model
 
@@ -214,3 +216,29 @@ def test_the_command_line_answers_without_torch() -> None:
     done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
     assert all(name in done.stdout for name in command.BENCHES)
     assert done.stdout.endswith("False\n")
+
+
+def test_the_flops_of_a_step_count_the_pairs_that_documents_leave() -> None:
+    architecture = MaiThinkingConfig(num_hidden_layers=6, sliding_window=16, vocab_size=1000)
+    whole, halves = torch.arange(64).expand(2, 64), torch.arange(32).repeat(2).expand(2, 64)
+
+    def flops(positions: torch.Tensor) -> tuple[float, float]:
+        return card.step_flops(architecture, Step([{"position_ids": positions}] * 3, 0, [], range(6)))
+
+    assert sum(flops(whole)) == pytest.approx(6 * 64 * architecture.flops_per_token(64))
+    assert sum(flops(halves)) == pytest.approx(6 * 64 * architecture.flops_per_token(32))
+    assert flops(whole)[0] == flops(halves)[0]
+
+
+def test_a_card_is_measured_where_there_is_one(options: Options) -> None:
+    if not torch.cuda.is_available():
+        with pytest.raises(UsageError, match="no GPU here"):
+            card.measure(options)
+
+
+def test_kernels_by_kind() -> None:
+    spent = Counter({"nvjet_sm90_tst": 50, "triton_poi_fused_add": 20, "triton_tem_fused_flex_attention": 25, "odd": 5})
+    rows = kernel_rows(spent, kernels=2)
+    shares = {str(row.case["kernels"]): row.figures["share"].median for row in rows[:4]}
+    assert shares == {PRODUCTS: 50.0, ATTENTION: 25.0, "compiled": 20.0, "other": 5.0}
+    assert [row.case["kernel"] for row in rows[4:]] == ["nvjet_sm90_tst", "triton_tem_fused_flex_attention"]

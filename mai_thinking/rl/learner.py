@@ -50,15 +50,16 @@ class PolicyStep:
         places = float(counts_ME[0].sum()) / batches[0].expert_choices.size(-1)
         statistics, entropies = [], []
         forwards = self._agree_on_forwards(len(batches))
-        for index in range(forwards):
-            batch, idle = batches[min(index, len(batches) - 1)].to(self.device), index >= len(batches)
-            with nullcontext() if index == forwards - 1 else self.parallel.deferred():
-                loss, parts, entropy = self._loss(batch, advantages, response_tokens, counts_ME, places)
-                # Gradients are averaged over ranks; the counts are global. An idle pass only keeps others company.
-                (loss * (0.0 if idle else self.ranks)).backward()
-            if not idle:
-                statistics.append(parts)
-                entropies.append(entropy)
+        with self.parallel.rounded():
+            for index in range(forwards):
+                batch, idle = batches[min(index, len(batches) - 1)].to(self.device), index >= len(batches)
+                with nullcontext() if index == forwards - 1 else self.parallel.deferred():
+                    loss, parts, entropy = self._loss(batch, advantages, response_tokens, counts_ME, places)
+                    # Gradients are averaged over ranks; the counts are global. An idle pass only keeps others company.
+                    (loss * (0.0 if idle else self.ranks)).backward()
+                if not idle:
+                    statistics.append(parts)
+                    entropies.append(entropy)
         grad_norm = clip_gradients(self.parallel.model, self.config.optimizer.clip_norm)
         metrics = objective_metrics(reduce_statistics(merge_statistics(statistics)))
         guard_finite(step, metrics["loss"], grad_norm, _ADVICE)

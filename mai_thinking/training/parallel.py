@@ -4,7 +4,7 @@ With either, gradients meet once per global batch, while the backward pass of it
 """
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Literal, Protocol
 
 import torch
@@ -16,6 +16,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 from mai_thinking.model import MaiThinkingForCausalLM
+from mai_thinking.model.latent_moe import rounded_once
 
 
 class Parallel(Protocol):
@@ -24,8 +25,10 @@ class Parallel(Protocol):
     accelerator: Accelerator
     model: nn.Module
     """What to call in training; its parameters are the optimiser's."""
-    sharded: bool
-    """Whether parameters are whole only inside the forward and backward pass."""
+
+    def rounded(self) -> AbstractContextManager[None]:
+        """Around a step's micro-batches, in which no weight changes: those that kernels on a GPU have rounded are
+        rounded once for all."""
 
     def deferred(self) -> AbstractContextManager[None]:
         """Around the forward and backward of every micro-batch but the last: gradients stay on their rank."""
@@ -38,12 +41,15 @@ class Parallel(Protocol):
 class Replicated:
     """Every rank holds the whole model (DDP; with one rank, the model itself)."""
 
-    sharded = False
-
     def __init__(self, model: MaiThinkingForCausalLM, accelerator: Accelerator) -> None:
         self.accelerator = accelerator
         self._plain = model
         self.model: nn.Module = accelerator.prepare(model)
+
+    def rounded(self) -> AbstractContextManager[None]:
+        if self.accelerator.device.type == "cuda" and self.accelerator.mixed_precision == "bf16":
+            return rounded_once(self._plain, torch.bfloat16)
+        return nullcontext()
 
     def deferred(self) -> AbstractContextManager[None]:
         return self.accelerator.no_sync(self.model)
@@ -56,8 +62,6 @@ class Sharded:
     """Weights, gradients and optimiser state lie in shards, an equal part on each rank (FSDP2, as ZeRO stage 3). A
     layer is gathered while it is computed. Accelerate falls back to DDP where there is no GPU; `fully_shard` works
     over gloo too."""
-
-    sharded = True
 
     def __init__(self, model: MaiThinkingForCausalLM, accelerator: Accelerator) -> None:
         self.accelerator = accelerator
@@ -72,6 +76,9 @@ class Sharded:
             fully_shard(layer, mesh=mesh)
         self._shards: FSDPModule = fully_shard(model, mesh=mesh)
         self.model: nn.Module = model
+
+    def rounded(self) -> AbstractContextManager[None]:
+        return nullcontext()  # weights are whole only while they are computed with
 
     @contextmanager
     def deferred(self) -> Iterator[None]:

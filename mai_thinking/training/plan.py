@@ -77,7 +77,8 @@ def _activations_per_token(architecture: MaiThinkingConfig, compute_bytes: int) 
     norms = 4 * 4 * c.hidden_size  # fp32 inputs of the four norms
     attention = compute_bytes * (2 * c.hidden_size + queries) + 4 * 2 * (queries + keys) + compute_bytes * 2 * keys
     dense = compute_bytes * (2 * c.hidden_size + 4 * c.intermediate_size)
-    per_choice = compute_bytes * (2 * c.latent_size + 4 * c.moe_intermediate_size)
+    # Gate and up, and the output where it is kept; all else is computed again (`model.experts`, `grouped_experts`).
+    per_choice = compute_bytes * (c.latent_size + 2 * c.moe_intermediate_size)
     moe = (
         compute_bytes * 2 * (c.hidden_size + c.latent_size) + 4 * 3 * c.num_experts + c.num_experts_per_tok * per_choice
     )

@@ -12,7 +12,7 @@ change what is learned. The balance loss takes expert frequencies over the globa
 
 import math
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -22,7 +22,7 @@ import torch.distributed as dist
 from mai_thinking.config.pretraining import PretrainConfig
 from mai_thinking.errors import RunError
 from mai_thinking.model.configuration import MaiThinkingConfig
-from mai_thinking.model.latent_moe import Routing, balance_loss, rounded_once
+from mai_thinking.model.latent_moe import Routing, balance_loss
 from mai_thinking.training.parallel import Parallel, clip_gradients
 
 MicroBatch = dict[str, torch.Tensor]
@@ -104,7 +104,7 @@ class TrainStep:
         label_count = self._sum(labels.to(self.device))
         token_count = self._token_count(micro_batches)
         accumulate = self._accumulate_exact if self.exact_balance else self._accumulate_running
-        with self._weights_prepared():
+        with self.parallel.rounded():
             losses, counts, entropy = accumulate(micro_batches, label_count, token_count)
         grad_norm = clip_gradients(self.parallel.model, self.clip_norm)
         cross_entropy, balance, z = self._sum(losses).tolist()
@@ -164,14 +164,6 @@ class TrainStep:
                 output_router_logits=False,
             )
         return output.loss, output.routing
-
-    def _weights_prepared(self) -> AbstractContextManager[None]:
-        """Round the weights once for all micro-batches, where the kernels on a GPU have them rounded. Shards are whole
-        only while they are computed with."""
-        parallel = self.parallel
-        if self.device.type != "cuda" or parallel.accelerator.mixed_precision != "bf16" or parallel.sharded:
-            return nullcontext()
-        return rounded_once(parallel.model, torch.bfloat16)
 
     def _moved(self, tensor: torch.Tensor) -> torch.Tensor:
         """To the device, which goes on with the last micro-batch meanwhile."""
