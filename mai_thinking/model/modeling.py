@@ -250,7 +250,7 @@ class MaiThinkingModel(MaiThinkingPreTrainedModel):
         kind, (rows, length) = self.config._attn_implementation, inputs_embeds.shape[:2]
         if inputs_embeds.is_cuda and (self.config.head_dim % 8 or not 16 <= self.config.head_dim <= 256):
             return None  # neither kernel takes such heads
-        if kind == "packed_flex":
+        if kind == "packed_flex" and (inputs_embeds.is_cuda or not torch.is_grad_enabled()):  # no backward on a CPU
             positions_1T = torch.arange(length, device=inputs_embeds.device)[None]
             positions_BT = (positions_1T if position_ids is None else position_ids).expand(rows, -1)
             windows = {LOCAL: self.config.sliding_window, GLOBAL: None}

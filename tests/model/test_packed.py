@@ -86,6 +86,18 @@ def test_a_model_with_flex_attention_computes_what_it_does_with_masks() -> None:
     torch.testing.assert_close(*logits, atol=1e-4, rtol=1e-4)
 
 
+def test_training_with_it_on_a_cpu_takes_masks() -> None:
+    """PyTorch's flex attention has no backward there."""
+    ids = torch.randint(2, 97, (2, 40), generator=torch.Generator().manual_seed(0))
+    positions = torch.cat([torch.arange(15), torch.arange(25)])[None].expand(2, -1)
+    gradients = []
+    for attention in ("packed_flex", "sdpa"):
+        model = tiny_model(attention=attention).train()
+        model(ids, position_ids=positions, labels=ids, use_cache=False).loss.backward()
+        gradients.append(model.model.layers[0].attention.q_proj.weight.grad)
+    torch.testing.assert_close(*gradients)
+
+
 # --------------------------------------------------------------------------------------------------------- on a GPU
 
 
