@@ -83,7 +83,7 @@ def bucketed_experts(
         return grouped_experts(x_TL, w_gate_up, w_down, gates_TK, chosen_TK, getattr(module, "copies", None))
     w_gate_up, w_down = w_gate_up.to(dtype), w_down.to(dtype)
     if device != "cpu":
-        return grouped_mm_experts_forward(_CastExperts(module, w_gate_up, w_down), x_TL, chosen_TK, gates_TK)
+        return grouped_mm_experts_forward(CastExperts(module, w_gate_up, w_down), x_TL, chosen_TK, gates_TK)
     # Being kept from the compiler costs a call a tenth of a millisecond, as much as the experts of one token.
     compute = _outside_the_graph if torch.compiler.is_compiling() else _bucketed_on_cpu
     return compute(x_TL, w_gate_up, w_down, gates_TK, chosen_TK)
@@ -94,7 +94,7 @@ def _fits_grouped_product(dtype: torch.dtype, *weights: torch.Tensor) -> bool:
     return dtype == torch.bfloat16 and all(size % 8 == 0 for weight in weights for size in weight.shape[1:])
 
 
-class _CastExperts:
+class CastExperts:
     """An experts module whose weights stand in cast, as `grouped_mm_experts_forward` reads it."""
 
     def __init__(self, module: ExpertWeights, gate_up_proj: torch.Tensor, down_proj: torch.Tensor) -> None:

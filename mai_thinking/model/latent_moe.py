@@ -174,6 +174,8 @@ def summarize(
     """One layer's routing, summed over the real tokens."""
     if token_mask_BT is not None:
         real = token_mask_BT.flatten()
+        if real.is_cuda:
+            return _summarize_masked(chosen_TK, logits_TE, probabilities_TE, real.float())
         chosen_TK, logits_TE, probabilities_TE = chosen_TK[real], logits_TE[real], probabilities_TE[real]
     log_z_T = logits_TE.logsumexp(dim=-1)
     with torch.no_grad():
@@ -183,6 +185,18 @@ def summarize(
         entropy = log_z_T.sum() - (probabilities_TE * logits_TE).sum()
         tokens = torch.full((), float(chosen_TK.size(0)), device=logits_TE.device)
     return Routing(counts_E, probabilities_TE.sum(dim=0), log_z_T.square().sum(), entropy, tokens)
+
+
+def _summarize_masked(
+    chosen_TK: torch.Tensor, logits_TE: torch.Tensor, probabilities_TE: torch.Tensor, real_T: torch.Tensor
+) -> Routing:
+    """The same with 1 for real tokens and 0 for others: taking rows out would make a GPU wait for their number."""
+    log_z_T = logits_TE.logsumexp(dim=-1)
+    with torch.no_grad():
+        counts_E = torch.zeros(logits_TE.size(-1), device=logits_TE.device)
+        counts_E.index_add_(0, chosen_TK.flatten(), real_T.repeat_interleave(chosen_TK.size(1)))
+        entropy = ((log_z_T - (probabilities_TE * logits_TE).sum(dim=-1)) * real_T).sum()
+    return Routing(counts_E, real_T @ probabilities_TE, (log_z_T.square() * real_T).sum(), entropy, real_T.sum())
 
 
 def balance_loss(counts_ME: torch.Tensor, probabilities_ME: torch.Tensor, tokens: torch.Tensor | float) -> torch.Tensor:

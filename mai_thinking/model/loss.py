@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from mai_thinking.model.fused import fused
+from mai_thinking.model.precision import HALF
 
 CHUNK_ELEMENTS = {"cpu": 2**21, "cuda": 2**28}
 """Logits held at once. On a CPU they should stay near its caches; on a GPU a chunk should fill the machine."""
@@ -20,6 +21,13 @@ def logits_product(hidden: torch.Tensor, weight_VD: torch.Tensor, dtype: torch.d
     if dtype is None:
         return F.linear(hidden.to(weight_VD.dtype), weight_VD).float()
     return torch.mm(hidden.to(dtype), weight_VD.to(dtype).mT, out_dtype=torch.float32)
+
+
+def head_gradient(d_logits_NV: torch.Tensor, hidden_ND: torch.Tensor) -> torch.Tensor:
+    """d logitsᵀ · hidden, [V, D]; of half precision on a GPU summed and returned in fp32."""
+    if d_logits_NV.is_cuda and d_logits_NV.dtype in HALF:
+        return torch.mm(d_logits_NV.mT, hidden_ND, out_dtype=torch.float32)
+    return d_logits_NV.mT @ hidden_ND
 
 
 def chunked_cross_entropy(
@@ -64,10 +72,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             torch.mm(d_logits, operand_VD, out=d_hidden[chunk])
             if d_weight.dtype == d_logits.dtype:
                 d_weight.addmm_(d_logits.mT, hidden)
-            elif on_gpu:
-                d_weight += torch.mm(d_logits.mT, hidden, out_dtype=torch.float32)
             else:
-                d_weight += d_logits.mT @ hidden
+                d_weight += head_gradient(d_logits, hidden)
         ctx.save_for_backward(d_hidden, d_weight)
         ctx.weight_dtype = weight_VD.dtype
         return loss
@@ -75,7 +81,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, d_loss: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         d_hidden, d_weight = ctx.saved_tensors
-        return d_hidden * d_loss.to(d_hidden.dtype), (d_weight * d_loss).to(ctx.weight_dtype), None, None
+        # In at least fp32: a rounded factor would scale all of it alike.
+        wide = torch.promote_types(d_hidden.dtype, d_loss.dtype)
+        d_hidden = (d_hidden.to(wide) * d_loss.to(wide)).to(d_hidden.dtype)
+        return d_hidden, (d_weight * d_loss).to(ctx.weight_dtype), None, None
 
 
 def _loss_and_gradient_in_place(

@@ -22,16 +22,19 @@ class Documents(NamedTuple):
     """The longest one's length, a scalar on the CPU, where it is read without waiting for the device."""
 
 
-def find_documents(position_ids_BT: torch.Tensor | None, rows: int, length: int, device: torch.device) -> Documents:
-    """A document begins at a row's start and wherever positions do not go on by one; without positions, a row is one.
+def document_begins(position_ids_BT: torch.Tensor) -> torch.Tensor:
+    """[B, T] bool: a document begins at a row's start and wherever positions do not go on by one."""
+    begins_BT = torch.ones_like(position_ids_BT, dtype=torch.bool)
+    begins_BT[:, 1:] = position_ids_BT[:, 1:] != position_ids_BT[:, :-1] + 1
+    return begins_BT
 
-    `position_ids_BT` is [B, T], or [1, T] for rows that are alike. Waits for the device.
-    """
+
+def find_documents(position_ids_BT: torch.Tensor | None, rows: int, length: int, device: torch.device) -> Documents:
+    """Of rows [B, T], or [1, T] if they are alike; without positions, a row is one document. Waits for the device."""
     if position_ids_BT is None:
         offsets = torch.arange(0, (rows + 1) * length, length, dtype=torch.int32, device=device)
         return Documents(offsets, torch.tensor(length))
-    begins_BT = torch.ones(rows, length, dtype=torch.bool, device=device)
-    begins_BT[:, 1:] = position_ids_BT[:, 1:] != position_ids_BT[:, :-1] + 1
+    begins_BT = document_begins(position_ids_BT).expand(rows, -1)
     starts = begins_BT.flatten().nonzero().squeeze(1)
     offsets = torch.cat((starts, starts.new_tensor([rows * length]))).to(torch.int32)
     torch._dynamo.mark_dynamic(offsets, 0)  # another micro-batch has another number of documents

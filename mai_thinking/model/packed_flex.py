@@ -20,17 +20,17 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mai_thinking.model.fused import fused
+from mai_thinking.model.packed_attention import document_begins
 
 BLOCK = 128
 
 
 def packed_block_mask(position_ids_BT: torch.Tensor, window: int | None) -> BlockMask:
-    """The mask of a layer with that window, or of a global one, for rows [B, T] of positions that begin again at 0 with
-    each document."""
+    """The mask of a layer with that window, or of a global one, for rows [B, T] of documents (`document_begins`)."""
     B, T = position_ids_BT.shape
     device = position_ids_BT.device
     index_T = torch.arange(T, device=device)
-    start_BT = (index_T - position_ids_BT).clamp(min=0).to(torch.int32)
+    start_BT = torch.where(document_begins(position_ids_BT), index_T, 0).cummax(dim=1).values.to(torch.int32)
 
     def sees(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
         within = (k <= q) & (k >= start_BT[b, q])

@@ -14,7 +14,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from mai_thinking.model.latent_moe import Routing
-from mai_thinking.model.loss import CHUNK_ELEMENTS, logits_product
+from mai_thinking.model.loss import CHUNK_ELEMENTS, head_gradient, logits_product
 from mai_thinking.rl.nucleus import packed_tokens, unpack_bits
 from mai_thinking.rl.packing import MicroBatch
 
@@ -148,7 +148,7 @@ class _TokenLogprobs(torch.autograd.Function):
             d_logits.scatter_add_(1, targets_N[chunk, None], scale_N1[chunk])
             d_logits = d_logits.to(operand_VD.dtype)
             torch.mm(d_logits, operand_VD, out=d_hidden[chunk])
-            d_weight += d_logits.mT @ hidden
+            d_weight += head_gradient(d_logits, hidden)
         return d_hidden, d_weight.to(weight_VD.dtype), None, None, None, None
 
 

@@ -33,7 +33,7 @@ class HostCopies:
         return copies
 
     def close(self) -> None:
-        """Give the memory back."""
+        """Let go of the memory. What is pinned stays with PyTorch, for its next use."""
         self._buffers = {}
 
 

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from mai_thinking.errors import UsageError
 from mai_thinking.model import MaiThinkingForCausalLM
+from mai_thinking.model.loss import logits_product
 
 CATEGORY_WEIGHTS = {"code": 0.5, "stem": 0.175, "maths": 0.175, "general": 0.1, "multilingual": 0.05}
 """The report's weights. Categories without held-out text are left out and the rest scaled to sum to 1."""
@@ -69,7 +70,9 @@ def evaluate_texts(
             inputs, targets = inputs.to(model.device), targets.to(model.device)
             hidden = model.model(input_ids=inputs, use_cache=False).last_hidden_state
             scored = targets != -100
-            logits = F.linear(hidden[scored], model.lm_head.weight).float()
+            dtype = model.model.half_precision
+            with torch.autocast(model.device.type, enabled=False):
+                logits = logits_product(hidden[scored], model.lm_head.weight, dtype)
             nats += F.cross_entropy(logits, targets[scored], reduction="sum").double().cpu()
             tokens += int(scored.sum())
         length = counted.bytes

@@ -47,7 +47,8 @@ class Replicated:
         self.model: nn.Module = accelerator.prepare(model)
 
     def rounded(self) -> AbstractContextManager[None]:
-        if self.accelerator.device.type == "cuda" and self.accelerator.mixed_precision == "bf16":
+        ours = self._plain.config._experts_implementation == "bucketed_mm"
+        if ours and self.accelerator.device.type == "cuda" and self.accelerator.mixed_precision == "bf16":
             return rounded_once(self._plain, torch.bfloat16)
         return nullcontext()
 

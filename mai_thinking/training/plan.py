@@ -20,6 +20,7 @@ class Memory:
     """Bytes on one rank."""
 
     weights: float
+    rounded: float
     gradients: float
     optimizer: float
     activations: float
@@ -28,7 +29,7 @@ class Memory:
     @property
     def total(self) -> float:
         """All of it, without the framework's own and fragmentation."""
-        return self.weights + self.gradients + self.optimizer + self.activations + self.logits
+        return self.weights + self.rounded + self.gradients + self.optimizer + self.activations + self.logits
 
 
 def memory_per_rank(
@@ -37,15 +38,17 @@ def memory_per_rank(
     *,
     gpus: int,
     tokens: int,
+    step_tokens: int,
     compute_bytes: int,
     activation_checkpointing: bool,
 ) -> Memory:
-    """Memory of one rank that takes micro-batches of `tokens` tokens through the model.
+    """Memory of one rank that takes micro-batches of `tokens` tokens through the model, `step_tokens` in a step.
 
     Experts are split over `plan.expert_parallel` ranks, all else is on each of `gpus` ranks; what the ZeRO stage
     shards is split over the ranks that hold the same weights. Activations are an estimate: what each sublayer keeps
-    for its backward pass at `compute_bytes` a number, or with checkpointing the fp32 residual stream at each layer
-    and one layer's full set.
+    for its backward pass at `compute_bytes` a number, or with checkpointing the fp32 residual stream at each layer of
+    the whole step, which waits for one backward pass (`training.step`), with each micro-batch's gradient of the head,
+    and one layer's full set. In half precision the experts' weights are held rounded too.
     """
     total, _ = architecture.parameter_counts()
     experts = architecture.parameter_breakdown()["experts"]
@@ -60,9 +63,13 @@ def memory_per_rank(
 
     per_layer = _activations_per_token(architecture, compute_bytes)
     layers = architecture.num_hidden_layers
-    kept = tokens * (4 * architecture.hidden_size * layers + max(per_layer)) if activation_checkpointing else 0
+    kept = 0.0
+    if activation_checkpointing:
+        heads = 4 * architecture.vocab_size * architecture.hidden_size * (step_tokens / tokens)
+        kept = step_tokens * 4 * architecture.hidden_size * layers + tokens * max(per_layer) + heads
     return Memory(
         weights=held(WEIGHT, 3),
+        rounded=2 * experts / plan.expert_parallel if compute_bytes == 2 else 0.0,
         gradients=held(GRADIENT, 2),
         optimizer=held(MOMENTS, 1),
         activations=kept or tokens * sum(per_layer),
@@ -106,6 +113,8 @@ class Plan:
             config.plan,
             gpus=ranks,
             tokens=config.batch.micro_batch_size * config.batch.context_length,
+            step_tokens=max(config.batch.micro_batch_size, config.batch.global_batch_size // ranks)
+            * config.batch.context_length,
             compute_bytes=2 if bf16 else 4,
             activation_checkpointing=config.execution.activation_checkpointing,
         )
@@ -119,6 +128,7 @@ class Plan:
         plan, memory = self.config.plan, self.memory
         parts = {
             "weights": memory.weights,
+            "rounded": memory.rounded,
             "gradients": memory.gradients,
             "optimiser": memory.optimizer,
             "activations": memory.activations,

@@ -39,7 +39,8 @@ def sample_text(
     model.eval()
     devices = [model.device] if model.device.type == "cuda" else []
     try:
-        with torch.random.fork_rng(devices=devices):
+        # A compilation for each length of the cache would take longer than the text.
+        with torch.random.fork_rng(devices=devices), torch.compiler.set_stance("force_eager"):
             torch.manual_seed(seed)
             output = model.generate(inputs, generation_config=settings, streamer=streamer)
     finally:

@@ -76,6 +76,16 @@ def test_the_routers_product_by_parts() -> None:
     assert max(map(distance, got, expected)) < 3e-5
 
 
+def test_the_routings_sums_two_ways() -> None:
+    """Real tokens taken out, and others weighed with 0."""
+    torch.manual_seed(0)
+    logits, real = torch.randn(30, 12), torch.rand(30) < 0.6
+    chosen, probabilities = logits.topk(3).indices, logits.softmax(dim=-1)
+    expected = latent_moe.summarize(chosen, logits, probabilities, real)
+    got = latent_moe._summarize_masked(chosen, logits, probabilities, real.float())
+    torch.testing.assert_close(tuple(got), tuple(expected))
+
+
 def test_the_losss_two_ways() -> None:
     torch.manual_seed(0)
     logits, labels = 4 * torch.randn(20, 50), torch.randint(0, 50, (20,))

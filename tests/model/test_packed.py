@@ -16,15 +16,17 @@ LENGTHS = [(640, 200), (640, None), (1024, 512), (300, 128), (100, 16), (513, 13
 
 
 def packed(length: int) -> torch.Tensor:
-    """Positions [3, T]: one document; several, two of them of one token; two."""
+    """Positions [3, T]: one document; several, two of them of one token; two, whose second's beginning is missing."""
     rows = ([length], [50, 1, 1, length], [length // 2 + 3, length])
-    return torch.stack([torch.cat([torch.arange(n) for n in row])[:length] for row in rows])
+    positions = torch.stack([torch.cat([torch.arange(n) for n in row])[:length] for row in rows])
+    positions[2, rows[2][0] :] += 10
+    return positions
 
 
 def seen(positions_BT: torch.Tensor, window: int | None) -> torch.Tensor:
     """The definition: [B, T, T] bool."""
     index = torch.arange(positions_BT.size(1), device=positions_BT.device)
-    document_BT = (positions_BT == 0).cumsum(dim=1)
+    document_BT = (positions_BT.diff(dim=1, prepend=positions_BT[:, :1]) != 1).cumsum(dim=1)
     distance = index[:, None] - index
     near = (distance >= 0) & (distance < (window or len(index)))
     return near & (document_BT[:, :, None] == document_BT[:, None])
