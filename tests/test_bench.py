@@ -222,12 +222,15 @@ def test_the_flops_of_a_step_count_the_pairs_that_documents_leave() -> None:
     architecture = MaiThinkingConfig(num_hidden_layers=6, sliding_window=16, vocab_size=1000)
     whole, halves = torch.arange(64).expand(2, 64), torch.arange(32).repeat(2).expand(2, 64)
 
-    def flops(positions: torch.Tensor) -> tuple[float, float]:
+    def flops(positions: torch.Tensor) -> float:
         return card.step_flops(architecture, Step([{"position_ids": positions}] * 3, 0, [], range(6)))
 
-    assert sum(flops(whole)) == pytest.approx(6 * 64 * architecture.flops_per_token(64))
-    assert sum(flops(halves)) == pytest.approx(6 * 64 * architecture.flops_per_token(32))
-    assert flops(whole)[0] == flops(halves)[0]
+    assert flops(whole) == pytest.approx(6 * 64 * architecture.flops_per_token(64))
+    assert flops(halves) == pytest.approx(6 * 64 * architecture.flops_per_token(32))
+    # Products are the same; of 6 rows and 6 layers, the keys of 5 with a window of 16 and of a global one.
+    seen = {n: 5 * sum(min(i, 16) for i in range(1, n + 1)) + sum(range(1, n + 1)) for n in (32, 64)}
+    scores = 12 * architecture.num_attention_heads * architecture.head_dim * 6 * (seen[64] - 2 * seen[32])
+    assert flops(whole) - flops(halves) == pytest.approx(scores)
 
 
 def test_a_card_is_measured_where_there_is_one(options: Options) -> None:

@@ -27,6 +27,7 @@ from mai_thinking.errors import UsageError
 from mai_thinking.model import MaiThinkingConfig
 from mai_thinking.model.configuration import LOCAL
 from mai_thinking.model.experts import CastExperts
+from mai_thinking.training.model_files import compile_layers
 
 CONFIG = "configs/L12.yaml"
 ROUNDED_GROUPED_MM = "rounded_grouped_mm"
@@ -100,7 +101,7 @@ def _side(
     try:
         begin = time.perf_counter()
         for number in range(2):
-            learner.learn(batches[number % 2])
+            learner.learn(batches[number])
         torch.cuda.synchronize()
         warm_up = time.perf_counter() - begin
         seconds = [_timed(lambda number=number: learner.learn(batches[number % 2])) for number in range(steps)]  # type: ignore[misc]
@@ -109,7 +110,7 @@ def _side(
         return [], [f"{name}: out of memory in micro-batches of {micro} rows ({str(error).splitlines()[0][:120]})"]
     tokens = batch.tokens_per_step
     architecture = learner.whole.config
-    flops = [sum(step_flops(architecture, batches[number % 2])) for number in range(steps)]
+    flops = [step_flops(architecture, batches[number % 2]) for number in range(steps)]
     row = Row(
         {"side": name, "rows at once": micro},
         {
@@ -130,21 +131,19 @@ def _compute_as(learner: Learner, side: Side) -> None:
     model.set_experts_implementation(side.experts)
     for layer in model.model.layers:
         layer._compiled_call_impl = None
-        if side.compiled:
-            layer.compile()
+    if side.compiled:
+        compile_layers(model)
 
 
-def step_flops(architecture: MaiThinkingConfig, batch: Step) -> tuple[float, float]:
-    """FLOPs of a training step on `batch`, a multiply-add as two: in products with weights, and in attention."""
-    _, active = architecture.parameter_counts()
-    in_products = active - architecture.parameter_breakdown()["norms"]
+def step_flops(architecture: MaiThinkingConfig, batch: Step) -> float:
+    """FLOPs of a training step on `batch`, by the report's rule."""
     tokens, attended = 0, 0.0
     for rows in batch.micro_batches:
         seen_BT = rows["position_ids"] + 1  # keys of a global layer's query: its document's tokens so far
         tokens += seen_BT.numel()
         for kind in architecture.layer_types or []:
             attended += float((seen_BT.clamp(max=architecture.sliding_window) if kind == LOCAL else seen_BT).sum())
-    return 6.0 * in_products * tokens, 12.0 * architecture.num_attention_heads * architecture.head_dim * attended
+    return architecture.training_flops(tokens, attended)
 
 
 def product_rate(size: int = 8192, rounds: int = 20) -> float:

@@ -163,18 +163,22 @@ class MaiThinkingConfig(PretrainedConfig):
         return total, total - parts["experts"] + active_experts
 
     def flops_per_token(self, context: int) -> float:
-        """FLOPs of a training step (forward and backward) per token of a full `context`: matrix products and
-        attention only, no recomputation, a multiply-add as two (the report's rule for MFU, §2.8)."""
-        _, active = self.parameter_counts()
-        parts = self.parameter_breakdown()
-        in_products = active - parts["norms"]
+        """FLOPs of a training step per token of a full `context`, by the rule of `training_flops`."""
         attended = 0.0
         for kind in self.layer_types or []:
             window = min(self.sliding_window, context) if kind == LOCAL else context
             # Mean number of keys that a causal query sees: a triangle, then a band of constant width.
             attended += window - window * (window - 1) / (2 * context)
+        return self.training_flops(1, attended)
+
+    def training_flops(self, tokens: float, attended: float) -> float:
+        """FLOPs of a training step (forward and backward) on `tokens` tokens that see `attended` keys, all together and
+        in all layers: matrix products and attention only, no recomputation, a multiply-add as two (the report's rule
+        for MFU, §2.8)."""
+        _, active = self.parameter_counts()
+        in_products = active - self.parameter_breakdown()["norms"]
         scores_and_values = 2 * self.num_attention_heads * self.head_dim * attended
-        return 6.0 * (in_products + scores_and_values)
+        return 6.0 * (in_products * tokens + scores_and_values)
 
 
 _SHORTHANDS: dict[str, Any] = {"ladder": (int | None, None), "preset": (Literal["mai-base-1"] | None, None)}

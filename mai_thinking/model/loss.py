@@ -12,15 +12,14 @@ CHUNK_ELEMENTS = {"cpu": 2**21, "cuda": 2**28}
 """Logits held at once. On a CPU they should stay near its caches; on a GPU a chunk should fill the machine."""
 
 
-def logits_product(hidden: torch.Tensor, weight_VD: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
-    """hidden [N, D] · weightᵀ → logits [N, V] fp32. No gradient.
+def logits_product(hidden: torch.Tensor, weight_VD: torch.Tensor) -> torch.Tensor:
+    """hidden [N, D] · weightᵀ, of one dtype → logits [N, V] fp32. No gradient.
 
-    With a `dtype`, on a GPU, that is what the operands are rounded to; sums and logits are fp32 all the same. Without,
-    the product is in the weight's dtype.
+    Of half precision on a GPU the sums are fp32 too; elsewhere the product is in the operands' dtype.
     """
-    if dtype is None:
-        return F.linear(hidden.to(weight_VD.dtype), weight_VD).float()
-    return torch.mm(hidden.to(dtype), weight_VD.to(dtype).mT, out_dtype=torch.float32)
+    if hidden.is_cuda and hidden.dtype in HALF:
+        return torch.mm(hidden, weight_VD.mT, out_dtype=torch.float32)
+    return F.linear(hidden, weight_VD).float()
 
 
 def head_gradient(d_logits_NV: torch.Tensor, hidden_ND: torch.Tensor) -> torch.Tensor:
@@ -33,30 +32,25 @@ def head_gradient(d_logits_NV: torch.Tensor, hidden_ND: torch.Tensor) -> torch.T
 def chunked_cross_entropy(
     hidden_BTD: torch.Tensor, weight_VD: torch.Tensor, labels_BT: torch.Tensor, dtype: torch.dtype | None = None
 ) -> torch.Tensor:
-    """Σ over labels ≠ -100 of −log softmax(hidden · weightᵀ)[label], a scalar in fp32. `dtype` as `logits_product`'s.
+    """Σ over labels ≠ -100 of −log softmax(hidden · weightᵀ)[label], a scalar in fp32. `dtype` is what the product's
+    operands are rounded to, if not left in the weight's.
 
     Tokens go through in chunks, and where a gradient is wanted it is computed with the chunk's logits at hand, so that
     neither pass ever sees all of them. Differentiable once.
     """
     hidden_TD = hidden_BTD.flatten(0, 1).to(dtype or weight_VD.dtype)
-    return _ChunkedCrossEntropy.apply(hidden_TD, weight_VD, labels_BT.flatten(), dtype)
+    return _ChunkedCrossEntropy.apply(hidden_TD, weight_VD, labels_BT.flatten())
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Loss forward, and the gradient of it: d loss / d logits = softmax − one-hot."""
+    """Loss forward, and the gradient of it: d loss / d logits = softmax − one-hot. Products are in the hidden states'
+    dtype."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        hidden_TD: torch.Tensor,
-        weight_VD: torch.Tensor,
-        labels_T: torch.Tensor,
-        dtype: torch.dtype | None,
-    ) -> torch.Tensor:
+    def forward(ctx: Any, hidden_TD: torch.Tensor, weight_VD: torch.Tensor, labels_T: torch.Tensor) -> torch.Tensor:
         wants_gradient = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
-        on_gpu = hidden_TD.is_cuda
-        loss_and_gradient = fused(_loss_and_gradient) if on_gpu else _loss_and_gradient_in_place
-        operand_VD = weight_VD if dtype is None else weight_VD.to(dtype)
+        loss_and_gradient = fused(_loss_and_gradient) if hidden_TD.is_cuda else _loss_and_gradient_in_place
+        operand_VD = weight_VD.to(hidden_TD.dtype)
         loss = torch.zeros((), dtype=torch.float32, device=hidden_TD.device)
         d_hidden = torch.zeros_like(hidden_TD) if wants_gradient else None
         d_weight = torch.zeros_like(weight_VD, dtype=torch.float32) if wants_gradient else None
@@ -64,7 +58,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         for begin in range(0, hidden_TD.size(0), size):
             chunk = slice(begin, begin + size)
             hidden, labels = hidden_TD[chunk], labels_T[chunk]
-            logits = logits_product(hidden, operand_VD, dtype)
+            logits = logits_product(hidden, operand_VD)
             chunk_loss, d_logits = loss_and_gradient(logits, labels, operand_VD.dtype, wants_gradient)
             loss += chunk_loss
             if d_hidden is None or d_weight is None or d_logits is None:
@@ -84,7 +78,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         # In at least fp32: a rounded factor would scale all of it alike.
         wide = torch.promote_types(d_hidden.dtype, d_loss.dtype)
         d_hidden = (d_hidden.to(wide) * d_loss.to(wide)).to(d_hidden.dtype)
-        return d_hidden, (d_weight * d_loss).to(ctx.weight_dtype), None, None
+        return d_hidden, (d_weight * d_loss).to(ctx.weight_dtype), None
 
 
 def _loss_and_gradient_in_place(

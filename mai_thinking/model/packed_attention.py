@@ -70,9 +70,8 @@ def _attend(
     seen besides the own, −1 for all."""
     most = int(longest)
     out, log_sums, *_ = torch.ops.aten._flash_attention_forward(
-        q, k, v, offsets, offsets, most, most, 0.0, True, False, scale=scale,
-        window_size_left=None if before < 0 else before, window_size_right=None if before < 0 else 0,
-    )  # fmt: skip
+        q, k, v, offsets, offsets, most, most, 0.0, True, False, scale=scale, **_window(before)
+    )
     return out, log_sums
 
 
@@ -108,10 +107,13 @@ def _attend_backward(
     with _same_bits():
         dq, dk, dv = torch.ops.aten._flash_attention_backward(
             d_out.contiguous(), q, k, v, out, log_sums, offsets, offsets, most, most, 0.0, True, no_dropout,
-            q.new_empty(0), scale=scale,
-            window_size_left=None if before < 0 else before, window_size_right=None if before < 0 else 0,
+            q.new_empty(0), scale=scale, **_window(before),
         )  # fmt: skip
     return dq, dk, dv
+
+
+def _window(before: int) -> dict[str, int | None]:
+    return {"window_size_left": None if before < 0 else before, "window_size_right": None if before < 0 else 0}
 
 
 @contextmanager

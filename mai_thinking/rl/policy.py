@@ -49,7 +49,7 @@ def response_logprobs(
     def head(hidden_BTD: torch.Tensor, weight_VD: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
         hidden_ND = hidden_BTD[batch.response_mask].to(dtype or weight_VD.dtype)
         nucleus = batch.nucleus if replay_nucleus else None
-        return token_logprobs(hidden_ND, weight_VD, batch.targets, nucleus, temperature, dtype)
+        return token_logprobs(hidden_ND, weight_VD, batch.targets, nucleus, temperature)
 
     output = model(
         input_ids=batch.input_ids,
@@ -69,21 +69,20 @@ def token_logprobs(
     targets_N: torch.Tensor,
     nucleus_NB: torch.Tensor | None,
     temperature: float,
-    dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """log softmax(hidden · weightᵀ / temperature)[target], over the nucleus (bit-packed) if given; [N] fp32. On a GPU,
-    the product's operands may be rounded to `dtype` (`loss.logits_product`), which the hidden states have already.
+    """log softmax(hidden · weightᵀ / temperature)[target], over the nucleus (bit-packed) if given; [N] fp32. The
+    product is in the hidden states' dtype.
 
     Never holds all logits, and computes only those inside where the nucleus is narrow. A target outside its nucleus
     has −∞, or a meaningless value where that is narrow. Differentiable once.
     """
     if nucleus_NB is None or nucleus_NB.device.type != "cpu":
-        return _TokenLogprobs.apply(hidden_ND, weight_VD, targets_N, nucleus_NB, temperature, dtype)
+        return _TokenLogprobs.apply(hidden_ND, weight_VD, targets_N, nucleus_NB, temperature)
     size_N = torch.from_numpy(np.bitwise_count(nucleus_NB.numpy()).sum(axis=-1, dtype=np.int64))
     is_narrow_N = size_N <= NARROW * weight_VD.size(0)
     narrow, wide = (which.nonzero().squeeze(1) for which in (is_narrow_N, ~is_narrow_N))
     parts = [
-        function(hidden_ND[rows], weight_VD, targets_N[rows], nucleus_NB[rows], temperature, None)
+        function(hidden_ND[rows], weight_VD, targets_N[rows], nucleus_NB[rows], temperature)
         for function, rows in ((_narrow_logprobs, narrow), (_TokenLogprobs.apply, wide))
     ]
     return torch.cat(parts).index_select(0, torch.cat((narrow, wide)).argsort())
@@ -95,7 +94,6 @@ def _narrow_logprobs(
     targets_N: torch.Tensor,
     nucleus_NB: torch.Tensor,
     temperature: float,
-    _: torch.dtype | None,
 ) -> torch.Tensor:
     """`token_logprobs` from the products of each hidden state with its own nucleus's tokens."""
     row_S, token_S = packed_tokens(nucleus_NB)
@@ -120,14 +118,13 @@ class _TokenLogprobs(torch.autograd.Function):
         targets_N: torch.Tensor,
         nucleus_NB: torch.Tensor | None,
         temperature: float,
-        dtype: torch.dtype | None,
     ) -> torch.Tensor:
-        ctx.temperature, ctx.dtype = temperature, dtype
-        operand_VD = weight_VD if dtype is None else weight_VD.to(dtype)
+        ctx.temperature = temperature
+        operand_VD = weight_VD.to(hidden_ND.dtype)
         log_z_N = hidden_ND.new_empty(hidden_ND.size(0), dtype=torch.float32)
         logprobs_N = torch.empty_like(log_z_N)
         for chunk in _chunks(hidden_ND, weight_VD):
-            logits = _logits(hidden_ND[chunk], operand_VD, nucleus_NB, chunk, temperature, dtype)
+            logits = _logits(hidden_ND[chunk], operand_VD, nucleus_NB, chunk, temperature)
             log_z_N[chunk] = logits.logsumexp(dim=-1)
             logprobs_N[chunk] = logits.gather(1, targets_N[chunk, None]).squeeze(1) - log_z_N[chunk]
         ctx.save_for_backward(hidden_ND, weight_VD, targets_N, nucleus_NB, log_z_N)
@@ -140,16 +137,16 @@ class _TokenLogprobs(torch.autograd.Function):
         d_hidden = torch.empty_like(hidden_ND)
         d_weight = torch.zeros_like(weight_VD, dtype=torch.float32)
         scale_N1 = (d_logprobs_N / ctx.temperature)[:, None]
-        operand_VD = weight_VD if ctx.dtype is None else weight_VD.to(ctx.dtype)
+        operand_VD = weight_VD.to(hidden_ND.dtype)
         for chunk in _chunks(hidden_ND, weight_VD):
             hidden = hidden_ND[chunk]
-            logits = _logits(hidden, operand_VD, nucleus_NB, chunk, ctx.temperature, ctx.dtype)
+            logits = _logits(hidden, operand_VD, nucleus_NB, chunk, ctx.temperature)
             d_logits = logits.sub_(log_z_N[chunk, None]).exp_().mul_(-scale_N1[chunk])
             d_logits.scatter_add_(1, targets_N[chunk, None], scale_N1[chunk])
             d_logits = d_logits.to(operand_VD.dtype)
             torch.mm(d_logits, operand_VD, out=d_hidden[chunk])
             d_weight += head_gradient(d_logits, hidden)
-        return d_hidden, d_weight.to(weight_VD.dtype), None, None, None, None
+        return d_hidden, d_weight.to(weight_VD.dtype), None, None, None
 
 
 def _chunks(hidden_ND: torch.Tensor, weight_VD: torch.Tensor) -> list[slice]:
@@ -158,14 +155,9 @@ def _chunks(hidden_ND: torch.Tensor, weight_VD: torch.Tensor) -> list[slice]:
 
 
 def _logits(
-    hidden: torch.Tensor,
-    weight_VD: torch.Tensor,
-    nucleus_NB: torch.Tensor | None,
-    chunk: slice,
-    temperature: float,
-    dtype: torch.dtype | None,
+    hidden: torch.Tensor, weight_VD: torch.Tensor, nucleus_NB: torch.Tensor | None, chunk: slice, temperature: float
 ) -> torch.Tensor:
-    logits = logits_product(hidden, weight_VD, dtype).div_(temperature)
+    logits = logits_product(hidden, weight_VD).div_(temperature)
     if nucleus_NB is not None:
         logits.masked_fill_(~unpack_bits(nucleus_NB[chunk], weight_VD.size(0)), float("-inf"))
     return logits

@@ -147,8 +147,8 @@ class BatchedEngine:
         # Both take the decoding step's masks.
         self._model.set_attn_implementation("sdpa" if self._how == "plain" else SLOT_ATTENTION)
         head_VD = self._model.lm_head.weight.detach()
-        head_dtype = dtype if on_gpu else None  # as in the learner: see `logits_product`
-        self._sampler = Sampler(head_VD.to(head_dtype or head_VD.dtype), head_dtype, temperature, top_p)
+        head_dtype = dtype if dtype and on_gpu else head_VD.dtype  # as in the learner: see `half_precision`
+        self._sampler = Sampler(head_VD.to(head_dtype), temperature, top_p)
         self._cache: SlotCache | None = None
         self._steps: Steps | None = None
 

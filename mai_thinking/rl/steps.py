@@ -31,14 +31,12 @@ class Sampler(NamedTuple):
 
     head_VD: torch.Tensor
     """The head's weights, in the dtype of its product."""
-    dtype: torch.dtype | None
-    """See `logits_product`."""
     temperature: float
     top_p: float
 
     def logits(self, hidden_AD: torch.Tensor) -> torch.Tensor:
         """[A, D] → [A, V] fp32."""
-        return logits_product(hidden_AD, self.head_VD, self.dtype)
+        return logits_product(hidden_AD.to(self.head_VD.dtype), self.head_VD)
 
 
 class Drawn(NamedTuple):

@@ -11,7 +11,7 @@ import torch
 from mai_thinking.config.ladder import LadderConfig
 from mai_thinking.config.pretraining import PretrainConfig
 from mai_thinking.model import MaiThinkingConfig
-from mai_thinking.training.model_files import build_model, model_config
+from mai_thinking.training.model_files import arrange, build_model, model_config
 from mai_thinking.training.optimizer import build_optimizer
 from mai_thinking.training.parallel import share
 from mai_thinking.training.plan import quantity
@@ -105,8 +105,7 @@ def measure_step(config: PretrainConfig) -> float:
     architecture = model_config(config)
     accelerator = make_accelerator(config, RunFolder(config.folder))
     model = build_model(config, architecture)
-    if config.execution.activation_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+    arrange(model, config.execution)
     parallel = share(model, accelerator, config.execution.parallel)
     step = TrainStep.of_pretraining(parallel, build_optimizer(parallel.model, config.optimizer), config, architecture)
     parallel.model.train()

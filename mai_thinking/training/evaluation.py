@@ -70,9 +70,10 @@ def evaluate_texts(
             inputs, targets = inputs.to(model.device), targets.to(model.device)
             hidden = model.model(input_ids=inputs, use_cache=False).last_hidden_state
             scored = targets != -100
-            dtype = model.model.half_precision
+            weight = model.lm_head.weight
+            dtype = model.model.half_precision or weight.dtype
             with torch.autocast(model.device.type, enabled=False):
-                logits = logits_product(hidden[scored], model.lm_head.weight, dtype)
+                logits = logits_product(hidden[scored].to(dtype), weight.to(dtype))
             nats += F.cross_entropy(logits, targets[scored], reduction="sum").double().cpu()
             tokens += int(scored.sum())
         length = counted.bytes

@@ -86,18 +86,20 @@ def build_model(
 
 
 def arrange(model: MaiThinkingForCausalLM, execution: ExecutionSection) -> None:
-    """Have `model` recompute activations and run compiled, as `execution` says.
-
-    Compiled is each layer by itself: layers of a kind share one compilation, and whatever stands between layers, such
-    as finding the documents in a row, may look at the data.
-    """
+    """Have `model` recompute activations and run compiled, as `execution` says."""
     if execution.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if execution.compile:
-        # A compilation for each kind of layer, with gradients and without, and for each shape.
-        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
-        for layer in model.model.layers:
-            layer.compile()
+        compile_layers(model)
+
+
+def compile_layers(model: MaiThinkingForCausalLM) -> None:
+    """Compile each layer by itself, when it first runs: layers of a kind share one compilation, and whatever stands
+    between layers, such as finding the documents in a row, may look at the data."""
+    # A compilation for each kind of layer, with gradients and without, and for each shape.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    for layer in model.model.layers:
+        layer.compile()
 
 
 def _unfilled(architecture: object, **changes: object) -> MaiThinkingForCausalLM:
