@@ -60,9 +60,9 @@ class Responder:
         prompt = self.template.prompt(problem.question)
         return prompt, [self.tokenizer.eos_token_id, *self.tokenizer.encode(prompt, add_special_tokens=False)]
 
-    def respond(self, asked: Sequence[tuple[Problem, Request]]) -> list[Attempt]:
-        """A graded response to each request, in order."""
-        rollouts = self.engine.generate([request for _, request in asked])
+    def respond(self, asked: Sequence[tuple[Problem, Request]], temperature: float | None = None) -> list[Attempt]:
+        """A graded response to each request, in order; at the engine's temperature unless another is given."""
+        rollouts = self.engine.generate([request for _, request in asked], temperature)
         texts = self.tokenizer.batch_decode([rollout.response_ids for rollout in rollouts], skip_special_tokens=True)
         parsed = [self.template.parse(text) for text in texts]
         problems = [problem for problem, _ in asked]

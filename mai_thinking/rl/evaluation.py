@@ -48,7 +48,7 @@ class HeldOut:
             for sample in range(k):
                 request = Request(FIRST_ID + number * k + sample, prompt_ids, max_length)
                 asked.append((number, numbered[number], request))
-        attempts = responder.respond([(problem, request) for _, problem, request in asked])
+        attempts = responder.respond([(problem, request) for _, problem, request in asked], self.section.temperature)
         passed = torch.zeros(len(numbered), dtype=torch.float64)
         length = torch.zeros((), dtype=torch.float64)
         samples: dict[int, Sample] = {}

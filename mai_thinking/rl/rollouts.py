@@ -79,8 +79,9 @@ class Engine(Protocol):
     def update_weights(self, model: MaiThinkingForCausalLM) -> None:
         """Generate from these weights from now on."""
 
-    def generate(self, requests: Sequence[Request]) -> list[Rollout]:
-        """A rollout for each request, in their order. Raises `RunError` if that cannot be had."""
+    def generate(self, requests: Sequence[Request], temperature: float | None = None) -> list[Rollout]:
+        """A rollout for each request, in their order, at the engine's own temperature unless another is given. Raises
+        `RunError` if that cannot be had."""
 
 
 @dataclass
@@ -138,7 +139,7 @@ class BatchedEngine:
                 f"rollouts: slots {slots}, temperature {temperature}, top_p {top_p}; "
                 "they must be at least 1, at least 0, and in (0, 1]"
             )
-        self.slots, self.seed, self.end_of_text = slots, seed, end_of_text
+        self.slots, self.temperature, self.seed, self.end_of_text = slots, temperature, seed, end_of_text
         self._model = inference_copy(model, dtype)
         on_gpu = self._model.device.type == "cuda"
         # The library's grouped products in fp32 ask the host for sizes, which no graph can.
@@ -148,7 +149,7 @@ class BatchedEngine:
         self._model.set_attn_implementation("sdpa" if self._how == "plain" else SLOT_ATTENTION)
         head_VD = self._model.lm_head.weight.detach()
         head_dtype = dtype if dtype and on_gpu else head_VD.dtype  # as in the learner: see `half_precision`
-        self._sampler = Sampler(head_VD.to(head_dtype), temperature, top_p)
+        self._sampler = Sampler(head_VD.to(head_dtype), top_p)
         self._cache: SlotCache | None = None
         self._steps: Steps | None = None
 
@@ -159,18 +160,19 @@ class BatchedEngine:
                 mine.copy_(theirs)
             self._sampler.head_VD.copy_(self._model.lm_head.weight)
 
-    def generate(self, requests: Sequence[Request]) -> list[Rollout]:
-        """A rollout for each request, in their order.
+    def generate(self, requests: Sequence[Request], temperature: float | None = None) -> list[Rollout]:
+        """A rollout for each request, in their order; see `Engine.generate`.
 
         A generation that fails, by an exception or by logits that are not finite, is tried again, without what had
         finished before. Raises `RunError` after `ATTEMPTS`, and `UsageError` for a request that nobody could answer.
         """
         _check(requests)
+        temperature = self.temperature if temperature is None else temperature
         done: dict[int, Rollout] = {}
         for _ in range(ATTEMPTS):
             try:
                 with torch.inference_mode(), self._attention_kernels():
-                    self._run([request for request in requests if request.id not in done], done)
+                    self._run([request for request in requests if request.id not in done], temperature, done)
                 return [done[request.id] for request in requests]
             except Exception as error:
                 failure = error
@@ -182,7 +184,7 @@ class BatchedEngine:
             f"the last failure was {type(failure).__name__}: {failure}"
         ) from failure
 
-    def _run(self, requests: Sequence[Request], done: dict[int, Rollout]) -> None:
+    def _run(self, requests: Sequence[Request], temperature: float, done: dict[int, Rollout]) -> None:
         """Generate all requests into `done`."""
         if not requests:
             return
@@ -193,7 +195,7 @@ class BatchedEngine:
         experts_aMK = torch.zeros(0, *_experts_shape(self._model), dtype=torch.long, device=hidden_AD.device)
         while waiting or running:
             hidden_AD = torch.cat((hidden_AD, *self._admit(waiting, running, cache)))
-            self._draw(steps, hidden_AD, experts_aMK, running)
+            self._draw(steps, hidden_AD, experts_aMK, running, temperature)
             running = self._retire(running, cache, done)
             if running:
                 positions_A = np.array([one.position for one in running])
@@ -227,12 +229,19 @@ class BatchedEngine:
             running.extend(_Running(request, prompt) for request in requests)
         return hidden
 
-    def _draw(self, steps: Steps, hidden_AD: torch.Tensor, experts_aMK: torch.Tensor, running: list[_Running]) -> None:
+    def _draw(
+        self,
+        steps: Steps,
+        hidden_AD: torch.Tensor,
+        experts_aMK: torch.Tensor,
+        running: list[_Running],
+        temperature: float,
+    ) -> None:
         """The next token of every slot in use, and the experts that those decoded went through."""
         ids_A = np.array([one.request.id for one in running])
         positions_A = np.array([one.position + 1 for one in running])
         try:
-            drawn = steps.draw(hidden_AD, experts_aMK, uniforms(self.seed, ids_A, positions_A))
+            drawn = steps.draw(hidden_AD, experts_aMK, uniforms(self.seed, ids_A, positions_A), temperature)
         except NotFiniteError as error:
             one = running[error.row]
             raise FloatingPointError(

@@ -31,7 +31,6 @@ class Sampler(NamedTuple):
 
     head_VD: torch.Tensor
     """The head's weights, in the dtype of its product."""
-    temperature: float
     top_p: float
 
     def logits(self, hidden_AD: torch.Tensor) -> torch.Tensor:
@@ -64,7 +63,9 @@ class Steps(Protocol):
         """A token of each of the first A slots through the model → final hidden states [A, D] fp32, experts [A, M, K]
         of an integer type, both on the device and until the next call."""
 
-    def draw(self, hidden_AD: torch.Tensor, experts_aMK: torch.Tensor, uniforms_A: NDArray[np.float64]) -> Drawn:
+    def draw(
+        self, hidden_AD: torch.Tensor, experts_aMK: torch.Tensor, uniforms_A: NDArray[np.float64], temperature: float
+    ) -> Drawn:
         """The next token of each slot in use. Raises NotFiniteError."""
 
 
@@ -79,13 +80,15 @@ class PlainSteps:
         tokens_A, position_A = torch.tensor(tokens, device=device), torch.from_numpy(positions_A).to(device)
         return decode(self._model, self._cache, tokens_A, position_A, int(positions_A.max()) + 1)
 
-    def draw(self, hidden_AD: torch.Tensor, experts_aMK: torch.Tensor, uniforms_A: NDArray[np.float64]) -> Drawn:
+    def draw(
+        self, hidden_AD: torch.Tensor, experts_aMK: torch.Tensor, uniforms_A: NDArray[np.float64], temperature: float
+    ) -> Drawn:
         logits_AV = self._sampler.logits(hidden_AD)
         low, high = logits_AV.aminmax()  # NaN if any is; several times faster than `isfinite` of each
         if not (low.isfinite() and high.isfinite()):
             raise NotFiniteError(int(logits_AV.isfinite().all(dim=-1).int().argmin()))
         u_A = torch.from_numpy(uniforms_A).to(logits_AV.device)
-        draws = draw(logits_AV, u_A, temperature=self._sampler.temperature, top_p=self._sampler.top_p)
+        draws = draw(logits_AV, u_A, temperature=temperature, top_p=self._sampler.top_p)
         experts = experts_aMK.cpu().numpy().astype(np.uint16)
         return Drawn(draws.tokens_A.tolist(), draws.logprobs_A.tolist(), pack_bits(draws.nucleus_AV), experts)
 
@@ -125,12 +128,14 @@ class StaticSteps:
         self._launch(("decode", R, used), lambda: self._decode(R, used))
         return self._decoded_SD[:A], self._decoded_SMK[:A]
 
-    def draw(self, hidden_AD: torch.Tensor, experts_aMK: torch.Tensor, uniforms_A: NDArray[np.float64]) -> Drawn:
+    def draw(
+        self, hidden_AD: torch.Tensor, experts_aMK: torch.Tensor, uniforms_A: NDArray[np.float64], temperature: float
+    ) -> Drawn:
         A, a, R = hidden_AD.size(0), experts_aMK.size(0), padded_slots(hidden_AD.size(0), self._cache.slots)
         self._hidden_SD[:A].copy_(hidden_AD)
         self._experts_SMK[:a].copy_(experts_aMK)
         self._uniforms_S[:A].copy_(torch.from_numpy(uniforms_A))
-        self._launch(("draw", R), lambda: self._draw(R))
+        self._launch(("draw", R, temperature), lambda: self._draw(R, temperature))
         rows_A = self._drawn_Sb[:A].to("cpu", copy=True).numpy().view(self._row)[:, 0]
         if not rows_A["finite"].all():
             raise NotFiniteError(int(rows_A["finite"].argmin()))
@@ -146,12 +151,12 @@ class StaticSteps:
         self._decoded_SD[:R].copy_(hidden_RD)
         self._decoded_SMK[:R].copy_(experts_RMK)
 
-    def _draw(self, R: int) -> None:
+    def _draw(self, R: int, temperature: float) -> None:
         sampler = self._sampler
         logits_RV = sampler.logits(self._hidden_SD[:R])
         finite_R = (logits_RV.amax(dim=-1) - logits_RV.amin(dim=-1)).isfinite()
         uniforms_R = self._uniforms_S[:R]
-        draws = draw_unbranched(logits_RV, uniforms_R, temperature=sampler.temperature, top_p=sampler.top_p)
+        draws = draw_unbranched(logits_RV, uniforms_R, temperature=temperature, top_p=sampler.top_p)
         parts = (draws.tokens_A, draws.logprobs_A, finite_R, self._experts_SMK[:R], pack_bits_there(draws.nucleus_AV))
         bytes_R = [part.reshape(R, -1).contiguous().view(torch.uint8) for part in parts]
         self._drawn_Sb[:R].copy_(torch.cat(bytes_R, dim=1))

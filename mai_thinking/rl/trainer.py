@@ -91,10 +91,8 @@ class Climb:
             self.parallel, self.optimizer, self.objective, config, self.architecture.num_experts
         )
         whole, template = self.parallel.whole(), Template(config.template)
-        temperature = config.evaluation.temperature
-        self.engine = self._engine(whole, config.rollouts.temperature)
-        self.judge = self._engine(whole, config.rollouts.temperature if temperature is None else temperature)
-        self.examiner = Responder(self.judge, pool, template, self.tokenizer)
+        self.engine = self._engine(whole)
+        self.responder = Responder(self.engine, pool, template, self.tokenizer)
         self.held_out = HeldOut(mix, config.evaluation, rank=rank, ranks=ranks)
         self.curriculum = LengthCurriculum(config.curriculum)
         self.detector = CollapseDetector(config.collapse)
@@ -103,7 +101,7 @@ class Climb:
         self.collector = Collector(
             config,
             mix,
-            Responder(self.engine, pool, template, self.tokenizer),
+            self.responder,
             TraceStore(folder.path / FOLDER, rank),
             rank=rank,
             ranks=ranks,
@@ -266,14 +264,14 @@ class Climb:
 
     # ------------------------------------------------------------------------------------ evaluation, checkpoints
 
-    def _engine(self, model: Any, temperature: float) -> BatchedEngine:
+    def _engine(self, model: Any) -> BatchedEngine:
         rollouts = self.config.rollouts
         # On a CPU the engine stays in fp32, whose products are the faster ones there.
         casts = self.accelerator.mixed_precision == "bf16" and self.accelerator.device.type == "cuda"
         return BatchedEngine(
             model,
             slots=rollouts.slots,
-            temperature=temperature,
+            temperature=rollouts.temperature,
             top_p=rollouts.top_p,
             seed=self.config.seed,
             end_of_text=self.tokenizer.eos_token_id,
@@ -282,8 +280,8 @@ class Climb:
 
     def _evaluate(self) -> tuple[dict[str, Any], list[Sample]]:
         with self.session.ledger.span(EVALUATION):
-            self.judge.update_weights(self.parallel.whole())
-            metrics, samples = self.held_out.evaluate(self.examiner, self.curriculum.max_length)
+            self.engine.update_weights(self.parallel.whole())  # as every refill does before it generates
+            metrics, samples = self.held_out.evaluate(self.responder, self.curriculum.max_length)
         record = {"kind": "evaluation", "step": self.step, "tokens": self.progress["tokens"], **metrics}
         self.session.record(record, exact=("pass@1",))
         by_task = "  ".join(f"{family} {metrics[f'pass@1/{family}']:.3f}" for family in self.held_out.problems)

@@ -170,6 +170,20 @@ def test_weights_are_those_of_the_last_update() -> None:
     assert largest_difference(model, before) > 1e-2
 
 
+def test_each_call_may_have_another_temperature() -> None:
+    """As an evaluation has between two fillings of the buffer: what comes before and after is not disturbed."""
+    model, wanted = tiny_model(), requests()
+    for how in ("plain", "static"):
+        mine = engine(model, how=how)
+        for temperature in (None, 0.0, 1.3, None):
+            own = engine(model, how=how, temperature=0.8 if temperature is None else temperature).generate(wanted)
+            asked = mine.generate(wanted, temperature)
+            assert all(
+                same(*pair) and np.array_equal(pair[0].logprobs, pair[1].logprobs)
+                for pair in zip(own, asked, strict=True)
+            )
+
+
 def failing(times: int, error: Exception | None) -> Callable[..., Any]:
     """`decode` that, from its tenth call on, `times` times raises or returns NaN."""
     decode, calls = steps_module.decode, [0]
