@@ -26,12 +26,12 @@ from mai_thinking.config.distillation import DistillConfig
 from mai_thinking.config.grpo import GrpoConfig
 from mai_thinking.config.loading import save_config
 from mai_thinking.config.pretraining import PretrainConfig
+from mai_thinking.config.storage import atomic_file
 from mai_thinking.distillation import self_distill
 from mai_thinking.errors import RunError
 from mai_thinking.pretraining import pretrain
 from mai_thinking.rl.trainer import climb
 from mai_thinking.training.goodput import CAUSE_VARIABLE, LAUNCHED_VARIABLE
-from mai_thinking.training.run_folder import atomic_file
 from mai_thinking.training.session import meet
 from mai_thinking.training.worker import StopRequest
 

@@ -20,12 +20,13 @@ from mai_thinking.config.distillation import DistillConfig
 from mai_thinking.config.grpo import GrpoConfig
 from mai_thinking.config.loading import apply_override, read_yaml_with_base, validate
 from mai_thinking.config.pretraining import PretrainConfig
+from mai_thinking.config.storage import atomic_file
 from mai_thinking.errors import RunError, UsageError
 from mai_thinking.lineage_record import read_lineage
 from mai_thinking.rl.collapse import Verdict, read_verdict
 from mai_thinking.training.goodput import RESTART, account_of
 from mai_thinking.training.metrics import read_records
-from mai_thinking.training.run_folder import RunFolder, atomic_file
+from mai_thinking.training.run_folder import RunFolder
 
 StageConfig = PretrainConfig | GrpoConfig | DistillConfig
 CONFIGS: dict[StageKind, type[StageConfig]] = {

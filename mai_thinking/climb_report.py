@@ -9,12 +9,12 @@ from typing import Any
 from rich.console import Console
 
 from mai_thinking.climb_plan import ClimbPlan, Stage
+from mai_thinking.config.storage import atomic_file
 from mai_thinking.lineage_report import report as report_lineage
 from mai_thinking.rl.report import PASS
 from mai_thinking.rl.traces import FOLDER, TraceStore
 from mai_thinking.training.metrics import Record, read_records
 from mai_thinking.training.report import fenced, pyplot, save_figure, smooth
-from mai_thinking.training.run_folder import atomic_file
 
 SHOWN = 2
 """Samples of each task, then and now."""

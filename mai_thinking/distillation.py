@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from mai_thinking.config.data import TokenizerSection
 from mai_thinking.config.distillation import DistillConfig
+from mai_thinking.config.storage import atomic_file
 from mai_thinking.data import PreparedData, prepare
 from mai_thinking.data.tokenizer import load_tokenizer
 from mai_thinking.lineage import require_own
@@ -28,7 +29,7 @@ from mai_thinking.training.optimizer import build_optimizer, learning_rate
 from mai_thinking.training.parallel import share
 from mai_thinking.training.plan import Plan, quantity
 from mai_thinking.training.report import draw_loss, pyplot
-from mai_thinking.training.run_folder import RunFolder, atomic_file
+from mai_thinking.training.run_folder import RunFolder
 from mai_thinking.training.session import Session, run_in_folder
 from mai_thinking.training.state import ModelState, OptimizerState, PerRank, RandomState
 from mai_thinking.training.step import StepResult, TrainStep

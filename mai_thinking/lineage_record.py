@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import xxhash
 from pydantic import BaseModel, ConfigDict
+
+from mai_thinking.config.storage import atomic_file, checksum
 
 RECORD = "lineage.json"
 CHECKPOINT_MANIFEST = "manifest.json"
@@ -152,12 +153,8 @@ def write_lineage(folder: Path, lineage: Lineage) -> None:
         "records": {id: found.model_dump(mode="json") for id, found in lineage.records.items()},
         "places": {id: os.path.relpath(place, folder) for id, place in lineage.places.items()},
     }
-    temporary = folder / f".{RECORD}.tmp"
-    with temporary.open("wb") as stream:
-        stream.write(_spell(tree))
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(temporary, folder / RECORD)
+    with atomic_file(folder / RECORD, durable=True) as path:
+        path.write_bytes(_spell(tree))
 
 
 def _problem(lineage: Lineage) -> str | None:
@@ -208,7 +205,7 @@ def _checkpoint_faults(folder: Path) -> list[Fault]:
         path = folder / name
         if not path.is_file():
             faults.append(Fault(path, "is missing"))
-        elif path.stat().st_size != expected["bytes"] or _xxh3(path) != expected["xxh3_128"]:
+        elif path.stat().st_size != expected["bytes"] or checksum(path) != expected["xxh3_128"]:
             faults.append(Fault(path, "has changed since it was recorded"))
     return faults
 
@@ -221,13 +218,7 @@ def _names(folder: Path) -> list[str]:
 
 def hash_file(path: Path) -> FileHash:
     """Size and SHA-256 of a file."""
-    with path.open("rb") as stream:
-        return FileHash(bytes=path.stat().st_size, sha256=hashlib.file_digest(stream, "sha256").hexdigest())
-
-
-def _xxh3(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, xxhash.xxh3_128).hexdigest()
+    return FileHash(bytes=path.stat().st_size, sha256=checksum(path, "sha256"))
 
 
 def digest(value: Any) -> str:

@@ -6,12 +6,12 @@ from pathlib import Path
 from statistics import fmean, stdev
 
 from mai_thinking.climb_plan import ClimbPlan
+from mai_thinking.config.storage import atomic_file
 from mai_thinking.config.study import StudyConfig
 from mai_thinking.errors import RunError
 from mai_thinking.training.comparison import spread
 from mai_thinking.training.metrics import Record, read_records
 from mai_thinking.training.report import pyplot, save_figure
-from mai_thinking.training.run_folder import atomic_file
 
 WHEN = ("at first", "at last")
 

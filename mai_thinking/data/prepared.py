@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerFast
 
 from mai_thinking.config.data import DataSection, SourceSection
+from mai_thinking.config.storage import checksum
 from mai_thinking.data.documents import Document
 from mai_thinking.data.mixture import MixtureRow, MixtureTable
 from mai_thinking.data.ngrams import OverlapIndex
@@ -142,7 +143,7 @@ def save_held_out(folder: Path, held_out: Mapping[str, list[Document]]) -> None:
 def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
     """Write `manifest` with a checksum of every other file. The last step: a folder without it is unfinished."""
     files = {
-        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "xxh3": _checksum(path)}
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "xxh3": checksum(path, "xxh3_64")}
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }
@@ -161,16 +162,8 @@ def find_damage(folder: Path, key: str) -> str | None:
             path = folder / name
             if not path.is_file():
                 return f"{name} is missing"
-            if path.stat().st_size != expected["bytes"] or _checksum(path) != expected["xxh3"]:
+            if path.stat().st_size != expected["bytes"] or checksum(path, "xxh3_64") != expected["xxh3"]:
                 return f"{name} has changed"
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return f"{MANIFEST} is missing or cannot be read"
     return None
-
-
-def _checksum(path: Path) -> str:
-    digest = xxhash.xxh3_64()
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()

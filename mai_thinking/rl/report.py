@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from mai_thinking.config.grpo import GrpoConfig
+from mai_thinking.config.storage import atomic_file
 from mai_thinking.rl.evaluation import Sample
 from mai_thinking.training.metrics import Record, read_records
 from mai_thinking.training.report import fenced, pyplot, save_figure, smooth
-from mai_thinking.training.run_folder import RunFolder, atomic_file
+from mai_thinking.training.run_folder import RunFolder
 
 PASS = "pass@1/"
 

@@ -10,7 +10,6 @@ the same rollouts, bit for bit, and is not written a second time.
 import errno
 import io
 import json
-import os
 import re
 import sys
 from collections.abc import Container, Iterator, Sequence
@@ -24,6 +23,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import xxhash
 
+from mai_thinking.config.storage import atomic_file
 from mai_thinking.errors import RunError
 
 FOLDER = "traces"
@@ -225,21 +225,11 @@ def _fingerprint(column: pa.Array) -> str:
 
 def _write_whole(path: Path, content: memoryview) -> None:
     """`path` has `content` and is on the disk when this returns; after an OSError there is nothing of it."""
-    temporary = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(path)
-        descriptor = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        with atomic_file(path, durable=True) as temporary:
+            temporary.write_bytes(content)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise OSError(error.errno or errno.EIO, error.strerror or str(error), str(path)) from error
 
 

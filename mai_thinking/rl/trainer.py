@@ -22,6 +22,7 @@ from accelerate.utils import set_seed
 
 from mai_thinking.config.command import EXIT_COLLAPSED
 from mai_thinking.config.grpo import GrpoConfig
+from mai_thinking.config.storage import atomic_file
 from mai_thinking.config.tasks import TaskSection
 from mai_thinking.data.tokenizer import load_tokenizer
 from mai_thinking.errors import UsageError
@@ -44,7 +45,7 @@ from mai_thinking.training.goodput import EVALUATION
 from mai_thinking.training.model_files import load_model_config
 from mai_thinking.training.optimizer import build_optimizer, learning_rate
 from mai_thinking.training.parallel import share
-from mai_thinking.training.run_folder import RunFolder, atomic_file
+from mai_thinking.training.run_folder import RunFolder
 from mai_thinking.training.session import Session, run_in_folder
 from mai_thinking.training.state import ModelState, OptimizerState, PerRank, RandomState
 

@@ -5,10 +5,10 @@ from typing import Any
 
 import numpy as np
 
+from mai_thinking.config.storage import atomic_file
 from mai_thinking.scaling.analysis import Analysis
 from mai_thinking.scaling.efficiency import gain_at, gain_replicates, next_cost
 from mai_thinking.scaling.evidence import Evidence, interval
-from mai_thinking.training.run_folder import atomic_file
 
 LABELS = {"flops": "training FLOPs", "seconds": "training seconds"}
 _POINTS = 60

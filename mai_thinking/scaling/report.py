@@ -3,13 +3,13 @@
 import json
 from pathlib import Path
 
+from mai_thinking.config.storage import atomic_file
 from mai_thinking.scaling.analysis import Analysis, analyse, as_json
 from mai_thinking.scaling.crossings import HORIZON, Crossing
 from mai_thinking.scaling.efficiency import RULE, Efficiency, Gain
 from mai_thinking.scaling.evidence import Evidence, interval
 from mai_thinking.scaling.figures import draw
 from mai_thinking.scaling.points import PointSet
-from mai_thinking.training.run_folder import atomic_file
 
 UNITS = {"flops": "FLOPs", "seconds": "seconds"}
 GAINS = {"flops": "EG_FLOPs", "seconds": "EG_Time"}

@@ -21,6 +21,7 @@ from mai_thinking.config.command import EXIT_FAILED, EXIT_INTERRUPTED
 from mai_thinking.config.data import DataSection
 from mai_thinking.config.ladder import LadderConfig
 from mai_thinking.config.loading import save_config
+from mai_thinking.config.storage import atomic_file, atomic_folder
 from mai_thinking.data import PreparedData, prepare
 from mai_thinking.errors import RunError, UsageError
 from mai_thinking.pretraining import pretrain
@@ -30,7 +31,6 @@ from mai_thinking.scaling.report import write_report
 from mai_thinking.training.goodput import account_of
 from mai_thinking.training.metrics import read_records
 from mai_thinking.training.model_files import load_model_config
-from mai_thinking.training.run_folder import atomic_file, atomic_folder
 from mai_thinking.training.worker import StopRequest
 
 BITS = "bits_per_byte/"

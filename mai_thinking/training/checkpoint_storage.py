@@ -34,6 +34,8 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteIte
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
+from mai_thinking.config.storage import checksum, synchronise
+
 MANIFEST = "manifest.json"
 FORMAT = 1
 _STEP_FOLDER = re.compile(r"step-(\d{8,})")
@@ -108,24 +110,6 @@ def find_damage(path: Path, share: int = 0, shares: int = 1) -> str | None:
         if checksum(file) != expected["xxh3_128"]:
             return f"the checksum of {name} does not match"
     return None
-
-
-def checksum(file: Path) -> str:
-    """xxh3-128 of a file's bytes, in hexadecimal."""
-    digest = xxhash.xxh3_128()
-    with file.open("rb") as stream:
-        while chunk := stream.read(_CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def synchronise(path: Path) -> None:
-    """Wait until a file, or a folder's list of names, is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 class CheckpointWriter(StorageWriter):

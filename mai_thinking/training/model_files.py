@@ -11,12 +11,12 @@ from transformers.utils import logging
 
 from mai_thinking.config.pretraining import PretrainConfig
 from mai_thinking.config.run import ExecutionSection
+from mai_thinking.config.storage import atomic_folder
 from mai_thinking.data.tokenizer import architecture_folder, is_checkpoint, load_tokenizer
 from mai_thinking.errors import UsageError
 from mai_thinking.lineage import Lineage, random_weights, require_own
 from mai_thinking.model import MaiThinkingConfig, MaiThinkingForCausalLM
 from mai_thinking.training.checkpoint import CheckpointReader
-from mai_thinking.training.run_folder import atomic_folder
 
 _DEFAULT_HINT = "`python scripts/pretrain.py` makes runs/nano/final"
 MAY_CHANGE = {

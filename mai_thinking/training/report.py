@@ -5,12 +5,13 @@ from pathlib import Path
 from typing import Any
 
 from mai_thinking.config.pretraining import PretrainConfig
+from mai_thinking.config.storage import atomic_file
 from mai_thinking.data import PreparedData
 from mai_thinking.model import MaiThinkingConfig
 from mai_thinking.training.evaluation import Yardstick, compressors
 from mai_thinking.training.metrics import read_records
 from mai_thinking.training.plan import Plan
-from mai_thinking.training.run_folder import RunFolder, atomic_file
+from mai_thinking.training.run_folder import RunFolder
 
 Record = dict[str, Any]
 BITS = "bits_per_byte/"

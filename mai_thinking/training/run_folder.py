@@ -1,9 +1,6 @@
 """The folder that a run lives in: one config, one process at a time, nothing overwritten."""
 
 import fcntl
-import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +10,7 @@ import yaml
 
 from mai_thinking.config.loading import save_config
 from mai_thinking.config.run import RunConfig
+from mai_thinking.config.storage import atomic_file
 from mai_thinking.errors import UsageError
 
 FREE_TO_CHANGE = ("output_dir", "tracking", "checkpoint", "launch", "plan", "collapse", "data.cache_dir")
@@ -102,31 +100,3 @@ def _differences(before: Any, now: Any, prefix: str = "") -> list[str]:
 
 def _is_free(key: str) -> bool:
     return any(key == free or key.startswith(free + ".") for free in FREE_TO_CHANGE)
-
-
-@contextmanager
-def atomic_file(path: Path) -> Iterator[Path]:
-    """A path to write to; what was written takes `path`'s place when the block ends, or nothing changes."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        temporary.chmod(0o644)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-@contextmanager
-def atomic_folder(path: Path) -> Iterator[Path]:
-    """A new folder to fill; it takes `path`'s place when the block ends, or nothing changes."""
-    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
-    try:
-        yield temporary
-        temporary.chmod(0o755)
-        if path.exists():
-            shutil.rmtree(path)
-        os.replace(temporary, path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)

@@ -11,6 +11,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from mai_thinking.config.command import EXIT_INTERRUPTED
 from mai_thinking.config.run import TrainingConfig
+from mai_thinking.config.storage import atomic_folder
 from mai_thinking.data import PreparedData
 from mai_thinking.lineage import (
     CodeVersion,
@@ -29,7 +30,7 @@ from mai_thinking.training.goodput import CHECKPOINT, GoodputLedger
 from mai_thinking.training.metrics import MetricsLog, Record
 from mai_thinking.training.model_files import save_model
 from mai_thinking.training.progress import ProgressLine
-from mai_thinking.training.run_folder import RunFolder, atomic_folder
+from mai_thinking.training.run_folder import RunFolder
 from mai_thinking.training.survivor import Survivor
 from mai_thinking.training.worker import StopRequest, wait_for_savers
 

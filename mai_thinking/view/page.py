@@ -9,10 +9,10 @@ from typing import Any
 
 import yaml
 
+from mai_thinking.config.storage import atomic_file
 from mai_thinking.lineage_record import Lineage
 from mai_thinking.rl.trace_report import printable
 from mai_thinking.training.goodput import CATEGORIES, Account
-from mai_thinking.training.run_folder import atomic_file
 from mai_thinking.view import panels
 from mai_thinking.view.charts import COLOURS, Chart, line_chart, number, strip
 from mai_thinking.view.reading import Climb, Run, read
