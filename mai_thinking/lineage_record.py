@@ -1,6 +1,6 @@
 """What a `lineage.json` holds, how it is read and written, and what it says of the files beside it.
 
-See `lineage` for what makes records, and `lineage_report` for what shows and checks them.
+See `lineage` for what makes records, and `report.lineage` for what shows and checks them.
 """
 
 import hashlib

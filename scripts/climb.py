@@ -12,11 +12,11 @@ def main() -> int:
     """Parse, build, run."""
     config, dry_run = parse_run_command(ClimbConfig, "configs/nano-climb.yaml", __doc__ or "")
     if dry_run:
-        from mai_thinking.climb_plan import ClimbPlan
+        from mai_thinking.experiments.plan import ClimbPlan
 
         print(ClimbPlan(config).text())
         return 0
-    from mai_thinking.climb import run_climb  # after the config, so that a mistake in it is told at once
+    from mai_thinking.experiments.climb import run_climb  # after the config, so that a mistake in it is told at once
 
     return run_climb(config)
 

@@ -16,7 +16,7 @@ def main() -> None:
     parser.add_argument("--metrics", required=True, help="fields of metrics.jsonl, separated by commas")
     parser.add_argument("runs", nargs="+", metavar="LABEL=RUN,RUN", help="runs of one kind, such as several seeds")
     options = parser.parse_args()
-    from mai_thinking.training.comparison import compare, parse_groups
+    from mai_thinking.report.comparison import compare, parse_groups
 
     print(compare(parse_groups(options.runs), options.metrics.split(","), options.figure))
 

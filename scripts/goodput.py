@@ -12,8 +12,8 @@ from pathlib import Path
 from rich.console import Console
 
 from mai_thinking.config.command import exit_with
-from mai_thinking.training.goodput_projection import FAILURES_PER_GPU_HOUR
-from mai_thinking.training.goodput_report import report, report_prediction, report_projection
+from mai_thinking.report.goodput import report, report_prediction, report_projection
+from mai_thinking.report.projection import FAILURES_PER_GPU_HOUR
 
 
 def main() -> None:

@@ -19,7 +19,7 @@ def main() -> int:
     if sys.argv[1:2] == ["fit"]:
         return fit(sys.argv[2:])
     ladder, dry_run = parse_run_command(LadderConfig, DEFAULT, __doc__ or "")
-    from mai_thinking.scaling.runs import run_ladder  # after the config, so that a mistake in it is told at once
+    from mai_thinking.experiments.ladder import run_ladder  # after the config, so that a mistake in it is told at once
 
     return run_ladder(ladder, dry_run=dry_run)
 
@@ -31,8 +31,8 @@ def fit(arguments: list[str]) -> int:
     parser.add_argument("--baseline", help="the config that the others are measured against (default: the file's)")
     parser.add_argument("--output", type=Path, help="a folder for page, figures and JSON (default: POINTS-report)")
     options = parser.parse_args(arguments)
-    from mai_thinking.scaling.points import read_points
-    from mai_thinking.scaling.report import write_report
+    from mai_thinking.experiments.scaling.points import read_points
+    from mai_thinking.report.ladder import write_report
 
     points = read_points(options.points, options.baseline)
     output = options.output or options.points.with_name(f"{options.points.stem}-report")

@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.console import Console
 
 from mai_thinking.config.command import EXIT_FAILED, exit_with
-from mai_thinking.lineage_report import report
+from mai_thinking.report.lineage import report
 
 
 def main() -> int:

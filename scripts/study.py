@@ -12,12 +12,12 @@ def main() -> int:
     """Parse, build, run."""
     config, dry_run = parse_run_command(StudyConfig, "configs/nano-findings.yaml", __doc__ or "")
     if dry_run:
-        from mai_thinking.climb_plan import ClimbPlan
+        from mai_thinking.experiments.plan import ClimbPlan
 
         print(ClimbPlan(config.as_climb()).text())
         return 0
-    from mai_thinking.climb import run_climb  # after the config, so that a mistake in it is told at once
-    from mai_thinking.study_report import write_report
+    from mai_thinking.experiments.climb import run_climb  # after the config, so that a mistake in it is told at once
+    from mai_thinking.report.study import write_report
 
     return run_climb(config.as_climb(), lambda plan: write_report(config, plan))
 

@@ -9,7 +9,7 @@ import argparse
 from pathlib import Path
 
 from mai_thinking.config.command import exit_with
-from mai_thinking.view import write_page
+from mai_thinking.report import write_page
 
 
 def main() -> None:

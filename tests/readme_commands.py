@@ -53,7 +53,7 @@ INSTEAD = {
         f"{{ {_STUDY} configs/tiny-findings.yaml & {_STUDY} configs/tiny-findings.yaml && wait $!; }}"
     ),
     f"{_LADDER} configs/ladders/experts-512-vs-128.yaml": f"{_LADDER} configs/ladders/tiny.yaml",
-    f"{_LADDER} fit POINTS.json": f"{_LADDER} fit tests/scaling/gadre-2024.json",
+    f"{_LADDER} fit POINTS.json": f"{_LADDER} fit tests/experiments/scaling/gadre-2024.json",
 }
 
 

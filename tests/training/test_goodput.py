@@ -10,9 +10,9 @@ import time
 import pytest
 from rich.console import Console
 
+from mai_thinking.report.goodput import report
 from mai_thinking.training import goodput
 from mai_thinking.training.goodput import Account, GoodputLedger, account, account_of
-from mai_thinking.training.goodput_report import report
 
 
 def attempt(start: float, cause: str | None = None) -> dict:

@@ -1,0 +1,1 @@
+"""What starts runs: the climb stage by stage, studies, ladders; one work queue for all three."""

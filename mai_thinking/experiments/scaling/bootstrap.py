@@ -1,0 +1,194 @@
+"""A curve of a ladder with what is known about it: its noise, its law, and how far off that may be.
+
+**Noise.** Log-losses of one rung scatter with the seed; the scatter is taken to be one number for a ladder, and pooled
+over its configs. If the rungs' means miss the law by more than the seeds explain (an F-test at 5 %), the rungs have
+noise of their own, with so few degrees of freedom as there are rungs to spare.
+
+**Intervals.** A parametric bootstrap over both: each replicate adds new seed noise to every run and new rung noise to
+every rung of the fitted law, with the standard deviations themselves drawn from what so few runs leave open (scaled
+inverse χ²), and is fitted like the original. Drawing runs with replacement, the usual bootstrap, leaves too few rungs
+of four or five to fit anything to, and with two seeds underestimates their variance by half.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from mai_thinking.experiments.scaling.points import PointSet
+from mai_thinking.experiments.scaling.power_law import ALPHA_BOUNDS, Array, PowerLaw, fit, refit
+
+LEAST_RUNGS = 4
+"""The law has three parameters; a fourth rung is the first that can contradict it."""
+LEAST_FREEDOM = 2
+"""So many degrees of freedom the noise must be known with, from seeds of all configs and rungs to spare. With 1 the
+variance may as well be a thousand times the measured one."""
+CHANCE = 0.01
+"""If mere scatter shows a fall of the loss like the measured one more often than this, there is nothing to fit."""
+MAX_AT_BOUND = 0.1
+"""If more of the replicates than this end at a bound of α, the points do not determine it."""
+INTERVAL = (0.025, 0.975)
+REPLICATES = 1000
+
+
+@dataclass(frozen=True)
+class Curve:
+    """The runs of one config under one score and one kind of cost, cheapest first."""
+
+    config: str
+    score: str
+    cost: str
+    """`flops` or `seconds`."""
+    costs_R: Array  # R rungs
+    """Each rung's; of seconds, the median of its runs."""
+    losses: tuple[Array, ...]
+    """Each rung's losses, one per seed."""
+    depths: tuple[int | None, ...] = ()
+    """Each rung's depth, where known."""
+
+    @classmethod
+    def of(cls, points: PointSet, config: str, score: str, cost: str) -> "Curve":
+        """Take one curve out of all points."""
+        rungs = points.rungs(config)
+        costs = [float(np.median([getattr(point, cost) for point in rung])) for rung in rungs]
+        losses = tuple(np.array([points.score(point, score) for point in rung]) for rung in rungs)
+        curve = cls(config, score, cost, np.array(costs), losses, tuple(rung[0].rung for rung in rungs))
+        return curve.sorted()
+
+    def sorted(self) -> "Curve":
+        """Rungs in the order of this cost: seconds may order them otherwise than FLOPs."""
+        order = np.argsort(self.costs_R, kind="stable")
+        depths = tuple(self.depths[i] for i in order) if self.depths else ()
+        return Curve(
+            self.config, self.score, self.cost, self.costs_R[order], tuple(self.losses[i] for i in order), depths
+        )
+
+    @property
+    def runs(self) -> int:
+        """Number of runs."""
+        return sum(len(losses) for losses in self.losses)
+
+    @property
+    def flat(self) -> tuple[Array, Array]:
+        """(costs, losses) run by run."""
+        return np.repeat(self.costs_R, [len(losses) for losses in self.losses]), np.concatenate(self.losses)
+
+    @property
+    def log_means_R(self) -> Array:  # noqa: N802 - R rungs
+        """Each rung's mean log loss."""
+        return np.array([np.log(losses).mean() for losses in self.losses])
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Variance of a log loss, and the degrees of freedom that it is known with."""
+
+    variance: float
+    freedom: int
+
+    def draw(self, rng: np.random.Generator, size: int) -> Array:
+        """Variances that so few degrees of freedom leave open, [size]."""
+        return np.asarray(self.variance * self.freedom / rng.chisquare(self.freedom, size))
+
+
+def seed_noise(curves: list[Curve]) -> Noise:
+    """Scatter within rungs, pooled over `curves`; of freedom 0 where no rung has two seeds."""
+    squares, freedom = 0.0, 0
+    for curve in curves:
+        for losses in curve.losses:
+            squares += float(((np.log(losses) - np.log(losses).mean()) ** 2).sum())
+            freedom += len(losses) - 1
+    return Noise(squares / freedom if freedom else 0.0, freedom)
+
+
+@dataclass(frozen=True)
+class BootstrapFit:
+    """A curve's law with its replicates, or the reason why there is none."""
+
+    curve: Curve
+    seeds: Noise
+    """Pooled over the ladder's configs."""
+    problem: str | None
+    """Why the data cannot support a fit; None if they can."""
+    law: PowerLaw
+    """Without meaning where there is a problem."""
+    replicates: PowerLaw
+    """[B] the law under other noise."""
+    lack_of_fit: bool
+    """Whether the rungs miss the law by more than the seeds explain."""
+
+
+def bootstrap(curve: Curve, seeds: Noise, rng: np.random.Generator, replicates: int = REPLICATES) -> BootstrapFit:
+    """Fit `curve` and refit its replicates, if it can support a fit at all."""
+    problem = _too_little(curve, seeds, rng)
+    if problem is not None:
+        nothing = PowerLaw(*(np.zeros(0),) * 3, reference=1.0)
+        return BootstrapFit(curve, seeds, problem, nothing, nothing, False)
+    costs_N, losses_N = curve.flat
+    law = fit(costs_N, losses_N)
+    deviations_BN, lack_of_fit = _noise_like(curve, law, seeds, rng, replicates)
+    scale = float(np.sqrt(np.median((deviations_BN**2).mean(1))))
+    refits = refit(law, costs_N, law.loss(costs_N) * np.exp(deviations_BN), scale)
+    return BootstrapFit(curve, seeds, _not_determined(law, refits), law, refits, lack_of_fit)
+
+
+def _too_little(curve: Curve, seeds: Noise, rng: np.random.Generator) -> str | None:
+    """An F-test of a parabola in log cost against no dependence at all: the law bends, so a line would leave a rest."""
+    rungs = len(curve.costs_R)
+    if rungs < LEAST_RUNGS:
+        return f"{rungs} rung{'s' if rungs != 1 else ''}; a fit needs at least {LEAST_RUNGS}"
+    if rungs - 3 + seeds.freedom < LEAST_FREEDOM:
+        return f"{curve.runs} runs on {rungs} rungs cannot tell a law from noise; add seeds or rungs"
+    costs_N, losses_N = curve.flat
+    x, y = np.log(costs_N), np.log(losses_N) - np.log(losses_N).mean()
+    spare = len(x) - 3
+    rest = float(((y - np.polyval(np.polyfit(x, y, 2), x)) ** 2).sum())
+    explained = float((y @ y) - rest) / 2
+    error = max(rest / spare, seeds.variance)
+    freedom = spare + seeds.freedom
+    chance = rng.chisquare(2, 20_000) / 2 / (rng.chisquare(freedom, 20_000) / freedom)
+    if explained <= error * float(np.quantile(chance, 1 - CHANCE)):
+        return "the loss does not change with cost by more than its scatter"
+    if np.polyfit(x, y, 1)[0] >= 0:
+        return "the loss does not fall with cost"
+    return None
+
+
+def _not_determined(law: PowerLaw, refits: PowerLaw) -> str | None:
+    low, high = ALPHA_BOUNDS
+    if not low * 1.01 < law.alpha < high / 1.01:
+        return f"α is at its bound ({float(law.alpha):.3g}): the points are no power law in this range"
+    at_bound = float(((refits.alpha <= low * 1.01) | (refits.alpha >= high / 1.01)).mean())
+    if at_bound > MAX_AT_BOUND:
+        return f"α is not determined: in {at_bound:.0%} of the replicates it is at a bound"
+    return None
+
+
+def _noise_like(
+    curve: Curve, law: PowerLaw, seeds: Noise, rng: np.random.Generator, replicates: int
+) -> tuple[Array, bool]:
+    """Deviations of log losses, [B, N], and whether the rungs have noise of their own."""
+    counts_R = np.array([len(losses) for losses in curve.losses])
+    misses_R = curve.log_means_R - np.log(law.loss(curve.costs_R))
+    spare = len(counts_R) - 3
+    rungs = Noise(float((counts_R * misses_R**2).sum()) / spare, spare)
+    rung_of_N = np.repeat(np.arange(len(counts_R)), counts_R)
+    fresh_BN = rng.standard_normal((replicates, len(rung_of_N)))
+    if seeds.freedom == 0:
+        return fresh_BN * np.sqrt(rungs.draw(rng, replicates))[:, None], False
+    # F-test by simulation: how often does seed noise alone miss the law by so much?
+    chance = rng.chisquare(spare, 20_000) / spare / (rng.chisquare(seeds.freedom, 20_000) / seeds.freedom)
+    if (chance * seeds.variance > rungs.variance).mean() > 0.05:
+        freedom = seeds.freedom + spare
+        pooled = Noise((seeds.variance * seeds.freedom + rungs.variance * spare) / freedom, freedom)
+        return fresh_BN * np.sqrt(pooled.draw(rng, replicates))[:, None], False
+    per_seed_B = seeds.draw(rng, replicates)
+    own_B = np.maximum(0.0, (rungs.draw(rng, replicates) - per_seed_B) / counts_R.mean())
+    fresh_BR = rng.standard_normal((replicates, len(counts_R)))
+    return fresh_BN * np.sqrt(per_seed_B)[:, None] + (fresh_BR * np.sqrt(own_B)[:, None])[:, rung_of_N], True
+
+
+def interval(values_B: Array) -> tuple[float, float]:
+    """The 95 % interval of replicates; an end may be ±inf."""
+    ordered = np.sort(values_B)
+    low, high = (ordered[round(q * (len(ordered) - 1))] for q in INTERVAL)
+    return float(low), float(high)

@@ -1,0 +1,149 @@
+"""What `scripts/goodput.py RUN` shows of a run's ledger: a table, and the timeline as a figure."""
+
+import random
+from pathlib import Path
+from statistics import mean
+
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from mai_thinking.errors import UsageError
+from mai_thinking.report.projection import Costs, measure, once_a_period, projection, simulate
+from mai_thinking.training.goodput import (
+    CATEGORIES,
+    CHECKPOINT,
+    DATA,
+    EVALUATION,
+    OTHER,
+    PRODUCTIVE,
+    RECOMPUTATION,
+    RESTART,
+    SLOW,
+    START_UP,
+    Account,
+    account_of,
+)
+
+_COLOURS = {
+    PRODUCTIVE: "#2a9d5c", SLOW: "#b5d99c", EVALUATION: "#3a7ebf", START_UP: "#e9c46a", RESTART: "#d1495b",
+    RECOMPUTATION: "#f4845f", CHECKPOINT: "#8e6bbf", DATA: "#5b6770", OTHER: "#c9ccd1",
+}  # fmt: skip
+
+
+def report(run: Path, console: Console) -> None:
+    """Print the table of the run in folder `run` and draw `report/goodput.png` there."""
+    if not (run / "events.jsonl").is_file():
+        raise UsageError(f"{run}: no events.jsonl; name the output_dir of a run, such as runs/nano")
+    result = account_of(run)
+    console.print(table(result, str(run)))
+    console.print(summary(result))
+    figure = run / "report" / "goodput.png"
+    draw(result, figure)
+    console.print(f"timeline: {figure}")
+
+
+def report_projection(run: Path, failures_per_gpu_hour: float, console: Console) -> None:
+    """Print what the costs of the run in folder `run` would come to on 8 … 8,192 GPUs."""
+    costs, every = measure(run), _saves_every(run)
+    console.print(_spell_costs(costs))
+    console.print(f"one failure in {1 / failures_per_gpu_hour:,.0f} GPU-hours; the costs are taken to stay the same")
+    view = Table(title=f"expected goodput, from the costs of {run}")
+    headings = "GPUs", "hours between faults", f"saving every {every} steps", "best interval, s", "goodput"
+    for name in (*headings, "Young's interval, s", "closed form (Daly)"):
+        view.add_column(name, justify="right")
+    for row in projection(costs, every, failures_per_gpu_hour):
+        view.add_row(*row)
+    console.print(view)
+
+
+def report_prediction(run: Path, period: float, steps: int | None, console: Console) -> None:
+    """Print the goodput that a run like the one in folder `run` should have with one kill in every `period` seconds."""
+    costs, every = measure(run), _saves_every(run)
+    steps = steps or account_of(run).steps
+    outcomes = [simulate(costs, every, once_a_period(period, random.Random(seed)), steps) for seed in range(200)]
+    console.print(_spell_costs(costs))
+    console.print(
+        f"{steps:,} steps, one kill in every {period:g} s: goodput {mean(outcomes):.2%} "
+        f"(200 simulated runs from {min(outcomes):.2%} to {max(outcomes):.2%})"
+    )
+
+
+def _saves_every(run: Path) -> int:
+    return int(yaml.safe_load((run / "config.yaml").read_text())["checkpoint"]["every"])
+
+
+def _spell_costs(costs: Costs) -> str:
+    return (
+        f"step {costs.step:.4f} s (best {costs.ideal_step:.4f}), evaluation {costs.evaluation:.4f} s a step, "
+        f"save {costs.stall:.3f} s + {costs.commit:.2f} s in the background, restart {costs.restart:.2f} s "
+        f"({costs.rescued:.0%} of them without a lost step), start-up {costs.start_up:.1f} s"
+    )
+
+
+def table(result: Account, title: str) -> Table:
+    """Seconds and share of the wall-clock per category, and what each definition makes of it."""
+    view = Table(title=f"goodput of {title}")
+    view.add_column("category")
+    for name in ("seconds", "share", "report", "common"):
+        view.add_column(name, justify="right")
+    counts_in = {PRODUCTIVE: ("✓", "✓"), SLOW: ("", "✓"), EVALUATION: ("✓", "")}
+    for category in CATEGORIES:
+        seconds = result.seconds[category]
+        share = f"{seconds / max(result.wall_clock, 1e-9):.2%}"
+        view.add_row(category, f"{seconds:,.1f}", share, *counts_in.get(category, ("", "")))
+    view.add_section()
+    goodputs = f"{result.report_goodput:.2%}", f"{result.common_goodput:.2%}"
+    view.add_row("wall-clock", f"{result.wall_clock:,.1f}", "100.00%", *goodputs, style="bold")
+    return view
+
+
+def summary(result: Account) -> str:
+    """The counts and mean costs behind the table, a line each."""
+    lines = [
+        f"{result.steps:,} steps kept, {result.recomputed_steps:,} computed again, {result.attempts} attempts; "
+        f"best step {result.best_step_seconds:.4f} s",
+    ]
+    if result.recoveries:
+        lines.append(
+            f"{len(result.recoveries)} restarts, {result.rescued} of them from a survivor's save, "
+            f"{mean(result.recoveries):.2f} s each to the next whole step"
+        )
+    if result.saves:
+        lines.append(f"{len(result.saves)} checkpoints, {mean(result.saves):.3f} s of the loop each")
+    if result.stopped:
+        lines.append(f"stopped on request for {result.stopped:,.0f} s, which is not counted")
+    return "\n".join(lines)
+
+
+def draw(result: Account, path: Path) -> None:
+    """The timeline, and below it every kept step's seconds, as a PNG."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise UsageError("the timeline needs matplotlib: pip install 'mai_thinking[plots]'") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure, (bars, steps) = plt.subplots(2, 1, figsize=(11, 4.5), sharex=True, height_ratios=[1, 2])
+    for category in CATEGORIES:
+        spans = [
+            (segment.begin - result.begin, segment.end - segment.begin)
+            for segment in result.segments
+            if segment.category == category
+        ]
+        share = result.seconds[category] / max(result.wall_clock, 1e-9)
+        bars.broken_barh(spans, (0, 1), color=_COLOURS[category], linewidth=0, label=f"{category} {share:.1%}")
+    bars.set_yticks([])
+    bars.legend(ncols=5, fontsize=7, loc="lower center", bbox_to_anchor=(0.5, 1.22), frameon=False)
+    bars.set_title(
+        f"goodput {result.report_goodput:.1%} (the report's), {result.common_goodput:.1%} (common)", fontsize=9
+    )
+    steps.plot([end - result.begin for end, _ in result.step_seconds], [taken for _, taken in result.step_seconds], ".")
+    steps.axhline(result.best_step_seconds, color="grey", linewidth=0.8)
+    steps.set_ylabel("seconds a step")
+    steps.set_xlabel("seconds since the start")
+    steps.set_ylim(bottom=0)
+    figure.savefig(path, dpi=130, bbox_inches="tight")
+    plt.close(figure)

@@ -1,0 +1,338 @@
+"""The page itself: one file, nothing fetched, every word from outside escaped."""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mai_thinking.config.storage import atomic_file
+from mai_thinking.lineage_record import Lineage
+from mai_thinking.report import panels
+from mai_thinking.report.charts import COLOURS, Chart, line_chart, number, strip
+from mai_thinking.report.reading import Climb, Run, read
+from mai_thinking.rl.trace_report import printable
+from mai_thinking.training.goodput import CATEGORIES, Account
+
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
+_STRETCHES = 250
+"""Of the goodput timeline."""
+_LOAD = (
+    "Violation rate: the busiest expert's load over the mean load, less 1. Experts and entropy: over all MoE layers."
+)
+
+
+def write_page(path: Path, target: Path) -> None:
+    """Write the page of the run or climb in the folder `path` to `target`. UsageError if there is neither."""
+    subject = read(path)
+    page = Page()
+    body = page.climb(subject) if isinstance(subject, Climb) else page.run(subject)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(target) as temporary:
+        temporary.write_text(page.document(subject.name, body), encoding="utf-8")
+
+
+def text(value: Any) -> str:
+    """Anything from outside as HTML text: markup escaped, control and direction characters spelled out."""
+    return escape(printable(str(value)))
+
+
+class Page:
+    """HTML under construction; the charts' numbers are collected for the script at its end."""
+
+    def __init__(self) -> None:
+        self._data: dict[str, Any] = {}
+
+    def document(self, title: str, body: str) -> str:
+        """The whole file."""
+        style, script = ((files("mai_thinking.report") / name).read_text("utf-8") for name in ("page.css", "page.js"))
+        data = json.dumps(self._data, separators=(",", ":"), ensure_ascii=True).replace("<", "\\u003c")
+        return (
+            f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+            f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+            f'<meta name="color-scheme" content="light dark">\n'
+            f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
+            f"<title>{text(title)}</title>\n<style>\n{style}</style>\n</head>\n<body>\n<main>\n{body}\n</main>\n"
+            f'<div id="tip" role="status" hidden></div>\n<script type="application/json" id="data">{data}</script>\n'
+            f"<script>\n{script}</script>\n</body>\n</html>\n"
+        )
+
+    def climb(self, climb: Climb) -> str:
+        """A climb: its stages in a table and on one clock, then each as a run that opens."""
+        minutes = [stage.account.wall_clock / 60 for stage in climb.stages]
+        rows = [
+            f'<tr><td><a href="#stage-{index}">{text(stage.name)}</a></td><td>{stage.kind}</td>'
+            f'<td class="n">{stage.steps_done:,}</td><td class="n">{took:,.1f}</td><td>{_chip(stage.status)}</td></tr>'
+            for index, (stage, took) in enumerate(zip(climb.stages, minutes, strict=True))
+        ]
+        heads = "<tr><th>stage</th><th>run</th><th class=n>steps</th><th class=n>minutes</th><th>state</th></tr>"
+        stages = [
+            f'<details class="stage" id="stage-{index}"><summary><h2>{text(stage.name)}</h2> '
+            f"<span>{stage.kind}</span> {_chip(stage.status)}</summary>{self._sections(stage, heading='h3')}</details>"
+            for index, stage in enumerate(climb.stages)
+        ]
+        done = sum(stage.status == "finished" for stage in climb.stages)
+        tiles = [
+            ("stages", f"{done} of {len(climb.stages)} finished"),
+            ("minutes", number(sum(minutes))),
+            *_best_now(climb.stages),
+        ]
+        return "\n".join(
+            [
+                f"<header><h1>{text(climb.name)}</h1><p>a whole climb · {text(climb.path)}</p>{_tiles(tiles)}</header>",
+                *[_collapse(stage) for stage in climb.stages],
+                f'<section><h2>Stages</h2><div class="wide"><table>{heads}{"".join(rows)}</table></div></section>',
+                self._section("The climb", self._charts(_over_stages(climb.stages, minutes))),
+                _section_of("Where it came from", _lineage(climb.stages[-1].lineage)),
+                *stages,
+            ]
+        )
+
+    def run(self, run: Run) -> str:
+        """A single run."""
+        total = run.config.get("steps")
+        account = run.account
+        tiles = [
+            ("state", run.status),
+            ("steps", f"{run.steps_done:,}" + (f" of {total:,}" if isinstance(total, int) else "")),
+            *([("tokens", number(run.steps[-1]["tokens"]))] if run.steps and "tokens" in run.steps[-1] else []),
+            *_best_now([run]),
+            ("wall-clock", _duration(account.wall_clock)),
+            ("goodput", f"{account.report_goodput:.1%}"),
+        ]
+        head = f"<header><h1>{text(run.name)}</h1><p>{run.kind} · {text(run.path)}</p>{_tiles(tiles)}</header>"
+        return head + _collapse(run) + self._sections(run)
+
+    def _sections(self, run: Run, heading: str = "h2") -> str:
+        parts = [
+            self._section("Curves", self._charts([*panels.held_out(run), *panels.curves(run)]), heading),
+            self._section("Expert load", _said(_LOAD, self._charts(panels.load(run))), heading),
+            self._section("Samples", _samples(run), heading),
+            self._section("Goodput", _goodput(run.account), heading),
+            self._section("Where it came from", _lineage(run.lineage), heading),
+        ]
+        config = text(yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True))
+        return "\n".join(parts) + f"<details><summary>config.yaml</summary><pre>{config}</pre></details>"
+
+    def _section(self, title: str, body: str, heading: str = "h2") -> str:
+        return _section_of(title, body, heading) if body else ""
+
+    def _charts(self, charts: Iterable[Chart]) -> str:
+        cards = []
+        for chart in charts:
+            name = f"k{len(self._data)}"
+            self._data[name] = chart.data
+            keys = "".join(
+                f'<span class="key c{index % COLOURS}">{text(entry)}</span>' for index, entry in enumerate(chart.legend)
+            )
+            now = f"<b>{text(chart.now)}</b>" if chart.now else ""
+            cards.append(
+                f'<figure data-chart="{name}"><figcaption>{text(chart.title)}{now}</figcaption>'
+                f"{f'<p class=keys>{keys}</p>' if keys else ''}{chart.svg}</figure>"
+            )
+        return f'<div class="charts">{"".join(cards)}</div>' if cards else ""
+
+
+def _section_of(title: str, body: str, heading: str = "h2") -> str:
+    return f"<section><{heading}>{title}</{heading}>{body}</section>"
+
+
+def _said(note: str, body: str) -> str:
+    return f'<p class="note">{text(note)}</p>{body}' if body else ""
+
+
+def _chip(status: str) -> str:
+    mark = {"finished": "good", "collapsed": "bad"}.get(status, "plain")
+    return f'<span class="chip {mark}">{status}</span>'
+
+
+def _tiles(tiles: Sequence[tuple[str, str]]) -> str:
+    return (
+        '<dl class="tiles">'
+        + "".join(f"<div><dt>{text(name)}</dt><dd>{text(value)}</dd></div>" for name, value in tiles)
+        + "</dl>"
+    )
+
+
+def _best_now(runs: Sequence[Run]) -> list[tuple[str, str]]:
+    """The last held-out figure of the last run that has one."""
+    for run in reversed(runs):
+        for name, shown in (("pass@1", "held-out pass@1"), ("bits_per_byte", "held-out bits per byte")):
+            told = [record[name] for record in run.evaluations if name in record]
+            if told:
+                return [(shown, f"{told[-1]:.3f}" if len(told) < 2 else f"{told[0]:.3f} → {told[-1]:.3f}")]
+    return []
+
+
+def _over_stages(stages: Sequence[Run], minutes: Sequence[float]) -> list[Chart]:
+    """pass@1 on the climb's clock; a stage's time is taken as even over its steps."""
+    records, places, marks, begin = [], [], [], 0.0
+    for stage, took in zip(stages, minutes, strict=True):
+        marks.append((begin, stage.path.name))
+        last = max(1, stage.steps_done)
+        for record in stage.evaluations:
+            if "pass@1" in record:
+                records.append(record)
+                places.append(begin + took * record["step"] / last)
+        begin += took
+    chart = line_chart(
+        "Held-out pass@1, with 95 % intervals",
+        panels.pass_series(records, places),
+        x_name="minute",
+        span=(0, 1),
+        marks=[(x, name) for x, name in marks if places and places[0] <= x <= places[-1]],
+    )
+    return [chart] if chart else []
+
+
+def _collapse(run: Run) -> str:
+    if run.collapse is None:
+        return ""
+    return f'<p class="alarm"><b>{text(run.name)}</b> {text(run.collapse)}</p>'
+
+
+def _samples(run: Run) -> str:
+    weights = run.config.get("reward", {})
+    parts = []
+    for title, traces in run.samples.items():
+        cards = "".join(_sample(trace, weights) for trace in traces)
+        parts.append(f'<h4>{title}</h4><div class="samples">{cards}</div>')
+    if not parts:
+        return ""
+    rule = (
+        f"reward = task + {weights.get('w_language', 0):g} · language − {weights.get('w_length', 0):g} · length; "
+        "no length term in the last length stage, unless the config asks for it"
+    )
+    return f'<p class="note">{text(rule)}</p>' + "".join(parts)
+
+
+def _sample(trace: Mapping[str, Any], weights: Mapping[str, Any]) -> str:
+    right = trace["reward_task"] > 0
+    answer = "no answer" if trace["answer"] is None else f"answer {trace['answer']!r}"
+    facts = [
+        f"step {trace['step']}",
+        f"{len(trace['response_ids'])} tokens{'' if trace['finished'] else ', cut off'}",
+        f"pass rate {trace['pass_rate']:.2f}",
+        f"group {trace['verdict'].replace('_', ' ')}",
+    ]
+    bars = "".join(
+        _bar(name, trace[f"reward_{name}" if name != "reward" else name])
+        for name in ("task", "language", "length", "reward")
+    )
+    return (
+        f'<article><p class="head"><b>{text(trace["task"])}</b>'
+        f'<span class="chip {"good" if right else "bad"}">{"right" if right else "wrong"}</span></p>'
+        f'<pre><span class="prompt">{text(trace["prompt"])}</span>{text(trace["response"])}</pre>'
+        f'<p class="answer">{text(answer)}, reference {text(repr(trace["reference"]))}</p>'
+        f'<div class="parts">{bars}</div><p class="note">{text(" · ".join(facts))}</p></article>'
+    )
+
+
+def _bar(name: str, value: float) -> str:
+    long = min(100.0, abs(value) / 1.5 * 100)
+    kind = "total" if name == "reward" else "part"
+    return (
+        f'<span>{name}</span><i class="{kind}"><u class="{"minus" if value < 0 or name == "length" else "plus"}" '
+        f'style="width:{long:.0f}%"></u></i><span class="n">{value:.3f}</span>'
+    )
+
+
+def _goodput(account: Account) -> str:
+    if not account.segments:
+        return ""
+    shown = [category for category in CATEGORIES if account.seconds[category] > 0]
+    keys = "".join(
+        f'<tr><td><span class="key s{CATEGORIES.index(category)}">{category}</span></td>'
+        f'<td class="n">{_duration(account.seconds[category])}</td>'
+        f'<td class="n">{account.seconds[category] / max(account.wall_clock, 1e-9):.1%}</td></tr>'
+        for category in shown
+    )
+    facts = [
+        f"goodput {account.report_goodput:.1%} (the report's), {account.common_goodput:.1%} (common)",
+        f"{account.steps:,} steps kept, {account.recomputed_steps:,} computed again, attempts: {account.attempts}",
+    ]
+    facts += [f"stopped on request for {_duration(account.stopped)}, not counted"] if account.stopped else []
+    return (
+        f"{strip('timeline of the run by category', _timeline(account))}"
+        f'<p class="ends"><span>start</span><span>{_duration(account.wall_clock)}</span></p>'
+        f'<div class="wide"><table class="small">{keys}</table></div><p class="note">{text("; ".join(facts))}</p>'
+        '<p class="note">Slow steps are spread over the productive ones; slivers are left out of the picture.</p>'
+    )
+
+
+def _timeline(account: Account) -> list[tuple[float, float, int, str]]:
+    """Stretches of equal time, each divided among its categories; neighbours of one category become one."""
+    total = sum(segment.end - segment.begin for segment in account.segments)
+    width = max(total, 1e-9) / _STRETCHES
+    shares: list[dict[str, float]] = [{} for _ in range(_STRETCHES)]
+    place = 0.0
+    for segment in account.segments:
+        left = segment.end - segment.begin
+        while left > 1e-9 * width:
+            index = min(_STRETCHES - 1, int(place / width + 1e-9))
+            part = min(left, max((index + 1) * width - place, 1e-6 * width))
+            shares[index][segment.category] = shares[index].get(segment.category, 0.0) + part
+            place, left = place + part, left - part
+    spans: list[tuple[float, float, int, str]] = []
+    cursor = 0.0
+    for share in shares:
+        # Slivers would only blur the picture: they go to what fills their stretch.
+        slivers = {category: seconds for category, seconds in share.items() if seconds < 0.03 * sum(share.values())}
+        largest = max(share, key=lambda category: share[category], default="")
+        share = {category: seconds for category, seconds in share.items() if category not in slivers}
+        if slivers:
+            share[largest] += sum(slivers.values())
+        for category in share:  # in the order of their beginnings
+            colour, end = CATEGORIES.index(category), cursor + share[category] / max(total, 1e-9)
+            begin = spans.pop()[0] if spans and spans[-1][2] == colour else cursor
+            told = f"{category}: {_duration(begin * total)} to {_duration(end * total)}"
+            spans.append((begin, end, colour, told))
+            cursor = end
+    return spans
+
+
+def _lineage(lineage: Lineage | str) -> str:
+    if isinstance(lineage, str):
+        return f'<p class="note">{text(lineage)}</p>'
+    drawn: set[str] = set()
+    tree = _ancestors(lineage, lineage.id, drawn)
+    return (
+        f'<ul class="tree">{tree}</ul><p class="note">As recorded; <code>python scripts/lineage.py</code> '
+        "checks every file against its hash.</p>"
+    )
+
+
+def _ancestors(lineage: Lineage, id: str, drawn: set[str]) -> str:
+    record, place = lineage.records[id], lineage.places.get(id)
+    facts = [] if place is None else [str(place)]
+    facts += [] if record.steps is None else [f"{record.steps:,} steps"]
+    facts += [] if record.seed is None else [f"seed {record.seed}"]
+    if record.architecture is not None and record.kind == "random-weights":
+        sizes = record.architecture
+        facts.append(f"{sizes.get('num_hidden_layers')} layers of {sizes.get('hidden_size')}")
+    facts += [f"code {(code.commit or code.sha256)[:9]}" for code in record.code]
+    label = f"<b>{record.kind}</b> <code>{text(id[:12])}</code> {text(', '.join(facts))}"
+    marks = "".join(f'<li class="override">override: {text(mark)}</li>' for mark in record.overrides)
+    if id in drawn:
+        return f"<li>{label} <i>as above</i></li>"
+    drawn.add(id)
+    data = ""
+    if record.data is not None and record.data.sources:
+        told = "".join(
+            f"<li>{text(source.name)} <i>{text(', '.join(filter(None, (source.licence, source.provenance))))}</i></li>"
+            for source in record.data.sources
+        )
+        data = f"<li><details><summary>data ({len(record.data.sources)})</summary><ul>{told}</ul></details></li>"
+    parents = "".join(_ancestors(lineage, parent, drawn) for parent in record.parents)
+    return f"<li>{label}<ul>{marks}{data}{parents}</ul></li>"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    if seconds < 3600:
+        return f"{int(seconds // 60)} min {seconds % 60:.0f} s"
+    return f"{int(seconds // 3600)} h {seconds % 3600 / 60:.0f} min"

@@ -1,0 +1,96 @@
+"""Points from any program: what may be in the file, what is refused, and the page that comes of it."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from synthetic import law, points_of, times
+
+from mai_thinking.errors import UsageError
+from mai_thinking.experiments.scaling.points import Point, PointSet, read_points
+from mai_thinking.training.evaluation import CATEGORY_WEIGHTS
+
+SCRIPT = Path(__file__).parents[3] / "scripts" / "ladder.py"
+
+
+def written(folder: Path, content: Any) -> Path:
+    path = folder / "points.json"
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return path
+
+
+POINT = {"config": "a", "seed": 0, "flops": 1e12, "loss": 3.0}
+
+
+def test_a_bare_list_with_one_number_each(tmp_path: Path) -> None:
+    points = read_points(written(tmp_path, [POINT, POINT | {"config": "b"}]), "b")
+    assert (points.configs, points.scores, points.costs) == (["b", "a"], ["loss"], ["flops"])
+
+
+def test_the_report_weighs_its_own_categories_and_others_count_alike() -> None:
+    point = Point(config="a", seed=0, flops=1, loss={"code": 1.0, "general": 2.0})
+    own = PointSet(baseline="a", points=(point,))
+    weights = CATEGORY_WEIGHTS["code"], CATEGORY_WEIGHTS["general"]
+    assert own.score(point, "weighted") == pytest.approx((weights[0] + 2 * weights[1]) / sum(weights))
+    foreign = Point(config="a", seed=0, flops=1, loss={"law": 1.0, "code": 2.0})
+    assert PointSet(baseline="a", points=(foreign,)).score(foreign, "weighted") == pytest.approx(1.5)
+    weighed = PointSet(baseline="a", points=(foreign,), weights={"law": 3, "code": 1})
+    assert weighed.score(foreign, "weighted") == pytest.approx(1.25)
+
+
+def test_runs_of_nearly_equal_flops_stand_on_one_rung() -> None:
+    flops = (1e12, 1.01e12, 1.3e12)
+    points = PointSet(baseline="a", points=tuple(Point(config="a", seed=0, flops=f, loss={"x": 1}) for f in flops))
+    assert [len(rung) for rung in points.rungs("a")] == [2, 1]
+
+
+@pytest.mark.parametrize(
+    ("content", "baseline", "message"),
+    [
+        ([POINT], None, "which config is the baseline"),
+        ([POINT], "b", "no point has the config 'b'"),
+        ([POINT | {"flops": 0}], "a", "flops"),
+        ([POINT | {"loss": -1}], "a", "give a positive number"),
+        ([POINT | {"loss": {"weighted": 1}}], "a", "none may be called 'weighted'"),
+        ([POINT, POINT | {"loss": {"code": 1}}], "a", "give all points the same"),
+        ([POINT | {"flop": 1}], "a", "did you mean 'flops'"),
+        ({"baseline": "a", "points": [POINT], "weights": {"code": 1}}, None, "weights"),
+        ("[", "a", "not valid JSON"),
+        ("3", "a", "give a list of points"),
+    ],
+)
+def test_a_mistake_gets_one_line(tmp_path: Path, content: Any, baseline: str | None, message: str) -> None:
+    with pytest.raises(UsageError, match=message) as caught:
+        read_points(written(tmp_path, content), baseline)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_script_writes_page_figures_and_json(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    baseline = law(1.0, 0.15, 1.0)
+    seconds = {"base": 1.0, "new": 1.0}
+    points = points_of(
+        {"base": baseline, "new": times(baseline, 1.5)}, np.random.default_rng(0), noise=0.001, seconds=seconds
+    )
+    path = written(tmp_path, points.model_dump())
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), "fit", str(path)])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+    assert end.value.code == 0
+    folder = tmp_path / "points-report"
+    page = (folder / "summary.md").read_text()
+    assert page.strip() in capsys.readouterr().out
+    assert "**new: adopt**" in page
+    for name in ("loss-flops", "loss-seconds", "gain-flops", "gain-seconds", "rank"):
+        assert f"({name}.png)" in page
+        assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    tree = json.loads((folder / "ladder.json").read_text())
+    assert tree["verdicts"] == {"new": "adopt"}
+    fit = next(f for f in tree["fits"] if f["config"] == "base" and f["cost"] == "flops")
+    assert fit["alpha"]["low"] <= 0.15 <= fit["alpha"]["high"]
+    assert len(tree["points"]) == 30

@@ -1,0 +1,250 @@
+"""The page of a run: well-formed, of one piece, true to the folder, safe whatever a model wrote; and in a browser."""
+
+import base64
+import json
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from mai_thinking.errors import UsageError
+from mai_thinking.report import write_page
+from mai_thinking.rl.traces import FOLDER, Trace, TraceStore
+from mai_thinking.training.metrics import read_records
+
+HOSTILE = (
+    '</pre></script><script>document.title="taken"</script><img src=x onerror="document.title=1">\u202e&amp;\x1b[2J'
+)
+VOID = {"meta", "link", "img", "br", "hr", "input"}
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+SWITCHES = [
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
+    "--disable-background-networking", "--disable-component-update", "--virtual-time-budget=3000",
+    "--window-size=1280,900",
+]  # fmt: skip
+
+
+class Parsed(HTMLParser):
+    """The elements of a page, and its text; AssertionError for a tag that is not closed in its order."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.pieces: set[str] = set()
+        self._open: list[str] = []
+        self.feed(page)
+        self.close()
+        assert self._open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self._open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self._open, f"</{tag}> closes nothing"
+        assert self._open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+        self.pieces.add(data.strip())
+
+    def all(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.elements if name == tag]
+
+
+def rl_run(folder: Path, *, steps: int = 300, words: str = "Answer: 7") -> Path:
+    """A climb's folder as far as a page reads it, with `words` wherever a name or a model's words stand."""
+    folder.mkdir(parents=True)
+    config = {
+        "name": f"run {words}",
+        "steps": steps,
+        "tasks": [{"name": words}],
+        "objective": {"target_entropy": 0.3},
+        "reward": {"w_language": 0.5, "w_length": 0.25},
+    }
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    records: list[dict[str, Any]] = []
+    for step in range(steps + 1):
+        if step % 100 == 0:
+            share = 0.1 + step / 1000
+            of_task = {f"pass@1/{words}": share, f"pass@1_low/{words}": share - 0.05, f"pass@1_high/{words}": 0.9}
+            records.append({"kind": "evaluation", "step": step, "tokens": step, "pass@1": share, **of_task})
+        if step:
+            numbers = {"loss": 1 / step, "entropy": 0.4, "grad_norm": 0.5, "violation": [2.0, step / 100, 0.5]}
+            records.append({"step": step, "tokens": 10 * step, **numbers, "dead_experts": 3, "router_entropy": 2.0})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    events = [{"event": "attempt", "time": 1000.0, "world": 1, "cause": None}]
+    events += [
+        {"event": "step", "time": 1003.0 + 2 * step, "step": step, "seconds": 2.0, "data_wait": 0.0}
+        for step in range(1, steps + 1)
+    ]
+    (folder / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    TraceStore(folder / FOLDER).append(0, [trace(number, words) for number in range(6)])
+    return folder
+
+
+def trace(number: int, words: str) -> Trace:
+    right = number % 2
+    return Trace(
+        step=4, engine_version=2, request_id=number, group_id=number, task=words, problem_id=f"p{number}",
+        prompt=f"Question {number}: {words}", prompt_ids=[1, 2], response=f"response {number} {words}",
+        response_ids=[3, 4, 5], logprobs=[-0.1, -0.2, -0.3], finished=bool(right), answer=words if right else None,
+        reference="7", reward=right + 0.5 * 0.875, reward_task=float(right), reward_language=0.875, reward_length=0.0,
+        pass_rate=0.5, verdict="kept", checkpoint="x/step-00000004", lineage="runs/base/final",
+    )  # fmt: skip
+
+
+def page_of(folder: Path, target: Path) -> str:
+    write_page(folder, target)
+    return target.read_text(encoding="utf-8")
+
+
+def assert_of_one_piece(page: str) -> Parsed:
+    """Nothing is fetched, by any attribute, style or script."""
+    parsed = Parsed(page)
+    assert not {"link", "img", "iframe", "object", "base"} & {tag for tag, _ in parsed.elements}
+    for _, attributes in parsed.elements:
+        assert not {"src", "srcset", "action", "data"} & set(attributes)
+        assert not any(name.startswith("on") for name in attributes)
+        assert (attributes.get("href") or "#").startswith("#")
+    assert "url(" not in page
+    assert "@import" not in page
+    assert "://" not in page.replace(HOSTILE, "")
+    policy = next(meta["content"] for meta in parsed.all("meta") if meta.get("http-equiv"))
+    assert policy is not None
+    assert policy.startswith("default-src 'none'")
+    return parsed
+
+
+def test_a_pre_training_run(tiny_run: Path, tmp_path: Path) -> None:
+    page = page_of(tiny_run, tmp_path / "page.html")
+    parsed = assert_of_one_piece(page)
+    for heading in ("Curves", "Expert load", "Goodput", "Where it came from", "finished", "random-weights"):
+        assert heading in parsed.text
+    last = read_records(tiny_run / "metrics.jsonl")
+    bits = [record["bits_per_byte"] for record in last if "bits_per_byte" in record]
+    assert f"{bits[-1]:.3f}" in parsed.text
+    assert (tiny_run / "config.yaml").read_text().splitlines()[0] in parsed.text
+    assert "Samples" not in parsed.text  # it has no traces
+
+
+def test_an_rl_run(tmp_path: Path) -> None:
+    page = page_of(rl_run(tmp_path / "run"), tmp_path / "page.html")
+    parsed = assert_of_one_piece(page)
+    assert {"0.100 → 0.400", "under way, or killed", "300 of 300"} <= parsed.pieces
+    for number in range(6):
+        assert f"response {number}" in parsed.text
+    assert {"task", "language", "length", "reward"} <= parsed.pieces
+    assert {"1.438", "0.438", "0.875"} <= parsed.pieces
+    assert "reward = task + 0.5 · language − 0.25 · length" in parsed.text
+    data = json.loads(page.split('id="data">')[1].split("</script>")[0])
+    loss = next(c["lines"][0] for c in data.values() if "lines" in c and c["lines"][0]["name"] == "Loss")
+    assert len(loss["x"]) == len(loss["y"]) == len(loss["value"]) == 240
+    assert loss["value"][0] == "1"
+    assert loss["at"][-1] == "300"
+    heat = next(c for c in data.values() if "cells" in c)
+    assert heat["rows"] == ["MoE 1", "MoE 2", "MoE 3"]
+    assert [float(column[1]) for column in heat["cells"]] == sorted(float(column[1]) for column in heat["cells"])
+    assert {column[0] for column in heat["cells"]} == {"2"}
+
+
+def test_the_timeline_covers_the_run(tmp_path: Path) -> None:
+    parsed = Parsed(page_of(rl_run(tmp_path / "run"), tmp_path / "page.html"))
+    rects = [a for a in parsed.all("rect") if (a.get("class") or "").startswith("s")]
+    begins, widths = ([float(rect[key] or 0) for rect in rects] for key in ("x", "width"))
+    assert begins[0] == 0
+    assert begins[-1] + widths[-1] == pytest.approx(1000, abs=1)
+    assert len(rects) == 2  # start-up, then steps, without gaps between
+    assert widths[0] == pytest.approx(1000 * 3 / 603, abs=4)
+
+
+def test_words_of_a_model_stay_words(tmp_path: Path) -> None:
+    page = page_of(rl_run(tmp_path / "run", words=HOSTILE), tmp_path / "page.html")
+    parsed = assert_of_one_piece(page)
+    assert len(parsed.all("script")) == 2
+    assert "\u202e" not in page
+    assert "\x1b" not in page
+    assert '<img src=x onerror="document.title=1">\\u202e&amp;\\x1b[2J' in parsed.text
+
+
+def test_a_collapse_is_told_first(tmp_path: Path) -> None:
+    folder = rl_run(tmp_path / "run")
+    sign = {"value": 0.02, "usual": 0.5, "since": 290}
+    verdict = {"step": 300, "last_good_step": 288, "verdict": "collapsed", "evidence": {"solved": sign}}
+    (folder / "collapse.json").write_text(json.dumps(verdict))
+    text = Parsed(page_of(folder, tmp_path / "page.html")).text
+    assert "solved 0.02 where 0.5 is usual, since step 290. Last good step: 288" in text
+    assert text.index("Last good step") < text.index("Curves")
+
+
+def climb_of(folder: Path) -> Path:
+    for name in ("second", "first"):
+        rl_run(folder / name, steps=100, words=name)
+    (folder / "config.yaml").write_text("name: whole\n")
+    (folder / "stages.json").write_text(json.dumps({"first": {}, "second": {}, "not-begun": {}}))
+    return folder
+
+
+def test_a_whole_climb(tmp_path: Path) -> None:
+    parsed = assert_of_one_piece(page_of(climb_of(tmp_path / "climb"), tmp_path / "page.html"))
+    links = {attributes["href"] for attributes in parsed.all("a")}
+    assert links == {f"#{a['id']}" for a in parsed.all("details") if "id" in a} == {"#stage-0", "#stage-1"}
+    assert parsed.text.index("run first") < parsed.text.index("run second")
+
+
+def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no run"):
+        write_page(tmp_path, tmp_path / "page.html")
+    assert not (tmp_path / "page.html").exists()
+
+
+# ------------------------------------------------------------------------------------------------------ in a browser
+
+PROBE = """<script>
+addEventListener("load", () => {
+  document.documentElement.style.width = "WIDTHpx";  // headless windows are no narrower than 500
+  const out = { title: document.title, wide: document.body.scrollWidth, told: [] };
+  for (const figure of document.querySelectorAll("figure")) {
+    const svg = figure.querySelector("svg"), box = svg.getBoundingClientRect();
+    const at = { clientX: box.left + box.width * 0.97, clientY: box.top + box.height * 0.3, bubbles: true };
+    svg.dispatchEvent(new PointerEvent("pointermove", at));
+    out.told.push([figure.querySelector("figcaption").firstChild.textContent, tip.innerText, tip.hidden]);
+    svg.dispatchEvent(new PointerEvent("pointerleave"));
+  }
+  out.left = tip.hidden;
+  const seen = document.createElement("output");
+  seen.textContent = btoa(JSON.stringify(out).replace(/[^ -~]/g, "?"));
+  document.body.append(seen);
+});
+</script></body>"""
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
+@pytest.mark.parametrize("width", [400, 1280])
+def test_in_a_browser(tmp_path: Path, width: int) -> None:
+    page = page_of(rl_run(tmp_path / "run", words=HOSTILE), tmp_path / "page.html")
+    (tmp_path / "probed.html").write_text(page.replace("</body>", PROBE.replace("WIDTH", str(width))), encoding="utf-8")
+    command = [str(CHROMIUM), *SWITCHES, f"--user-data-dir={tmp_path / 'profile'}"]
+    ended = subprocess.run(
+        [*command, "--dump-dom", f"file://{tmp_path / 'probed.html'}"], capture_output=True, text=True, timeout=200
+    )
+    seen = ended.stdout.split("<output>")[1].split("</output>")[0]
+    out = json.loads(base64.b64decode(seen))
+    assert out["title"].startswith("run </pre>")
+    assert out["wide"] <= width
+    told = {title: text for title, text, hidden in out["told"] if not hidden}
+    assert len(told) == len(out["told"]) > 5
+    assert told["Loss"].startswith("step ")
+    assert "0.003" in told["Loss"]
+    assert "MoE" in told["Violation rate by layer"]
+    assert out["left"]
