@@ -26,7 +26,7 @@ from mai_thinking.trace_selection import Selection, select, trace_folder
 from mai_thinking.training.metrics import read_records
 from mai_thinking.training.model_files import load_model_config
 from mai_thinking.training.optimizer import build_optimizer, learning_rate
-from mai_thinking.training.parallel import share
+from mai_thinking.training.parallel import parallelize
 from mai_thinking.training.plan import Plan, quantity
 from mai_thinking.training.report import draw_loss, pyplot
 from mai_thinking.training.run_folder import RunFolder
@@ -73,7 +73,7 @@ class SelfDistillation:
         self.batches = Batches(self.selection, text, config, rank=rank, ranks=ranks)
         model, parent = policy_model(config, self.architecture)
         self.session = Session(config, folder, accelerator, stack, parent=parent, data=text or (), traces=traces)
-        self.parallel = share(model, accelerator, config.execution.parallel)
+        self.parallel = parallelize(model, accelerator, config.execution.parallel)
         self.optimizer = build_optimizer(self.parallel.model, config.optimizer)
         self.train_step = TrainStep(
             self.parallel,
@@ -163,7 +163,7 @@ class SelfDistillation:
             print(text, flush=True)
 
     def _finish(self) -> None:
-        model = self.parallel.whole()
+        model = self.parallel.unwrap()
         if self.session.rank == 0:
             write_report(self.folder, self.config, self.architecture, self.selection)
             self.session.save_final(model, self.tokenizer, self.step)

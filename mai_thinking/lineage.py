@@ -88,7 +88,7 @@ def require_own(path: Path | str, *, allow_third_party: bool) -> Lineage:
     return Lineage(outside.id, outside.records, {outside.id: folder.absolute()})
 
 
-def going_on_from(checkpoint: Path, parents: Sequence[Lineage]) -> tuple[list[Lineage], tuple[CodeVersion, ...]]:
+def resuming_from(checkpoint: Path, parents: Sequence[Lineage]) -> tuple[list[Lineage], tuple[CodeVersion, ...]]:
     """(parents, versions of the code so far) for the records of a run resumed from its own `checkpoint`.
 
     They are the checkpoint's, which is where the weights come from, whatever lies where `parents` were found by now;
@@ -118,7 +118,7 @@ def record_model(
 
     `parents` is what the run started from, and learned from where that has a record. `config` is the run's config.yaml.
     `data` is prepared text, whose manifest is put beside the weights, or names other sources, such as tasks. `code` is
-    what `going_on_from` said of the checkpoint that the run was resumed from.
+    what `resuming_from` said of the checkpoint that the run was resumed from.
     """
     found = _data(data)
     if data is not None and not isinstance(data, Sequence):

@@ -23,9 +23,9 @@ from mai_thinking.training.checkpoint_storage import visible_steps
 from mai_thinking.training.evaluation import Likelihood, evaluate_texts, summarize
 from mai_thinking.training.goodput import EVALUATION
 from mai_thinking.training.metrics import MetricsLog, read_records
-from mai_thinking.training.model_files import arrange, build_model, model_config, starting_point
+from mai_thinking.training.model_files import apply_compile_and_checkpointing, build_model, model_config, starting_point
 from mai_thinking.training.optimizer import build_optimizer, learning_rate
-from mai_thinking.training.parallel import share
+from mai_thinking.training.parallel import parallelize
 from mai_thinking.training.plan import Plan
 from mai_thinking.training.report import write_report
 from mai_thinking.training.run_folder import RunFolder
@@ -53,9 +53,9 @@ class Pretraining:
         self.data: PreparedData = prepare(config.data, say=self._say)
         self.architecture: MaiThinkingConfig = model_config(config, self.data.tokenizer)
         parent = starting_point(config, self.architecture)
-        going_on = bool(visible_steps(folder.checkpoints))
-        model = build_model(config, self.architecture, filled_later=going_on)
-        arrange(model, config.execution)
+        resuming = bool(visible_steps(folder.checkpoints))
+        model = build_model(config, self.architecture, skip_init=resuming)
+        apply_compile_and_checkpointing(model, config.execution)
         self.loader = stack.enter_context(
             Loader(
                 self.data,
@@ -70,7 +70,7 @@ class Pretraining:
             )
         )
         self.session = Session(config, folder, accelerator, stack, parent=parent, data=self.data)
-        self.parallel = share(model, accelerator, config.execution.parallel)
+        self.parallel = parallelize(model, accelerator, config.execution.parallel)
         self.optimizer = build_optimizer(self.parallel.model, config.optimizer)
         self.train_step = TrainStep.of_pretraining(self.parallel, self.optimizer, config, self.architecture)
         # From here on random numbers are drawn by dropout alone; every rank has its own. Python's and NumPy's too, for
@@ -79,7 +79,7 @@ class Pretraining:
         self.progress = {"step": 0, "tokens": 0}
         state = self._state()
         self.step = self.session.resume(state)
-        if going_on and not self.step:
+        if resuming and not self.step:
             raise RunError(f"{folder.checkpoints}: the checkpoints have gone while the run was starting; rerun")
         self.progress = state["progress"]
         replicated = config.execution.parallel == "ddp"
@@ -155,7 +155,7 @@ class Pretraining:
     def _evaluate(self, max_bytes: int | None) -> dict[str, Any]:
         """Held-out likelihood by category, each rank its share of the documents."""
         with self.session.ledger.span(EVALUATION), self.accelerator.autocast():
-            model = self.parallel.whole()
+            model = self.parallel.unwrap()
             results = {
                 category: self._likelihood(model, _first_bytes([d.text for d in documents], max_bytes))
                 for category, documents in self.data.held_out.items()
@@ -166,7 +166,7 @@ class Pretraining:
     def _evaluate_all(self) -> dict[str, Any] | None:
         """The same of all held-out text, category by category: it takes long enough to be struck by a fault or asked to
         stop, and then goes on with the category where it was. None if it was asked to stop."""
-        model = self.parallel.whole()
+        model = self.parallel.unwrap()
         results = {}
         for category, documents in self.data.held_out.items():
             if not documents:
@@ -230,7 +230,7 @@ class Pretraining:
         evaluation = self._evaluate_all()
         if evaluation is None:
             return False
-        model = self.parallel.whole()
+        model = self.parallel.unwrap()
         if self.rank == 0:
             samples = self._samples(model)
             write_report(self.folder, self.config, self.architecture, self.data, evaluation, samples)

@@ -260,14 +260,14 @@ def test_moved_copied_and_replaced_folders(family: Path, tmp_path: Path) -> None
 
 def test_code_that_took_part_before_a_restart_is_remembered(family: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base, child = family / "base" / "final", family / "child" / "final"
-    parents, code = lineage.going_on_from(base, [])
+    parents, code = lineage.resuming_from(base, [])
     monkeypatch.setattr(lineage, "code_version", lambda: CodeVersion(sha256="1" * 64, commit=None))
     record_model(child, parents=parents, config=family / "child" / "config.yaml", seed=0, steps=1, code=code)
     record = read_lineage(child).record
     assert [version.sha256 for version in record.code] == [code[0].sha256, "1" * 64]
     assert record.parents == read_lineage(base).record.parents
     (base / "lineage.json").unlink()
-    assert lineage.going_on_from(base, parents) == (parents, ())
+    assert lineage.resuming_from(base, parents) == (parents, ())
 
 
 # ------------------------------------------------------------------------------------------------- a run's own records

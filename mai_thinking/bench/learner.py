@@ -7,9 +7,9 @@ from contextlib import ExitStack, contextmanager
 from mai_thinking.config.pretraining import PretrainConfig
 from mai_thinking.data import Loader, PreparedData, Step
 from mai_thinking.model.configuration import LOCAL
-from mai_thinking.training.model_files import arrange, build_model, model_config
+from mai_thinking.training.model_files import apply_compile_and_checkpointing, build_model, model_config
 from mai_thinking.training.optimizer import build_optimizer
-from mai_thinking.training.parallel import share
+from mai_thinking.training.parallel import parallelize
 from mai_thinking.training.run_folder import RunFolder
 from mai_thinking.training.session import make_accelerator
 from mai_thinking.training.step import TrainStep
@@ -28,10 +28,10 @@ class Learner:
             architecture.layer_types = [LOCAL] * architecture.num_hidden_layers
         accelerator = make_accelerator(config, RunFolder(config.folder))
         model = build_model(config, architecture)
-        arrange(model, config.execution)
-        parallel = share(model, accelerator, "ddp")
+        apply_compile_and_checkpointing(model, config.execution)
+        parallel = parallelize(model, accelerator, "ddp")
         self.model = parallel.model.train()
-        self.whole = parallel.whole()
+        self.whole = parallel.unwrap()
         self._optimizer = build_optimizer(parallel.model, config.optimizer)
         self._step = TrainStep.of_pretraining(parallel, self._optimizer, config, architecture)
         self._number = itertools.count(1)

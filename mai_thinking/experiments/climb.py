@@ -32,7 +32,7 @@ from mai_thinking.pretraining import pretrain
 from mai_thinking.report.climb import write_report
 from mai_thinking.rl.trainer import climb
 from mai_thinking.training.goodput import CAUSE_VARIABLE, LAUNCHED_VARIABLE
-from mai_thinking.training.session import meet
+from mai_thinking.training.session import init_distributed
 from mai_thinking.training.worker import StopRequest
 
 WAIT = "wait"
@@ -46,7 +46,7 @@ def run_climb(config: ClimbConfig, report: Callable[[ClimbPlan], None] = write_r
     A stage that collapses is answered as `config.reset` says; RunError if that is not allowed any more.
     """
     with ExitStack() as stack:
-        accelerator = meet()
+        accelerator = init_distributed()
         rank = accelerator.process_index
         stop = StopRequest()
         stack.callback(stop.close)

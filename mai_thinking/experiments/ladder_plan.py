@@ -11,9 +11,9 @@ import torch
 from mai_thinking.config.ladder import LadderConfig
 from mai_thinking.config.pretraining import PretrainConfig
 from mai_thinking.model import MaiThinkingConfig
-from mai_thinking.training.model_files import arrange, build_model, model_config
+from mai_thinking.training.model_files import apply_compile_and_checkpointing, build_model, model_config
 from mai_thinking.training.optimizer import build_optimizer
-from mai_thinking.training.parallel import share
+from mai_thinking.training.parallel import parallelize
 from mai_thinking.training.plan import quantity
 from mai_thinking.training.run_folder import RunFolder
 from mai_thinking.training.session import make_accelerator
@@ -105,8 +105,8 @@ def measure_step(config: PretrainConfig) -> float:
     architecture = model_config(config)
     accelerator = make_accelerator(config, RunFolder(config.folder))
     model = build_model(config, architecture)
-    arrange(model, config.execution)
-    parallel = share(model, accelerator, config.execution.parallel)
+    apply_compile_and_checkpointing(model, config.execution)
+    parallel = parallelize(model, accelerator, config.execution.parallel)
     step = TrainStep.of_pretraining(parallel, build_optimizer(parallel.model, config.optimizer), config, architecture)
     parallel.model.train()
     batches = _random_batches(config, architecture, accelerator.device)

@@ -50,10 +50,10 @@ class PolicyStep:
         places = float(counts_ME[0].sum()) / batches[0].expert_choices.size(-1)
         statistics, entropies = [], []
         forwards = self._agree_on_forwards(len(batches))
-        with self.parallel.rounded():
+        with self.parallel.cached_bf16():
             for index in range(forwards):
                 batch, idle = batches[min(index, len(batches) - 1)].to(self.device), index >= len(batches)
-                with nullcontext() if index == forwards - 1 else self.parallel.deferred():
+                with nullcontext() if index == forwards - 1 else self.parallel.no_sync():
                     loss, parts, entropy = self._loss(batch, advantages, response_tokens, counts_ME, places)
                     # Gradients are averaged over ranks; the counts are global. An idle pass only keeps others company.
                     (loss * (0.0 if idle else self.ranks)).backward()

@@ -44,7 +44,7 @@ from mai_thinking.rl.traces import FOLDER, TraceStore
 from mai_thinking.training.goodput import EVALUATION
 from mai_thinking.training.model_files import load_model_config
 from mai_thinking.training.optimizer import build_optimizer, learning_rate
-from mai_thinking.training.parallel import share
+from mai_thinking.training.parallel import parallelize
 from mai_thinking.training.run_folder import RunFolder
 from mai_thinking.training.session import Session, run_in_folder
 from mai_thinking.training.state import ModelState, OptimizerState, PerRank, RandomState
@@ -85,13 +85,13 @@ class Climb:
         )
         sources = [_source_of(task) for task in config.tasks]
         self.session = Session(config, folder, accelerator, stack, parent=lineage, data=sources)
-        self.parallel = share(model, accelerator, config.execution.parallel)
+        self.parallel = parallelize(model, accelerator, config.execution.parallel)
         self.optimizer = build_optimizer(self.parallel.model, config.optimizer)
         self.objective = Objective(config.objective)
         self.train_step = PolicyStep(
             self.parallel, self.optimizer, self.objective, config, self.architecture.num_experts
         )
-        whole, template = self.parallel.whole(), Template(config.template)
+        whole, template = self.parallel.unwrap(), Template(config.template)
         self.engine = self._engine(whole)
         self.responder = Responder(self.engine, pool, template, self.tokenizer)
         self.held_out = HeldOut(mix, config.evaluation, rank=rank, ranks=ranks)
@@ -207,7 +207,7 @@ class Climb:
         """Give the engine the learner's weights, and the buffer what the steps up to the next update take."""
         rollouts = self.config.rollouts
         version = self.step // rollouts.steps_per_update
-        self.engine.update_weights(self.parallel.whole())
+        self.engine.update_weights(self.parallel.unwrap())
         dropped = self.buffer.drop_stale(version - rollouts.max_staleness)
         wanted = self._groups_per_step * rollouts.steps_per_update * (1 + rollouts.lead)
         self.buffer.add(
@@ -281,7 +281,7 @@ class Climb:
 
     def _evaluate(self) -> tuple[dict[str, Any], list[Sample]]:
         with self.session.ledger.span(EVALUATION):
-            self.engine.update_weights(self.parallel.whole())  # as every refill does before it generates
+            self.engine.update_weights(self.parallel.unwrap())  # as every refill does before it generates
             metrics, samples = self.held_out.evaluate(self.responder, self.curriculum.max_length)
         record = {"kind": "evaluation", "step": self.step, "tokens": self.progress["tokens"], **metrics}
         self.session.record(record, exact=("pass@1",))
@@ -311,7 +311,7 @@ class Climb:
         """Evaluate, write the report, save the model folder."""
         evaluation, samples = self._evaluate()
         self.accelerator.wait_for_everyone()  # all traces are written
-        model = self.parallel.whole()
+        model = self.parallel.unwrap()
         if self.session.rank == 0:
             self.session.record_traces(self.folder.path / FOLDER, self.step)
             write_report(self.folder, self.config, evaluation, samples)

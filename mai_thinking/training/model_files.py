@@ -64,16 +64,16 @@ def model_config(config: PretrainConfig, tokenizer: PreTrainedTokenizerBase | No
 
 
 def build_model(
-    config: PretrainConfig, architecture: MaiThinkingConfig, *, filled_later: bool = False
+    config: PretrainConfig, architecture: MaiThinkingConfig, *, skip_init: bool = False
 ) -> MaiThinkingForCausalLM:
     """The model in fp32 on the CPU, ready to train. Fresh weights follow from the seed alone. Those that are
-    `filled_later`, from a checkpoint, are left as the memory was: drawing them takes longer than reading them."""
+    `skip_init`, from a checkpoint, are left as the memory was: drawing them takes longer than reading them."""
     kinds = {
         "attn_implementation": config.execution.attention,
         "experts_implementation": config.execution.experts,
     }
     try:
-        if filled_later:
+        if skip_init:
             return _unfilled(architecture, **kinds)
         if config.init_from is not None:
             return load_model(config.init_from, config=architecture, **kinds)
@@ -85,7 +85,7 @@ def build_model(
         raise
 
 
-def arrange(model: MaiThinkingForCausalLM, execution: ExecutionSection) -> None:
+def apply_compile_and_checkpointing(model: MaiThinkingForCausalLM, execution: ExecutionSection) -> None:
     """Have `model` recompute activations and run compiled, as `execution` says."""
     if execution.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})

@@ -26,14 +26,14 @@ class Parallel(Protocol):
     model: nn.Module
     """What to call in training; its parameters are the optimiser's."""
 
-    def rounded(self) -> AbstractContextManager[None]:
+    def cached_bf16(self) -> AbstractContextManager[None]:
         """Around a step's micro-batches, in which no weight changes: those that kernels on a GPU have rounded are
         rounded once for all."""
 
-    def deferred(self) -> AbstractContextManager[None]:
+    def no_sync(self) -> AbstractContextManager[None]:
         """Around the forward and backward of every micro-batch but the last: gradients stay on their rank."""
 
-    def whole(self) -> MaiThinkingForCausalLM:
+    def unwrap(self) -> MaiThinkingForCausalLM:
         """The model with all its weights, on every rank and without any wrapper, for evaluation, sampling and saving.
         Collective; to be taken anew after each step."""
 
@@ -46,16 +46,16 @@ class Replicated:
         self._plain = model
         self.model: nn.Module = accelerator.prepare(model)
 
-    def rounded(self) -> AbstractContextManager[None]:
+    def cached_bf16(self) -> AbstractContextManager[None]:
         ours = self._plain.config._experts_implementation == "bucketed_mm"
         if ours and self.accelerator.device.type == "cuda" and self.accelerator.mixed_precision == "bf16":
             return rounded_once(self._plain, torch.bfloat16)
         return nullcontext()
 
-    def deferred(self) -> AbstractContextManager[None]:
+    def no_sync(self) -> AbstractContextManager[None]:
         return self.accelerator.no_sync(self.model)
 
-    def whole(self) -> MaiThinkingForCausalLM:
+    def unwrap(self) -> MaiThinkingForCausalLM:
         return self._plain
 
 
@@ -78,18 +78,18 @@ class Sharded:
         self._shards: FSDPModule = fully_shard(model, mesh=mesh)
         self.model: nn.Module = model
 
-    def rounded(self) -> AbstractContextManager[None]:
+    def cached_bf16(self) -> AbstractContextManager[None]:
         return nullcontext()  # weights are whole only while they are computed with
 
     @contextmanager
-    def deferred(self) -> Iterator[None]:
+    def no_sync(self) -> Iterator[None]:
         self._shards.set_requires_gradient_sync(False)
         try:
             yield
         finally:
             self._shards.set_requires_gradient_sync(True)
 
-    def whole(self) -> MaiThinkingForCausalLM:
+    def unwrap(self) -> MaiThinkingForCausalLM:
         state = get_model_state_dict(self.model, options=StateDictOptions(full_state_dict=True))
         with torch.device("meta"):
             model = MaiThinkingForCausalLM._from_config(self._config, **self._implementations)
@@ -99,7 +99,7 @@ class Sharded:
         return model
 
 
-def share(model: MaiThinkingForCausalLM, accelerator: Accelerator, how: Literal["ddp", "fsdp"]) -> Parallel:
+def parallelize(model: MaiThinkingForCausalLM, accelerator: Accelerator, how: Literal["ddp", "fsdp"]) -> Parallel:
     """`model`, the same on every rank, as `execution.parallel` says. A single rank has nobody to share with."""
     if how == "fsdp" and accelerator.num_processes > 1:
         return Sharded(model, accelerator)

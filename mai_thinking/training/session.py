@@ -17,10 +17,10 @@ from mai_thinking.lineage import (
     CodeVersion,
     Lineage,
     Source,
-    going_on_from,
     record_checkpoint,
     record_model,
     record_traces,
+    resuming_from,
 )
 from mai_thinking.model import MaiThinkingForCausalLM
 from mai_thinking.training.allocator import keep_freed_memory
@@ -35,7 +35,7 @@ from mai_thinking.training.survivor import Survivor
 from mai_thinking.training.worker import StopRequest, wait_for_savers
 
 
-def meet(**options: Any) -> Accelerator:
+def init_distributed(**options: Any) -> Accelerator:
     """Where the ranks of a job meet, whoever started them: an `Accelerator`. On a machine without an accelerator that
     takes them for separate runs unless it is told. Nobody has touched the job's folders before."""
     accelerator = Accelerator(cpu=not torch.accelerator.is_available(), **options)
@@ -48,7 +48,7 @@ def make_accelerator(config: TrainingConfig, folder: RunFolder) -> Accelerator:
     precision = config.execution.precision
     if precision == "auto":
         precision = "bf16" if torch.cuda.is_available() else "fp32"
-    return meet(
+    return init_distributed(
         mixed_precision="bf16" if precision == "bf16" else "no",
         log_with=list(config.tracking.trackers) or None,
         project_dir=str(folder.path / "trackers"),
@@ -125,7 +125,7 @@ class Session:
             self.accelerator.init_trackers(self.config.name, config=about)
         if step:
             checkpoint = step_folder(self.folder.checkpoints, step)
-            self._parents, self._earlier_code = going_on_from(checkpoint, self._parents)
+            self._parents, self._earlier_code = resuming_from(checkpoint, self._parents)
             self.say(f"going on after step {step}")
         return step
 

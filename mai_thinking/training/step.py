@@ -104,7 +104,7 @@ class TrainStep:
         label_count = self._sum(labels.to(self.device))
         token_count = self._token_count(micro_batches)
         accumulate = self._accumulate_exact if self.exact_balance else self._accumulate_running
-        with self.parallel.rounded():
+        with self.parallel.cached_bf16():
             losses, counts, entropy = accumulate(micro_batches, label_count, token_count)
         grad_norm = clip_gradients(self.parallel.model, self.clip_norm)
         cross_entropy, balance, z = self._sum(losses).tolist()
@@ -128,7 +128,7 @@ class TrainStep:
         losses = counts = entropy = torch.zeros((), device=self.device)
         for index, batch in enumerate(micro_batches):
             last = index == len(micro_batches) - 1
-            with nullcontext() if last else self.parallel.deferred():
+            with nullcontext() if last else self.parallel.no_sync():
                 cross_entropy, routing = self._forward(batch, label_count)
                 counts = counts + self._sum(routing.counts_E)
                 total, parts = self._total(cross_entropy, routing, counts, token_count)
@@ -143,7 +143,7 @@ class TrainStep:
         for index, batch in enumerate(micro_batches):
             last = index == len(micro_batches) - 1
             # Whether DDP reduces is decided in the forward pass; here one backward follows the last of them.
-            with nullcontext() if last else self.parallel.deferred():
+            with nullcontext() if last else self.parallel.no_sync():
                 forwards.append(self._forward(batch, label_count))
         counts = self._sum(torch.stack([routing.counts_E for _, routing in forwards]).sum(dim=0))
         results = [self._total(cross_entropy, routing, counts, token_count) for cross_entropy, routing in forwards]

@@ -17,7 +17,7 @@ from mai_thinking.errors import UsageError
 from mai_thinking.rl.traces import Trace
 from mai_thinking.trace_packing import IGNORED, Batches, trace_row
 from mai_thinking.trace_selection import Example, select
-from mai_thinking.training.parallel import share
+from mai_thinking.training.parallel import parallelize
 from mai_thinking.training.step import StepResult, TrainStep
 from tiny_models import tiny_model
 
@@ -30,7 +30,7 @@ def some_examples(seed: int = 0) -> list[Example]:
 
 def one_step(rows: list[dict[str, torch.Tensor]], balance: float = 0.0) -> StepResult:
     model = tiny_model().train()
-    parallel = share(model, Accelerator(cpu=True), "ddp")
+    parallel = parallelize(model, Accelerator(cpu=True), "ddp")
     optimizer = torch.optim.SGD(parallel.model.parameters(), lr=0.0)
     step = TrainStep(parallel, optimizer, clip_norm=1e9, balance=balance, z=0.0, exact_balance=False)
     return step([{name: value[None] for name, value in row.items()} for row in rows], 0.0, 1)

@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from mai_thinking.config.run import ExecutionSection
 from mai_thinking.model.packed_attention import find_documents, packed_attention
 from mai_thinking.model.packed_flex import BLOCK, packed_block_mask, packed_flex
-from mai_thinking.training.model_files import arrange
 from tiny_models import tiny_model
 
 LENGTHS = [(640, 200), (640, None), (1024, 512), (300, 128), (100, 16), (513, 130)]
@@ -151,7 +150,7 @@ def test_a_step_on_a_gpu(attention: str, compiled: bool) -> None:
     model.set_attn_implementation("windowed_sdpa")
     expected, _ = step("cpu")
     model.set_attn_implementation(attention)
-    arrange(model.cuda(), ExecutionSection(compile=compiled))
+    apply_compile_and_checkpointing(model.cuda(), ExecutionSection(compile=compiled))
     loss, _ = step("cuda")
     assert abs(loss - expected) < 0.02 * expected
     for layer in model.model.layers:

@@ -32,7 +32,7 @@ from mai_thinking.training.checkpoint import CheckpointReader
 from mai_thinking.training.goodput import account_of
 from mai_thinking.training.metrics import read_records
 from mai_thinking.training.model_files import load_model
-from mai_thinking.training.parallel import share
+from mai_thinking.training.parallel import parallelize
 from ranks import run_ranks
 from tiny_models import tiny_model
 
@@ -262,7 +262,7 @@ def gradients_of(groups: list[Group], rows: int) -> dict[str, torch.Tensor]:
     with torch.no_grad():  # another policy than the engine's, so that ratios are not all 1
         for index, parameter in enumerate(plain.parameters()):
             parameter.add_(0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(index)))
-    parallel = share(plain, Accelerator(cpu=True), "ddp")
+    parallel = parallelize(plain, Accelerator(cpu=True), "ddp")
     optimizer = torch.optim.SGD(parallel.model.parameters(), lr=0.0)
     gradients: dict[str, torch.Tensor] = {}
 

@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from torch.distributed.tensor import DTensor
 
 from mai_thinking.model.latent_moe import balance_loss
-from mai_thinking.training.parallel import share
+from mai_thinking.training.parallel import parallelize
 from mai_thinking.training.step import NonFiniteError, StepResult, TrainStep, routing_metrics
 from ranks import run_ranks
 from tiny_models import tiny_model
@@ -40,7 +40,7 @@ def one_step(
     plain = tiny_model().train()
     if exact:
         plain.gradient_checkpointing_enable({"use_reentrant": False})
-    parallel = share(plain, accelerator, how)
+    parallel = parallelize(plain, accelerator, how)
     optimizer = torch.optim.SGD(parallel.model.parameters(), lr=0.0)
     gradients: Gradients = {}
 
@@ -146,7 +146,12 @@ def test_non_finite_loss_names_the_step_and_leaves_the_weights() -> None:
         model.model.norm.weight[0] = float("nan")
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
     step = TrainStep(
-        share(model, Accelerator(cpu=True), "ddp"), optimizer, clip_norm=1.0, balance=0.0, z=0.0, exact_balance=False
+        parallelize(model, Accelerator(cpu=True), "ddp"),
+        optimizer,
+        clip_norm=1.0,
+        balance=0.0,
+        z=0.0,
+        exact_balance=False,
     )
     with pytest.raises(NonFiniteError, match="step 17"):
         step([global_batch()], 1.0, 17)
@@ -159,7 +164,12 @@ def test_clipping_bounds_the_update() -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     before = [parameter.clone() for parameter in model.parameters()]
     step = TrainStep(
-        share(model, Accelerator(cpu=True), "ddp"), optimizer, clip_norm=0.01, balance=0.0, z=0.0, exact_balance=False
+        parallelize(model, Accelerator(cpu=True), "ddp"),
+        optimizer,
+        clip_norm=0.01,
+        balance=0.0,
+        z=0.0,
+        exact_balance=False,
     )
     result = step([global_batch()], 1.0, 1)
     moved = torch.stack([(now - old).norm() for now, old in zip(model.parameters(), before, strict=True)]).norm()
