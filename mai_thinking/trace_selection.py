@@ -293,7 +293,7 @@ class _Words:
             texts = moved
         end = [self.encoder.end_of_text] if row["finished"] else []
         response_ids = np.array([*self.encoder.encode(texts[1]), *end], dtype=np.int32)
-        return Example(self.encoder.encode_document(texts[0]).astype(np.int32), response_ids)
+        return Example(np.array(self.encoder.encode_prompt(texts[0]), dtype=np.int32), response_ids)
 
 
 def move(prompt: str, response: str, frame: TemplateSection, reframe: ReframeSection) -> tuple[str, str] | None:

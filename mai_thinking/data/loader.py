@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from mai_thinking.config.data import SourceSection
-from mai_thinking.data.files import open_reader
 from mai_thinking.data.mixture import Mixture
 from mai_thinking.data.packing import PreparedRows, Row, positions
 from mai_thinking.data.prepared import PreparedData
+from mai_thinking.data.readers import open_reader
 from mai_thinking.data.streaming import StreamCleaner, StreamedRows
 from mai_thinking.errors import UsageError
 

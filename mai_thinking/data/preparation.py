@@ -23,7 +23,6 @@ from mai_thinking.config.data import DataSection, SourceSection
 from mai_thinking.data.cleaning import Tally, clean
 from mai_thinking.data.documents import Document
 from mai_thinking.data.embedded import embedded_fingerprint, has_tests, read_embedded
-from mai_thinking.data.files import Cursor, Reader, open_reader
 from mai_thinking.data.ngrams import OverlapIndex
 from mai_thinking.data.prepared import (
     OVERLAP,
@@ -35,6 +34,7 @@ from mai_thinking.data.prepared import (
     save_source,
     write_manifest,
 )
+from mai_thinking.data.readers import Cursor, Reader, open_reader
 from mai_thinking.data.streaming import StreamCleaner
 from mai_thinking.data.tokenizer import Encoder, load_tokenizer, train_tokenizer
 from mai_thinking.errors import UsageError
@@ -128,7 +128,12 @@ class Preparation:
         if source.kind == "embedded":
             found = _take(read_embedded(source.path), source.max_bytes if source.path == "exercises" else None)
         else:
-            found = [document for document, _ in self.readers[source.name].read()]
+            found = []
+            for id, text, _ in self.readers[source.name].read():
+                if text is None:
+                    self.tallies[source.name].drop("null", 0)
+                else:
+                    found.append(Document(id, text))
         if source.max_bytes is not None:
             found = _within(sorted(found, key=lambda document: document.fingerprint), source.max_bytes)
         self.tallies[source.name].read = _count(found)
@@ -187,10 +192,10 @@ class Preparation:
         found, size, cursor = [], 0, None
         if not source.held_out:
             return [], None
-        for document, cursor in self.readers[source.name].read():
-            if cleaner.clean(document.text) is not None:
-                found.append(document)
-                size += document.size
+        for id, text, cursor in self.readers[source.name].read():
+            if text is not None and cleaner.clean(text) is not None:
+                found.append(Document(id, text))
+                size += found[-1].size
             if size >= self.config.held_out.max_bytes:
                 return found, cursor
         raise UsageError(
@@ -242,7 +247,7 @@ class Preparation:
             if source.streaming:
                 cleaner = StreamCleaner(self.config.cleaning, overlap)
                 stream = self.readers[source.name].read(self.starts[source.name])
-                cleaned = (Document(d.id, text) for d, _ in stream if (text := cleaner.clean(d.text)) is not None)
+                cleaned = (Document(d.id, text) for d in stream if d.text and (text := cleaner.clean(d.text)))
                 chosen = _take(cleaned, budget)
             else:
                 chosen = _take(sorted(documents[source.name], key=lambda document: document.fingerprint), budget)

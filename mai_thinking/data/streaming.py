@@ -15,9 +15,9 @@ import numpy as np
 from mai_thinking.config.data import CleaningSection
 from mai_thinking.data.cleaning import quality_fault
 from mai_thinking.data.documents import Document
-from mai_thinking.data.files import Cursor, Reader
 from mai_thinking.data.ngrams import OverlapIndex
 from mai_thinking.data.packing import Row, Tokens
+from mai_thinking.data.readers import Cursor, Reader
 from mai_thinking.data.tokenizer import Encoder
 from mai_thinking.errors import UsageError
 
@@ -175,12 +175,12 @@ class StreamedRows:
         """Cleaned documents without end."""
         while True:
             whole_pass, found = cursor == self._start, False
-            for document, behind in self._reader.read(cursor):
+            for id, raw, behind in self._reader.read(cursor):
                 place = _Place(epoch, cursor, self._cleaner.mark())
-                text = self._cleaner.clean(document.text, epoch)
+                text = None if raw is None else self._cleaner.clean(raw, epoch)
                 if text is not None:
                     found = True
-                    yield _Segment(document.id, self._encoder.encode_document(text), place)
+                    yield _Segment(id, self._encoder.encode_documents([text])[0], place)
                 cursor = behind
             if whole_pass and not found:
                 raise UsageError(f"source {self.name!r}: a whole pass over the stream left no document to train on")

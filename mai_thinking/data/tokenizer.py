@@ -6,8 +6,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from mai_thinking.data.jsonl import check_text
 from mai_thinking.errors import UsageError
 
 END_OF_TEXT = "<|endoftext|>"
@@ -75,30 +76,45 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
+def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Rows that an embedding needs: one more than the largest id, also where ids have gaps."""
+    return 1 + max(tokenizer.get_vocab().values())
+
+
+def check_lossless(tokenizer: PreTrainedTokenizerFast, where: str) -> None:
+    """UsageError unless text survives the tokenizer: what it loses would cost no bits, and could never be written."""
+    if tokenizer.decode(Encoder(tokenizer).encode(_PROBE), clean_up_tokenization_spaces=False) != _PROBE:
+        raise UsageError(f"{where}: the tokenizer loses text (case, spaces or characters); take a byte-level one")
+
+
+_PROBE = "Text, TEXT and text:\n\tif x != 1:  # caf\u00e9 \u65e5\u672c\u8a9e \u0440\u0443\u0441 \U0001f600\n"
+
+
 class Encoder:
-    """Text → token ids, in which the end-of-text token stands only where it was put on purpose.
+    """Text → token ids. All text is encoded here, so that text is text: what spells a special token, such as
+    `<|endoftext|>`, becomes ordinary tokens, and no document or question can fake a document's end."""
 
-    Text that spells `<|endoftext|>` out is encoded as ordinary characters; otherwise a document could contain a
-    document boundary.
-    """
-
-    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.end_of_text = int(tokenizer.eos_token_id)
-        self.vocab_size = len(tokenizer)
+        self.vocab_size = vocabulary_size(tokenizer)
         self._backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
         self._backend.encode_special_tokens = True
         self._backend.no_truncation()
         self._backend.no_padding()
 
     def encode(self, text: str) -> list[int]:
-        """The ids of `text`, without any special token."""
-        return self._backend.encode(text, add_special_tokens=False).ids
+        """The ids of `text`, without any special token. UsageError for half a surrogate pair, which is no text."""
+        try:
+            return self._backend.encode(text, add_special_tokens=False).ids
+        except TypeError:  # what the library makes of it
+            check_text(text, repr(text[:40]))
+            raise
 
-    def encode_document(self, text: str) -> NDArray[np.int64]:
-        """The ids of `text` behind the end-of-text token that opens a document."""
-        return np.array([self.end_of_text, *self.encode(text)], dtype=np.int64)
+    def encode_prompt(self, text: str) -> list[int]:
+        """The ids of `text` behind the end-of-text token that opens every document."""
+        return [self.end_of_text, *self.encode(text)]
 
     def encode_documents(self, texts: Sequence[str]) -> list[NDArray[np.int64]]:
-        """`encode_document` of each, on all cores."""
+        """`encode_prompt` of each, as arrays, on all cores."""
         encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array([self.end_of_text, *encoding.ids], dtype=np.int64) for encoding in encodings]

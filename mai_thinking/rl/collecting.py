@@ -10,6 +10,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from mai_thinking.config.grpo import GrpoConfig
+from mai_thinking.data.tokenizer import Encoder
 from mai_thinking.errors import RunError
 from mai_thinking.rl.buffer import Group
 from mai_thinking.rl.grading import GradingPool
@@ -54,11 +55,12 @@ class Responder:
         self, engine: Engine, pool: GradingPool, template: Template, tokenizer: PreTrainedTokenizerBase
     ) -> None:
         self.engine, self.pool, self.template, self.tokenizer = engine, pool, template, tokenizer
+        self.encoder = Encoder(tokenizer)
 
     def encode(self, problem: Problem) -> tuple[str, list[int]]:
         """The prompt's text, and its tokens behind the end-of-text token that opens every document."""
         prompt = self.template.prompt(problem.question)
-        return prompt, [self.tokenizer.eos_token_id, *self.tokenizer.encode(prompt, add_special_tokens=False)]
+        return prompt, self.encoder.encode_prompt(prompt)
 
     def respond(self, asked: Sequence[tuple[Problem, Request]], temperature: float | None = None) -> list[Attempt]:
         """A graded response to each request, in order; at the engine's temperature unless another is given."""

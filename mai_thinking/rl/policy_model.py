@@ -2,7 +2,7 @@
 
 from mai_thinking.config.distillation import DistillConfig
 from mai_thinking.config.grpo import GrpoConfig
-from mai_thinking.data.tokenizer import load_tokenizer
+from mai_thinking.data.tokenizer import Encoder, load_tokenizer
 from mai_thinking.errors import UsageError
 from mai_thinking.lineage import Lineage, require_own
 from mai_thinking.model import MaiThinkingConfig, MaiThinkingForCausalLM
@@ -38,10 +38,10 @@ def policy_model(
 
 def check_lengths(config: GrpoConfig, mix: TaskMix) -> None:
     """UsageError unless the longest response of the last stage fits into a row behind a typical prompt."""
-    tokenizer = load_tokenizer(config.init_from)
+    encoder = Encoder(load_tokenizer(config.init_from))
     template = Template(config.template)
     longest = max(
-        len(tokenizer.encode(template.prompt(problem.question))) + 1
+        len(encoder.encode_prompt(template.prompt(problem.question)))
         for family in mix.families
         for problem in mix.held_out(family, 8)
     )

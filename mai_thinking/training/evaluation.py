@@ -15,6 +15,9 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedTokenizerBase
 
+from mai_thinking.data.jsonl import shown
+from mai_thinking.data.readers import read_text
+from mai_thinking.data.tokenizer import Encoder
 from mai_thinking.errors import UsageError
 from mai_thinking.model import MaiThinkingForCausalLM
 from mai_thinking.model.loss import logits_product
@@ -59,14 +62,15 @@ def evaluate_texts(
     at least half a context before it. The end of a document is predicted too, as in training. Leaves the model in the
     mode it was in and touches no random generator.
     """
+    encoder = Encoder(tokenizer)
     was_training = model.training
     model.eval()
     nats = torch.zeros((), dtype=torch.float64)
     tokens = length = 0
     try:
         counted = _count(texts)
-        for windows in _batched(_windows(counted, tokenizer, context_length), batch_size):
-            inputs, targets = _pad(windows, tokenizer.eos_token_id)
+        for windows in _batched(_windows(counted, encoder, context_length), batch_size):
+            inputs, targets = _pad(windows, encoder.end_of_text)
             inputs, targets = inputs.to(model.device), targets.to(model.device)
             hidden = model.model(input_ids=inputs, use_cache=False).last_hidden_state
             scored = targets != -100
@@ -98,11 +102,9 @@ Window = tuple[list[int], list[int]]
 """Input tokens, and for each the next one or -100 where another window predicts it."""
 
 
-def _windows(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, context: int) -> Iterator[Window]:
-    end = tokenizer.eos_token_id
+def _windows(texts: Iterable[str], encoder: Encoder, context: int) -> Iterator[Window]:
     for text in texts:
-        tokens = [end, *tokenizer.encode(text, add_special_tokens=False), end]
-        yield from _cut(tokens, context)
+        yield from _cut([*encoder.encode_prompt(text), encoder.end_of_text], context)
 
 
 def _cut(tokens: list[int], context: int) -> Iterator[Window]:
@@ -195,7 +197,9 @@ def evaluate_files(
     Raises `UsageError` for a file that is missing, empty or not UTF-8, before anything is computed.
     """
     context_length = context_length or model.config.max_position_embeddings
-    texts = {str(path): read_text(path) for path in paths}
+    texts = {shown(path): read_text(path) for path in paths}
+    if empty := [name for name, text in texts.items() if not text]:
+        raise UsageError(f"{empty[0]}: is empty")
     rows = [(name, _measure(model, tokenizer, [text], context_length, batch_size)) for name, text in texts.items()]
     if len(texts) > 1:
         rows.append(("all", _measure(model, tokenizer, list(texts.values()), context_length, batch_size)))
@@ -210,16 +214,3 @@ def _measure(
     result = evaluate_texts(model, tokenizer, texts, context_length=context, batch_size=batch_size)
     yardstick = compressors(texts)
     return f"{result.bits_per_byte:6.4f}   {yardstick.gzip:6.4f}  {yardstick.xz:6.4f}  {result.bytes:>8}"
-
-
-def read_text(path: Path) -> str:
-    """A UTF-8 file's text, or a `UsageError` that says why not."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{path}: not UTF-8 (byte {error.start}); convert it first") from None
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be read: {error.strerror}") from None
-    if not text:
-        raise UsageError(f"{path}: is empty")
-    return text

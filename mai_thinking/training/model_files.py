@@ -12,7 +12,7 @@ from transformers.utils import logging
 from mai_thinking.config.pretraining import PretrainConfig
 from mai_thinking.config.run import ExecutionSection
 from mai_thinking.config.storage import atomic_folder
-from mai_thinking.data.tokenizer import architecture_folder, is_checkpoint, load_tokenizer
+from mai_thinking.data.tokenizer import architecture_folder, is_checkpoint, load_tokenizer, vocabulary_size
 from mai_thinking.errors import UsageError
 from mai_thinking.lineage import Lineage, random_weights, require_own
 from mai_thinking.model import MaiThinkingConfig, MaiThinkingForCausalLM
@@ -38,7 +38,7 @@ def model_config(config: PretrainConfig, tokenizer: PreTrainedTokenizerBase | No
     before = None if config.init_from is None else load_model_config(config.init_from)
     if tokenizer is None and config.data.tokenizer.path is not None:
         tokenizer = load_tokenizer(config.data.tokenizer.path)
-    vocab_size = config.data.tokenizer.vocab_size if tokenizer is None else len(tokenizer)
+    vocab_size = config.data.tokenizer.vocab_size if tokenizer is None else vocabulary_size(tokenizer)
     changes = {"vocab_size": vocab_size}
     if tokenizer is not None:
         end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
@@ -153,9 +153,9 @@ def load_model_and_tokenizer(path: str | Path) -> tuple[MaiThinkingForCausalLM, 
     else:
         hint = "" if path.exists() else " (no such folder); `python scripts/pretrain.py` makes runs/nano"
         raise UsageError(f"{path}: no model here{hint}")
-    if len(tokenizer) != model.config.vocab_size:
+    if (entries := vocabulary_size(tokenizer)) != model.config.vocab_size:
         raise UsageError(
-            f"{path}: the tokenizer has {len(tokenizer)} entries, the model {model.config.vocab_size}; "
+            f"{path}: the tokenizer has {entries} entries, the model {model.config.vocab_size}; "
             "one of them belongs to another model"
         )
     if torch.cuda.is_available():

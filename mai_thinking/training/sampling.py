@@ -1,5 +1,6 @@
 """Text from a model, for people to look at."""
 
+import io
 import sys
 from typing import Any
 
@@ -7,6 +8,8 @@ import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase, TextStreamer
 from transformers.generation.streamers import BaseStreamer
 
+from mai_thinking.data.tokenizer import Encoder
+from mai_thinking.errors import UsageError
 from mai_thinking.model import MaiThinkingForCausalLM
 
 
@@ -23,7 +26,7 @@ def sample_text(
 ) -> str:
     """Continue `prompt` (without returning it) by up to `tokens` tokens. The same seed gives the same text; global
     random generators are left as they were. `temperature` 0 takes the likeliest token each time."""
-    ids = [tokenizer.eos_token_id, *tokenizer.encode(prompt, add_special_tokens=False)]
+    ids = Encoder(tokenizer).encode_prompt(prompt)
     inputs = torch.tensor([ids], device=model.device)
     greedy = temperature == 0
     settings = GenerationConfig(
@@ -50,6 +53,10 @@ def sample_text(
 
 def stream_text(model: MaiThinkingForCausalLM, tokenizer: PreTrainedTokenizerBase, prompt: str, **settings: Any) -> str:
     """Print `prompt` and its continuation while it is written; keywords as for `sample_text`."""
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:  # bytes of the command line or of standard input that are no text
+        raise UsageError("the prompt is not UTF-8; convert it") from None
     print(prompt, end="", flush=True)
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     return sample_text(model, tokenizer, prompt, streamer=streamer, **settings)
@@ -60,6 +67,8 @@ def converse(
 ) -> None:
     """Read prompts line by line and continue each, until the input ends. `\\n` in a line stands for a line break."""
     interactive = sys.stdin.isatty()
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # one bad line ends no session
     if interactive:
         print("A base model continues text. Type its beginning (\\n for a line break); Ctrl-D ends.")
     while True:
@@ -69,5 +78,8 @@ def converse(
             print()
             return
         if prompt:
-            stream_text(model, tokenizer, prompt.replace("\\n", "\n"), seed=seed, **settings)
+            try:
+                stream_text(model, tokenizer, prompt.replace("\\n", "\n"), seed=seed, **settings)
+            except UsageError as error:
+                print(f"error: {error}", file=sys.stderr)
             seed += 1

@@ -32,9 +32,7 @@ def test_any_text_survives_and_has_no_boundary(two_sources: PreparedData) -> Non
         assert two_sources.tokenizer.decode(ids) == text
         assert not {two_sources.tokenizer.eos_token_id, two_sources.tokenizer.pad_token_id} & set(ids)
     batch = two_sources.encoder.encode_documents(SAMPLES)
-    assert [document.tolist() for document in batch] == [
-        two_sources.encoder.encode_document(text).tolist() for text in SAMPLES
-    ]
+    assert [document.tolist() for document in batch] == [two_sources.encoder.encode_prompt(text) for text in SAMPLES]
 
 
 def test_a_saved_tokenizer_is_the_same(two_sources: PreparedData, tmp_path: Path) -> None:

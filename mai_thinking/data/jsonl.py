@@ -1,0 +1,94 @@
+"""The one reader of JSON lines, for documents and for questions.
+
+`datasets` cannot read them exactly: it turns text that looks like a date into a date, and counts the lines of a broken
+file from the start of its own block.
+"""
+
+import difflib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mai_thinking.errors import UsageError
+
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+
+
+class Line(NamedTuple):
+    """A line of a file and what it holds."""
+
+    number: int
+    """Counted from 1, as editors do."""
+    end: int
+    """The byte at which the next line begins."""
+    value: Any
+    """The JSON value."""
+
+
+def read_jsonl(path: Path, *, byte: int = 0, number: int = 0) -> Iterator[Line]:
+    """The lines of `path` from `byte` on, of which `number` came before.
+
+    Only `\\n` ends a line: U+2028, U+2029 and U+0085 are text, and the `\\r` of Windows is white space. A byte-order
+    mark and blank lines are skipped. Raises UsageError with the file, the line and the fix.
+    """
+    try:
+        with path.open("rb") as file:
+            file.seek(byte)
+            for raw in file:
+                start, byte, number = byte, byte + len(raw), number + 1
+                content = raw.removeprefix(_BYTE_ORDER_MARK) if start == 0 else raw
+                if content.strip():
+                    yield Line(number, byte, parse_json(content, f"{shown(path)}, line {number}"))
+    except OSError as error:
+        raise UsageError(f"{shown(path)}: cannot be read: {error.strerror}") from None
+
+
+def parse_json(content: bytes, where: str) -> Any:
+    """A JSON value; UsageError with `where` and the fix if it is none."""
+    try:
+        return json.loads(content.decode("utf-8"))
+    except UnicodeDecodeError:
+        problem = "not UTF-8; convert the file"
+    except RecursionError:
+        problem = "nested too deeply; repair or delete the line"
+    except ValueError as error:
+        reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error).splitlines()[0]
+        problem = f"not valid JSON ({reason}); repair or delete the line"
+    raise UsageError(f"{where}: {problem}")
+
+
+def check_text(text: str, where: str) -> str:
+    """`text`, or UsageError if it holds half a surrogate pair: JSON can spell one, but it is no character."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(text[error.start]):04x}"
+        raise UsageError(f"{where}: half a surrogate pair ({half}), which is no character; mend the line") from None
+    return text
+
+
+def text_field(record: Any, field: str, where: str) -> str | None:
+    """The text in a document's `field`, None if it is null. UsageError if there is no such field, or no text in it."""
+    if not isinstance(record, Mapping):
+        raise UsageError(f"{where}: a JSON object is needed, not {type(record).__name__}")
+    if field not in record:
+        raise UsageError(f"{where}: no field {field!r}{nearest(field, list(record))}")
+    text = record[field]
+    if text is None:
+        return None
+    if not isinstance(text, str):
+        raise UsageError(f"{where}: field {field!r} holds {type(text).__name__}, not a string")
+    return check_text(text, f"{where}, field {field!r}")
+
+
+def shown(path: Path | str) -> str:
+    """`path` as text; bytes of its name that are not UTF-8 are escaped."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
+def nearest(name: str, names: list[str]) -> str:
+    """The end of a message on a field or column that is not there."""
+    near = difflib.get_close_matches(name, names, n=1)
+    return f"; did you mean {near[0]!r}?" if near else f"; set `text_field` to one of: {', '.join(names) or '(none)'}"
