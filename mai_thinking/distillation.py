@@ -18,8 +18,8 @@ from mai_thinking.config.distillation import DistillConfig
 from mai_thinking.config.storage import atomic_file
 from mai_thinking.data import PreparedData, prepare
 from mai_thinking.data.tokenizer import load_tokenizer
-from mai_thinking.lineage import require_own
 from mai_thinking.model import MaiThinkingConfig
+from mai_thinking.provenance.lineage import require_own
 from mai_thinking.rl.policy_model import policy_model
 from mai_thinking.trace_packing import Batch, Batches, epochs
 from mai_thinking.trace_selection import Selection, select, trace_folder
@@ -156,7 +156,7 @@ class SelfDistillation:
         if section is None:
             return None
         tokenizer = TokenizerSection(path=self.config.init_from)
-        return prepare(section.data.model_copy(update={"tokenizer": tokenizer}), say=self._say)
+        return prepare(section.data.model_copy(update={"tokenizer": tokenizer}), log=self._say)
 
     def _say(self, text: str) -> None:
         if self.accelerator.process_index == 0:

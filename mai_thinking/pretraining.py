@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 
 from mai_thinking.config.pretraining import PretrainConfig
-from mai_thinking.data import Loader, PreparedData, Step, prepare
+from mai_thinking.data import Batch, Loader, PreparedData, prepare
 from mai_thinking.errors import RunError
 from mai_thinking.model import MaiThinkingConfig, MaiThinkingForCausalLM
 from mai_thinking.training.checkpoint_storage import visible_steps
@@ -50,7 +50,7 @@ class Pretraining:
     def __init__(self, config: PretrainConfig, folder: RunFolder, accelerator: Accelerator, stack: ExitStack) -> None:
         self.config, self.folder, self.accelerator = config, folder, accelerator
         self.rank, self.ranks = accelerator.process_index, accelerator.num_processes
-        self.data: PreparedData = prepare(config.data, say=self._say)
+        self.data: PreparedData = prepare(config.data, log=self._say)
         self.architecture: MaiThinkingConfig = model_config(config, self.data.tokenizer)
         parent = starting_point(config, self.architecture)
         resuming = bool(visible_steps(folder.checkpoints))
@@ -117,7 +117,7 @@ class Pretraining:
 
     # ----------------------------------------------------------------------------------------------- one step
 
-    def _train(self, batch: Step) -> None:
+    def _train(self, batch: Batch) -> None:
         begin = time.perf_counter()
         # All but the weights is as after the step before they are: a rank that is left alone saves it so (`survivor`).
         self.step += 1

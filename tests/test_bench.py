@@ -21,7 +21,7 @@ from mai_thinking.bench.profile import ATTENTION, OPTIMISER, PRODUCTS, kernel_ro
 from mai_thinking.bench.result import Result, Row
 from mai_thinking.bench.timing import Figure, Turn, alternate, fastest, milliseconds, rate, ratio
 from mai_thinking.config.pretraining import PretrainConfig
-from mai_thinking.data import Step, prepare
+from mai_thinking.data import Batch, prepare
 from mai_thinking.errors import UsageError
 from mai_thinking.model import MaiThinkingConfig
 from mai_thinking.model.configuration import GLOBAL, LOCAL
@@ -223,7 +223,7 @@ def test_the_flops_of_a_step_count_the_pairs_that_documents_leave() -> None:
     whole, halves = torch.arange(64).expand(2, 64), torch.arange(32).repeat(2).expand(2, 64)
 
     def flops(positions: torch.Tensor) -> float:
-        return card.step_flops(architecture, Step([{"position_ids": positions}] * 3, 0, [], range(6)))
+        return card.step_flops(architecture, Batch([{"position_ids": positions}] * 3, []))
 
     assert flops(whole) == pytest.approx(6 * 64 * architecture.flops_per_token(64))
     assert flops(halves) == pytest.approx(6 * 64 * architecture.flops_per_token(32))

@@ -22,7 +22,7 @@ from mai_thinking.bench.result import Result, Row
 from mai_thinking.bench.timing import Figure
 from mai_thinking.config.loading import load_config
 from mai_thinking.config.pretraining import PretrainConfig
-from mai_thinking.data import PreparedData, Step, prepare
+from mai_thinking.data import Batch, PreparedData, prepare
 from mai_thinking.errors import UsageError
 from mai_thinking.model import MaiThinkingConfig
 from mai_thinking.model.configuration import LOCAL
@@ -135,7 +135,7 @@ def _compute_as(learner: Learner, side: Side) -> None:
         compile_layers(model)
 
 
-def step_flops(architecture: MaiThinkingConfig, batch: Step) -> float:
+def step_flops(architecture: MaiThinkingConfig, batch: Batch) -> float:
     """FLOPs of a training step on `batch`, by the report's rule."""
     tokens, attended = 0, 0.0
     for rows in batch.micro_batches:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 from mai_thinking.config.pretraining import PretrainConfig
-from mai_thinking.data import Loader, PreparedData, Step
+from mai_thinking.data import Batch, Loader, PreparedData
 from mai_thinking.model.configuration import LOCAL
 from mai_thinking.training.model_files import apply_compile_and_checkpointing, build_model, model_config
 from mai_thinking.training.optimizer import build_optimizer
@@ -36,7 +36,7 @@ class Learner:
         self._step = TrainStep.of_pretraining(parallel, self._optimizer, config, architecture)
         self._number = itertools.count(1)
 
-    def learn(self, batch: Step) -> float:
+    def learn(self, batch: Batch) -> float:
         """One step; → tokens in it."""
         self._step(batch.micro_batches, LEARNING_RATE, next(self._number))
         return float(self.config.batch.tokens_per_step)

@@ -7,7 +7,7 @@ from mai_thinking.bench.result import Result, Row
 from mai_thinking.bench.timing import alternate, milliseconds, rate, ratio
 from mai_thinking.config.loading import load_config
 from mai_thinking.config.pretraining import PretrainConfig
-from mai_thinking.data import Step, prepare
+from mai_thinking.data import Batch, prepare
 
 CONFIG = "configs/nano.yaml"
 SIDES = {"ours": "bucketed_mm", "grouped_mm": "grouped_mm"}
@@ -22,7 +22,7 @@ def measure(options: Options) -> Result:
 def compare(config: PretrainConfig, options: Options) -> Result:
     """The same model, batch after batch, with either; then where our steps spend their time."""
     data = prepare(config.data)
-    batches: list[Step] = []
+    batches: list[Batch] = []
     with loading(config, data) as loader:
         batches += (next(loader) for _ in range(8))
     learners = {name: Learner(_with_experts(config, experts), data) for name, experts in SIDES.items()}

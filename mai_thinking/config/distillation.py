@@ -130,7 +130,7 @@ class DistillConfig(TrainingConfig):
     """The model folder to train: a base or mid-trained one, or any other of ours."""
     allow_third_party: bool = False
     """Take `init_from` and traces though no record leads from them back to random weights; see
-    `mai_thinking.lineage`."""
+    `mai_thinking.provenance.lineage`."""
     traces: tuple[TraceSourceSection, ...] = Field(min_length=1)
     """One run, or several specialists to be made one (§3.5)."""
     selection: SelectionSection = SelectionSection()

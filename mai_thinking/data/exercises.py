@@ -10,7 +10,7 @@ import random
 from collections.abc import Callable, Iterator
 
 from mai_thinking.data.documents import Document
-from mai_thinking.questions import split_of
+from mai_thinking.data.questions import split_of
 
 _Random = random.Random
 

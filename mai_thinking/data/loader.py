@@ -22,21 +22,17 @@ from mai_thinking.data.streaming import StreamCleaner, StreamedRows
 from mai_thinking.errors import UsageError
 
 
-class Step(NamedTuple):
+class Batch(NamedTuple):
     """This rank's share of a global batch."""
 
     micro_batches: list[dict[str, Tensor]]
-    """Each with `input_ids`, `labels` and `position_ids`, int64 [micro_batch_size, T]."""
-    valid_tokens: int
-    """Labels in them that count (all: no label is ever missing)."""
+    """Each with `input_ids`, `labels` and `position_ids`, int64 [micro_batch_size, T]; no label is ever missing."""
     document_ids: list[list[str]]
     """For each row, in order, `SOURCE/ID` of the documents in it."""
-    rows: range
-    """Which of the run's rows these are, counted from 0."""
 
 
 class Loader:
-    """An endless iterator over `Step`s.
+    """An endless iterator over `Batch`s.
 
     Row n of the run depends on the seed, the mixture and n alone; a global batch is the next `rows_per_step` rows, of
     which rank r takes the r-th contiguous part. It neither reads nor advances any global random generator. A background
@@ -77,7 +73,7 @@ class Loader:
     def __iter__(self) -> Self:
         return self
 
-    def __next__(self) -> Step:
+    def __next__(self) -> Batch:
         begin = time.perf_counter()
         if self._prefetch == 0:
             step, self._state = _make_step(self._rows, *self._shape)
@@ -192,7 +188,7 @@ def _streamed_rows(prepared: PreparedData, source: SourceSection, context_length
 
 def _make_step(
     rows: _RowMaker, rows_per_step: int, micro_batch_size: int, rank: int, world_size: int
-) -> tuple[Step, dict[str, Any]]:
+) -> tuple[Batch, dict[str, Any]]:
     """The next step of `rank`, and the state behind it."""
     share = rows_per_step // world_size
     first = rows.position
@@ -203,8 +199,7 @@ def _make_step(
         _collate(kept[start : start + micro_batch_size], rows.end_of_text)
         for start in range(0, share, micro_batch_size)
     ]
-    valid = sum(batch["labels"].numel() for batch in micro_batches)
-    return Step(micro_batches, valid, [row.document_ids for row in kept], mine), rows.state()
+    return Batch(micro_batches, [row.document_ids for row in kept]), rows.state()
 
 
 def _collate(rows: list[Row], end_of_text: int) -> dict[str, Tensor]:
@@ -218,7 +213,7 @@ def _collate(rows: list[Row], end_of_text: int) -> dict[str, Tensor]:
     }
 
 
-_Item = tuple[Step, dict[str, Any]] | BaseException
+_Item = tuple[Batch, dict[str, Any]] | BaseException
 
 
 class _Worker:
@@ -233,7 +228,7 @@ class _Worker:
         self.stop = weakref.finalize(self, _stop, self._stopped, self._thread)
         self._thread.start()
 
-    def get(self) -> tuple[Step, dict[str, Any]]:
+    def get(self) -> tuple[Batch, dict[str, Any]]:
         """The next step; raises what the thread raised."""
         item = self._queue.get()
         if isinstance(item, BaseException):

@@ -44,13 +44,13 @@ _HELD_OUT_ENOUGH = 0.9
 """Held-out documents are looked for until this share of the budget is used."""
 
 
-def prepare(config: DataSection, *, say: Callable[[str], None] = lambda line: None) -> PreparedData:
+def prepare(config: DataSection, *, log: Callable[[str], None] = lambda line: None) -> PreparedData:
     """The prepared data of `config`: from the cache, or made now (the embedded default takes about a minute).
 
-    The same for every seed and every rank. Processes that start together make it once. `say` gets a line per phase.
+    The same for every seed and every rank. Processes that start together make it once. `log` gets a line per phase.
     Raises UsageError for whatever is wrong with the input, before anything long begins.
     """
-    config = _without_absent_tests(config, say)
+    config = _without_absent_tests(config, log)
     readers = {source.name: open_reader(source) for source in config.sources if source.kind != "embedded"}
     for reader in readers.values():
         reader.check()
@@ -62,21 +62,21 @@ def prepare(config: DataSection, *, say: Callable[[str], None] = lambda line: No
         damage = find_damage(folder, key) if folder.exists() else "not there"
         if damage:
             if folder.exists():
-                say(f"prepared data in {folder} is damaged ({damage}); making it again")
+                log(f"prepared data in {folder} is damaged ({damage}); making it again")
                 shutil.rmtree(folder)
             for left_over in cache.glob(f".{key}-*"):
                 shutil.rmtree(left_over)
-            _build_into(folder, config, key, readers, say)
+            _build_into(folder, config, key, readers, log)
     return PreparedData(folder, config)
 
 
 def _build_into(
-    folder: Path, config: DataSection, key: str, readers: dict[str, Reader], say: Callable[[str], None]
+    folder: Path, config: DataSection, key: str, readers: dict[str, Reader], log: Callable[[str], None]
 ) -> None:
     """Build beside `folder` and rename: the folder is there whole or not at all."""
     temporary = Path(tempfile.mkdtemp(prefix=f".{key}-", dir=folder.parent))
     try:
-        Preparation(config, readers, say).build(temporary, key)
+        Preparation(config, readers, log).build(temporary, key)
         temporary.chmod(0o755)
         temporary.rename(folder)
     except BaseException:
@@ -87,10 +87,10 @@ def _build_into(
 class Preparation:
     """One preparation: its documents, its counts, its clock."""
 
-    def __init__(self, config: DataSection, readers: dict[str, Reader], say: Callable[[str], None]) -> None:
+    def __init__(self, config: DataSection, readers: dict[str, Reader], log: Callable[[str], None]) -> None:
         self.config = config
         self.readers = readers
-        self.say = say
+        self.log = log
         self.tallies = {source.name: Tally() for source in config.sources}
         self.seconds: dict[str, float] = {}
         self.starts: dict[str, Cursor | None] = {}
@@ -121,7 +121,7 @@ class Preparation:
         begin = time.perf_counter()
         yield
         self.seconds[name] = round(time.perf_counter() - begin, 2)
-        self.say(f"data: {name} took {self.seconds[name]:.1f} s")
+        self.log(f"data: {name} took {self.seconds[name]:.1f} s")
 
     def _load(self, source: SourceSection) -> list[Document]:
         """All of a source's documents, or those that `max_bytes` leaves."""
@@ -343,14 +343,14 @@ def _strings(value: Any) -> list[str]:
     return [string for child in children for string in _strings(child)]
 
 
-def _without_absent_tests(config: DataSection, say: Callable[[str], None]) -> DataSection:
+def _without_absent_tests(config: DataSection, log: Callable[[str], None]) -> DataSection:
     """Some distributions of Python leave the standard library's tests out; a mixture does without them then."""
     absent = [s for s in config.sources if s.path == "stdlib-tests" and s.kind == "embedded" and not has_tests()]
     if not absent:
         return config
     if len(absent) == len(config.sources):
         raise UsageError(f"source {absent[0].name!r}: this Python comes without its tests; name another source")
-    say(f"data: this Python comes without its tests; the mixture does without {absent[0].name!r}")
+    log(f"data: this Python comes without its tests; the mixture does without {absent[0].name!r}")
     return config.model_copy(update={"sources": tuple(s for s in config.sources if s not in absent)})
 
 

@@ -209,7 +209,7 @@ def with_one_yardstick(ladder: LadderConfig, runs: Sequence[PlannedRun]) -> list
     evaluated on the same text; `UsageError` if they are not."""
     by_variant = {run.variant: run.config for run in runs}
     base = by_variant[ladder.baseline.name].data
-    prepared = prepare(base, say=print)
+    prepared = prepare(base, log=print)
     shared = ladder.folder / "tokenizer"
     with FileLock(ladder.folder / "claims" / "tokenizer.lock"):
         if not shared.exists():
@@ -221,7 +221,7 @@ def with_one_yardstick(ladder: LadderConfig, runs: Sequence[PlannedRun]) -> list
         if data != base and data.tokenizer == base.tokenizer and base.tokenizer.path is None:
             data = data.model_copy(update={"tokenizer": data.tokenizer.model_copy(update={"path": str(shared)})})
         if data != base:
-            _check_held_out(name, prepared, prepare(data, say=print))
+            _check_held_out(name, prepared, prepare(data, log=print))
         datas[name] = data
     return [_with_data(run, datas[run.variant]) for run in runs]
 

@@ -10,8 +10,8 @@ from rich.markup import escape
 from rich.tree import Tree
 
 from mai_thinking.errors import UsageError
-from mai_thinking.lineage import stable_manifest
-from mai_thinking.lineage_record import RECORD, Data, Fault, Lineage, Record, file_faults, hash_file, read_lineage
+from mai_thinking.provenance.lineage import stable_manifest
+from mai_thinking.provenance.record import RECORD, Data, Fault, Lineage, Record, file_faults, hash_file, read_lineage
 
 
 def report(path: Path, console: Console) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from mai_thinking.config.storage import atomic_file
-from mai_thinking.lineage_record import Lineage
+from mai_thinking.provenance.record import Lineage
 from mai_thinking.report import panels
 from mai_thinking.report.charts import COLOURS, Chart, line_chart, number, strip
 from mai_thinking.report.reading import Climb, Run, read

@@ -9,7 +9,7 @@ import yaml
 
 from mai_thinking.errors import UsageError
 from mai_thinking.experiments.plan import INPUTS
-from mai_thinking.lineage_record import RECORD, Lineage, read_lineage
+from mai_thinking.provenance.record import RECORD, Lineage, read_lineage
 from mai_thinking.rl.collapse import COLLAPSE, Verdict, read_verdict
 from mai_thinking.rl.trace_report import Order, choose
 from mai_thinking.rl.traces import FOLDER, TraceStore

@@ -4,8 +4,8 @@ from mai_thinking.config.distillation import DistillConfig
 from mai_thinking.config.grpo import GrpoConfig
 from mai_thinking.data.tokenizer import Encoder, load_tokenizer
 from mai_thinking.errors import UsageError
-from mai_thinking.lineage import Lineage, require_own
 from mai_thinking.model import MaiThinkingConfig, MaiThinkingForCausalLM
+from mai_thinking.provenance.lineage import Lineage, require_own
 from mai_thinking.rl.sampling import LengthCurriculum
 from mai_thinking.rl.tasks import TaskMix
 from mai_thinking.rl.template import Template

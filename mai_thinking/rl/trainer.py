@@ -26,7 +26,7 @@ from mai_thinking.config.storage import atomic_file
 from mai_thinking.config.tasks import TaskSection
 from mai_thinking.data.tokenizer import load_tokenizer
 from mai_thinking.errors import UsageError
-from mai_thinking.lineage import Source, hash_file
+from mai_thinking.provenance.lineage import Source, hash_file
 from mai_thinking.rl.buffer import Group, RolloutBuffer
 from mai_thinking.rl.collapse import COLLAPSE, CollapseDetector, is_repetitive
 from mai_thinking.rl.collecting import Collector, Responder

@@ -5,7 +5,7 @@
                                  torch.distributed.checkpoint's safetensors reader understands
         rank-00000.json          the JSON skeletons: what all ranks share (rank 0's file) and what is each rank's own
         manifest.json            step, world size, and size and checksum of every file above
-        lineage.json             where it comes from (`mai_thinking.lineage`), if the run keeps such records
+        lineage.json             where it comes from (`mai_thinking.provenance.lineage`), if the run keeps such records
 
 The folder is written as `step-00000100.tmp`, synchronised to the disk and renamed: under its final name it is complete.
 Checksums are xxh3-128, which finds accidents at the speed of memory; they are no protection against malice.

@@ -14,8 +14,8 @@ from mai_thinking.config.run import ExecutionSection
 from mai_thinking.config.storage import atomic_folder
 from mai_thinking.data.tokenizer import architecture_folder, is_checkpoint, load_tokenizer, vocabulary_size
 from mai_thinking.errors import UsageError
-from mai_thinking.lineage import Lineage, random_weights, require_own
 from mai_thinking.model import MaiThinkingConfig, MaiThinkingForCausalLM
+from mai_thinking.provenance.lineage import Lineage, random_weights, require_own
 from mai_thinking.training.checkpoint import CheckpointReader
 
 _DEFAULT_HINT = "`python scripts/pretrain.py` makes runs/nano/final"

@@ -13,7 +13,8 @@ from mai_thinking.config.command import EXIT_INTERRUPTED
 from mai_thinking.config.run import TrainingConfig
 from mai_thinking.config.storage import atomic_folder
 from mai_thinking.data import PreparedData
-from mai_thinking.lineage import (
+from mai_thinking.model import MaiThinkingForCausalLM
+from mai_thinking.provenance.lineage import (
     CodeVersion,
     Lineage,
     Source,
@@ -22,7 +23,6 @@ from mai_thinking.lineage import (
     record_traces,
     resuming_from,
 )
-from mai_thinking.model import MaiThinkingForCausalLM
 from mai_thinking.training.allocator import keep_freed_memory
 from mai_thinking.training.checkpoint import Checkpointer, State
 from mai_thinking.training.checkpoint_storage import step_folder
@@ -94,7 +94,7 @@ class Session:
         traces: Sequence[Lineage] = (),
     ) -> None:
         """`parent` is where the first weights come from, `data` and `traces` what the run learns from: for the records
-        of what it leaves (`mai_thinking.lineage`)."""
+        of what it leaves (`mai_thinking.provenance.lineage`)."""
         self.config, self.folder, self.accelerator = config, folder, accelerator
         self.rank, self.ranks = accelerator.process_index, accelerator.num_processes
         if self.rank == 0:

@@ -4,7 +4,7 @@ import re
 from itertools import islice
 
 from mai_thinking.data.exercises import exercises
-from mai_thinking.questions import split_of
+from mai_thinking.data.questions import split_of
 
 COUNT = 4000
 EQUATION = re.compile(r"(?:[A-Z][a-z ]+:? )?(\d+(?: [-+*] \d+)+) = (-?\d+)(?=[.,])")

@@ -97,14 +97,14 @@ def test_the_choice_of_what_is_held_out_depends_on_neither_weight_nor_company(co
 def test_the_cache_is_used_and_a_damaged_one_is_made_again(corpus: Corpus, section: Make) -> None:
     config = section(source("a", corpus.jsonl("a.jsonl", corpus.documents(40))))
     said: list[str] = []
-    first = prepare(config, say=said.append)
+    first = prepare(config, log=said.append)
     assert said
     said.clear()
-    assert prepare(config, say=said.append).key == first.key
+    assert prepare(config, log=said.append).key == first.key
     assert said == []
     victim = first.folder / "a.tokens.npy"
     victim.write_bytes(victim.read_bytes()[:-8])
-    again = prepare(config, say=said.append)
+    again = prepare(config, log=said.append)
     assert "damaged (a.tokens.npy has changed)" in said[0]
     assert again.content == first.content
     corpus.jsonl("a.jsonl", corpus.documents(41))

@@ -11,7 +11,7 @@ import pytest
 from mai_thinking.config.distillation import DistillConfig
 from mai_thinking.config.loading import load_config
 from mai_thinking.data.tokenizer import load_tokenizer
-from mai_thinking.lineage import record_traces, require_own
+from mai_thinking.provenance.lineage import record_traces, require_own
 from mai_thinking.rl.traces import Trace, TraceStore
 
 CONFIG = Path(__file__).parents[2] / "configs" / "tiny-distill.yaml"

@@ -17,7 +17,7 @@ from mai_thinking.config.distillation import DistillConfig
 from mai_thinking.config.loading import validate
 from mai_thinking.distillation import SelfDistillation, self_distill
 from mai_thinking.errors import RunError, UsageError
-from mai_thinking.lineage import record_traces, require_own
+from mai_thinking.provenance.lineage import record_traces, require_own
 from mai_thinking.report.lineage import report
 from mai_thinking.rl.traces import Trace, TraceStore
 from mai_thinking.trace_packing import IGNORED, trace_row

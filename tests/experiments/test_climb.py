@@ -23,9 +23,9 @@ from mai_thinking.config.pretraining import PretrainConfig
 from mai_thinking.errors import RunError, UsageError
 from mai_thinking.experiments.climb import run_climb
 from mai_thinking.experiments.plan import ClimbPlan
-from mai_thinking.lineage import require_own
-from mai_thinking.lineage_record import read_lineage
 from mai_thinking.pretraining import Pretraining
+from mai_thinking.provenance.lineage import require_own
+from mai_thinking.provenance.record import read_lineage
 from mai_thinking.rl.collapse import CollapseDetector, Verdict
 from mai_thinking.training.goodput import account_of
 from mai_thinking.training.metrics import read_records

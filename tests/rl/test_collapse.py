@@ -18,7 +18,7 @@ from damaged_grpo import AT, damaged_step
 from mai_thinking.config.collapse import CollapseSection
 from mai_thinking.config.grpo import GrpoConfig
 from mai_thinking.config.loading import load_config, save_config
-from mai_thinking.lineage import require_own
+from mai_thinking.provenance.lineage import require_own
 from mai_thinking.rl.collapse import CollapseDetector, Verdict, is_repetitive
 from mai_thinking.rl.sampling import SamplingCounts
 from mai_thinking.rl.traces import FOLDER

@@ -19,7 +19,7 @@ from checksums import sha256_of
 from mai_thinking.config.grpo import GrpoConfig
 from mai_thinking.config.loading import load_config, save_config
 from mai_thinking.errors import RunError, UsageError
-from mai_thinking.lineage import require_own
+from mai_thinking.provenance.lineage import require_own
 from mai_thinking.rl.buffer import Group
 from mai_thinking.rl.collecting import Responder
 from mai_thinking.rl.learner import PolicyStep

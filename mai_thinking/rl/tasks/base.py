@@ -1,10 +1,10 @@
-"""What a task is, and when two answers are the same. Its held-out problems: `mai_thinking.questions`."""
+"""What a task is, and when two answers are the same. Its held-out problems: `mai_thinking.data.questions`."""
 
 import re
 from dataclasses import dataclass
 from typing import Protocol
 
-from mai_thinking.questions import Split
+from mai_thinking.data.questions import Split
 
 LONGEST_ANSWER = 10_000
 """Characters; a longer answer is wrong, unread."""

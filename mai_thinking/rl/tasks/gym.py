@@ -14,8 +14,8 @@ from typing import Any
 
 from mai_thinking.config.names import nearest_name
 from mai_thinking.config.tasks import TaskSection
+from mai_thinking.data.questions import Split, question_id, split_of
 from mai_thinking.errors import UsageError
-from mai_thinking.questions import Split, question_id, split_of
 from mai_thinking.rl.tasks.base import LONGEST_ANSWER, Problem
 
 _FULL = 0.99

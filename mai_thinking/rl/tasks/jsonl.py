@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from mai_thinking.config.tasks import TaskSection
+from mai_thinking.data.questions import Split, question_id, split_of
 from mai_thinking.errors import UsageError
-from mai_thinking.questions import Split, question_id, split_of
 from mai_thinking.rl.tasks.base import Problem, same_text
 
 _LONGEST_EXPRESSION = 300

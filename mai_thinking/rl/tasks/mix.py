@@ -5,8 +5,8 @@ from collections.abc import Sequence
 
 from mai_thinking.config.names import nearest_name
 from mai_thinking.config.tasks import TaskSection
+from mai_thinking.data.questions import Split
 from mai_thinking.errors import UsageError
-from mai_thinking.questions import Split
 from mai_thinking.rl.tasks.base import Problem, Task
 from mai_thinking.rl.tasks.gym import GymTask
 from mai_thinking.rl.tasks.jsonl import JsonlTask

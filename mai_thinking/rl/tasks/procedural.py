@@ -9,8 +9,8 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from mai_thinking.config.tasks import LISTS, Family, TaskSection
+from mai_thinking.data.questions import Split, question_id, split_of
 from mai_thinking.errors import UsageError
-from mai_thinking.questions import Split, question_id, split_of
 from mai_thinking.rl.tasks.base import Problem, same_text
 
 _ATTEMPTS = 2_000

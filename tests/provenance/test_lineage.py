@@ -16,12 +16,12 @@ from rich.console import Console
 from mai_thinking import lineage
 from mai_thinking.config.pretraining import PretrainConfig
 from mai_thinking.errors import UsageError
-from mai_thinking.lineage import Source, random_weights, record_model, record_traces, require_own
-from mai_thinking.lineage_record import CodeVersion, Lineage, Record, read_lineage, record_id, write_lineage
 from mai_thinking.pretraining import pretrain
+from mai_thinking.provenance.lineage import Source, random_weights, record_model, record_traces, require_own
+from mai_thinking.provenance.record import CodeVersion, Lineage, Record, read_lineage, record_id, write_lineage
 from mai_thinking.report import lineage as lineage_report
 
-SCRIPT = Path(__file__).parents[1] / "scripts" / "lineage.py"
+SCRIPT = Path(__file__).parents[2] / "scripts" / "lineage.py"
 TASKS = [Source(name="sums", licence="MIT", provenance="procedural", content="0" * 64)]
 
 

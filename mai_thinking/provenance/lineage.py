@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mai_thinking.errors import UsageError
-from mai_thinking.lineage_record import (
+from mai_thinking.provenance.record import (
     CHECKPOINT_MANIFEST,
     RECORD,
     CodeVersion,
@@ -195,7 +195,7 @@ def record_traces(
 @functools.cache
 def code_version() -> CodeVersion:
     """This package's source as it was when the process first asked, which is when a run starts."""
-    package = Path(__file__).parent
+    package = Path(__file__).parents[1]
     digest = hashlib.sha256()
     for path in sorted(package.rglob("*.py")):
         digest.update(f"{path.relative_to(package).as_posix()} {hash_file(path).sha256}\n".encode())
