@@ -71,7 +71,7 @@ class GrpoConfig(TrainingConfig):
     init_from: str
     """The model folder to climb from: a base (a pre-training run's `final/`), or a former climb's."""
     allow_third_party: bool = False
-    """Start from `init_from` though no record leads from it back to random weights; see `mai_thinking.provenance.lineage`."""
+    """Start from `init_from` though no record leads from it back to random weights; see `provenance.lineage`."""
     tasks: tuple[TaskSection, ...] = Field(min_length=1)
     template: TemplateSection = TemplateSection()  # type: ignore[call-arg]
     groups_per_step: int = Field(ge=1)

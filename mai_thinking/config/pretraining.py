@@ -35,7 +35,7 @@ class PretrainConfig(TrainingConfig):
     init_from: str | None = None
     """A model folder to start from (a run's `final/`), instead of fresh weights."""
     allow_third_party: bool = False
-    """Start from `init_from` though no record leads from it back to random weights; see `mai_thinking.provenance.lineage`."""
+    """Start from `init_from` though no record leads from it back to random weights; see `provenance.lineage`."""
     model: dict[str, Any] = Field(default_factory=dict)
     """Fields of MaiThinkingConfig, or `ladder: L`, or `preset: mai-base-1`. The vocabulary size is the tokenizer's."""
     data: DataSection = DataSection()
