@@ -23,16 +23,15 @@ from mai_thinking.provenance.lineage import require_own
 from mai_thinking.rl.policy_model import policy_model
 from mai_thinking.trace_packing import Batch, Batches, epochs
 from mai_thinking.trace_selection import Selection, select, trace_folder
+from mai_thinking.training.learner import Learner
 from mai_thinking.training.metrics import read_records
 from mai_thinking.training.model_files import load_model_config
-from mai_thinking.training.optimizer import build_optimizer, learning_rate
-from mai_thinking.training.parallel import parallelize
 from mai_thinking.training.plan import Plan, quantity
 from mai_thinking.training.report import draw_loss, pyplot
 from mai_thinking.training.run_folder import RunFolder
 from mai_thinking.training.session import Session, run_in_folder
-from mai_thinking.training.state import ModelState, OptimizerState, PerRank, RandomState
-from mai_thinking.training.step import StepResult, TrainStep
+from mai_thinking.training.state import PerRank, RandomState
+from mai_thinking.training.text_loss import TextLoss
 
 
 def self_distill(config: DistillConfig, *, dry_run: bool = False) -> int:
@@ -73,15 +72,8 @@ class SelfDistillation:
         self.batches = Batches(self.selection, text, config, rank=rank, ranks=ranks)
         model, parent = policy_model(config, self.architecture)
         self.session = Session(config, folder, accelerator, stack, parent=parent, data=text or (), traces=traces)
-        self.parallel = parallelize(model, accelerator, config.execution.parallel)
-        self.optimizer = build_optimizer(self.parallel.model, config.optimizer)
-        self.train_step = TrainStep(
-            self.parallel,
-            self.optimizer,
-            clip_norm=config.optimizer.clip_norm,
-            balance=config.balance,
-            z=self.architecture.router_z_loss_coef,
-            exact_balance=config.execution.activation_checkpointing,
+        self.learner = Learner(
+            model, config, accelerator, balance=config.balance, z=self.architecture.router_z_loss_coef
         )
         # From here on random numbers are drawn by dropout alone; every rank has its own.
         set_seed(config.seed + 1_000_003 * (1 + rank))
@@ -96,7 +88,7 @@ class SelfDistillation:
         session.save_architecture(self.architecture, self.tokenizer)
         session.say(f"{self.config.name} in {self.folder.path}\n")
         session.say(describe(self.config, self.architecture, self.selection) + "\n")
-        self.parallel.model.train()
+        self.learner.model.train()
         with session.line:
             while self.step < self.config.steps:
                 self._one_step()
@@ -112,8 +104,7 @@ class SelfDistillation:
         batch = next(self.batches)
         made = time.perf_counter()
         step = self.step + 1
-        rate = learning_rate(step, self.config.steps, self.config.optimizer.learning_rate, self.config.schedule)
-        result = self.train_step(batch.micro_batches, rate, step)
+        metrics = self.learner.update(batch.micro_batches, TextLoss(), step)
         seconds = time.perf_counter() - begin
         self.step = step
         self.progress = {
@@ -122,15 +113,14 @@ class SelfDistillation:
             "traces": self.progress["traces"] + batch.traces,
         }
         self.session.ledger.step(step, seconds, data_wait=made - begin)
-        self._record(batch, result, rate, seconds)
+        self._record(batch, metrics, seconds)
 
-    def _record(self, batch: Batch, result: StepResult, rate: float, seconds: float) -> None:
+    def _record(self, batch: Batch, metrics: dict[str, Any], seconds: float) -> None:
         tokens = self.progress["tokens"]
         record = {
             "step": self.step,
             "tokens": tokens,
-            **result.metrics(),
-            "lr": rate,
+            **metrics,
             "traces": self.progress["traces"],
             "response_tokens": batch.response_tokens,
             "text_rows": batch.text_rows,
@@ -138,12 +128,11 @@ class SelfDistillation:
             "seconds": seconds,
         }
         self.session.record(record, exact=("loss", "grad_norm", "traces"))
-        self.session.line.update(self.step, tokens, result.loss, f"{self.progress['traces']:,} traces")
+        self.session.line.update(self.step, tokens, metrics["loss"], f"{self.progress['traces']:,} traces")
 
     def _state(self) -> dict[str, Any]:
         return {
-            "model": ModelState(self.parallel.model),
-            "optimizer": OptimizerState(self.parallel.model, self.optimizer),
+            **self.learner.state(),
             "batches": self.batches,
             "random": PerRank(RandomState()),
             "progress": self.progress,
@@ -163,7 +152,7 @@ class SelfDistillation:
             print(text, flush=True)
 
     def _finish(self) -> None:
-        model = self.parallel.unwrap()
+        model = self.learner.unwrap()
         if self.session.rank == 0:
             write_report(self.folder, self.config, self.architecture, self.selection)
             self.session.save_final(model, self.tokenizer, self.step)

@@ -22,17 +22,16 @@ from mai_thinking.model import MaiThinkingConfig, MaiThinkingForCausalLM
 from mai_thinking.training.checkpoint_storage import visible_steps
 from mai_thinking.training.evaluation import Likelihood, evaluate_texts, summarize
 from mai_thinking.training.goodput import EVALUATION
+from mai_thinking.training.learner import Learner
 from mai_thinking.training.metrics import MetricsLog, read_records
-from mai_thinking.training.model_files import apply_compile_and_checkpointing, build_model, model_config, starting_point
-from mai_thinking.training.optimizer import build_optimizer, learning_rate
-from mai_thinking.training.parallel import parallelize
+from mai_thinking.training.model_files import build_model, model_config, starting_point
 from mai_thinking.training.plan import Plan
 from mai_thinking.training.report import write_report
 from mai_thinking.training.run_folder import RunFolder
 from mai_thinking.training.sampling import sample_text
 from mai_thinking.training.session import Session, run_in_folder
-from mai_thinking.training.state import ModelState, OptimizerState, PerRank, RandomState
-from mai_thinking.training.step import StepResult, TrainStep
+from mai_thinking.training.state import PerRank, RandomState
+from mai_thinking.training.text_loss import TextLoss
 
 
 def pretrain(config: PretrainConfig, *, dry_run: bool = False) -> int:
@@ -55,7 +54,6 @@ class Pretraining:
         parent = starting_point(config, self.architecture)
         resuming = bool(visible_steps(folder.checkpoints))
         model = build_model(config, self.architecture, skip_init=resuming)
-        apply_compile_and_checkpointing(model, config.execution)
         self.loader = stack.enter_context(
             Loader(
                 self.data,
@@ -70,9 +68,13 @@ class Pretraining:
             )
         )
         self.session = Session(config, folder, accelerator, stack, parent=parent, data=self.data)
-        self.parallel = parallelize(model, accelerator, config.execution.parallel)
-        self.optimizer = build_optimizer(self.parallel.model, config.optimizer)
-        self.train_step = TrainStep.of_pretraining(self.parallel, self.optimizer, config, self.architecture)
+        self.learner = Learner(
+            model,
+            config,
+            accelerator,
+            balance=self.architecture.router_aux_loss_coef,
+            z=self.architecture.router_z_loss_coef,
+        )
         # From here on random numbers are drawn by dropout alone; every rank has its own. Python's and NumPy's too, for
         # whoever adds something that draws from them.
         set_seed(config.seed + 1_000_003 * (1 + self.rank))
@@ -83,7 +85,7 @@ class Pretraining:
             raise RunError(f"{folder.checkpoints}: the checkpoints have gone while the run was starting; rerun")
         self.progress = state["progress"]
         replicated = config.execution.parallel == "ddp"
-        self.survivor = self.session.survivor(self.optimizer, self._state) if replicated else None
+        self.survivor = self.session.survivor(self.learner.optimizer, self._state) if replicated else None
         # Read before anybody writes to them, so that all ranks know the same.
         self.evaluations = {r["step"] for r in read_records(folder.metrics) if r.get("kind") == "evaluation"}
         self.evaluated = {
@@ -100,7 +102,7 @@ class Pretraining:
         session = self.session
         self._announce()
         session.save_architecture(self.architecture, self.data.tokenizer)
-        self.parallel.model.train()
+        self.learner.model.train()
         surviving = self.survivor.watching(session.record_for_the_dead) if self.survivor else nullcontext()
         with session.line, surviving:
             self._evaluate_if_due()  # a rank that died took it along
@@ -124,25 +126,23 @@ class Pretraining:
         self.progress = {"step": self.step, "tokens": self.progress["tokens"] + self.config.batch.tokens_per_step}
         if self.documents is not None:
             self.documents.append({"step": self.step, "documents": batch.document_ids}, exact=("documents",))
-        rate = learning_rate(self.step, self.config.steps, self.config.optimizer.learning_rate, self.config.schedule)
-        result = self.train_step(batch.micro_batches, rate, self.step)
+        metrics = self.learner.update(batch.micro_batches, TextLoss(), self.step)
         seconds = time.perf_counter() - begin + self.loader.wait_seconds
         self.session.ledger.step(self.step, seconds, data_wait=self.loader.wait_seconds)
-        self._record(result, rate, seconds)
+        self._record(metrics, seconds)
 
-    def _record(self, result: StepResult, rate: float, seconds: float) -> None:
+    def _record(self, metrics: dict[str, Any], seconds: float) -> None:
         tokens = self.progress["tokens"]
         record = {
             "step": self.step,
             "tokens": tokens,
-            **result.metrics(),
-            "lr": rate,
+            **metrics,
             "tokens_per_second": self.config.batch.tokens_per_step / seconds,
             "data_wait": self.loader.wait_seconds,
             "seconds": seconds,
         }
         self.session.record(record)
-        self.session.line.update(self.step, tokens, result.loss, f"violation {result.routing['violation_max']:.2f}")
+        self.session.line.update(self.step, tokens, metrics["loss"], f"violation {metrics['violation_max']:.2f}")
 
     # ------------------------------------------------------------------------------------ evaluation, checkpoints
 
@@ -155,7 +155,7 @@ class Pretraining:
     def _evaluate(self, max_bytes: int | None) -> dict[str, Any]:
         """Held-out likelihood by category, each rank its share of the documents."""
         with self.session.ledger.span(EVALUATION), self.accelerator.autocast():
-            model = self.parallel.unwrap()
+            model = self.learner.unwrap()
             results = {
                 category: self._likelihood(model, _first_bytes([d.text for d in documents], max_bytes))
                 for category, documents in self.data.held_out.items()
@@ -166,7 +166,7 @@ class Pretraining:
     def _evaluate_all(self) -> dict[str, Any] | None:
         """The same of all held-out text, category by category: it takes long enough to be struck by a fault or asked to
         stop, and then goes on with the category where it was. None if it was asked to stop."""
-        model = self.parallel.unwrap()
+        model = self.learner.unwrap()
         results = {}
         for category, documents in self.data.held_out.items():
             if not documents:
@@ -207,8 +207,7 @@ class Pretraining:
 
     def _state(self) -> dict[str, Any]:
         return {
-            "model": ModelState(self.parallel.model),
-            "optimizer": OptimizerState(self.parallel.model, self.optimizer),
+            **self.learner.state(),
             "loader": self.loader,
             "random": PerRank(RandomState()),
             "progress": self.progress,
@@ -230,7 +229,7 @@ class Pretraining:
         evaluation = self._evaluate_all()
         if evaluation is None:
             return False
-        model = self.parallel.unwrap()
+        model = self.learner.unwrap()
         if self.rank == 0:
             samples = self._samples(model)
             write_report(self.folder, self.config, self.architecture, self.data, evaluation, samples)

@@ -19,7 +19,7 @@ from mai_thinking.data import Loader, PreparedData
 from mai_thinking.data.mixture import Mixture
 from mai_thinking.errors import UsageError
 from mai_thinking.trace_selection import ChosenTraces, Example, Selection
-from mai_thinking.training.step import MicroBatch
+from mai_thinking.training.text_loss import MicroBatch
 
 IGNORED = -100
 """The label of a place that nothing is learned from."""

@@ -14,7 +14,7 @@ import torch
 from torch.nn import functional as F
 
 from mai_thinking.bench import card, command, growth, load, moe, rollout, train
-from mai_thinking.bench.learner import Learner
+from mai_thinking.bench.learner import BenchLearner
 from mai_thinking.bench.machine import Ceiling, describe
 from mai_thinking.bench.options import Options
 from mai_thinking.bench.profile import ATTENTION, OPTIMISER, PRODUCTS, kernel_rows, own_times, profile_rows
@@ -183,7 +183,7 @@ def test_local_layers_alone(tmp_path: Path, tiny_config: Callable[..., PretrainC
     data = prepare(config.data)
     kinds = [
         [layer.kind for layer in learner.model.model.layers]
-        for learner in (Learner(config, data), Learner(config, data, local_layers_alone=True))
+        for learner in (BenchLearner(config, data), BenchLearner(config, data, local_layers_alone=True))
     ]
     assert GLOBAL in kinds[0]
     assert set(kinds[1]) == {LOCAL}

@@ -1,10 +1,14 @@
-"""Small models for tests."""
+"""Small models for tests, and what trains them."""
 
 from typing import Any
 
 import torch
+from accelerate import Accelerator
+from torch.distributed.tensor import DTensor
 
+from mai_thinking.config.run import TrainingConfig
 from mai_thinking.model import MaiThinkingConfig, MaiThinkingForCausalLM
+from mai_thinking.training.learner import Learner
 
 SIZES: dict[str, Any] = {
     "vocab_size": 97,
@@ -33,3 +37,31 @@ def tiny_model(
     config = MaiThinkingConfig(**(SIZES | {"initializer_range": 0.2, "zero_init_attention": False} | changes))
     model = MaiThinkingForCausalLM._from_config(config, experts_implementation=experts, attn_implementation=attention)
     return model.eval()
+
+
+def tiny_learner(
+    model: MaiThinkingForCausalLM,
+    *,
+    balance: float = 0.0,
+    z: float = 0.0,
+    clip_norm: float = 1e9,
+    learning_rate: float = 1e-9,
+    **execution: Any,
+) -> tuple[Learner, dict[str, torch.Tensor]]:
+    """A learner of `model` on the CPU, and a dict that each update fills with what it hands to the optimiser."""
+    config = TrainingConfig.model_validate(
+        {
+            "name": "x", "steps": 100, "execution": execution, "schedule": {"shape": "constant"},
+            "optimizer": {"clip_norm": clip_norm, "learning_rate": learning_rate},
+        }
+    )  # fmt: skip
+    learner = Learner(model.train(), config, Accelerator(cpu=True), balance=balance, z=z)
+    gradients: dict[str, torch.Tensor] = {}
+
+    def keep(*_: Any) -> None:
+        for name, parameter in model.named_parameters():
+            if (gradient := parameter.grad) is not None:
+                gradients[name] = gradient.full_tensor() if isinstance(gradient, DTensor) else gradient.clone()
+
+    learner.optimizer.register_step_pre_hook(keep)
+    return learner, gradients

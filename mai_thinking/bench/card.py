@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
 
-from mai_thinking.bench.learner import Learner, loading
+from mai_thinking.bench.learner import BenchLearner, loading
 from mai_thinking.bench.options import Options
 from mai_thinking.bench.profile import gpu_profile_rows
 from mai_thinking.bench.result import Result, Row
@@ -27,7 +27,7 @@ from mai_thinking.errors import UsageError
 from mai_thinking.model import MaiThinkingConfig
 from mai_thinking.model.configuration import LOCAL
 from mai_thinking.model.experts import CastExperts
-from mai_thinking.training.model_files import compile_layers
+from mai_thinking.training.parallel import compile_layers
 
 CONFIG = "configs/L12.yaml"
 ROUNDED_GROUPED_MM = "rounded_grouped_mm"
@@ -77,7 +77,7 @@ def compare(config: PretrainConfig, data: PreparedData, options: Options, sides:
     """Every side in turn, each with its warm-up. One that runs out of memory says so."""
     product = product_rate()
     with torch.device("cuda"):  # where drawing 3.7 billion weights takes a moment
-        learner = Learner(config, data)
+        learner = BenchLearner(config, data)
     rows, notes = [], [f"product: {product / 1e12:.0f} TFLOP/s, bf16, 8,192 × 8,192 × 8,192"]
     for name, side in sides.items():
         row, said = _side(name, side, learner, config, data, product, options.rounds)
@@ -87,7 +87,7 @@ def compare(config: PretrainConfig, data: PreparedData, options: Options, sides:
 
 
 def _side(
-    name: str, side: Side, learner: Learner, config: PretrainConfig, data: PreparedData, product: float, steps: int
+    name: str, side: Side, learner: BenchLearner, config: PretrainConfig, data: PreparedData, product: float, steps: int
 ) -> tuple[list[Row], list[str]]:
     _compute_as(learner, side)
     micro = side.micro_batch_size or config.batch.micro_batch_size
@@ -106,10 +106,10 @@ def _side(
         warm_up = time.perf_counter() - begin
         seconds = [_timed(lambda number=number: learner.learn(batches[number % 2])) for number in range(steps)]  # type: ignore[misc]
     except torch.cuda.OutOfMemoryError as error:
-        learner.forget_gradients()
+        learner.optimizer.zero_grad()
         return [], [f"{name}: out of memory in micro-batches of {micro} rows ({str(error).splitlines()[0][:120]})"]
     tokens = batch.tokens_per_step
-    architecture = learner.whole.config
+    architecture = learner.unwrap().config
     flops = [step_flops(architecture, batches[number % 2]) for number in range(steps)]
     row = Row(
         {"side": name, "rows at once": micro},
@@ -125,8 +125,8 @@ def _side(
     return [row, *shares], []
 
 
-def _compute_as(learner: Learner, side: Side) -> None:
-    model = learner.whole
+def _compute_as(learner: BenchLearner, side: Side) -> None:
+    model = learner.unwrap()
     model.set_attn_implementation(side.attention)
     model.set_experts_implementation(side.experts)
     for layer in model.model.layers:

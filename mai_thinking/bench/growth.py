@@ -10,7 +10,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from mai_thinking.bench.learner import Learner, loading
+from mai_thinking.bench.learner import BenchLearner, loading
 from mai_thinking.bench.options import Options
 from mai_thinking.bench.result import Result, Row
 from mai_thinking.bench.timing import Figure, Side, Turn, alternate, rate
@@ -75,7 +75,7 @@ def _shape(context: int, rows: int, *, ranks: int = 1) -> list[str]:
 
 
 def _steps(config: PretrainConfig, data: PreparedData, *, alone: bool) -> Side:
-    learner = Learner(config, data, local_layers_alone=alone)
+    learner = BenchLearner(config, data, local_layers_alone=alone)
     with loading(config, data, prefetch=0) as loader:
         batch = next(loader)
     return lambda: learner.learn(batch)

@@ -42,7 +42,7 @@ def measure(options: Options) -> Result:
         config = load_config(GrpoConfig, CONFIG, [*changes, *places])
         folder = RunFolder(config.folder)
         climb = Climb(config, folder, make_accelerator(config, folder), stack)
-        climb.parallel.model.train()
+        climb.learner.model.train()
         trainer, theirs = _trl_trainer(climb, steps, f"{name}/trl")
         trainer.train()
         rollouts = config.groups_per_step * config.sampling.full_size

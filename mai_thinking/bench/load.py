@@ -2,7 +2,7 @@
 
 import time
 
-from mai_thinking.bench.learner import Learner, loading
+from mai_thinking.bench.learner import BenchLearner, loading
 from mai_thinking.bench.options import Options
 from mai_thinking.bench.result import Result, Row
 from mai_thinking.bench.timing import Figure
@@ -20,7 +20,7 @@ def measure(options: Options) -> Result:
 def compare(config: PretrainConfig, options: Options) -> Result:
     """Steps as a run takes them: the wait for each batch, beside the whole step; and what making a batch takes."""
     data = prepare(config.data)
-    learner = Learner(config, data)
+    learner = BenchLearner(config, data)
     waits, wholes, makes = [], [], []
     with loading(config, data) as loader:
         for number in range(options.rounds + 3):

@@ -1,6 +1,6 @@
 """A training step of nano with our experts, and with the library's fastest for training in their place."""
 
-from mai_thinking.bench.learner import Learner, loading
+from mai_thinking.bench.learner import BenchLearner, loading
 from mai_thinking.bench.options import Options
 from mai_thinking.bench.profile import profile_rows
 from mai_thinking.bench.result import Result, Row
@@ -25,7 +25,7 @@ def compare(config: PretrainConfig, options: Options) -> Result:
     batches: list[Batch] = []
     with loading(config, data) as loader:
         batches += (next(loader) for _ in range(8))
-    learners = {name: Learner(_with_experts(config, experts), data) for name, experts in SIDES.items()}
+    learners = {name: BenchLearner(_with_experts(config, experts), data) for name, experts in SIDES.items()}
     number = dict.fromkeys(SIDES, 0)
 
     def step(name: str) -> float:

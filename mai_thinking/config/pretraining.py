@@ -6,13 +6,7 @@ from pydantic import Field, model_validator
 
 from mai_thinking.config.base import Section
 from mai_thinking.config.data import DataSection
-from mai_thinking.config.run import (
-    BatchSection,
-    OptimizerSection,
-    PlanSection,
-    ScheduleSection,
-    TrainingConfig,
-)
+from mai_thinking.config.run import BatchSection, PlanSection, TrainingConfig
 
 
 class EvaluationSection(Section):
@@ -40,8 +34,6 @@ class PretrainConfig(TrainingConfig):
     """Fields of MaiThinkingConfig, or `ladder: L`, or `preset: mai-base-1`. The vocabulary size is the tokenizer's."""
     data: DataSection = DataSection()
     batch: BatchSection
-    optimizer: OptimizerSection = OptimizerSection()
-    schedule: ScheduleSection = ScheduleSection()
     evaluation: EvaluationSection = EvaluationSection()
     plan: PlanSection = PlanSection()
 

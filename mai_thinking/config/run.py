@@ -85,7 +85,7 @@ class ExecutionSection(Section):
     """An experts function that the transformers library knows; ours hands over to `grouped_mm` off the CPU."""
     activation_checkpointing: bool = False
     """Compute a layer's activations again in the backward pass instead of keeping them. With accumulation this also
-    makes the balance loss exact over micro-batches (see `training.step`)."""
+    makes the balance loss exact over micro-batches (see `training.learner`)."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """Every rank holds the whole model, or (FSDP2) its share of weights, gradients and optimiser state."""
     compile: bool = False
@@ -126,6 +126,8 @@ class TrainingConfig(RunConfig):
 
     steps: int = Field(ge=1)
     """Updates of the weights in the whole run."""
+    optimizer: OptimizerSection = OptimizerSection()
+    schedule: ScheduleSection = ScheduleSection()
     checkpoint: CheckpointSection = CheckpointSection()
     execution: ExecutionSection = ExecutionSection()
     tracking: TrackingSection = TrackingSection()

@@ -11,13 +11,12 @@ import torch
 from mai_thinking.config.ladder import LadderConfig
 from mai_thinking.config.pretraining import PretrainConfig
 from mai_thinking.model import MaiThinkingConfig
-from mai_thinking.training.model_files import apply_compile_and_checkpointing, build_model, model_config
-from mai_thinking.training.optimizer import build_optimizer
-from mai_thinking.training.parallel import parallelize
+from mai_thinking.training.learner import Learner
+from mai_thinking.training.model_files import build_model, model_config
 from mai_thinking.training.plan import quantity
 from mai_thinking.training.run_folder import RunFolder
 from mai_thinking.training.session import make_accelerator
-from mai_thinking.training.step import TrainStep
+from mai_thinking.training.text_loss import TextLoss
 
 _MEASURED_STEPS = 5
 _LONGEST_STEP = 10.0
@@ -104,16 +103,19 @@ def measure_step(config: PretrainConfig) -> float:
     """Median seconds of a few training steps on random tokens, after one to warm up."""
     architecture = model_config(config)
     accelerator = make_accelerator(config, RunFolder(config.folder))
-    model = build_model(config, architecture)
-    apply_compile_and_checkpointing(model, config.execution)
-    parallel = parallelize(model, accelerator, config.execution.parallel)
-    step = TrainStep.of_pretraining(parallel, build_optimizer(parallel.model, config.optimizer), config, architecture)
-    parallel.model.train()
+    learner = Learner(
+        build_model(config, architecture),
+        config,
+        accelerator,
+        balance=architecture.router_aux_loss_coef,
+        z=architecture.router_z_loss_coef,
+    )
+    learner.model.train()
     batches = _random_batches(config, architecture, accelerator.device)
     seconds = []
     for number in range(1 + _MEASURED_STEPS):
         begin = time.perf_counter()
-        step(batches, config.optimizer.learning_rate, number)
+        learner.update(batches, TextLoss(), 1 + number)
         seconds.append(time.perf_counter() - begin)
     return median(seconds[1:])
 

@@ -9,7 +9,7 @@ from mai_thinking.provenance.lineage import Lineage, require_own
 from mai_thinking.rl.sampling import LengthCurriculum
 from mai_thinking.rl.tasks import TaskMix
 from mai_thinking.rl.template import Template
-from mai_thinking.training.model_files import apply_compile_and_checkpointing, load_model, load_model_config
+from mai_thinking.training.model_files import load_model, load_model_config
 from mai_thinking.training.plan import GRADIENT, MOMENTS, WEIGHT, quantity
 
 
@@ -32,7 +32,6 @@ def policy_model(
         attn_implementation=execution.attention,
         experts_implementation=execution.experts,
     )
-    apply_compile_and_checkpointing(model, execution)
     return model, lineage
 
 

@@ -32,8 +32,9 @@ from mai_thinking.rl.collapse import COLLAPSE, CollapseDetector, is_repetitive
 from mai_thinking.rl.collecting import Collector, Responder
 from mai_thinking.rl.evaluation import HeldOut, Sample
 from mai_thinking.rl.grading import GradingPool
-from mai_thinking.rl.learner import PolicyStep
 from mai_thinking.rl.objective import Objective
+from mai_thinking.rl.packing import pack
+from mai_thinking.rl.policy_loss import PolicyLoss
 from mai_thinking.rl.policy_model import check_lengths, describe, policy_config, policy_model
 from mai_thinking.rl.report import write_report
 from mai_thinking.rl.rollouts import BatchedEngine
@@ -42,12 +43,11 @@ from mai_thinking.rl.tasks import TaskMix
 from mai_thinking.rl.template import Template
 from mai_thinking.rl.traces import FOLDER, TraceStore
 from mai_thinking.training.goodput import EVALUATION
+from mai_thinking.training.learner import Learner
 from mai_thinking.training.model_files import load_model_config
-from mai_thinking.training.optimizer import build_optimizer, learning_rate
-from mai_thinking.training.parallel import parallelize
 from mai_thinking.training.run_folder import RunFolder
 from mai_thinking.training.session import Session, run_in_folder
-from mai_thinking.training.state import ModelState, OptimizerState, PerRank, RandomState
+from mai_thinking.training.state import PerRank, RandomState
 
 
 def climb(config: GrpoConfig, *, dry_run: bool = False) -> int:
@@ -85,13 +85,9 @@ class Climb:
         )
         sources = [_source_of(task) for task in config.tasks]
         self.session = Session(config, folder, accelerator, stack, parent=lineage, data=sources)
-        self.parallel = parallelize(model, accelerator, config.execution.parallel)
-        self.optimizer = build_optimizer(self.parallel.model, config.optimizer)
+        self.learner = Learner(model, config, accelerator, balance=config.balance)
         self.objective = Objective(config.objective)
-        self.train_step = PolicyStep(
-            self.parallel, self.optimizer, self.objective, config, self.architecture.num_experts
-        )
-        whole, template = self.parallel.unwrap(), Template(config.template)
+        whole, template = self.learner.unwrap(), Template(config.template)
         self.engine = self._engine(whole)
         self.responder = Responder(self.engine, pool, template, self.tokenizer)
         self.held_out = HeldOut(mix, config.evaluation, rank=rank, ranks=ranks)
@@ -123,7 +119,7 @@ class Climb:
         self.session.say(f"{self.config.name} in {self.folder.path}\n\n{describe(self.config)}\n")
         if dropout := load_model_config(self.config.init_from).dropout:
             self.session.say(f"the dropout of {dropout} in {self.config.init_from} is off here\n")
-        self.parallel.model.train()
+        self.learner.model.train()
         session = self.session
         with session.line:
             if self.step == 0:
@@ -157,8 +153,7 @@ class Climb:
         generated = time.perf_counter()
         step = self.step + 1
         groups = self.buffer.take(self._groups_per_step)
-        rate = learning_rate(step, self.config.steps, self.config.optimizer.learning_rate, self.config.schedule)
-        metrics = self.train_step(groups, rate, step)
+        metrics = self._learn(groups, step)
         summary = self._summarize(groups)
         end = time.perf_counter()
         self.session.ledger.step(step, end - begin)
@@ -172,7 +167,6 @@ class Climb:
             "tokens": self.progress["tokens"],
             **metrics,
             **({"mismatch": mismatch} if fresh else {}),
-            "lr": rate,
             **summary,
             "max_length": self.curriculum.max_length,
             **({"groups_stale": dropped, **counts.metrics()} if counts else {}),
@@ -188,6 +182,18 @@ class Climb:
             f"pass rate {summary['pass_rate']:.2f}  entropy {metrics['entropy']:.2f}  k {metrics['clip_relaxation']:g}"
         )
         self.session.line.update(step, self.progress["tokens"], metrics["loss"], note)
+
+    def _learn(self, groups: Sequence[Group], step: int) -> dict[str, Any]:
+        """One gradient step on `groups`, and what the entropy control makes of its entropy."""
+        experts, packing = self.architecture.num_experts, self.config.packing
+        rollouts = [rollout for group in groups for rollout in group.rollouts]
+        advantages = [advantage for group in groups for advantage in group.advantages]
+        rows = pack(rollouts, row_length=packing.row_length, rows=packing.rows, num_experts=experts)
+        loss = PolicyLoss(self.objective, self.config.rollouts, advantages, experts)
+        clip_relaxation = self.objective.clip_relaxation
+        metrics = self.learner.update(rows, loss, step)
+        self.objective.after_step(metrics["entropy"])
+        return {**metrics, "clip_relaxation": clip_relaxation}
 
     @property
     def _collapsed(self) -> bool:
@@ -207,7 +213,7 @@ class Climb:
         """Give the engine the learner's weights, and the buffer what the steps up to the next update take."""
         rollouts = self.config.rollouts
         version = self.step // rollouts.steps_per_update
-        self.engine.update_weights(self.parallel.unwrap())
+        self.engine.update_weights(self.learner.unwrap())
         dropped = self.buffer.drop_stale(version - rollouts.max_staleness)
         wanted = self._groups_per_step * rollouts.steps_per_update * (1 + rollouts.lead)
         self.buffer.add(
@@ -281,7 +287,7 @@ class Climb:
 
     def _evaluate(self) -> tuple[dict[str, Any], list[Sample]]:
         with self.session.ledger.span(EVALUATION):
-            self.engine.update_weights(self.parallel.unwrap())  # as every refill does before it generates
+            self.engine.update_weights(self.learner.unwrap())  # as every refill does before it generates
             metrics, samples = self.held_out.evaluate(self.responder, self.curriculum.max_length)
         record = {"kind": "evaluation", "step": self.step, "tokens": self.progress["tokens"], **metrics}
         self.session.record(record, exact=("pass@1",))
@@ -294,8 +300,7 @@ class Climb:
 
     def _state(self) -> dict[str, Any]:
         return {
-            "model": ModelState(self.parallel.model),
-            "optimizer": OptimizerState(self.parallel.model, self.optimizer),
+            **self.learner.state(),
             "objective": self.objective,
             "curriculum": self.curriculum,
             "buffer": PerRank(self.buffer),
@@ -311,7 +316,7 @@ class Climb:
         """Evaluate, write the report, save the model folder."""
         evaluation, samples = self._evaluate()
         self.accelerator.wait_for_everyone()  # all traces are written
-        model = self.parallel.unwrap()
+        model = self.learner.unwrap()
         if self.session.rank == 0:
             self.session.record_traces(self.folder.path / FOLDER, self.step)
             write_report(self.folder, self.config, evaluation, samples)

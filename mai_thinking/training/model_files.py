@@ -10,7 +10,6 @@ from transformers.initialization import no_init_weights
 from transformers.utils import logging
 
 from mai_thinking.config.pretraining import PretrainConfig
-from mai_thinking.config.run import ExecutionSection
 from mai_thinking.config.storage import atomic_folder
 from mai_thinking.data.tokenizer import architecture_folder, is_checkpoint, load_tokenizer, vocabulary_size
 from mai_thinking.errors import UsageError
@@ -83,23 +82,6 @@ def build_model(
         if any(name in str(error) for name in ("attn_implementation", "experts_implementation", "attention")):
             raise UsageError(f"execution: {' '.join(str(error).split())}") from None
         raise
-
-
-def apply_compile_and_checkpointing(model: MaiThinkingForCausalLM, execution: ExecutionSection) -> None:
-    """Have `model` recompute activations and run compiled, as `execution` says."""
-    if execution.activation_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    if execution.compile:
-        compile_layers(model)
-
-
-def compile_layers(model: MaiThinkingForCausalLM) -> None:
-    """Compile each layer by itself, when it first runs: layers of a kind share one compilation, and whatever stands
-    between layers, such as finding the documents in a row, may look at the data."""
-    # A compilation for each kind of layer, with gradients and without, and for each shape.
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
-    for layer in model.model.layers:
-        layer.compile()
 
 
 def _unfilled(architecture: object, **changes: object) -> MaiThinkingForCausalLM:

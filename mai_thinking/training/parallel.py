@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
+from mai_thinking.config.run import ExecutionSection
 from mai_thinking.model import MaiThinkingForCausalLM
 from mai_thinking.model.latent_moe import rounded_once
 
@@ -104,6 +105,23 @@ def parallelize(model: MaiThinkingForCausalLM, accelerator: Accelerator, how: Li
     if how == "fsdp" and accelerator.num_processes > 1:
         return Sharded(model, accelerator)
     return Replicated(model, accelerator)
+
+
+def apply_compile_and_checkpointing(model: MaiThinkingForCausalLM, execution: ExecutionSection) -> None:
+    """Have `model` recompute activations and run compiled, as `execution` says."""
+    if execution.activation_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if execution.compile:
+        compile_layers(model)
+
+
+def compile_layers(model: MaiThinkingForCausalLM) -> None:
+    """Compile each layer by itself, when it first runs: layers of a kind share one compilation, and whatever stands
+    between layers, such as finding the documents in a row, may look at the data."""
+    # A compilation for each kind of layer, with gradients and without, and for each shape.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    for layer in model.model.layers:
+        layer.compile()
 
 
 def clip_gradients(model: nn.Module, largest: float) -> float:

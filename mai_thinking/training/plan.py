@@ -47,7 +47,7 @@ def memory_per_rank(
     Experts are split over `plan.expert_parallel` ranks, all else is on each of `gpus` ranks; what the ZeRO stage
     shards is split over the ranks that hold the same weights. Activations are an estimate: what each sublayer keeps
     for its backward pass at `compute_bytes` a number, or with checkpointing the fp32 residual stream at each layer of
-    the whole step, which waits for one backward pass (`training.step`), with each micro-batch's gradient of the head,
+    the whole step, which waits for one backward pass (see `Learner`), with each micro-batch's gradient of the head,
     and one layer's full set. In half precision the experts' weights are held rounded too.
     """
     total, _ = architecture.parameter_counts()

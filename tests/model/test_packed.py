@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from mai_thinking.config.run import ExecutionSection
 from mai_thinking.model.packed_attention import find_documents, packed_attention
 from mai_thinking.model.packed_flex import BLOCK, packed_block_mask, packed_flex
-from mai_thinking.training.model_files import apply_compile_and_checkpointing
+from mai_thinking.training.parallel import apply_compile_and_checkpointing
 from tiny_models import tiny_model
 
 LENGTHS = [(640, 200), (640, None), (1024, 512), (300, 128), (100, 16), (513, 130)]

@@ -18,7 +18,7 @@ AT = 10  # the engine is given these weights at once, so that no gradient is tak
 
 def damage(climb: Climb) -> None:
     """Silence the tokens that are rewarded, and make the others so loud that none of them is drawn by chance."""
-    embedding = climb.parallel.unwrap().get_input_embeddings().weight
+    embedding = climb.learner.unwrap().get_input_embeddings().weight
     rewarded = [bool(re.search("[a-m]", climb.tokenizer.decode([token]))) for token in range(len(climb.tokenizer))]
     with torch.no_grad():
         embedding *= 50

@@ -12,10 +12,9 @@ import signal
 from pathlib import Path
 from typing import Any
 
-from mai_thinking.rl import learner
-from mai_thinking.rl.learner import PolicyStep
 from mai_thinking.rl.rollouts import BatchedEngine
 from mai_thinking.rl.traces import TraceStore
+from mai_thinking.training import learner
 
 FAULTS = [tuple(fault) for fault in json.loads(os.environ["FAULTS"])]
 MARKS = Path(os.environ["MARKS"])
@@ -45,13 +44,13 @@ def at_draw(*_: Any) -> None:
     strike("draw", now["draws"])
 
 
-def at_learn(_: PolicyStep, groups: Any, rate: float, step: int) -> None:
+def at_learn(_: learner.Learner, rows: Any, loss: Any, step: int) -> None:
     now["step"] = step
     strike("learn", step)
 
 
 patch(BatchedEngine, "_draw", at_draw)
-patch(PolicyStep, "__call__", at_learn)
+patch(learner.Learner, "update", at_learn)
 patch(learner, "clip_gradients", lambda *_: strike("update", now["step"]))
 patch(TraceStore, "append", lambda store, wave, *_: strike("trace", wave))
 

@@ -261,7 +261,7 @@ def test_accumulation_changes_nothing(accumulation):
     cut, cut_metrics = gradient_of([slice(at, at + size) for at in range(0, 8, size)])
     torch.testing.assert_close(cut, whole, rtol=0, atol=1e-6)
     assert whole.abs().max() > 0.01
-    assert cut_metrics == pytest.approx(metrics, rel=1e-6)
+    assert cut_metrics == pytest.approx(metrics, rel=1e-5)
     assert 0 < metrics["clip_fraction"] < 1
 
 

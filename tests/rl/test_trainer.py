@@ -13,17 +13,18 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import Accelerator
 
 from checksums import sha256_of
-from mai_thinking.config.grpo import GrpoConfig
+from mai_thinking.config.grpo import GrpoConfig, RolloutSection
 from mai_thinking.config.loading import load_config, save_config
+from mai_thinking.config.objective import ObjectiveSection
 from mai_thinking.errors import RunError, UsageError
 from mai_thinking.provenance.lineage import require_own
 from mai_thinking.rl.buffer import Group
 from mai_thinking.rl.collecting import Responder
-from mai_thinking.rl.learner import PolicyStep
 from mai_thinking.rl.objective import Objective
+from mai_thinking.rl.packing import pack
+from mai_thinking.rl.policy_loss import PolicyLoss
 from mai_thinking.rl.rewards import RewardParts
 from mai_thinking.rl.rollouts import BatchedEngine, Request
 from mai_thinking.rl.traces import FOLDER, TraceStore
@@ -32,9 +33,8 @@ from mai_thinking.training.checkpoint import CheckpointReader
 from mai_thinking.training.goodput import account_of
 from mai_thinking.training.metrics import read_records
 from mai_thinking.training.model_files import load_model
-from mai_thinking.training.parallel import parallelize
 from ranks import run_ranks
-from tiny_models import tiny_model
+from tiny_models import tiny_learner, tiny_model
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -250,27 +250,17 @@ def some_groups() -> list[Group]:
 
 
 def gradients_of(groups: list[Group], rows: int) -> dict[str, torch.Tensor]:
-    """What one step hands to the optimiser."""
-    task = {"name": "sum", "kind": "sum"}
-    config = GrpoConfig.model_validate(
-        {
-            "name": "x", "steps": 1, "init_from": "x", "tasks": [task], "groups_per_step": 4, "balance": 0.5,
-            "packing": {"row_length": 64, "rows": rows}, "optimizer": {"clip_norm": 1e9},
-        }
-    )  # fmt: skip
-    plain = tiny_model().train()
+    """What one update hands to the optimiser."""
+    model = tiny_model()
     with torch.no_grad():  # another policy than the engine's, so that ratios are not all 1
-        for index, parameter in enumerate(plain.parameters()):
+        for index, parameter in enumerate(model.parameters()):
             parameter.add_(0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(index)))
-    parallel = parallelize(plain, Accelerator(cpu=True), "ddp")
-    optimizer = torch.optim.SGD(parallel.model.parameters(), lr=0.0)
-    gradients: dict[str, torch.Tensor] = {}
-
-    def keep(*_: Any) -> None:
-        gradients.update({n: p.grad.clone() for n, p in plain.named_parameters() if p.grad is not None})
-
-    optimizer.register_step_pre_hook(keep)
-    PolicyStep(parallel, optimizer, Objective(config.objective), config, plain.config.num_experts)(groups, 0.0, 1)
+    learner, gradients = tiny_learner(model, balance=0.5)
+    rollouts = [rollout for group in groups for rollout in group.rollouts]
+    advantages = [advantage for group in groups for advantage in group.advantages]
+    experts = model.config.num_experts
+    loss = PolicyLoss(Objective(ObjectiveSection()), RolloutSection(), advantages, experts)
+    learner.update(pack(rollouts, row_length=64, rows=rows, num_experts=experts), loss, 1)
     return gradients
 
 

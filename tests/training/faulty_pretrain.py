@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from mai_thinking.pretraining import Pretraining
-from mai_thinking.training import step as step_module
+from mai_thinking.training import learner
 from mai_thinking.training.checkpoint_storage import CheckpointWriter, step_folder, visible_steps
-from mai_thinking.training.step import TrainStep
+from mai_thinking.training.text_loss import TextLoss
 
 FAULTS = json.loads(os.environ.get("FAULTS", "[]"))
 RANK = int(os.environ.get("RANK", "0"))
@@ -76,8 +76,8 @@ def at_write(writer: CheckpointWriter, name: str, *_: Any) -> None:
 
 
 patch(Pretraining, "_train", at_train)
-patch(TrainStep, "_forward", at_forward)
-patch(step_module, "clip_gradients", lambda *_: strike("update", now["step"]))
+patch(TextLoss, "forward", at_forward)
+patch(learner, "clip_gradients", lambda *_: strike("update", now["step"]))
 patch(CheckpointWriter, "_write_file", at_write)
 if omitted := os.environ.get("OMIT"):
     state = Pretraining._state

@@ -4,14 +4,12 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import Accelerator
-from torch.distributed.tensor import DTensor
 
 from mai_thinking.model.latent_moe import balance_loss
-from mai_thinking.training.parallel import parallelize
-from mai_thinking.training.step import NonFiniteError, StepResult, TrainStep, routing_metrics
+from mai_thinking.training.learner import NonFiniteError, routing_metrics
+from mai_thinking.training.text_loss import TextLoss
 from ranks import run_ranks
-from tiny_models import tiny_model
+from tiny_models import tiny_learner, tiny_model
 
 BALANCE, Z = 0.7, 0.01
 Gradients = dict[str, torch.Tensor]
@@ -34,37 +32,22 @@ def cut(batch: dict[str, torch.Tensor], pieces: int) -> list[dict[str, torch.Ten
 
 def one_step(
     micro_batches: list[dict[str, torch.Tensor]], *, exact: bool = False, how: Any = "ddp"
-) -> tuple[StepResult, Gradients]:
-    """What a step reports, and the gradients that it handed to the optimiser (before clipping: the norm is high)."""
-    accelerator = Accelerator(cpu=True)
-    plain = tiny_model().train()
-    if exact:
-        plain.gradient_checkpointing_enable({"use_reentrant": False})
-    parallel = parallelize(plain, accelerator, how)
-    optimizer = torch.optim.SGD(parallel.model.parameters(), lr=0.0)
-    gradients: Gradients = {}
-
-    def keep(*_: Any) -> None:
-        for name, parameter in plain.named_parameters():
-            if parameter.grad is not None:
-                gradient = parameter.grad
-                gradients[name] = gradient.full_tensor() if isinstance(gradient, DTensor) else gradient.clone()
-
-    optimizer.register_step_pre_hook(keep)
-    step = TrainStep(parallel, optimizer, clip_norm=1e9, balance=BALANCE, z=Z, exact_balance=exact)
-    return step(micro_batches, 0.0, 1), gradients
+) -> tuple[dict[str, Any], Gradients]:
+    """What an update reports, and the gradients that it handed to the optimiser (not clipped: the norm is high)."""
+    learner, gradients = tiny_learner(tiny_model(), balance=BALANCE, z=Z, parallel=how, activation_checkpointing=exact)
+    return learner.update(micro_batches, TextLoss(), 1), gradients
 
 
-def rank_step(rank: int, world: int, accumulate: int, exact: bool, how: str) -> tuple[StepResult, dict[str, Any]]:
+def rank_step(rank: int, world: int, accumulate: int, exact: bool, how: str) -> tuple[dict[str, Any], dict[str, Any]]:
     mine = cut(global_batch(), world)[rank]
     result, gradients = one_step(cut(mine, accumulate), exact=exact, how=how)
     return result, {name: gradient.numpy() for name, gradient in gradients.items()}
 
 
-def assert_same(first: tuple[StepResult, Gradients], second: tuple[StepResult, Gradients]) -> None:
+def assert_same(first: tuple[dict[str, Any], Gradients], second: tuple[dict[str, Any], Gradients]) -> None:
     for name in ("loss", "balance_loss", "router_z_loss", "grad_norm"):
-        assert getattr(first[0], name) == pytest.approx(getattr(second[0], name), abs=1e-6, rel=1e-6), name
-    assert first[0].routing["violation"] == pytest.approx(second[0].routing["violation"])
+        assert first[0][name] == pytest.approx(second[0][name], abs=1e-6, rel=1e-6), name
+    assert first[0]["violation"] == pytest.approx(second[0]["violation"])
     assert first[1].keys() == second[1].keys()
     for name, gradient in first[1].items():
         torch.testing.assert_close(gradient, second[1][name], atol=1e-6, rtol=1e-5, msg=name)
@@ -84,8 +67,8 @@ def test_whole_batch_equals_plain_autograd() -> None:
         z = z + logits.logsumexp(-1).square().mean()
     (cross_entropy + BALANCE * balance + Z * z).backward()
     result, gradients = one_step([batch])
-    assert result.loss == pytest.approx(cross_entropy.item(), abs=1e-6)
-    assert result.balance_loss == pytest.approx(balance.item() / 3, abs=1e-6)
+    assert result["loss"] == pytest.approx(cross_entropy.item(), abs=1e-6)
+    assert result["balance_loss"] == pytest.approx(balance.item() / 3, abs=1e-6)
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(gradients[name], parameter.grad, atol=1e-6, rtol=1e-5, msg=name)
 
@@ -124,9 +107,9 @@ def test_running_accumulation_balances_against_the_counts_so_far() -> None:
         torch.testing.assert_close(gradients[name], parameter.grad, atol=1e-6, rtol=1e-5, msg=name)
     # Only the balance term differs from the whole batch's, and it does differ.
     whole = one_step([batch])[0]
-    assert result.loss == pytest.approx(whole.loss, abs=1e-6)
-    assert result.balance_loss != pytest.approx(whole.balance_loss, abs=1e-4)
-    assert result.routing["violation"] == pytest.approx(whole.routing["violation"])
+    assert result["loss"] == pytest.approx(whole["loss"], abs=1e-6)
+    assert result["balance_loss"] != pytest.approx(whole["balance_loss"], abs=1e-4)
+    assert result["violation"] == pytest.approx(whole["violation"])
 
 
 def test_checkpointing_does_not_count_twice() -> None:
@@ -140,38 +123,20 @@ def test_routing_metrics_by_hand() -> None:
 
 
 def test_non_finite_loss_names_the_step_and_leaves_the_weights() -> None:
-    model = tiny_model().train()
-    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    model = tiny_model()
     with torch.no_grad():
         model.model.norm.weight[0] = float("nan")
+    learner, _ = tiny_learner(model, learning_rate=1.0)
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
-    step = TrainStep(
-        parallelize(model, Accelerator(cpu=True), "ddp"),
-        optimizer,
-        clip_norm=1.0,
-        balance=0.0,
-        z=0.0,
-        exact_balance=False,
-    )
     with pytest.raises(NonFiniteError, match="step 17"):
-        step([global_batch()], 1.0, 17)
+        learner.update([global_batch()], TextLoss(), 17)
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter.nan_to_num(7.0), before[name].nan_to_num(7.0)), name
 
 
-def test_clipping_bounds_the_update() -> None:
-    model = tiny_model().train()
-    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    before = [parameter.clone() for parameter in model.parameters()]
-    step = TrainStep(
-        parallelize(model, Accelerator(cpu=True), "ddp"),
-        optimizer,
-        clip_norm=0.01,
-        balance=0.0,
-        z=0.0,
-        exact_balance=False,
-    )
-    result = step([global_batch()], 1.0, 1)
-    moved = torch.stack([(now - old).norm() for now, old in zip(model.parameters(), before, strict=True)]).norm()
-    assert result.grad_norm > 0.01
-    assert moved.item() == pytest.approx(0.01, rel=1e-3)
+def test_gradients_are_clipped_to_the_norm() -> None:
+    learner, gradients = tiny_learner(tiny_model(), clip_norm=0.01)
+    result = learner.update([global_batch()], TextLoss(), 1)
+    clipped = torch.stack([gradient.norm() for gradient in gradients.values()]).norm()
+    assert result["grad_norm"] > 0.01
+    assert clipped.item() == pytest.approx(0.01, rel=1e-3)

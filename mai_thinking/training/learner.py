@@ -1,0 +1,239 @@
+"""A model in training, and one update of its weights: count, accumulate, reduce, clip, guard, step.
+
+Losses are normalised by counts over the *global* batch, so that how it is cut into ranks and micro-batches does not
+change what is learned. The balance loss takes expert frequencies over the global batch too (MAI-Thinking-1 report
+§2.1): exactly over ranks. Over micro-batches it has three modes:
+
+- Where the experts are known beforehand, as in RL (replay), exactly.
+- With activation checkpointing, exactly. All micro-batches go forward first, keeping little more than each layer's
+  input, and one backward follows when all counts are known. This costs no arithmetic beyond the checkpointing's own.
+- Otherwise by running counts: micro-batch i is balanced against the counts of micro-batches 1 … i. Waiting for the rest
+  would mean to keep every graph, which is what accumulation is there to avoid.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+
+from mai_thinking.config.run import TrainingConfig
+from mai_thinking.errors import RunError
+from mai_thinking.model import MaiThinkingForCausalLM
+from mai_thinking.model.latent_moe import Routing, balance_loss
+from mai_thinking.training.optimizer import build_optimizer, learning_rate
+from mai_thinking.training.parallel import apply_compile_and_checkpointing, clip_gradients, parallelize
+from mai_thinking.training.state import ModelState, OptimizerState
+
+
+class Counts(NamedTuple):
+    """Of a global batch, for the router losses."""
+
+    tokens: float
+    """Real ones, which the routing's sums run over."""
+    experts_ME: torch.Tensor | None
+    """How often each expert is chosen, where that is known before the forward pass."""
+
+
+class Forward(NamedTuple):
+    """A micro-batch's forward pass."""
+
+    loss: torch.Tensor
+    """Its share of the global batch's loss, with the graph."""
+    routing: Routing
+    parts: Any
+    """What the loss's `metrics` need of it, without the graph."""
+
+
+class Loss(Protocol):
+    """What a recipe minimises besides the router losses."""
+
+    advice: str
+    """What helps when it is not finite."""
+
+    def count(self, micro_batches: Sequence[Any], learner: "Learner") -> Counts:
+        """Counts over the global batch, before its first forward pass. Collective."""
+
+    def forward(self, micro_batch: Any, learner: "Learner") -> Forward:
+        """One micro-batch through `learner.model`, divided by what was counted."""
+
+    def metrics(self, parts: list[Any], learner: "Learner") -> dict[str, float]:
+        """Over the global batch, of this rank's micro-batches' `parts`; `loss` is among them. Collective."""
+
+
+class NonFiniteError(RunError):
+    """A loss or gradient that is not a number any more; the weights have not been updated with it."""
+
+
+class Learner:
+    """A model, how ranks share it, its precision, its optimiser and schedule.
+
+    `balance` and `z` are the weights of the two router losses. `before_reduction` is called in each update when this
+    rank's gradients are there and before the ranks meet for the last time; see `training.jit_checkpoint`.
+    """
+
+    def __init__(
+        self,
+        model: MaiThinkingForCausalLM,
+        config: TrainingConfig,
+        accelerator: Accelerator,
+        *,
+        balance: float,
+        z: float = 0.0,
+    ) -> None:
+        self.config, self.accelerator, self.balance, self.z = config, accelerator, balance, z
+        self.ranks, self.device = accelerator.num_processes, accelerator.device
+        apply_compile_and_checkpointing(model, config.execution)
+        self.parallel = parallelize(model, accelerator, config.execution.parallel)
+        self.model = self.parallel.model
+        """What to call in training."""
+        self.optimizer = build_optimizer(self.model, config.optimizer)
+        self.before_reduction: Callable[[], None] = lambda: None
+
+    def unwrap(self) -> MaiThinkingForCausalLM:
+        """The model with all its weights, for evaluation, sampling and saving. Collective; see `Parallel.unwrap`."""
+        return self.parallel.unwrap()
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds of it."""
+        return {"model": ModelState(self.model), "optimizer": OptimizerState(self.model, self.optimizer)}
+
+    def learning_rate(self, step: int) -> float:
+        """Of update `step`, from 1."""
+        return learning_rate(step, self.config.steps, self.config.optimizer.learning_rate, self.config.schedule)
+
+    def update(self, micro_batches: Sequence[Any], loss: Loss, step: int) -> dict[str, Any]:
+        """Update the weights, for the `step`-th time, with this rank's micro-batches of a global batch.
+
+        → `loss.metrics`, `balance_loss` (mean over the MoE layers; 1 when all experts are used alike), `router_z_loss`,
+        `grad_norm` (L2, before clipping), `lr` and `routing_metrics`. Raises `NonFiniteError`, before any weight
+        changes, when a loss or gradient is not finite. Collective.
+        """
+        counts = loss.count(micro_batches, self)
+        with self.parallel.cached_bf16():
+            done = self._accumulate(micro_batches, loss, counts)
+        self.before_reduction()
+        grad_norm = clip_gradients(self.model, self.config.optimizer.clip_norm)
+        metrics = loss.metrics(done.parts, self)
+        balance, z = self.sum(done.router_losses).tolist()
+        entropy_M = self.sum(done.entropy_M) / counts.tokens
+        _guard_finite(step, metrics["loss"], grad_norm, loss.advice)
+        rate = self.learning_rate(step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        layers = max(1, done.counts_ME.size(0))
+        routers = {"balance_loss": balance / layers, "router_z_loss": z / layers}
+        return {**metrics, **routers, "grad_norm": grad_norm, "lr": rate, **routing_metrics(done.counts_ME, entropy_M)}
+
+    def sum(self, value: torch.Tensor) -> torch.Tensor:
+        """Over all ranks, in a fixed order."""
+        if self.ranks > 1:
+            value = value.detach().clone()
+            dist.all_reduce(value)
+        return value
+
+    def moved(self, tensor: torch.Tensor) -> torch.Tensor:
+        """To the device, which goes on with the last micro-batch meanwhile."""
+        if self.device.type == "cuda":
+            return tensor.pin_memory().to(self.device, non_blocking=True)
+        return tensor.to(self.device)
+
+    def _accumulate(self, micro_batches: Sequence[Any], loss: Loss, counts: Counts) -> "_Accumulated":
+        """Forward and backward of every micro-batch; gradients are averaged over ranks, the counts are global."""
+        counts_ME = torch.zeros((), device=self.device) if counts.experts_ME is None else counts.experts_ME
+        at_once = counts.experts_ME is None and self.config.execution.activation_checkpointing
+        forwards: list[Forward] = []
+        router_losses: list[torch.Tensor] = []
+        held: list[torch.Tensor] = []
+        passes = self._agree_on_passes(len(micro_batches))
+        for index in range(passes):
+            idle = index >= len(micro_batches)  # it only keeps the other ranks company
+            # Whether DDP reduces is decided in the forward pass.
+            with nullcontext() if index == passes - 1 else self.parallel.no_sync():
+                forward = loss.forward(micro_batches[min(index, len(micro_batches) - 1)], self)
+                if at_once:
+                    held.append(forward.loss)
+                else:
+                    if counts.experts_ME is None:
+                        counts_ME = counts_ME + self.sum(forward.routing.counts_E)
+                    total, parts = self._add_router_losses(forward, counts_ME, counts.tokens)
+                    (total * (0.0 if idle else self.ranks)).backward()
+                    router_losses.append(parts)
+            if not idle:
+                forwards.append(forward if at_once else _without_graph(forward))
+        if at_once:
+            counts_ME = self.sum(torch.stack([forward.routing.counts_E for forward in forwards]).sum(dim=0))
+            totals = [self._add_router_losses(forward, counts_ME, counts.tokens) for forward in forwards]
+            (torch.stack([total for total, _ in totals]).sum() * self.ranks).backward()
+            router_losses = [parts for _, parts in totals]
+        return _Accumulated(
+            [forward.parts for forward in forwards],
+            _added(router_losses[: len(forwards)]),
+            counts_ME,
+            _added([forward.routing.entropy.detach() for forward in forwards]),
+        )
+
+    def _add_router_losses(
+        self, forward: Forward, counts_ME: torch.Tensor, tokens: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """This micro-batch's share of the whole objective, and of the two router losses, detached."""
+        balance = balance_loss(counts_ME, forward.routing.probabilities_E, tokens)
+        z = forward.routing.z.sum() / tokens
+        total = forward.loss + self.balance * balance
+        if self.z:
+            total = total + self.z * z
+        return total, torch.stack([balance.detach(), z.detach()])
+
+    def _agree_on_passes(self, mine: int) -> int:
+        """Packing gives ranks different numbers of micro-batches. Shards are gathered in every forward pass, so all
+        ranks must do as many; replicas meet only in the last backward pass."""
+        if self.ranks == 1 or self.config.execution.parallel == "ddp":
+            return mine
+        most = torch.tensor(mine, device=self.device)
+        dist.all_reduce(most, dist.ReduceOp.MAX)
+        return int(most)
+
+
+@dataclass(frozen=True)
+class _Accumulated:
+    """Of this rank's micro-batches."""
+
+    parts: list[Any]
+    router_losses: torch.Tensor
+    """[2], summed."""
+    counts_ME: torch.Tensor
+    """Over all ranks."""
+    entropy_M: torch.Tensor
+
+
+def _added(values: Sequence[torch.Tensor]) -> torch.Tensor:
+    return sum(values[1:], values[0])
+
+
+def _without_graph(forward: Forward) -> Forward:
+    """Routing's tensors with a graph would keep it until the end of the update."""
+    return Forward(forward.loss.detach(), Routing(*(value.detach() for value in forward.routing)), forward.parts)
+
+
+def _guard_finite(step: int, loss: float, grad_norm: float, advice: str) -> None:
+    for name, value in (("loss", loss), ("gradient norm", grad_norm)):
+        if not math.isfinite(value):
+            raise NonFiniteError(f"step {step}: the {name} is {value}; weights are as after step {step - 1}. {advice}")
+
+
+def routing_metrics(counts_ME: torch.Tensor, entropy_M: torch.Tensor) -> dict[str, Any]:
+    """Violation rate (max load / mean load − 1) layer by layer, its maximum, experts that no token chose, and the
+    router's entropy in nats, mean over layers; from global counts [M, E]."""
+    violation_M = counts_ME.max(dim=-1).values / counts_ME.mean(dim=-1) - 1
+    return {
+        "violation": violation_M.tolist(),
+        "violation_max": float(violation_M.max()),
+        "dead_experts": int((counts_ME == 0).sum()),
+        "router_entropy": float(entropy_M.mean()),
+    }
