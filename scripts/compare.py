@@ -3,15 +3,14 @@
 A figure with a panel a metric, each label's runs as their mean and span, and a table of the last values.
 """
 
-import argparse
 from pathlib import Path
 
-from mai_thinking.config.command import exit_with
+from mai_thinking.config.command import Parser, exit_with
 
 
 def main() -> None:
     """Parse, draw, print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("figure", type=Path, metavar="OUT.png")
     parser.add_argument("--metrics", required=True, help="fields of metrics.jsonl, separated by commas")
     parser.add_argument("runs", nargs="+", metavar="LABEL=RUN,RUN", help="runs of one kind, such as several seeds")

@@ -4,19 +4,21 @@ MODEL is a Hugging Face folder, a run's folder, or a run's `checkpoints/step-…
 `gzip -9` and `xz -9e` of the same bytes stand beside the result.
 """
 
-import argparse
 from pathlib import Path
 
-from mai_thinking.config.command import exit_with
+from mai_thinking.config.base import ContextLength, Count
+from mai_thinking.config.command import Parser, exit_with, option
 
 
 def main() -> None:
     """Parse, load, measure."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("model", help="a model folder, a run's folder or a checkpoint")
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="UTF-8 text")
-    parser.add_argument("--context", type=int, help="tokens in a window (default: what the model was trained on)")
-    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument(
+        "--context", type=option(ContextLength), help="tokens in a window (default: what the model was trained on)"
+    )
+    parser.add_argument("--batch-size", type=option(Count), default=16)
     options = parser.parse_args()
 
     from mai_thinking.training.evaluation import evaluate_files

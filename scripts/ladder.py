@@ -4,11 +4,10 @@ Trains what is missing of a ladder, several such processes sharing the work, and
 scripts/ladder.py fit POINTS.json [--baseline NAME] [--output FOLDER]` says the same of runs made by any program.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
-from mai_thinking.config.command import exit_with, parse_run_command
+from mai_thinking.config.command import Parser, exit_with, parse_run_command
 from mai_thinking.config.ladder import LadderConfig
 
 DEFAULT = "configs/ladders/interleaved-vs-every-layer.yaml"
@@ -26,7 +25,7 @@ def main() -> int:
 
 def fit(arguments: list[str]) -> int:
     """Conclude from a file of points."""
-    parser = argparse.ArgumentParser(prog="ladder.py fit", description=__doc__)
+    parser = Parser(__doc__, prog="ladder.py fit")
     parser.add_argument("points", type=Path, metavar="POINTS.json")
     parser.add_argument("--baseline", help="the config that the others are measured against (default: the file's)")
     parser.add_argument("--output", type=Path, help="a folder for page, figures and JSON (default: POINTS-report)")

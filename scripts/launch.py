@@ -8,7 +8,7 @@ import argparse
 import os
 from pathlib import Path
 
-from mai_thinking.config.command import exit_with
+from mai_thinking.config.command import Parser, exit_with
 from mai_thinking.config.launch import LaunchSection
 from mai_thinking.config.loading import validate
 from mai_thinking.config.shipped import find_script
@@ -18,7 +18,7 @@ from mai_thinking.training.standby import start_standby
 
 def parse(arguments: list[str] | None = None) -> tuple[LaunchSection, Path, list[str]]:
     """(options, script, the script's own arguments)."""
-    parser = argparse.ArgumentParser(description=__doc__, argument_default=argparse.SUPPRESS)
+    parser = Parser(__doc__, argument_default=argparse.SUPPRESS)
     for name, field in LaunchSection.model_fields.items():
         default = f" (default: {field.default})" if field.default != "" else ""
         help_text = f"{' '.join((field.description or '').split())}{default}".replace("%", "%%")

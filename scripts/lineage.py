@@ -5,18 +5,17 @@ PATH is a run's folder, a model folder, a checkpoint or a folder of traces. Exit
 recorded, or has no record.
 """
 
-import argparse
 from pathlib import Path
 
 from rich.console import Console
 
-from mai_thinking.config.command import EXIT_FAILED, exit_with
+from mai_thinking.config.command import EXIT_FAILED, Parser, exit_with
 from mai_thinking.report.lineage import report
 
 
 def main() -> int:
     """Parse the command line and report."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("path", type=Path, nargs="?", default=Path("runs/nano"), help="default: runs/nano")
     return 0 if report(parser.parse_args().path.expanduser(), Console()) else EXIT_FAILED
 

@@ -4,20 +4,21 @@ MODEL is a Hugging Face folder, a run's folder (default: runs/nano) or a run's `
 Text streams as it is written.
 """
 
-import argparse
-
-from mai_thinking.config.command import exit_with
+from mai_thinking.config.base import Count, EvaluationTemperature, Probability, Whole
+from mai_thinking.config.command import Parser, exit_with, option
 
 
 def main() -> None:
     """Parse, load, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("model", nargs="?", default="runs/nano", help="a model folder, a run's folder or a checkpoint")
     parser.add_argument("--prompt", help="continue this text and stop")
-    parser.add_argument("--tokens", type=int, default=200, help="at most so many new tokens")
-    parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token each time")
-    parser.add_argument("--top-p", type=float, default=0.95)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--tokens", type=option(Count), default=200, help="at most so many new tokens")
+    parser.add_argument(
+        "--temperature", type=option(EvaluationTemperature), default=0.8, help="0 takes the likeliest token each time"
+    )
+    parser.add_argument("--top-p", type=option(Probability), default=0.95)
+    parser.add_argument("--seed", type=option(Whole), default=0)
     options = parser.parse_args()
 
     from mai_thinking.training.model_files import load_model_and_tokenizer

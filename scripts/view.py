@@ -5,16 +5,15 @@ curves, expert load over time, sample responses with their rewards by part, wher
 written to RUN/report/view.html, or where --output says.
 """
 
-import argparse
 from pathlib import Path
 
-from mai_thinking.config.command import exit_with
+from mai_thinking.config.command import Parser, exit_with
 from mai_thinking.report import write_page
 
 
 def main() -> None:
     """Parse the command line and write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("run", type=Path, help="an output_dir, such as runs/nano-grpo")
     parser.add_argument("--output", type=Path, metavar="PAGE.html", help="default: RUN/report/view.html")
     options = parser.parse_args()

@@ -1,11 +1,16 @@
 """`python scripts/bench.py WHAT`: which measurements there are, and how one is asked for."""
 
-import argparse
 import importlib
 import os
 from pathlib import Path
+from typing import Annotated
 
-from mai_thinking.errors import UsageError
+from pydantic import Field
+
+from mai_thinking.config.command import Parser, option
+
+Rounds = Annotated[int, Field(ge=2, le=10_000)]
+"""A spread takes at least 2."""
 
 BENCHES = {
     "moe": "our experts against the library's: training at 512 and 4,096 tokens, decoding at 1 to 64",
@@ -23,19 +28,18 @@ BENCHES = {
 
 def run(arguments: list[str] | None = None) -> None:
     """Parse, measure, print."""
-    parser = argparse.ArgumentParser(
-        description="Measure, each benchmark its sides in turn in one run:\n\n"
+    parser = Parser(
+        "Measure, each benchmark its sides in turn in one run:\n\n"
         + "\n".join(f"{name:<12} {what}" for name, what in BENCHES.items())
         + "\n\nFigures are medians, with quartiles in brackets.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("what", choices=BENCHES)
     parser.add_argument("model", type=Path, nargs="?", default=Path("runs/nano/final"), help="for rollout and grpo")
-    parser.add_argument("--rounds", type=int, default=15, help="how often each side has its turn (default: 15)")
+    parser.add_argument(
+        "--rounds", type=option(Rounds), default=15, help="how often each side has its turn (default: 15)"
+    )
     parser.add_argument("--json", action="store_true", help="print all figures as one JSON object, in the last line")
     options = parser.parse_args(arguments)
-    if options.rounds < 2:
-        raise UsageError(f"--rounds {options.rounds}: a spread takes at least 2")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     _measure(options.what, options.model, options.rounds, as_json=options.json)
 

@@ -1,8 +1,37 @@
-"""The class that every section of the config tree derives from."""
+"""The class that every section of the config tree derives from, and the kinds of numbers that its fields have."""
 
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+Count = Annotated[int, Field(ge=1, lt=2**31)]
+"""How many of something there are, of which there must be one."""
+Whole = Annotated[int, Field(ge=0, lt=2**31)]
+"""A count that may be 0, or a seed."""
+ContextLength = Annotated[int, Field(ge=2, lt=2**31)]
+"""Tokens in a row: one to read and one to predict at least."""
+Seconds = Annotated[float, Field(ge=1e-3, le=1e9)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Weight = Annotated[float, Field(ge=1e-6, le=1e6)]
+"""What something counts relative to others of its kind."""
+Coefficient = Annotated[float, Field(ge=0, le=1e6)]
+"""The factor of a term in a sum; 0 switches the term off."""
+Temperature = Annotated[float, Field(ge=0.01, le=100)]
+"""Logits are divided by it: much less than the lowest overflows, and means greedy."""
+
+
+def _check_temperature(temperature: float) -> float:
+    if 0 < temperature < 0.01:
+        raise ValueError(f"{temperature} is too low to divide by; 0 is greedy, the next is 0.01")
+    return temperature
+
+
+EvaluationTemperature = Annotated[float, Field(ge=0, le=100), AfterValidator(_check_temperature)]
+"""A Temperature, or 0 for greedy."""
+Probability = Annotated[float, Field(ge=1e-6, le=1)]
+Dropout = Annotated[float, Field(ge=0, lt=1)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
+"""Also a file's or folder's name."""
 
 
 class Section(BaseModel):
@@ -19,7 +48,7 @@ class Section(BaseModel):
 
 def fill_from_defaults(config: type[Section], fields: Any, *names: str) -> Any:
     """`fields` of a `config`, with the keys that the sections `names` were not given taken from the config's own
-    defaults, not the section's: whoever sets a climb's learning rate alone keeps the climb's other values."""
+    defaults, not the section's: whoever sets an RL run's learning rate alone keeps that run's other values."""
     if not isinstance(fields, dict):
         return fields
     given = {name: fields[name] for name in names if isinstance(fields.get(name), dict)}

@@ -7,7 +7,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from mai_thinking.config.base import Section
+from mai_thinking.config.base import Count, Name, Seconds, Section, Weight, Whole
 from mai_thinking.config.names import nearest_name
 from mai_thinking.config.run import RunConfig
 
@@ -28,9 +28,9 @@ class StageTracesSection(Section):
     """Traces of an earlier RL stage, as `traces:` of a self-distillation has them, with a stage for the run."""
 
     stage: str
-    weight: float = Field(1.0, gt=0)
+    weight: Weight = 1.0
     """Share of the traces, relative to the other stages' weights (§3.5: 56/11/33)."""
-    steps: tuple[int, int] | None = None
+    steps: tuple[Whole, Whole] | None = None
     """First and last gradient step; null means any."""
     late: float | None = Field(None, gt=0, le=1)
     """Of the checkpoints in `steps`, the latest share; null: a quarter, or all where `steps` are given."""
@@ -39,7 +39,7 @@ class StageTracesSection(Section):
 class StageSection(Section):
     """One stage: a run in the folder OUTPUT/NAME, with a config like any other's."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: Name
     run: StageKind
     config: str
     """The YAML file that the stage's config begins with."""
@@ -53,7 +53,7 @@ class StageSection(Section):
     """Of a self-distillation: what it learns from. Of several specialists it makes one model."""
     set: dict[str, Any] = Field(default_factory=dict)
     """key.path: value, laid over `config` as a script's overrides are."""
-    seconds_per_step: float | None = Field(None, gt=0)
+    seconds_per_step: Seconds | None = None
     """What a step took, all in all, where it was measured: `--dry-run` reckons with it until the climb has measurements
     of its own."""
 
@@ -77,9 +77,9 @@ class ResetSection(Section):
     of the report, where the stage began with a later one."""
     set_on: dict[str, Any] = Field(default_factory=dict)
     """key.path: value, laid over the config of the stage that goes on: what led to the collapse, otherwise."""
-    at_most: int = Field(1, ge=1)
+    at_most: Count = 1
     """Collapses of one stage that are answered; one more ends the climb."""
-    seconds_per_step: float | None = Field(None, gt=0)
+    seconds_per_step: Seconds | None = None
     """As in a stage."""
 
 

@@ -7,7 +7,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from mai_thinking.config.base import Section, fill_from_defaults
+from mai_thinking.config.base import Coefficient, Count, Dropout, Section, Share, Weight, Whole, fill_from_defaults
 from mai_thinking.config.data import DataSection
 from mai_thinking.config.run import BatchSection, OptimizerSection, PlanSection, ScheduleSection, TrainingConfig
 from mai_thinking.config.tasks import TemplateSection
@@ -26,9 +26,9 @@ class TraceSourceSection(Section):
 
     run: str = Field(min_length=1)
     """The run's folder; the traces lie in `traces/` below it."""
-    weight: float = Field(1.0, gt=0)
+    weight: Weight = 1.0
     """Share of the traces chosen and of those learned from, relative to the other sources' weights (§3.5: 56/11/33)."""
-    steps: tuple[int, int] | None = None
+    steps: tuple[Whole, Whole] | None = None
     """First and last gradient step that the weights behind a trace may have had; null means any. A climb that collapsed
     is answered from traces older than the damage."""
     late: float | None = Field(None, gt=0, le=1)
@@ -38,8 +38,8 @@ class TraceSourceSection(Section):
     @field_validator("steps")
     @classmethod
     def _check_steps(cls, steps: tuple[int, int] | None) -> tuple[int, int] | None:
-        if steps is not None and not 0 <= steps[0] <= steps[1]:
-            raise ValueError(f"{list(steps)} is not [first, last], from 0 on")
+        if steps is not None and steps[0] > steps[1]:
+            raise ValueError(f"{list(steps)} is not [first, last]; put the earlier one first")
         return steps
 
     @property
@@ -62,18 +62,18 @@ class SelectionSection(Section):
     """Keep traces that were cut off at the length limit."""
     unanswered: bool = False
     """Keep traces without an answer in their frame."""
-    max_repetition: float | None = Field(0.5, ge=0, le=1)
+    max_repetition: Share | None = 0.5
     """Most of a response's runs of 8 tokens that may have occurred in it before; more is a loop."""
-    max_foreign: float | None = Field(0.05, ge=0, le=1)
+    max_foreign: Share | None = 0.05
     """Most of a response's words that may be of another language than English (§3.1)."""
     hacks: tuple[Hack, ...] = ("several-answers", "own-question")
     """Known reward hacks to remove. `several-answers`: more than one answer in the frame, of which the last counts.
     `own-question`: the response asks a question in the frame itself, and answers that."""
     patterns: dict[str, str] = Field(default_factory=dict)
     """More hacks: a name, and a regular expression that responses are searched for."""
-    per_prompt: int = Field(4, ge=1)
+    per_prompt: Count = 4
     """Most traces of one prompt. More prompts beat more traces per prompt (§3.1.4)."""
-    total: int = Field(1_000_000, ge=1)
+    total: Count = 1_000_000
     """Most traces in all, divided over the sources by their weights. Prompts are drawn uniformly, each giving up to
     `per_prompt`, until there are so many; far more than a million narrow the policy (§3.1.4)."""
     order: Literal["random", "shortest"] = "random"
@@ -139,9 +139,9 @@ class DistillConfig(TrainingConfig):
     text: MixedTextSection | None = None
     """Null: traces alone."""
     batch: BatchSection
-    dropout: float = Field(0.15, ge=0, lt=1)
+    dropout: Dropout = 0.15
     """On each sublayer's output, whatever `init_from` was trained with."""
-    balance: float = Field(1e-2, ge=0)
+    balance: Coefficient = 1e-2
     """Weight of the load-balance loss."""
     optimizer: OptimizerSection = OptimizerSection(
         learning_rate=1.7e-5, weight_decay=0.001, weight_decay_attention=0.001, weight_decay_embeddings=0.001
@@ -166,3 +166,7 @@ class DistillConfig(TrainingConfig):
         if self.schedule.warmup_steps > self.steps:
             raise ValueError(f"schedule.warmup_steps: {self.schedule.warmup_steps} is more than the {self.steps} steps")
         return self
+
+    def check_ranks(self, ranks: int) -> None:
+        """As `TrainingConfig` says."""
+        self.batch.check_ranks(ranks)

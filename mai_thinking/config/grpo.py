@@ -4,27 +4,37 @@ from typing import Any, Self
 
 from pydantic import Field, model_validator
 
-from mai_thinking.config.base import Section, fill_from_defaults
+from mai_thinking.config.base import (
+    Coefficient,
+    Count,
+    EvaluationTemperature,
+    Probability,
+    Section,
+    Temperature,
+    Whole,
+    fill_from_defaults,
+)
 from mai_thinking.config.collapse import CollapseSection
 from mai_thinking.config.objective import ObjectiveSection
 from mai_thinking.config.run import OptimizerSection, ScheduleSection, TrainingConfig
 from mai_thinking.config.sampling import CurriculumSection, SamplingSection
 from mai_thinking.config.tasks import GradingSection, RewardSection, TaskSection, TemplateSection
+from mai_thinking.errors import UsageError
 
 
 class RolloutSection(Section):
     """How rollouts are generated, and how long they may be learned from."""
 
-    slots: int = Field(256, ge=1)
+    slots: Count = 256
     """Sequences that a rank generates at once."""
-    temperature: float = Field(1.0, gt=0)
-    top_p: float = Field(0.97, gt=0, le=1)
-    steps_per_update: int = Field(5, ge=1)
+    temperature: Temperature = 1.0
+    top_p: Probability = 0.97
+    steps_per_update: Count = 5
     """Gradient steps from one update of the engine's weights to the next."""
-    lead: int = Field(0, ge=0)
+    lead: Whole = 0
     """How many updates the engine is ahead of the learner: 0 learns from what the newest weights wrote; with n, as in
     an asynchronous climb, rollouts are n updates old when their turn comes."""
-    max_staleness: int = Field(8, ge=0)
+    max_staleness: Whole = 8
     """A rollout older than so many updates is dropped."""
     replay_nucleus: bool = True
     """The learner's softmax runs over the nucleus that the token was drawn from."""
@@ -44,24 +54,24 @@ class RolloutSection(Section):
 class PackingSection(Section):
     """How rollouts are laid out for the learner."""
 
-    row_length: int = Field(1024, ge=8)
+    row_length: int = Field(1024, ge=8, lt=2**31)
     """Places in a row, and so the longest rollout with its prompt."""
-    rows: int = Field(8, ge=1)
+    rows: Count = 8
     """Rows that a rank takes through the model at once."""
 
 
 class ClimbEvaluationSection(Section):
     """Held-out problems at intervals: the same ones, with the same random numbers, each time."""
 
-    every: int = Field(20, ge=1)
+    every: Count = 20
     """Steps from one evaluation to the next; there is one before the first step and one at the end."""
-    problems: int = Field(64, ge=1)
+    problems: Count = 64
     """Of each task."""
-    samples: int = Field(4, ge=1)
+    samples: Count = 4
     """Responses to each problem: k of pass@k."""
-    temperature: float | None = Field(None, ge=0)
+    temperature: EvaluationTemperature | None = None
     """Null: that of the rollouts; 0: greedy."""
-    show: int = Field(3, ge=0)
+    show: Whole = 3
     """Responses printed at each evaluation."""
 
 
@@ -74,7 +84,7 @@ class GrpoConfig(TrainingConfig):
     """Start from `init_from` though no record leads from it back to random weights; see `provenance.lineage`."""
     tasks: tuple[TaskSection, ...] = Field(min_length=1)
     template: TemplateSection = TemplateSection()  # type: ignore[call-arg]
-    groups_per_step: int = Field(ge=1)
+    groups_per_step: Count
     """Problems, each with its whole group of rollouts, in a gradient step over all ranks."""
     rollouts: RolloutSection = RolloutSection()
     sampling: SamplingSection = SamplingSection()
@@ -82,7 +92,7 @@ class GrpoConfig(TrainingConfig):
     reward: RewardSection = RewardSection()
     grading: GradingSection = GradingSection()
     objective: ObjectiveSection = ObjectiveSection()
-    balance: float = Field(1e-5, ge=0)
+    balance: Coefficient = 1e-5
     """Weight of the load-balance loss (§3.6)."""
     packing: PackingSection = PackingSection()
     optimizer: OptimizerSection = OptimizerSection(
@@ -101,3 +111,11 @@ class GrpoConfig(TrainingConfig):
     @classmethod
     def _fill_from_defaults(cls, fields: Any) -> Any:
         return fill_from_defaults(cls, fields, "optimizer", "schedule")
+
+    def check_ranks(self, ranks: int) -> None:
+        """As `TrainingConfig` says."""
+        if self.groups_per_step % ranks:
+            raise UsageError(
+                f"groups_per_step: {self.groups_per_step} groups cannot be divided over {ranks} ranks; "
+                f"make it a multiple of {ranks}, or change --nproc"
+            )

@@ -1,11 +1,11 @@
 """The config of `scripts/ladder.py`: a baseline and candidates, each at a few depths (MAI-Thinking-1 report §2.2)."""
 
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 from pydantic import Field, model_validator
 
-from mai_thinking.config.base import Section
+from mai_thinking.config.base import Name, Section, Share, Weight, Whole
 from mai_thinking.config.loading import merge, validate
 from mai_thinking.config.pretraining import PretrainConfig
 from mai_thinking.errors import UsageError
@@ -13,43 +13,46 @@ from mai_thinking.errors import UsageError
 DERIVED = ("name", "seed", "output_dir", "steps", "schedule.warmup_steps", "model.ladder", "model.num_hidden_layers")
 """Keys of a run that the ladder sets."""
 
+Rung = Annotated[int, Field(ge=1, le=10_000)]
+"""A depth."""
+
 
 class VariantSection(Section):
     """One of the configs that a ladder compares."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: Name
     overrides: dict[str, Any] = Field(default_factory=dict)
     """Keys of a pre-training config laid over the ladder's `run`: architecture, mixture, optimiser. Lists are replaced
     whole."""
-    scale: dict[str, float] = Field(default_factory=dict)
+    scale: dict[str, Weight] = Field(default_factory=dict)
     """Laid over the ladder's `scale`."""
 
 
 class BudgetSection(Section):
     """What a ladder may spend in all, over all workers, restarts included; null is no limit."""
 
-    seconds: float | None = Field(None, gt=0)
+    seconds: float | None = Field(None, gt=0, le=1e12)
     """Wall-clock of the runs, one after the other: two workers spend two a second."""
-    flops: float | None = Field(None, gt=0)
+    flops: float | None = Field(None, gt=0, le=1e40)
 
 
 class LadderConfig(Section):
     """A ladder: every variant at every depth with every seed, each run as long as its active parameters ask for."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: Name
     output_dir: str = ""
     """The ladder's folder, which workers share; empty means `runs/NAME`."""
     run: dict[str, Any]
     """What all runs have in common: keys of a pre-training config."""
-    scale: dict[str, float] = Field(default_factory=dict)
+    scale: dict[str, Weight] = Field(default_factory=dict)
     """Fields of the model that grow with the depth L: each is its number times L, which has to be whole. Empty: the
     report's rule, where L sets every size (`ladder: L`)."""
-    rungs: tuple[int, ...] = Field(min_length=1)
+    rungs: tuple[Rung, ...] = Field(min_length=1)
     """Depths. A fit needs four."""
-    seeds: tuple[int, ...] = Field((0, 1), min_length=1)
-    tokens_per_active_parameter: float = Field(gt=0)
+    seeds: tuple[Whole, ...] = Field((0, 1), min_length=1)
+    tokens_per_active_parameter: Weight
     """The report has 100 to 200."""
-    warmup: float = Field(0.05, ge=0, le=1)
+    warmup: Share = 0.05
     """Share of the steps."""
     baseline: VariantSection
     candidates: tuple[VariantSection, ...] = Field(min_length=1)
@@ -60,8 +63,6 @@ class LadderConfig(Section):
         for what, values in (("rungs", self.rungs), ("seeds", self.seeds), ("candidates", self._names)):
             if len(set(values)) < len(values):
                 raise ValueError(f"{what}: {list(values)} has one twice; give each once")
-        if min(self.rungs) < 1:
-            raise ValueError(f"rungs: {min(self.rungs)} is no depth; the smallest is 1")
         for variant in self.variants:
             self.run_config(variant, self.rungs[0], self.seeds[0], steps=1)
         return self

@@ -6,7 +6,7 @@ Every failure is a `UsageError` of one line that names the key and the fix.
 import difflib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, NoReturn, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -62,12 +62,7 @@ def read_yaml_with_base(path: Path, descendants: tuple[Path, ...] = ()) -> dict[
         raise UsageError(f"{path}: no such config file{_nearest_file(path)}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{path}: cannot be read: {error}") from None
-    try:
-        tree = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
-        line = f", line {mark.line + 1}" if mark else ""
-        raise UsageError(f"{path}{line}: not valid YAML: {problem or 'syntax error'}") from None
+    tree = parse_yaml(text, str(path))
     if tree is None:
         tree = {}
     if not isinstance(tree, dict):
@@ -77,6 +72,45 @@ def read_yaml_with_base(path: Path, descendants: tuple[Path, ...] = ()) -> dict[
         return tree
     parent = read_yaml_with_base(path.parent / str(base), (*descendants, path.resolve()))
     return merge(parent, tree)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML's plain types. A key that is given twice is an error, since one of the two would be dropped, and so is a
+    string that no file can hold."""
+
+    def construct_document(self, node: yaml.Node) -> Any:
+        return self.construct_object(node, deep=True)  # so that what holds itself is refused
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                if key.value in seen:
+                    self._refuse(f"`{key.value}` is given twice; remove one", key)
+                seen.add(key.value)
+        return super().construct_mapping(node, deep=True)
+
+    def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> Any:
+        if any(letter == "\0" or "\ud800" <= letter <= "\udfff" for letter in node.value):
+            self._refuse("a NUL or half a surrogate pair is no text; remove it", node)
+        return super().construct_scalar(node)
+
+    def _refuse(self, problem: str, node: yaml.Node) -> NoReturn:
+        raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """The value of a YAML text; a UsageError of one line, which begins with `where`, for what cannot be read."""
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        problem = getattr(error, "problem", None) or getattr(error, "reason", None) or "syntax error"
+        raise UsageError(f"{where}{f', line {mark.line + 1}' if mark else ''}: not valid YAML: {problem}") from None
+    except RecursionError:
+        raise UsageError(f"{where}: nested too deeply; write it flatter") from None
+    except (ValueError, OverflowError) as error:  # a date that is none, a number of thousands of digits
+        raise UsageError(f"{where}: a value cannot be read: {error}") from None
 
 
 def merge(parent: dict[str, Any], child: dict[str, Any]) -> dict[str, Any]:
@@ -91,12 +125,10 @@ def merge(parent: dict[str, Any], child: dict[str, Any]) -> dict[str, Any]:
 def apply_override(tree: dict[str, Any], override: str) -> None:
     """Set one `key.path=value` in `tree`, in place."""
     path, separator, text = override.partition("=")
+    override = _short(override)
     if not separator or not path:
         raise UsageError(f"override {override!r}: write it as key.path=value")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise UsageError(f"override {override!r}: the value is not valid YAML") from None
+    value = parse_yaml(text, f"override {override!r}")
     *parents, last = path.split(".")
     node: Any = tree
     for key in parents:
@@ -121,7 +153,7 @@ def _child(node: Any, key: str, override: str) -> Any:
 
 
 def _index(node: list[Any], key: str, override: str) -> int:
-    if not key.isdigit() or int(key) >= len(node):
+    if not key.isdecimal() or int(key) >= len(node):
         raise UsageError(f"override {override!r}: {key!r} is not an index of a list of {len(node)}")
     return int(key)
 
@@ -139,8 +171,13 @@ def _explain(kind: type[BaseModel], detail: ErrorDetails) -> str:
     message = detail["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
     if detail["type"] == "value_error":
-        return f"{key}: {message}" if key else message
-    return f"{key}: {message}, got {detail['input']!r}"
+        return f"{key}: {message}" if key and not message.startswith(key) else message
+    return f"{key}: {message}, got {_short(detail['input'])!r}"
+
+
+def _short(value: Any) -> Any:
+    """A value for a message of one line."""
+    return value if len(str(value)) <= 100 else f"{str(value)[:100]} …"
 
 
 def _fields_at(kind: type[BaseModel], location: tuple[str | int, ...]) -> set[str]:

@@ -5,7 +5,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from mai_thinking.config.base import Section
+from mai_thinking.config.base import Coefficient, Section
 
 
 class ObjectiveSection(Section):
@@ -14,26 +14,26 @@ class ObjectiveSection(Section):
     Its rivals: `entropy_control: fixed` or `bonus`; `outer_clip: false`; `dual_clip: 3` with `outer_clip: false`.
     """
 
-    epsilon: float = Field(0.6, ge=0, lt=1)
+    epsilon: float = Field(0.6, ge=0, le=0.999)
     """ε: the trust region of the ratio is [1 − ε, 1/(1 − ε) + k]."""
     outer_clip: bool = True
     """Clip the ratio to [ratio_min, ratio_max] in every branch, also where the trust region leaves it alone."""
-    ratio_min: float = Field(0.0, ge=0)
-    ratio_max: float = Field(50.0, gt=0)
-    dual_clip: float | None = Field(None, gt=1)
+    ratio_min: Coefficient = 0.0
+    ratio_max: float = Field(50.0, gt=0, le=1e6)
+    dual_clip: float | None = Field(None, gt=1, le=1e6)
     """c of dual-clip PPO (Ye et al. 2020): a token with A < 0 costs at most c·|A|; null for none."""
 
     entropy_control: Literal["adaptive", "fixed", "bonus"] = "adaptive"
     """Move k by the entropy after each step; keep k as it is; keep k and add `entropy_bonus` times the entropy."""
-    clip_relaxation: float = Field(0.0, ge=0)
+    clip_relaxation: Coefficient = 0.0
     """k₀: the k that a run starts with, and stays with unless the control is adaptive."""
-    max_relaxation: float = Field(2.5, ge=0)
+    max_relaxation: Coefficient = 2.5
     """k_max."""
-    relaxation_step: float = Field(0.25, gt=0)
+    relaxation_step: float = Field(0.25, gt=0, le=1e6)
     """δ: how far k moves after a step."""
-    target_entropy: float = Field(0.3, ge=0)
+    target_entropy: Coefficient = 0.3
     """H*, in nats per token."""
-    entropy_bonus: float = Field(0.01, ge=0)
+    entropy_bonus: Coefficient = 0.01
     """Weight of the entropy in the objective, where the control is `bonus`; there only."""
 
     @model_validator(mode="after")

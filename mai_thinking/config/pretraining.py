@@ -4,7 +4,7 @@ from typing import Any, Self
 
 from pydantic import Field, model_validator
 
-from mai_thinking.config.base import Section
+from mai_thinking.config.base import Count, Section
 from mai_thinking.config.data import DataSection
 from mai_thinking.config.run import BatchSection, PlanSection, TrainingConfig
 
@@ -12,15 +12,15 @@ from mai_thinking.config.run import BatchSection, PlanSection, TrainingConfig
 class EvaluationSection(Section):
     """Held-out bits per byte by category, at intervals and at the end."""
 
-    every: int = Field(200, ge=1)
+    every: Count = 200
     """Steps from one evaluation to the next."""
-    max_bytes: int | None = Field(100_000, gt=0)
+    max_bytes: Count | None = 100_000
     """Per category at the intervals, whole documents; the last evaluation always reads all that is held out."""
-    batch_size: int = Field(16, ge=1)
+    batch_size: Count = 16
     """Windows at once."""
     sample_prompts: tuple[str, ...] = ("def ", "The ", "import ")
     """Continued at the end of the run, so that one sees what was learned."""
-    sample_tokens: int = Field(80, ge=1)
+    sample_tokens: Count = 80
 
 
 class PretrainConfig(TrainingConfig):
@@ -43,3 +43,7 @@ class PretrainConfig(TrainingConfig):
         if self.schedule.warmup_steps > self.steps:
             raise ValueError(f"schedule.warmup_steps: {self.schedule.warmup_steps} is more than the {self.steps} steps")
         return self
+
+    def check_ranks(self, ranks: int) -> None:
+        """As `TrainingConfig` says."""
+        self.batch.check_ranks(ranks)

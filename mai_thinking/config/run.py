@@ -1,20 +1,23 @@
 """Sections that every training run shares: who it is, how it steps, where it runs, what it shows."""
 
 from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from mai_thinking.config.base import Section
+from mai_thinking.config.base import Coefficient, ContextLength, Count, Name, Seconds, Section, Share, Whole
 from mai_thinking.config.checkpoint import CheckpointSection
+from mai_thinking.errors import UsageError
+
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class RunConfig(Section):
     """The root of every run's config."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: Name
     """Names the run, and its folder unless `output_dir` says otherwise."""
-    seed: int = Field(0, ge=0, lt=2**31)
+    seed: Whole = 0
     """Everything random in a run follows from this and the config: weights, data order, dropout."""
     output_dir: str = ""
     """The run's folder; empty means `runs/NAME`."""
@@ -28,14 +31,14 @@ class RunConfig(Section):
 class OptimizerSection(Section):
     """AdamW with the report's parameter groups (§2.4); the values are the report's for pre-training."""
 
-    learning_rate: float = Field(2e-4, gt=0)
+    learning_rate: float = Field(2e-4, gt=0, le=100)
     """At the top of the schedule."""
-    betas: tuple[float, float] = (0.95, 0.925)
-    epsilon: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(0.1, ge=0)
-    weight_decay_attention: float = Field(0.01, ge=0)
-    weight_decay_embeddings: float = Field(0.005, ge=0)
-    clip_norm: float = Field(1.0, gt=0)
+    betas: tuple[Beta, Beta] = (0.95, 0.925)
+    epsilon: float = Field(1e-8, ge=1e-30, le=1)
+    weight_decay: Coefficient = 0.1
+    weight_decay_attention: Coefficient = 0.01
+    weight_decay_embeddings: Coefficient = 0.005
+    clip_norm: float = Field(1.0, ge=1e-6, le=1e6)
     """Gradients are scaled down to this global L2 norm."""
 
 
@@ -43,19 +46,19 @@ class ScheduleSection(Section):
     """The learning rate over a run: a linear warm-up, then a cosine from the top to the floor, or constant."""
 
     shape: Literal["cosine", "constant"] = "cosine"
-    warmup_steps: int = Field(0, ge=0)
-    floor: float = Field(0.1, ge=0, le=1)
+    warmup_steps: Whole = 0
+    floor: Share = 0.1
     """The cosine's end as a share of its top. The report kept 0.1 because RL went better from there."""
 
 
 class BatchSection(Section):
     """How many tokens a step learns from, and in what pieces."""
 
-    context_length: int = Field(ge=2)
+    context_length: ContextLength
     """Tokens in a row."""
-    global_batch_size: int = Field(ge=1)
+    global_batch_size: Count
     """Rows in a step, over all ranks and micro-batches."""
-    micro_batch_size: int = Field(ge=1)
+    micro_batch_size: Count
     """Rows that a rank takes through the model at once; what is left of its share of the global batch is accumulated.
     A smaller share goes at once."""
 
@@ -67,6 +70,16 @@ class BatchSection(Section):
                 f"{self.micro_batch_size}"
             )
         return self
+
+    def check_ranks(self, ranks: int) -> None:
+        """Raise UsageError if the rows cannot be divided over so many ranks."""
+        share, rest = divmod(self.global_batch_size, ranks)
+        if rest or share % min(share, self.micro_batch_size):
+            unit = ranks * (self.micro_batch_size if self.micro_batch_size <= share else 1)
+            raise UsageError(
+                f"batch.global_batch_size: {self.global_batch_size} rows cannot be divided over {ranks} ranks × "
+                f"micro-batches of {self.micro_batch_size}; make it a multiple of {unit}, or change --nproc"
+            )
 
     @property
     def tokens_per_step(self) -> int:
@@ -99,16 +112,16 @@ class TrackingSection(Section):
     """From the `trackers` extra."""
     documents: bool = False
     """Write which documents each rank reads at each step below `documents/`: for tracing a spike to its text."""
-    print_every: float = Field(10.0, gt=0)
+    print_every: Seconds = 10.0
     """Seconds between progress lines where the output is not a terminal."""
 
 
 class PlanSection(Section):
     """The machine that `--dry-run` reckons with. A run itself takes the ranks that its launcher gives it."""
 
-    gpus: int | None = Field(None, ge=1)
+    gpus: Count | None = None
     """Null: the ranks that there are."""
-    expert_parallel: int = Field(1, ge=1)
+    expert_parallel: Count = 1
     """Ranks that share one copy of the experts. Reckoned only: our own runs hold all experts on every rank, or shard
     them with FSDP."""
     zero_stage: Literal[0, 1, 2, 3] = 0
@@ -124,10 +137,13 @@ class PlanSection(Section):
 class TrainingConfig(RunConfig):
     """What the configs of all training loops have; `mai_thinking.training.session` reads it."""
 
-    steps: int = Field(ge=1)
+    steps: Count
     """Updates of the weights in the whole run."""
     optimizer: OptimizerSection = OptimizerSection()
     schedule: ScheduleSection = ScheduleSection()
     checkpoint: CheckpointSection = CheckpointSection()
     execution: ExecutionSection = ExecutionSection()
     tracking: TrackingSection = TrackingSection()
+
+    def check_ranks(self, ranks: int) -> None:
+        """Raise UsageError if a step cannot be divided over so many ranks."""

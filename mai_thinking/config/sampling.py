@@ -1,12 +1,11 @@
 """Which problems RL learns from, and how long a response may be."""
 
-from typing import Annotated, Literal, Self
+import math
+from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from mai_thinking.config.base import Section
-
-Share = Annotated[float, Field(ge=0, le=1)]
+from mai_thinking.config.base import Count, Section, Share, Whole
 
 
 class SamplingSection(Section):
@@ -15,11 +14,11 @@ class SamplingSection(Section):
     A pass rate is the share of a problem's rollouts with a positive task reward. The ends of a range belong to it.
     """
 
-    early_size: int = Field(16, ge=1)
+    early_size: Count = 16
     """G_early: rollouts of a problem before it is decided whether it is worth a whole group."""
     early_range: tuple[Share, Share] | None = (0.05, 0.8)
     """The pass rates of the early rollouts with which a problem goes on; null asks for the whole group at once."""
-    group_size: int = Field(128, ge=2)
+    group_size: int = Field(128, ge=2, lt=2**31)
     """G: rollouts in a group."""
     group_size_means: Literal["in-all", "more"] = "in-all"
     """Whether the early rollouts are among the G (§3.1.5) or come before G more (§3.6.2). They are learned from in
@@ -33,6 +32,9 @@ class SamplingSection(Section):
             bounds = getattr(self, name)
             if bounds is not None and bounds[0] > bounds[1]:
                 raise ValueError(f"sampling.{name}: {bounds[0]} is more than {bounds[1]}; put the lower end first")
+            size = self.early_size if name == "early_range" else self.full_size
+            if bounds is not None and math.floor(bounds[1] * size + 1e-9) < math.ceil(bounds[0] * size - 1e-9):
+                raise ValueError(f"sampling.{name}: no pass rate of {size} rollouts lies in {list(bounds)}; widen it")
         early = self.early_range is not None and self.group_size_means == "in-all"
         if early and self.early_size > self.group_size:
             raise ValueError(
@@ -52,17 +54,17 @@ class CurriculumSection(Section):
     The report does not say when it moved on. Our rule: when responses no longer fit, or after a number of steps.
     """
 
-    start: int = Field(8192, ge=1)
+    start: Count = 8192
     """Tokens of the longest response in the first stage."""
-    end: int = Field(131072, ge=1)
+    end: Count = 131072
     """The same in the last stage: `start` doubled as often as there are more stages. Equal to `start`: one stage."""
     cut_off_share: float | None = Field(0.1, ge=0, lt=1)
     """Move on when more than this share of the responses of the last `window` steps was cut off; null for never."""
-    window: int = Field(20, ge=1)
+    window: Count = 20
     """Steps, all of the present stage, over which that share is taken."""
-    min_steps: int = Field(0, ge=0)
+    min_steps: Whole = 0
     """Steps that a stage lasts at least: a base that does not yet end its responses is not in want of room."""
-    max_steps: int | None = Field(None, ge=1)
+    max_steps: Count | None = None
     """Steps after which a stage ends in any case; null for no limit."""
     penalty_in_last_stage: bool = False
     """Charge for length in the last stage too. The report stops there; a run of one stage has only that one."""

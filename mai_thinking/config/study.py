@@ -8,7 +8,7 @@ from typing import Any, Self
 
 from pydantic import Field, model_validator
 
-from mai_thinking.config.base import Section
+from mai_thinking.config.base import Name, Section, Whole
 from mai_thinking.config.climb import ClimbConfig, StageSection
 from mai_thinking.config.loading import validate
 from mai_thinking.config.names import nearest_name
@@ -18,7 +18,7 @@ from mai_thinking.config.run import RunConfig
 class ArmSection(Section):
     """One way to do it. Without `stage`, that of the study's `stages` as they are."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: Name
     about: str = ""
     """A few words for the table."""
     stage: str | None = None
@@ -38,7 +38,7 @@ class ArmSection(Section):
 class StudyConfig(RunConfig):
     """Arms × seeds. A stage's name gets its arm before it and its seed behind it: `late-distill-0`."""
 
-    seeds: tuple[int, ...] = Field((0, 1, 2), min_length=1)
+    seeds: tuple[Whole, ...] = Field((0, 1, 2), min_length=1)
     shared: tuple[StageSection, ...] = ()
     """Run once a seed; all arms may begin with them."""
     stages: tuple[StageSection, ...] = Field(min_length=1)

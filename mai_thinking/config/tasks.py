@@ -8,7 +8,7 @@ from typing import Any, Literal, Self, get_args
 
 from pydantic import Field, field_validator, model_validator
 
-from mai_thinking.config.base import Section
+from mai_thinking.config.base import Coefficient, Name, Seconds, Section, Weight
 
 Family = Literal["sum", "difference", "largest", "count", "position", "sort", "next"]
 """The procedural families of `mai_thinking.rl.tasks.procedural`."""
@@ -28,7 +28,7 @@ class GraderSection(Section):
 
     pattern: str = Field(min_length=1)
     """A regular expression that the whole answer must match, white space around it apart."""
-    weight: float = Field(default=1.0, ge=0)
+    weight: Coefficient = 1.0
     """In a sum of graders; the task's own counts 1."""
 
     @field_validator("pattern")
@@ -44,11 +44,11 @@ class GraderSection(Section):
 class TaskSection(Section):
     """One family of problems."""
 
-    name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9._-]+$")
+    name: Name
     """Unique in the run; letters, digits, `.`, `_` and `-`."""
     kind: Family | Literal["reasoning-gym", "jsonl"]
     """A procedural family, a data set of the library reasoning-gym, or a file of questions and answers."""
-    weight: float = Field(default=1.0, gt=0)
+    weight: Weight = 1.0
     """Share of the problems, relative to the other tasks' weights."""
     digits: _Range | None = None
     """Procedural: fewest and most digits of a number, each count as likely as the others; null means 1 to 2."""
@@ -137,20 +137,20 @@ class TemplateSection(Section):
 class GradingSection(Section):
     """Limits of the processes that grade what a model wrote."""
 
-    workers: int = Field(default=1, ge=1)
+    workers: int = Field(default=1, ge=1, le=1024)
     """Processes, beside the trainer."""
-    seconds: float = Field(default=2.0, gt=0)
+    seconds: Seconds = 2.0
     """Processor time that one answer may take; waiting, it may take `grading.WAIT_FACTOR` times as long."""
-    megabytes: int = Field(default=1024, ge=16)
+    megabytes: int = Field(default=1024, ge=16, lt=2**31)
     """Memory that a process may take beyond what it starts with."""
 
 
 class RewardSection(Section):
     """R = R_task + w_language·R_language − w_length·R_length (§3.1)."""
 
-    w_language: float = Field(default=0.5, ge=0)
+    w_language: Coefficient = 0.5
     """0 switches the term off."""
-    alpha: float = Field(default=0.005, ge=0)
+    alpha: Coefficient = 0.005
     """What one word of another language costs: R_language = max(1 − alpha·n, 0)."""
-    w_length: float = Field(default=0.25, ge=0)
+    w_length: Coefficient = 0.25
     """0 switches the term off, as in the last stage of the length curriculum."""

@@ -27,7 +27,7 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalEx
 from torch.distributed.elastic.rendezvous import RendezvousInfo
 from torch.distributed.elastic.rendezvous.static_tcp_rendezvous import StaticTCPRendezvous
 
-from mai_thinking.config.command import EXIT_COLLAPSED, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE
+from mai_thinking.config.command import EXIT_COLLAPSED, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, TOLD_VARIABLE
 from mai_thinking.config.faults import parse_faults
 from mai_thinking.config.launch import LaunchSection
 from mai_thinking.training.chaos import Chaos
@@ -102,7 +102,7 @@ class Agent(LocalElasticAgent):
         self.exit_code = 0
         self.heartbeats = scratch / "heartbeats"
         self.heartbeats.mkdir()
-        self._environment = {HEARTBEAT_VARIABLE: str(self.heartbeats)}
+        self._environment = {HEARTBEAT_VARIABLE: str(self.heartbeats), TOLD_VARIABLE: str(scratch)}
         self._told_once = {LAUNCHED_VARIABLE: str(time.time() - seconds_since_process_start())}
         self._arguments = (str(script), arguments)
         self._attempt_began = time.time()

@@ -73,7 +73,7 @@ def test_an_override_reaches_into_a_list(tmp_path: Path) -> None:
         ("steps=many", "steps: .* got 'many'"),
         ("steps=0", "steps: .* greater than or equal to 1"),
         ("optimizer.learning_rate=.nan", "optimizer.learning_rate"),
-        ("batch.micro_batch_size=3", "batch: batch.global_batch_size: 4 is not a multiple of micro_batch_size 3"),
+        ("batch.micro_batch_size=3", ": batch.global_batch_size: 4 is not a multiple of micro_batch_size 3"),
         ("schedule.warmup_steps=6", "schedule.warmup_steps: 6 is more than the 5 steps"),
         ("name=../elsewhere", "name: "),
         ("execution.parallel=zero", "execution.parallel: .*'ddp' or 'fsdp'"),
