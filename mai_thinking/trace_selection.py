@@ -254,7 +254,7 @@ class _Rules:
     def _breaks(self, name: str, row: dict[str, Any]) -> bool:
         match name:
             case "wrong":
-                return bool(row["reward_task"] <= 0)
+                return not row["passed"]
             case "unfinished":
                 return not row["finished"]
             case "unanswered":

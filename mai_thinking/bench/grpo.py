@@ -19,7 +19,8 @@ from mai_thinking.bench.timing import Figure, Turn, ratio
 from mai_thinking.config.grpo import GrpoConfig
 from mai_thinking.config.loading import load_config
 from mai_thinking.errors import UsageError
-from mai_thinking.rl.rewards import group_rewards
+from mai_thinking.rl.rewards import GradedGroup, group_rewards
+from mai_thinking.rl.tasks import Grade
 from mai_thinking.rl.trainer import Climb
 from mai_thinking.training.metrics import read_records
 from mai_thinking.training.model_files import load_model, load_model_config
@@ -124,10 +125,11 @@ def _rewards(climb: Climb, problems: Any, responses: list[str]) -> list[float]:
     """What a climb of one stage gives for responses, each to its problem, computed here and now."""
     mix, template = climb.collector.mix, climb.collector.responder.template
     parsed = [template.parse(text) for text in responses]
-    scores = [
-        0.0 if one.answer is None else mix.task(problem.task).verify(problem, one.answer)
+    right = [
+        one.answer is not None and mix.task(problem.task).verify(problem, one.answer) == 1
         for problem, one in zip(problems, parsed, strict=True)
     ]
     section = climb.config.reward.model_copy(update={"w_length": 0.0})  # it does not charge for length
-    thoughts = [one.thought for one in parsed]
-    return [part.total for part in group_rewards(scores, thoughts, [0] * len(scores), max_length=1, section=section)[0]]
+    grades, thoughts = [Grade(float(one), one) for one in right], [one.thought for one in parsed]
+    graded = GradedGroup(grades, thoughts, [0] * len(right), 1)
+    return [parts["total"] for parts in group_rewards(graded, section)]

@@ -18,7 +18,7 @@ LISTS: tuple[Family, ...] = ("largest", "count", "position", "sort", "next")
 """Families whose question shows a list."""
 
 Combination = Literal["sum", "gate", "lexicographic"]
-"""How several graders of one problem become one score; see `mai_thinking.rl.rewards.combine`."""
+"""How several graders of one problem become one grade; see `mai_thinking.rl.rewards.combine`."""
 
 _Range = tuple[int, int]
 
@@ -30,6 +30,8 @@ class GraderSection(Section):
     """A regular expression that the whole answer must match, white space around it apart."""
     weight: Coefficient = 1.0
     """In a sum of graders; the task's own counts 1."""
+    passes: bool = False
+    """Whether an answer that matches passes, as one does that the task's own grader passes."""
 
     @field_validator("pattern")
     @classmethod

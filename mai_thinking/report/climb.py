@@ -228,7 +228,7 @@ def _samples(climbs: Sequence[Span]) -> Iterator[str]:
             step = pick(_steps_with(stage, task))
             yield f"**{when}** ({stage.name}, after {step} steps)"
             for row in _rollouts(stage, task, step):
-                mark = "right" if row["reward_task"] > 0 else f"wrong: it is {row['reference']}"
+                mark = "right" if row["passed"] else f"wrong: it is {row['reference']}"
                 yield f"{fenced(row['prompt'] + row['response'])}\n({mark})"
 
 
@@ -239,7 +239,7 @@ def _steps_with(stage: Stage, task: str) -> set[int]:
 
 def _rollouts(stage: Stage, task: str, step: int) -> list[Mapping[str, Any]]:
     """The first of each of the step's first groups."""
-    columns = ["group_id", "prompt", "response", "reference", "reward_task"]
+    columns = ["group_id", "prompt", "response", "reference", "passed"]
     found: dict[int, Mapping[str, Any]] = {}
     for row in TraceStore(stage.folder.path / FOLDER).read(steps={step}, tasks={task}, columns=columns).to_pylist():
         found.setdefault(row["group_id"], row)

@@ -14,6 +14,7 @@ from mai_thinking.provenance.record import Lineage
 from mai_thinking.report import panels
 from mai_thinking.report.charts import COLOURS, Chart, line_chart, number, strip
 from mai_thinking.report.reading import Climb, Run, read
+from mai_thinking.rl.rewards import TERMS
 from mai_thinking.rl.trace_report import printable
 from mai_thinking.training.goodput import CATEGORIES, Account
 
@@ -202,15 +203,13 @@ def _samples(run: Run) -> str:
         parts.append(f'<h4>{title}</h4><div class="samples">{cards}</div>')
     if not parts:
         return ""
-    rule = (
-        f"reward = task + {weights.get('w_language', 0):g} · language − {weights.get('w_length', 0):g} · length; "
-        "no length term in the last length stage, unless the config asks for it"
-    )
+    sums = [f"{'−' if term.sign < 0 else '+'} {weights.get(f'w_{name}', 0):g} · {name}" for name, term in TERMS.items()]
+    rule = f"reward = task {' '.join(sums)}; no length term in the last length stage, unless the config asks for it"
     return f'<p class="note">{text(rule)}</p>' + "".join(parts)
 
 
 def _sample(trace: Mapping[str, Any], weights: Mapping[str, Any]) -> str:
-    right = trace["reward_task"] > 0
+    right = trace["passed"]
     answer = "no answer" if trace["answer"] is None else f"answer {trace['answer']!r}"
     facts = [
         f"step {trace['step']}",
@@ -219,8 +218,7 @@ def _sample(trace: Mapping[str, Any], weights: Mapping[str, Any]) -> str:
         f"group {trace['verdict'].replace('_', ' ')}",
     ]
     bars = "".join(
-        _bar(name, trace[f"reward_{name}" if name != "reward" else name])
-        for name in ("task", "language", "length", "reward")
+        _bar(name, trace[f"reward_{name}" if name != "reward" else name]) for name in ("task", *TERMS, "reward")
     )
     return (
         f'<article><p class="head"><b>{text(trace["task"])}</b>'
@@ -234,9 +232,10 @@ def _sample(trace: Mapping[str, Any], weights: Mapping[str, Any]) -> str:
 def _bar(name: str, value: float) -> str:
     long = min(100.0, abs(value) / 1.5 * 100)
     kind = "total" if name == "reward" else "part"
+    way = "minus" if value < 0 or (name in TERMS and TERMS[name].sign < 0) else "plus"
     return (
-        f'<span>{name}</span><i class="{kind}"><u class="{"minus" if value < 0 or name == "length" else "plus"}" '
-        f'style="width:{long:.0f}%"></u></i><span class="n">{value:.3f}</span>'
+        f'<span>{name}</span><i class="{kind}"><u class="{way}" style="width:{long:.0f}%"></u></i>'
+        f'<span class="n">{value:.3f}</span>'
     )
 
 

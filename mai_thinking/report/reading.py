@@ -39,7 +39,7 @@ class Run:
     evaluations: list[Record]
     account: Account
     samples: dict[str, list[dict[str, Any]]]
-    """By choice, rollouts as dicts of `rl.traces.Trace`'s fields; empty for a run without traces."""
+    """By choice, rollouts as rows of the trace store; empty for a run without traces."""
     lineage: Lineage | str
     """Of its model, or what it has so far; or why there is none."""
     collapse: Verdict | None

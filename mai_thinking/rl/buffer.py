@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from mai_thinking.rl.rewards import RewardParts
 from mai_thinking.rl.rollouts import Rollout
 
 
@@ -21,7 +20,8 @@ class Group:
     version: int
     """Of the engine's weights that wrote it."""
     rollouts: list[Rollout]
-    rewards: list[RewardParts]
+    rewards: list[dict[str, float]]
+    """As `rewards.group_rewards` gives them."""
     advantages: list[float]
     pass_rate: float
 
@@ -71,7 +71,7 @@ def _pack_group(group: Group) -> dict[str, Any]:
         "version": group.version,
         "advantages": group.advantages,
         "pass_rate": group.pass_rate,
-        "rewards": [[part.task, part.language, part.length, part.total] for part in group.rewards],
+        "rewards": group.rewards,
         "request_ids": [rollout.request_id for rollout in rollouts],
         "finished": [rollout.finished for rollout in rollouts],
         "prompt": rollouts[0].prompt_ids,
@@ -94,5 +94,4 @@ def _unpack_group(state: dict[str, Any]) -> Group:
         Rollout(request, prompt, parts["response_ids"][i], parts["logprobs"][i], parts["nucleus"][i], experts[i], ended)
         for i, (request, ended) in enumerate(zip(state["request_ids"], state["finished"], strict=True))
     ]
-    rewards = [RewardParts(*values) for values in state["rewards"]]
-    return Group(state["number"], state["version"], rollouts, rewards, state["advantages"], state["pass_rate"])
+    return Group(state["number"], state["version"], rollouts, state["rewards"], state["advantages"], state["pass_rate"])

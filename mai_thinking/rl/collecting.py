@@ -15,10 +15,10 @@ from mai_thinking.errors import RunError
 from mai_thinking.rl.buffer import Group
 from mai_thinking.rl.grading import GradingPool
 from mai_thinking.rl.objective import group_advantages
-from mai_thinking.rl.rewards import group_rewards
+from mai_thinking.rl.rewards import TERMS, GradedGroup, group_rewards
 from mai_thinking.rl.rollouts import Engine, Request, Rollout
 from mai_thinking.rl.sampling import GroupSampling, SamplingCounts, Verdict
-from mai_thinking.rl.tasks import Problem, TaskMix
+from mai_thinking.rl.tasks import Grade, Problem, TaskMix
 from mai_thinking.rl.template import Parsed, Template
 from mai_thinking.rl.traces import Trace, TraceStore
 
@@ -33,7 +33,7 @@ class Attempt:
     rollout: Rollout
     text: str
     parsed: Parsed
-    score: float
+    grade: Grade
 
 
 @dataclass
@@ -68,8 +68,8 @@ class Responder:
         texts = self.tokenizer.batch_decode([rollout.response_ids for rollout in rollouts], skip_special_tokens=True)
         parsed = [self.template.parse(text) for text in texts]
         problems = [problem for problem, _ in asked]
-        scores = self.pool.grade([(problem, p.answer) for problem, p in zip(problems, parsed, strict=True)])
-        return [Attempt(*parts) for parts in zip(rollouts, texts, parsed, scores, strict=True)]
+        grades = self.pool.grade([(problem, p.answer) for problem, p in zip(problems, parsed, strict=True)])
+        return [Attempt(*parts) for parts in zip(rollouts, texts, parsed, grades, strict=True)]
 
 
 class Collector:
@@ -144,7 +144,7 @@ class Collector:
             for candidate in open_ones:
                 new = [next(attempts) for _ in range(candidate.sampling.wanted)]
                 candidate.attempts += new
-                candidate.sampling.add([attempt.score for attempt in new])
+                candidate.sampling.add([float(attempt.grade.passed) for attempt in new])
         return wave
 
     def _candidate(self) -> _Candidate:
@@ -163,17 +163,17 @@ class Collector:
         groups, traces = [], []
         for candidate in wave:
             attempts = candidate.attempts
-            rewards, pass_rate = group_rewards(
-                [attempt.score for attempt in attempts],
+            graded = GradedGroup(
+                [attempt.grade for attempt in attempts],
                 [attempt.parsed.thought for attempt in attempts],
                 [len(attempt.rollout.response_ids) for attempt in attempts],
-                max_length=max_length,
-                section=section,
+                max_length,
             )
+            rewards, pass_rate = group_rewards(graded, section), graded.pass_rate
             self.counts.count(candidate.sampling)
             if candidate.sampling.verdict is Verdict.KEPT:
                 rollouts = [attempt.rollout for attempt in attempts]
-                advantages = group_advantages([parts.total for parts in rewards])
+                advantages = group_advantages([parts["total"] for parts in rewards])
                 groups.append(Group(candidate.number, version, rollouts, rewards, advantages, pass_rate))
             for attempt, parts in zip(attempts, rewards, strict=True):
                 rollout = attempt.rollout
@@ -193,10 +193,9 @@ class Collector:
                         finished=rollout.finished,
                         answer=attempt.parsed.answer,
                         reference=candidate.problem.answer,
-                        reward=parts.total,
-                        reward_task=parts.task,
-                        reward_language=parts.language,
-                        reward_length=parts.length,
+                        passed=attempt.grade.passed,
+                        reward=parts["total"],
+                        **{f"reward_{name}": parts[name] for name in ("task", *TERMS)},
                         pass_rate=pass_rate,
                         verdict=str(candidate.sampling.verdict),
                         checkpoint=checkpoint,

@@ -26,7 +26,7 @@ class Sample:
     question: str
     answer: str
     response: str
-    score: float
+    passed: bool
 
 
 class HeldOut:
@@ -53,9 +53,9 @@ class HeldOut:
         length = torch.zeros((), dtype=torch.float64)
         samples: dict[int, Sample] = {}
         for (number, problem, _), attempt in zip(asked, attempts, strict=True):
-            passed[number] += attempt.score > 0
+            passed[number] += attempt.grade.passed
             length += len(attempt.rollout.response_ids)
-            sample_shown = Sample(problem.task, problem.question, problem.answer, attempt.text, attempt.score)
+            sample_shown = Sample(problem.task, problem.question, problem.answer, attempt.text, attempt.grade.passed)
             samples.setdefault(number, sample_shown)
         if self.ranks > 1:
             dist.all_reduce(passed)

@@ -21,7 +21,8 @@ from typing import Self
 
 from mai_thinking.config.tasks import TaskSection
 from mai_thinking.errors import RunError, UsageError
-from mai_thinking.rl.tasks.base import LONGEST_ANSWER, Problem
+from mai_thinking.rl.rewards import no_grade
+from mai_thinking.rl.tasks.base import LONGEST_ANSWER, Grade, Problem
 
 WAIT_FACTOR = 5
 """Wall-clock time that an answer may take, as a multiple of its processor time: for graders that wait and do not work.
@@ -45,6 +46,7 @@ class GradingPool:
         `GradingSection`. Raises UsageError if a task cannot be had."""
         tasks = [section.model_dump(mode="json") for section in mix_sections]
         setup = _line({"tasks": tasks, "seconds": seconds, "megabytes": megabytes})
+        self._ungraded = {section.name: no_grade(section) for section in mix_sections}
         self._patience = WAIT_FACTOR * seconds
         self._selector = selectors.DefaultSelector()
         self._workers = [_Worker(setup) for _ in range(workers)]
@@ -57,10 +59,10 @@ class GradingPool:
             self.close()
             raise
 
-    def grade(self, items: Sequence[_Item]) -> list[float]:
-        """The scores of problems' answers, 0 to 1, in order. No answer (None), one of more than `LONGEST_ANSWER`
-        characters and one that its grader cannot stand within the limits score 0. If it raises, the pool is closed."""
-        scores = [0.0] * len(items)
+    def grade(self, items: Sequence[_Item]) -> list[Grade]:
+        """The grades of problems' answers, in order. No answer (None), one of more than `LONGEST_ANSWER` characters and
+        one that its grader cannot stand within the limits score 0. If it raises, the pool is closed."""
+        grades = [self._ungraded[problem.task] for problem, _ in items]
         waiting = deque(i for i, (_, text) in enumerate(items) if text is not None and len(text) <= LONGEST_ANSWER)
         tried: set[int] = set()
         try:
@@ -69,11 +71,11 @@ class GradingPool:
                     if worker.ready and not worker.asked and waiting:
                         size = min(_BATCH, -(-len(waiting) // len(self._workers)))
                         worker.ask([waiting.popleft() for _ in range(size)], items, self._patience)
-                self._advance(scores, waiting, tried)
-        except BaseException:  # scores under way must not be taken for those of the next call
+                self._advance(grades, waiting, tried)
+        except BaseException:  # grades under way must not be taken for those of the next call
             self.close()
             raise
-        return scores
+        return grades
 
     def close(self) -> None:
         """End the processes."""
@@ -91,7 +93,7 @@ class GradingPool:
         worker.start()
         self._selector.register(worker.output, selectors.EVENT_READ, worker)
 
-    def _advance(self, scores: list[float], waiting: deque[int], tried: set[int]) -> None:
+    def _advance(self, grades: list[Grade], waiting: deque[int], tried: set[int]) -> None:
         """Wait until something happens, and take note of it."""
         busy = [worker for worker in self._workers if worker.asked or not worker.ready]
         timeout = min((worker.deadline for worker in busy), default=0.0) - time.monotonic()
@@ -99,8 +101,8 @@ class GradingPool:
             time.sleep(_GATHER_SECONDS)
         heard = [key.data for key, _ in self._selector.select(0)]
         for worker in heard:
-            for i, score in worker.read(self._patience):
-                scores[i] = score
+            for i, grade in worker.read(self._patience):
+                grades[i] = grade
         now = time.monotonic()
         # One that has just been heard is not late, however long this process itself was held up.
         for worker in [w for w in busy if w not in heard and now > w.deadline]:
@@ -163,8 +165,8 @@ class _Worker:
         self.deadline = time.monotonic() + patience
         self._write(_line({"problems": [asdict(problem) for problem in places], "items": rows}))
 
-    def read(self, patience: float) -> list[tuple[int, float]]:
-        """What has come: items and their scores. Sets `ready` and `ended`."""
+    def read(self, patience: float) -> list[tuple[int, Grade]]:
+        """What has come: items and their grades. Sets `ready` and `ended`."""
         received = os.read(self.output, 2**16)
         self.ended = not received
         *lines, self._unread = (self._unread + received).split(b"\n")
@@ -174,7 +176,7 @@ class _Worker:
                 raise UsageError(message)
             self.ready, self._failed_starts = True, 0
         self.deadline = time.monotonic() + patience if self.ready else self.deadline
-        return [(self.asked.popleft(), float(line)) for line in lines]
+        return [(self.asked.popleft(), _grade(line)) for line in lines]
 
     def end(self) -> int:
         """Kill the process if it lives; its exit code, negative if a signal ended it. Raises RunError if it died at its
@@ -198,6 +200,11 @@ class _Worker:
         with suppress(BrokenPipeError):  # it is dead, and its output, at an end, will say so
             while rest:
                 rest = rest[os.write(self.process.stdin.fileno(), rest) :]
+
+
+def _grade(line: bytes) -> Grade:
+    score, passed, gate_failed, tie_breakers = json.loads(line)
+    return Grade(score, passed, gate_failed, tuple(tie_breakers))
 
 
 def _line(message: object) -> bytes:

@@ -1,7 +1,7 @@
 """A process that grades answers: started by `mai_thinking.rl.grading`, never by hand. Imports no torch.
 
 It reads JSON lines and writes text lines. In: the tasks' sections and the limits; then batches `{"problems": […],
-"items": [[which problem, answer], …]}`. Out: `ready` (or `error …`); then each item's score, as soon as it is known.
+"items": [[which problem, answer], …]}`. Out: `ready` (or `error …`); then each item's `Grade`, as soon as it is known.
 """
 
 import json
@@ -19,8 +19,8 @@ from typing import IO
 
 from mai_thinking.config.tasks import TaskSection
 from mai_thinking.errors import UsageError
-from mai_thinking.rl.rewards import combine
-from mai_thinking.rl.tasks import Problem, make_task
+from mai_thinking.rl.rewards import combine, no_grade
+from mai_thinking.rl.tasks import WRONG, Grade, Problem, make_task
 from mai_thinking.training.orphans import die_with_parent
 
 
@@ -30,15 +30,14 @@ class Grader:
     def __init__(self, section: TaskSection) -> None:
         self._task = make_task(section)
         self._patterns = [re.compile(grader.pattern) for grader in section.graders]
-        self._weights = [1.0, *(grader.weight for grader in section.graders)]
-        self._combination = section.combination
+        self.section = section
 
-    def grade(self, problem: Problem, answer: str) -> float:
-        """The combined score, 0 to 1; what is no score (NaN, say) counts as 0."""
-        text, score = answer.strip(), self._task.verify(problem, answer)
-        scores = [score if 0 <= score <= 1 else 0.0]
-        scores += [float(pattern.fullmatch(text) is not None) for pattern in self._patterns]
-        return combine(scores, self._combination, self._weights)
+    def grade(self, problem: Problem, answer: str) -> Grade:
+        """The combined grade; what is no score (NaN, say) counts as 0."""
+        verified = self._task.verify(problem, answer)
+        score, passed = verified if isinstance(verified, tuple) else (verified, verified == 1)
+        text, own = answer.strip(), Grade(score, passed) if 0 <= score <= 1 else WRONG
+        return combine(own, [pattern.fullmatch(text) is not None for pattern in self._patterns], self.section)
 
 
 def main() -> None:
@@ -69,7 +68,7 @@ def _grade(
     seconds: float,
     results: IO[bytes],
 ) -> None:
-    """Write a score for each item, with `seconds` of processor time for each."""
+    """Write a grade for each item, with `seconds` of processor time for each."""
     for which, answer in items:
         problem = problems[which]
         # The kernel ends the process, whatever code it is in: Python's own handlers wait for the end of an instruction,
@@ -77,11 +76,11 @@ def _grade(
         resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(time.process_time() + seconds) + 1, resource.RLIM_INFINITY))
         signal.setitimer(signal.ITIMER_PROF, seconds)
         try:
-            score = graders[problem.task].grade(problem, answer)
+            grade = graders[problem.task].grade(problem, answer)
         except Exception:  # MemoryError and RecursionError too: such an answer is wrong
-            score = 0.0
+            grade = no_grade(graders[problem.task].section)
         signal.setitimer(signal.ITIMER_PROF, 0)
-        results.write(b"%r\n" % score)
+        results.write(json.dumps(grade).encode() + b"\n")
 
 
 def _silence() -> None:

@@ -100,5 +100,5 @@ def _draw_training(plt: Any, path: Path, steps: Sequence[Record], config: GrpoCo
 
 
 def _show(sample: Sample) -> str:
-    mark = "right" if sample.score > 0 else f"wrong: it is {sample.answer}"
+    mark = "right" if sample.passed else f"wrong: it is {sample.answer}"
     return f"**{sample.question}** ({sample.task}; {mark})\n\n{fenced(sample.response)}"

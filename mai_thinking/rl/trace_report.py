@@ -11,6 +11,7 @@ from rich.text import Text
 
 from mai_thinking.config.names import nearest_name
 from mai_thinking.errors import UsageError
+from mai_thinking.rl.rewards import TERMS
 from mai_thinking.rl.traces import FOLDER, TraceStore
 
 Order = Literal["best", "worst", "longest", "newest"]
@@ -29,7 +30,7 @@ def report_traces(run: Path, order: Order, count: int, console: Console, *, step
 def choose(
     store: TraceStore, order: Order, count: int, *, step: int | None = None, task: str | None = None
 ) -> list[dict[str, Any]]:
-    """The `count` first traces by reward, by response tokens or by age, as dicts of `Trace`'s fields.
+    """The `count` first traces by reward, by response tokens or by age, as the store's rows.
 
     Among equals the older come first; the newest come in the order of their generation. UsageError if there is no such
     trace, naming what there is.
@@ -51,7 +52,7 @@ def show(trace: dict[str, Any], console: Console) -> None:
     that nothing a model wrote can steer the terminal."""
     console.rule(Text(f"step {trace['step']} · {trace['task']} · reward {trace['reward']:.3f}"), align="left")
     how = "finished" if trace["finished"] else "cut off"
-    parts = " · ".join(f"{name} {trace[f'reward_{name}']:.3f}" for name in ("task", "language", "length"))
+    parts = " · ".join(f"{name} {trace[f'reward_{name}']:.3f}" for name in ("task", *TERMS))
     answer = "none" if trace["answer"] is None else repr(trace["answer"])
     lines = [
         f"{parts} · pass rate {trace['pass_rate']:.2f} · group {trace['verdict']}",
@@ -62,7 +63,7 @@ def show(trace: dict[str, Any], console: Console) -> None:
     for line in lines:
         console.print(Text(printable(line), style="dim"))
     console.print(Text.assemble((printable(trace["prompt"]), "cyan"), printable(trace["response"])))
-    right = "green" if trace["reward_task"] > 0 else "red"
+    right = "green" if trace["passed"] else "red"
     console.print(Text(printable(f"answer {answer}, reference {trace['reference']!r}"), style=right), end="\n\n")
 
 

@@ -13,7 +13,6 @@ import json
 import re
 import sys
 from collections.abc import Container, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ import xxhash
 
 from mai_thinking.config.storage import atomic_file
 from mai_thinking.errors import RunError
+from mai_thinking.rl.rewards import TERMS
 
 FOLDER = "traces"
 """Below a run's folder."""
@@ -32,74 +32,32 @@ _PART = re.compile(r"wave-(\d{8,})-rank-(\d{5,})\.parquet")
 _FINGERPRINTS = b"fingerprints"
 
 
-@dataclass(frozen=True)
-class Trace:
-    """One rollout; a row of the store, whose columns have these names."""
-
-    step: int
-    """Gradient steps that the run had done when the rollout was generated."""
-    engine_version: int
-    """Weight updates that the engine had had by then."""
-    request_id: int
-    """Unique in the run; all randomness of the rollout follows from the run's seed and this."""
-    group_id: int
-    """Rollouts of one drawing of one problem share it."""
-    task: str
-    problem_id: str
-    prompt: str
-    """As the model saw it, template and all."""
-    prompt_ids: Sequence[int] | np.ndarray
-    response: str
-    response_ids: Sequence[int] | np.ndarray
-    """With the end-of-text token, if it was sampled."""
-    logprobs: Sequence[float] | np.ndarray
-    """One a response token, under temperature and the truncated distribution; stored as float32."""
-    finished: bool
-    """Ended by itself, rather than at the length limit."""
-    answer: str | None
-    """As parsed from the response; None if there was none."""
-    reference: str
-    """The right answer."""
-    reward: float
-    """R = R_task + w_lang·R_lang − w_len·R_len."""
-    reward_task: float
-    reward_language: float
-    reward_length: float
-    pass_rate: float
-    """ρ_q of the group."""
-    verdict: str
-    """What became of the group: `rl.sampling.Verdict`, "kept" if it was learned from."""
-    checkpoint: str
-    """The weights that generated it, such as `nano-grpo/step-00000120`."""
-    lineage: str
-    """Where the run's first weights came from."""
-
-
+Trace = dict[str, Any]
+"""One rollout: a row of the store, by column."""
 SCHEMA = pa.schema(
-    [
-        pa.field("step", pa.int64()),
-        pa.field("engine_version", pa.int64()),
-        pa.field("request_id", pa.int64()),
-        pa.field("group_id", pa.int64()),
-        pa.field("task", pa.string()),
-        pa.field("problem_id", pa.string()),
-        pa.field("prompt", pa.string()),
-        pa.field("prompt_ids", pa.list_(pa.int32())),
-        pa.field("response", pa.string()),
-        pa.field("response_ids", pa.list_(pa.int32())),
-        pa.field("logprobs", pa.list_(pa.float32())),
-        pa.field("finished", pa.bool_()),
-        pa.field("answer", pa.string()),
-        pa.field("reference", pa.string()),
-        pa.field("reward", pa.float64()),
-        pa.field("reward_task", pa.float64()),
-        pa.field("reward_language", pa.float64()),
-        pa.field("reward_length", pa.float64()),
-        pa.field("pass_rate", pa.float64()),
-        pa.field("verdict", pa.string()),
-        pa.field("checkpoint", pa.string()),
-        pa.field("lineage", pa.string()),
-    ]
+    {
+        "step": pa.int64(),  # gradient steps that the run had done when the rollout was generated
+        "engine_version": pa.int64(),  # weight updates that the engine had had by then
+        "request_id": pa.int64(),  # unique in the run; all its randomness follows from the run's seed and this
+        "group_id": pa.int64(),  # rollouts of one drawing of one problem share it
+        "task": pa.string(),
+        "problem_id": pa.string(),
+        "prompt": pa.string(),  # as the model saw it, template and all
+        "prompt_ids": pa.list_(pa.int32()),
+        "response": pa.string(),
+        "response_ids": pa.list_(pa.int32()),  # with the end-of-text token, if it was drawn
+        "logprobs": pa.list_(pa.float32()),  # one a response token, under temperature and the nucleus
+        "finished": pa.bool_(),  # ended by itself, rather than at the length limit
+        "answer": pa.string(),  # as parsed from the response; null if there was none
+        "reference": pa.string(),  # the right answer
+        "passed": pa.bool_(),  # the graders' verdict
+        "reward": pa.float64(),
+        **{f"reward_{name}": pa.float64() for name in ("task", *TERMS)},  # its parts, before their weights
+        "pass_rate": pa.float64(),  # ρ_q of the group
+        "verdict": pa.string(),  # what became of the group: `rl.sampling.Verdict`, "kept" if it was learned from
+        "checkpoint": pa.string(),  # the weights that generated it, such as `nano-grpo/step-00000120`
+        "lineage": pa.string(),  # where the run's first weights came from
+    }.items()
 )
 
 
@@ -146,7 +104,7 @@ class TraceStore:
     ) -> Iterator[pa.Table]:
         """The selected rows, wave by wave and rank by rank, so that a store larger than memory can be read.
 
-        `steps` (such as `range(100, 200)`) and `tasks` choose rows, `columns` fields of `Trace`; None is all. A part
+        `steps` (such as `range(100, 200)`) and `tasks` choose rows, `columns` some of `SCHEMA`'s; None is all. A part
         that is damaged is named on stderr and left out.
         """
         for path in self._paths():
@@ -179,9 +137,9 @@ class TraceStore:
         return sorted(found, key=found.__getitem__)
 
     def _compare(self, wave: int, traces: Sequence[Trace], before: dict[str, str], now: dict[str, str]) -> None:
-        changed = [name for name in now if before.get(name) != now[name]]
+        changed = [name for name in now if name in before and before[name] != now[name]]
         if changed:
-            step = f"step {traces[0].step}, " if traces else ""
+            step = f"step {traces[0]['step']}, " if traces else ""
             raise NotReproducedError(
                 f"{step}wave {wave} of rank {self.rank}, generated again after a restart, gave other values of "
                 f"{', '.join(changed[:3])} than {self.folder} has: the run is not deterministic, or its config, code, "
@@ -192,7 +150,7 @@ class TraceStore:
 def _columns(traces: Sequence[Trace]) -> dict[str, pa.Array]:
     columns = {}
     for field in SCHEMA:
-        values = [getattr(trace, field.name) for trace in traces]
+        values = [trace[field.name] for trace in traces]
         columns[field.name] = (
             _list_column(values, field.type) if pa.types.is_list(field.type) else pa.array(values, field.type)
         )
@@ -261,8 +219,17 @@ def _read_part(
                 chosen &= pc.is_in(keys[name], pa.array(values, SCHEMA.field(name).type)).to_numpy()
         if not chosen.any():
             return None
-        table = file.read(columns=list(columns or SCHEMA.names))
-    return table.filter(pa.array(chosen)).replace_schema_metadata(None)
+        table = _completed(file.read(columns=[*(columns or SCHEMA.names), "reward_task"]))
+    return table.select(list(columns or SCHEMA.names)).filter(pa.array(chosen)).replace_schema_metadata(None)
+
+
+def _completed(table: pa.Table) -> pa.Table:
+    """With the columns that a store of before did not have: what had earned something passed, then."""
+    for name in set(SCHEMA.names).difference(table.column_names):
+        field = SCHEMA.field(name)
+        old = pc.greater(table["reward_task"], 0.0) if name == "passed" else pa.nulls(len(table), field.type)
+        table = table.append_column(field, old)
+    return table
 
 
 def _one_line(error: Exception) -> str:

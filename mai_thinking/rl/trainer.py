@@ -37,6 +37,7 @@ from mai_thinking.rl.packing import pack
 from mai_thinking.rl.policy_loss import PolicyLoss
 from mai_thinking.rl.policy_model import check_lengths, describe, policy_config, policy_model
 from mai_thinking.rl.report import write_report
+from mai_thinking.rl.rewards import TERMS
 from mai_thinking.rl.rollouts import BatchedEngine
 from mai_thinking.rl.sampling import LengthCurriculum, SamplingCounts
 from mai_thinking.rl.tasks import TaskMix
@@ -252,10 +253,8 @@ class Climb:
         rewards = [reward for group in groups for reward in group.rewards]
         rollouts = [rollout for group in groups for rollout in group.rollouts]
         sums = {
-            "reward": sum(reward.total for reward in rewards),
-            "reward/task": sum(reward.task for reward in rewards),
-            "reward/language": sum(reward.language for reward in rewards),
-            "reward/length": sum(reward.length for reward in rewards),
+            "reward": sum(reward["total"] for reward in rewards),
+            **{f"reward/{name}": sum(reward[name] for reward in rewards) for name in ("task", *TERMS)},
             "pass_rate": sum(group.pass_rate * len(group.rollouts) for group in groups),
             "response_length": sum(len(rollout.response_ids) for rollout in rollouts),
             "cut_off": sum(not rollout.finished for rollout in rollouts),
@@ -294,7 +293,7 @@ class Climb:
         by_task = "  ".join(f"{family} {metrics[f'pass@1/{family}']:.3f}" for family in self.held_out.problems)
         self.session.say(f"step {self.step}: held-out pass@1 {metrics['pass@1']:.3f}  ({by_task})")
         for sample in samples:
-            mark = "right" if sample.score > 0 else f"wrong, it is {sample.answer}"
+            mark = "right" if sample.passed else f"wrong, it is {sample.answer}"
             self.session.say(f"    {sample.question} → {sample.response!r} ({mark})")
         return record, samples
 

@@ -34,7 +34,8 @@ def trace(tokenizer: Any) -> Callable[..., Trace]:
             "problem_id": prompt, "prompt": prompt,
             "prompt_ids": [tokenizer.eos_token_id, *tokenizer.encode(prompt, add_special_tokens=False)],
             "response": response, "response_ids": [*tokenizer.encode(response, add_special_tokens=False), *end],
-            "logprobs": [], "finished": True, "answer": "3", "reference": "3", "reward": 1.0, "reward_task": 1.0,
+            "logprobs": [], "finished": True, "answer": "3", "reference": "3", "reward": 1.0, "passed": True,
+            "reward_task": 1.0,
             "reward_language": 0.0, "reward_length": 0.0, "pass_rate": 0.5, "verdict": "kept", "checkpoint": "x",
             "lineage": "y",
         }  # fmt: skip
@@ -51,7 +52,7 @@ def store(tiny_run: Path, tmp_path: Path) -> Callable[..., Path]:
         run = tmp_path / name
         by_step: dict[int, list[Trace]] = {}
         for one in traces:
-            by_step.setdefault(one.step, []).append(one)
+            by_step.setdefault(one["step"], []).append(one)
         for step, wave in by_step.items():
             TraceStore(run / "traces").append(step, wave)
         shutil.copytree(tiny_run / "final", run / "architecture")

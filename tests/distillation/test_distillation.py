@@ -3,7 +3,6 @@
 import os
 import signal
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +37,7 @@ def lessons(trace: Callable[..., Trace]) -> list[Trace]:
             question=f"Is it {number}, or a {animals[number % 4]}",
             response=f"Answer: {animals[(number + wrong) % 4]}\n",
             answer=animals[(number + wrong) % 4],
-            reward_task=1.0 - wrong,
+            passed=not wrong,
             step=number % 3,
         )
         for number in range(120)
@@ -66,7 +65,7 @@ def test_it_learns_and_says_where_it_comes_from(
     tiny_run: Path,
     tmp_path: Path,
 ) -> None:
-    runs = [store(lessons(trace)[:80], "a"), store([replace(t, step=0) for t in lessons(trace)[80:]], "b")]
+    runs = [store(lessons(trace)[:80], "a"), store([t | {"step": 0} for t in lessons(trace)[80:]], "b")]
     config = make(runs, "steps=30", "optimizer.learning_rate=5e-3", "checkpoint.every=10")
     assert self_distill(config) == 0
     losses = [record["loss"] for record in read_records(tmp_path / "run" / "metrics.jsonl")]

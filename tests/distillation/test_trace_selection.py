@@ -2,7 +2,6 @@
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ FRENCH = "Nous devons additionner les deux nombres et vérifier le résultat. " 
 @pytest.mark.parametrize(
     ("rule", "bad", "off"),
     [
-        ("wrong", {"reward_task": 0.0}, "selection.correct_only=false"),
+        ("wrong", {"passed": False, "reward_task": 0.5}, "selection.correct_only=false"),
         ("unfinished", {"finished": False}, "selection.unfinished=true"),
         ("unanswered", {"answer": None, "response": "three\n"}, "selection.unanswered=true"),
         ("repetitive", {"response": LOOP}, "selection.max_repetition=null"),
@@ -143,7 +142,7 @@ def test_the_tokens_are_those_that_were_drawn(
 ) -> None:
     """Letter by letter, as no encoding of the text would give them; unless the model has another tokenizer."""
     letters = [token for letter in "Answer: 3\n" for token in tokenizer.encode(letter, add_special_tokens=False)]
-    run = store([replace(trace(0), response_ids=[*letters, tokenizer.eos_token_id])])
+    run = store([trace(0) | {"response_ids": [*letters, tokenizer.eos_token_id]}])
     (example,) = select(make([run]), tokenizer).sources[0].examples
     assert example.response_ids.tolist() == [*letters, tokenizer.eos_token_id]
 

@@ -17,7 +17,7 @@ import pytest
 from mai_thinking.config.tasks import FAMILIES, GradingSection, TaskSection
 from mai_thinking.errors import UsageError
 from mai_thinking.rl.grading import GradingPool
-from mai_thinking.rl.tasks import Problem, TaskMix
+from mai_thinking.rl.tasks import Grade, Problem, TaskMix
 
 SUM = TaskSection(name="sum", kind="sum")
 RIGHT = Problem("sum", "", "What is 7 + 5?", "12", 0)
@@ -43,6 +43,8 @@ DEEDS = {
     "write": lambda: os.write(os.open(os.environ["SABOTAGE_TARGET"], os.O_WRONLY), b"x"),
     "nan": lambda: float("nan"),
     "much": lambda: 1e9,
+    "half": lambda: 0.5,
+    "partly": lambda: (0.5, True),
 }
 honest = ProceduralTask.verify
 
@@ -69,13 +71,17 @@ def pool() -> Iterator[GradingPool]:
         yield pool
 
 
-def test_scores_come_in_order(pool: GradingPool) -> None:
+def scores(grades: list[Grade]) -> list[float]:
+    return [grade.score for grade in grades]
+
+
+def test_grades_come_in_order(pool: GradingPool) -> None:
     problems = [TaskMix([SUM], 0).problem("train", n) for n in range(300)]
     answers = [p.answer if n % 3 == 0 else None if n % 3 == 1 else f"{p.answer}0" for n, p in enumerate(problems)]
     expected = [float(n % 3 == 0) for n in range(300)]
-    assert pool.grade(list(zip(problems, answers, strict=True))) == expected
+    assert scores(pool.grade(list(zip(problems, answers, strict=True)))) == expected
     assert pool.grade([]) == []
-    assert pool.grade([(RIGHT, None)] * 3) == [0, 0, 0]
+    assert scores(pool.grade([(RIGHT, None)] * 3)) == [0, 0, 0]
 
 
 @pytest.mark.parametrize(
@@ -85,17 +91,23 @@ def test_scores_come_in_order(pool: GradingPool) -> None:
 def test_a_bad_grader_costs_one_score(sabotaged: GradingPool, tmp_path: Path, deed: str) -> None:
     items = [(RIGHT, "12")] * 20 + [(RIGHT, deed)] + [(RIGHT, "12")] * 20
     start = time.monotonic()
-    assert sabotaged.grade(items) == [1.0] * 20 + [0.0] + [1.0] * 20
-    assert sabotaged.grade(items[:3]) == [1.0] * 3, "the pool goes on"
+    assert scores(sabotaged.grade(items)) == [1.0] * 20 + [0.0] + [1.0] * 20
+    assert scores(sabotaged.grade(items[:3])) == [1.0] * 3, "the pool goes on"
     assert time.monotonic() - start < 60
     assert (tmp_path / "target").read_text() == ""
+
+
+def test_a_number_is_no_verdict(sabotaged: GradingPool) -> None:
+    """Less than all passes only if the grader says so."""
+    items = [(RIGHT, answer) for answer in ("12", "half", "partly", "nan")]
+    assert sabotaged.grade(items) == [Grade(1, True), Grade(0.5, False), Grade(0.5, True), Grade(0, False)]
 
 
 def test_a_process_that_dies_by_accident_makes_no_answer_wrong(pool: GradingPool) -> None:
     for round_ in range(3):
         for worker in pool._workers:
             os.kill(worker.process.pid, signal.SIGKILL)
-        assert pool.grade([(RIGHT, "12")] * 200) == [1.0] * 200, round_
+        assert scores(pool.grade([(RIGHT, "12")] * 200)) == [1.0] * 200, round_
 
 
 def test_a_process_that_is_held_up_makes_no_answer_wrong(pool: GradingPool) -> None:
@@ -104,7 +116,7 @@ def test_a_process_that_is_held_up_makes_no_answer_wrong(pool: GradingPool) -> N
         os.kill(pid, signal.SIGSTOP)
     timer = threading.Timer(0.5, lambda: [os.kill(pid, signal.SIGCONT) for pid in pids])
     timer.start()
-    assert pool.grade([(RIGHT, "12")] * 200) == [1.0] * 200
+    assert scores(pool.grade([(RIGHT, "12")] * 200)) == [1.0] * 200
     assert [worker.process.pid for worker in pool._workers] == pids, "it took less than its time"
     timer.join()
 
@@ -113,7 +125,7 @@ def test_signals_for_the_job_do_not_end_the_processes(pool: GradingPool) -> None
     pids = [worker.process.pid for worker in pool._workers]
     for pid, number in ((pids[0], signal.SIGTERM), (pids[1], signal.SIGINT)):
         os.kill(pid, number)
-    assert pool.grade([(RIGHT, "12")] * 200) == [1.0] * 200
+    assert scores(pool.grade([(RIGHT, "12")] * 200)) == [1.0] * 200
     assert [worker.process.pid for worker in pool._workers] == pids
     assert all(os.getpgid(pid) != os.getpgid(0) for pid in pids), "Ctrl-C does not reach them"
 
@@ -152,10 +164,20 @@ def test_no_torch_in_the_processes(pool: GradingPool) -> None:
 def test_further_graders_and_a_pattern_without_end() -> None:
     gate = TaskSection(name="sum", kind="sum", graders=({"pattern": r"(1+)+2?\.?"},))  # type: ignore[arg-type]
     mean = gate.model_copy(update={"name": "mean", "combination": "sum"})
-    mine = Problem("mean", "", "", "12", 0)
-    items = [(RIGHT, "12"), (RIGHT, "12 ."), (RIGHT, "1" * 60 + "x"), (mine, " 12"), (mine, "12 ."), (mine, "112")]
-    with GradingPool([gate, mean], workers=1, seconds=0.3, megabytes=64) as pool:
-        assert pool.grade(items) == [1, 0, 0, 1, 0.5, 0.5]
+    ties = gate.model_copy(update={"name": "ties", "combination": "lexicographic"})
+    mine, last = Problem("mean", "", "", "12", 0), Problem("ties", "", "", "12", 0)
+    items = [
+        *[(RIGHT, "12"), (RIGHT, "1"), (RIGHT, "12 ."), (RIGHT, "1" * 60 + "x"), (RIGHT, None)],
+        *[(mine, " 12"), (mine, "12 ."), (mine, "112"), (mine, None), (last, "12 ."), (last, "112")],
+    ]
+    stopped = Grade(0, False, gate_failed=True)
+    with GradingPool([gate, mean, ties], workers=1, seconds=0.3, megabytes=64) as pool:
+        assert pool.grade(items) == [
+            *[Grade(1, True), Grade(0, False), stopped, stopped, stopped],
+            # The form alone earns half of the score, and passes nothing.
+            *[Grade(1, True), Grade(0.5, True), Grade(0.5, False), Grade(0, False)],
+            *[Grade(1, True, tie_breakers=(0,)), Grade(0, False, tie_breakers=(1,))],
+        ]
 
 
 def test_a_task_that_cannot_be_had_is_said_at_once(tmp_path: Path) -> None:
@@ -217,10 +239,10 @@ def test_ten_thousand_hostile_strings(tmp_path: Path) -> None:
         items.append((problem, problem.answer if n % 100 == 0 else hostile(rng, problem)))
     with GradingPool([*sections, mix_section(qa)], workers=2, seconds=2, megabytes=512) as pool:
         pids = [worker.process.pid for worker in pool._workers]
-        scores = pool.grade(items)
+        earned = scores(pool.grade(items))
         assert [worker.process.pid for worker in pool._workers] == pids, "nothing hung and nothing crashed"
-    assert scores[::100] == [1.0] * 100
-    paid = [(problem.answer, answer) for (problem, answer), score in zip(items, scores, strict=True) if score > 0]
+    assert earned[::100] == [1.0] * 100
+    paid = [(problem.answer, answer) for (problem, answer), score in zip(items, earned, strict=True) if score > 0]
     assert all(same(reference, answer) for reference, answer in paid), paid
 
 
@@ -242,11 +264,11 @@ def test_mathematics_without_end(tmp_path: Path) -> None:
     answers = ["1+x", *bad, "$1 + x$"]
     with GradingPool([mix_section(qa)], workers=1, seconds=1, megabytes=512) as pool:
         start = time.monotonic()
-        assert pool.grade([(problem, answer) for answer in answers]) == [1, 0, 0, 0, 1]
+        assert scores(pool.grade([(problem, answer) for answer in answers])) == [1, 0, 0, 0, 1]
         assert time.monotonic() - start < 90
 
 
 def test_the_limits_are_a_section() -> None:
     limits = GradingSection()
     with GradingPool([SUM], **limits.model_dump()) as pool:
-        assert pool.grade([(RIGHT, "12")]) == [1]
+        assert scores(pool.grade([(RIGHT, "12")])) == [1]

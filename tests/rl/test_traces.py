@@ -1,6 +1,5 @@
 """The trace store: whole parts or none, each once; what readers see; `scripts/traces.py`."""
 
-import dataclasses
 import io
 import os
 import random
@@ -41,6 +40,7 @@ def trace(number: int, *, step: int = 0, task: str = "sums", **changes: object) 
         finished=number % 2 == 0,
         answer=None if number % 3 == 0 else str(number),
         reference="2",
+        passed=number % 2 == 1,
         reward=number / 7,
         reward_task=float(number % 2),
         reward_language=0.5,
@@ -50,7 +50,7 @@ def trace(number: int, *, step: int = 0, task: str = "sums", **changes: object) 
         checkpoint="nano-grpo/step-00000000",
         lineage="runs/nano/final",
     )
-    return dataclasses.replace(plain, **changes)
+    return plain | changes
 
 
 def test_what_goes_in_comes_out(tmp_path):
@@ -58,10 +58,10 @@ def test_what_goes_in_comes_out(tmp_path):
     assert TraceStore(tmp_path).append(0, traces)
     table = TraceStore(tmp_path).read()
     assert table.schema == SCHEMA
-    assert SCHEMA.names == [field.name for field in dataclasses.fields(Trace)]
+    assert set(SCHEMA.names) == set(traces[0])
     for row, given in zip(table.to_pylist(), traces, strict=True):
         for name, value in row.items():
-            expected = getattr(given, name)
+            expected = given[name]
             if name == "logprobs":
                 expected = expected.astype(np.float32)
             assert value == (expected.tolist() if isinstance(expected, np.ndarray) else expected), name
@@ -82,6 +82,21 @@ def test_rows_come_by_wave_and_rank_and_are_chosen_by_step_task_and_column(tmp_p
     assert [len(part) for part in store.parts(steps={99_999_999})] == [2, 2]
 
 
+def test_a_store_of_before_graders_gave_verdicts_is_read(tmp_path):
+    """What had earned something had passed; a part of the reward that there was not is null."""
+    store = TraceStore(tmp_path)
+    store.append(0, [trace(number) for number in range(4)])
+    (part,) = tmp_path.iterdir()
+    old = pq.read_table(part)
+    pq.write_table(old.drop_columns(["passed", "reward_length"]).replace_schema_metadata(old.schema.metadata), part)
+    table = store.read()
+    assert table.schema == SCHEMA
+    assert table["passed"].to_pylist() == [False, True, False, True]
+    assert table["reward_length"].null_count == 4
+    assert store.read(columns=["passed"]).column_names == ["passed"]
+    assert not store.append(0, [trace(number) for number in range(4)])  # a run of before goes on
+
+
 def test_an_empty_wave_and_an_empty_response_are_stored_too(tmp_path):
     store = TraceStore(tmp_path)
     assert store.append(0, [])
@@ -94,7 +109,7 @@ def test_an_empty_wave_and_an_empty_response_are_stored_too(tmp_path):
 def test_a_wave_generated_again_is_compared_and_not_written_twice(tmp_path):
     store = TraceStore(tmp_path)
     traces = [trace(number, step=3) for number in range(4)]
-    traces[0] = dataclasses.replace(traces[0], reward=float("nan"))  # equals itself, bit for bit
+    traces[0] = traces[0] | {"reward": float("nan")}  # equals itself, bit for bit
     assert store.append(7, traces)
     (part,) = tmp_path.iterdir()
     before = part.stat()
@@ -119,11 +134,11 @@ def test_a_wave_generated_again_is_compared_and_not_written_twice(tmp_path):
 )
 def test_one_different_value_is_named(tmp_path, change):
     store = TraceStore(tmp_path)
-    plain = dataclasses.replace(trace(1, step=3), answer=None, reward_task=0.0)
+    plain = trace(1, step=3, answer=None, reward_task=0.0)
     store.append(7, [plain])
     pattern = rf"^step 3, wave 7 of rank 0, .* other values of {next(iter(change))} than "
     with pytest.raises(NotReproducedError, match=pattern):
-        store.append(7, [dataclasses.replace(plain, **change)])
+        store.append(7, [plain | change])
     assert store.read().num_rows == 1
 
 
@@ -268,7 +283,7 @@ def test_a_model_cannot_steer_the_terminal(tmp_path):
 
 def test_a_rollout_is_shown_with_its_parts():
     written = io.StringIO()
-    row = dataclasses.asdict(trace(4, step=12, reward_task=1.0))
+    row = trace(4, step=12, reward_task=1.0)
     show(row | {"logprobs": row["logprobs"].tolist()}, Console(file=written, width=200))
     text = written.getvalue()
     for shown in (

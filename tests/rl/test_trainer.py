@@ -25,8 +25,8 @@ from mai_thinking.rl.collecting import Responder
 from mai_thinking.rl.objective import Objective
 from mai_thinking.rl.packing import pack
 from mai_thinking.rl.policy_loss import PolicyLoss
-from mai_thinking.rl.rewards import RewardParts
 from mai_thinking.rl.rollouts import BatchedEngine, Request
+from mai_thinking.rl.tasks import Grade
 from mai_thinking.rl.traces import FOLDER, TraceStore
 from mai_thinking.rl.trainer import Climb, climb
 from mai_thinking.training.checkpoint import CheckpointReader
@@ -202,9 +202,9 @@ def test_a_climb_ends_when_its_tasks_are_solved(
         fillings.append(self.step)
         return refill(self)
 
-    def all_right(self: Responder, asked: Any) -> Any:
-        attempts = respond(self, asked)
-        return [replace(attempt, score=1.0) for attempt in attempts] if len(fillings) > 1 else attempts
+    def all_right(self: Responder, asked: Any, temperature: Any = None) -> Any:
+        attempts = respond(self, asked, temperature)
+        return [replace(attempt, grade=Grade(1.0, True)) for attempt in attempts] if len(fillings) > 1 else attempts
 
     monkeypatch.setattr(Climb, "_refill", counted)
     monkeypatch.setattr(Responder, "respond", all_right)
@@ -244,8 +244,7 @@ def some_groups() -> list[Group]:
         prompt = [1, *range(10, 14 + number)]
         requests = [Request(4 * number + sample, prompt, 3 + 3 * sample) for sample in range(4)]
         rollouts = engine.generate(requests)
-        rewards = [RewardParts(float(sample % 2), 0.0, 0.0, float(sample % 2)) for sample in range(4)]
-        groups.append(Group(number, 0, rollouts, rewards, [1.5, -0.5, 0.2 * number, -1.2], 0.5))
+        groups.append(Group(number, 0, rollouts, [{}] * 4, [1.5, -0.5, 0.2 * number, -1.2], 0.5))
     return groups
 
 

@@ -2,7 +2,7 @@
 
 import re
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from mai_thinking.data.questions import Split
 
@@ -27,6 +27,22 @@ class Problem:
     """Number in the task's source, for a verifier that needs more than the reference."""
 
 
+class Grade(NamedTuple):
+    """What the graders of a task say of one answer (report §3.6.3)."""
+
+    score: float
+    """0 to 1: R_task."""
+    passed: bool
+    """The verdict, which pass rates count. A positive score is none: half of it may be for the form."""
+    gate_failed: bool = False
+    """The rollout gets the least reward, whatever else it earned."""
+    tie_breakers: tuple[float, ...] = ()
+    """Further scores, which count where the whole group ties on the first."""
+
+
+WRONG = Grade(0.0, False)
+
+
 class Task(Protocol):
     """A family of problems with a verifier."""
 
@@ -37,9 +53,9 @@ class Task(Protocol):
         indices may give the same problem. Raises UsageError if the split is empty."""
         ...
 
-    def verify(self, problem: Problem, answer: str) -> float:
-        """0 (wrong) to 1 (right). Never raises, on any text. Fast on any text too for the procedural tasks; for others
-        the grading process has the limits."""
+    def verify(self, problem: Problem, answer: str) -> float | tuple[float, bool]:
+        """0 (wrong) to 1 (right), and, unless only 1 passes, whether the answer passes. Never raises, on any text. Fast
+        on any text too for the procedural tasks; for others the grading process has the limits."""
         ...
 
 
