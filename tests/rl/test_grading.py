@@ -256,7 +256,6 @@ def mix_section(qa: Path) -> TaskSection:
 
 
 def test_mathematics_without_end(tmp_path: Path) -> None:
-    pytest.importorskip("math_verify")
     qa = tmp_path / "qa.jsonl"
     qa.write_text('{"question": "Which?", "answer": "x+1"}')
     problem = Problem("qa", "", "Which?", "x+1", 0.5)

@@ -271,7 +271,6 @@ EXPRESSIONS = [
 
 @pytest.mark.parametrize(("reference", "answer", "right"), EXPRESSIONS)
 def test_expressions_may_be_written_otherwise(tmp_path: Path, reference: str, answer: str, right: bool) -> None:
-    pytest.importorskip("math_verify")
     task = make_task(jsonl_section(write(tmp_path / "qa.jsonl", [reference])))
     assert task.verify(task.problem("train", 0), answer) == float(right)
 

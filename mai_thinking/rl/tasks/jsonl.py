@@ -1,9 +1,6 @@
-"""Questions and answers from a JSONL file, GSM8K's for one; graded as text or as mathematics (extra `tasks`)."""
+"""Questions and answers from a JSONL file, GSM8K's for one; graded as text or as mathematics."""
 
 import json
-import re
-from fractions import Fraction
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +8,14 @@ from mai_thinking.config.tasks import TaskSection
 from mai_thinking.data.questions import Split, question_id, split_of
 from mai_thinking.errors import UsageError
 from mai_thinking.rl.tasks.base import Problem, same_text
-
-_LONGEST_EXPRESSION = 300
-"""Characters of an answer that is taken for mathematics."""
+from mai_thinking.rl.tasks.mathematics import same_mathematics
 
 
 class JsonlTask:
     """Problem `index` is line `index` of its split, over and over; both splits come from the one file."""
 
     def __init__(self, section: TaskSection) -> None:
-        """Raises UsageError if the file cannot be used, or math-verify is needed and missing."""
+        """Raises UsageError if the file cannot be used."""
         assert section.path is not None, "the section's validator sees to it"
         self.name, self._path, self._grading = section.name, Path(section.path), section.grading
         self._problems: dict[Split, list[Problem]] = {"train": [], "held_out": []}
@@ -30,10 +25,6 @@ class JsonlTask:
             if problem.id not in seen:
                 seen.add(problem.id)
                 self._problems[split_of(problem.question)].append(problem)
-        if self._grading == "math" and any(
-            _number(problem.answer) is None for problems in self._problems.values() for problem in problems
-        ):
-            require_math_verify(self.name)
 
     def problem(self, split: Split, index: int) -> Problem:
         """See `Task.problem`."""
@@ -46,16 +37,11 @@ class JsonlTask:
         return problems[index % len(problems)]
 
     def verify(self, problem: Problem, answer: str) -> float:
-        """See `Task.verify`. By `math`, a number must be written out, as `1,234.50`, `1/2` or `\\frac{1}{2}`: a sum
-        that comes to it was not worked out. Only a reference that is no number goes to math-verify."""
-        if same_text(problem.answer, answer):
-            return 1.0
-        if self._grading == "exact" or len(answer) > _LONGEST_EXPRESSION:
-            return 0.0
-        reference = _number(problem.answer)
-        if reference is not None:
-            return float(_number(answer) == reference)
-        return float(_same_mathematics(problem.answer, answer))
+        """See `Task.verify`: 1 if the answer is the reference as text or, by `math`, as mathematics."""
+        right = same_text(problem.answer, answer) or (
+            self._grading == "math" and same_mathematics(problem.answer, answer, problem.question)
+        )
+        return float(right)
 
     def _rows(self) -> list[Any]:
         try:
@@ -83,70 +69,3 @@ class JsonlTask:
         if not answer:
             raise UsageError(f"{self._path}, record {number + 1}: nothing after `####`; mend or remove the line")
         return Problem(self.name, question_id(question), question, answer, difficulty=0.5, item=number)
-
-
-def require_math_verify(name: str) -> None:
-    """Raise UsageError if math-verify is not installed."""
-    try:
-        import math_verify  # noqa: F401
-
-        _parse("x")  # builds its grammar: not on the first answer's time
-    except ImportError:
-        raise UsageError(
-            f"task {name!r} needs math-verify: pip install 'mai_thinking[tasks]', or set `grading: exact`"
-        ) from None
-
-
-_LONGEST_NUMBER = 100
-_NUMBER = re.compile(r"\$?([-+]?)\$?((?:[1-9][0-9]{0,2}(?:,[0-9]{3})+|[1-9][0-9]*|0)(?:\.[0-9]+)?)(?:/([0-9]+))? ?%?")
-_WRAPPED = re.compile(r"\$(.+)\$|\\\((.+)\\\)|\\boxed\{(.+)\}")
-_FRACTION = re.compile(r"([-+]?)\\[dt]?frac\{([0-9]+)\}\{([0-9]+)\}")
-
-
-def _number(text: str) -> Fraction | None:
-    """The number that is the whole of `text`, in ASCII digits, with thousands' commas, $ or % or not; else None. A
-    fraction must be in lowest terms: 36/2 is no way to write 18."""
-    text = _unwrapped(text.strip().removesuffix("."))
-    match = _NUMBER.fullmatch(_FRACTION.sub(r"\1\2/\3", text).replace(r"\$", "$").replace(r"\%", "%"))
-    if not match or len(text) > _LONGEST_NUMBER:
-        return None
-    sign, top, bottom = match.groups()
-    value = Fraction(top.replace(",", ""))
-    if bottom is not None:
-        if int(bottom) < 2 or (value / int(bottom)).denominator != int(bottom):
-            return None
-        value /= int(bottom)
-    return -value if sign == "-" else value
-
-
-def _unwrapped(text: str) -> str:
-    """`text` without $…$, \\(…\\) and \\boxed{…} around it."""
-    while wrapped := _WRAPPED.fullmatch(text):
-        text = next(part for part in wrapped.groups() if part is not None).strip()
-    return text
-
-
-@lru_cache(maxsize=1024)
-def _parsed(reference: str) -> list[Any]:
-    return _parse(reference)
-
-
-def _parse(text: str) -> list[Any]:
-    """math-verify's reading of an expression; [] if it has none. No time limit of its own: that would set an alarm."""
-    from math_verify import LatexExtractionConfig, parse
-
-    bare = _unwrapped(text.strip())
-    # One expression that is the whole answer: a text with formulas of its own could hold several, of which any may fit.
-    if not bare or re.search(r"[$\n]|\\boxed|\\\(|\\\[", bare) or bare.count("{") != bare.count("}"):
-        return []
-    return parse(f"${bare}$", [LatexExtractionConfig()], parsing_timeout=None)
-
-
-def _same_mathematics(reference: str, answer: str) -> bool:
-    from math_verify import verify
-
-    try:
-        answered = _parse(answer)
-        return bool(answered) and verify(_parsed(reference), answered, timeout_seconds=None)
-    except Exception:  # the parsers raise all kinds of errors on text that is no mathematics
-        return False
