@@ -26,18 +26,23 @@ class PolicyLoss:
     ) -> None:
         self._objective, self._rollouts, self._num_experts = objective, rollouts, num_experts
         self._advantages = torch.tensor(advantages, dtype=torch.float32)
+        self.signal = True
+        """Whether any advantage of the global batch is not zero, once it has been counted."""
 
     def count(self, micro_batches: Sequence[MicroBatch], learner: Learner) -> Counts:
-        """Response tokens, and how often each expert was chosen."""
+        """Response tokens, how often each expert was chosen, and whether any advantage says anything."""
         layers = micro_batches[0].expert_choices.size(0)
         counts_ME = torch.zeros(layers, self._num_experts)
         for batch in micro_batches:
             chosen = batch.expert_choices[:, batch.token_mask].flatten(1)
             counts_ME += torch.stack([torch.bincount(row, minlength=self._num_experts) for row in chosen])
-        tokens = torch.tensor(float(sum(batch.targets.numel() for batch in micro_batches)))
-        self._response_tokens = learner.sum(tokens.to(learner.device))
+        tokens = sum(batch.targets.numel() for batch in micro_batches)
+        sums = torch.tensor([tokens, self._advantages.count_nonzero()], dtype=torch.float32)
+        self._response_tokens, unequal = learner.sum(sums.to(learner.device))
         counts_ME = learner.sum(counts_ME.to(learner.device))
-        return Counts(float(counts_ME[0].sum()) / micro_batches[0].expert_choices.size(-1), counts_ME)
+        real = float(counts_ME[0].sum()) / micro_batches[0].expert_choices.size(-1)
+        self.signal = bool(unequal)
+        return Counts(real, counts_ME, self.signal)
 
     def forward(self, micro_batch: MicroBatch, learner: Learner) -> Forward:
         """The responses' log-probs under the learner's weights, and the objective on them."""

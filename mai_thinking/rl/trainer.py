@@ -193,6 +193,8 @@ class Climb:
         loss = PolicyLoss(self.objective, self.config.rollouts, advantages, experts)
         clip_relaxation = self.objective.clip_relaxation
         metrics = self.learner.update(rows, loss, step)
+        if not loss.signal:
+            self.session.say(f"step {step}: in each group all rewards are equal; the weights stay what they are")
         self.objective.after_step(metrics["entropy"])
         return {**metrics, "clip_relaxation": clip_relaxation}
 

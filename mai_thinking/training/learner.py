@@ -37,6 +37,8 @@ class Counts(NamedTuple):
     """Real ones, which the routing's sums run over."""
     experts_ME: torch.Tensor | None
     """How often each expert is chosen, where that is known before the forward pass."""
+    signal: bool = True
+    """Whether there is anything to learn. Where not, no weight changes: router losses, decay and momentum neither."""
 
 
 class Forward(NamedTuple):
@@ -125,7 +127,8 @@ class Learner:
         rate = self.learning_rate(step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        self.optimizer.step()
+        if counts.signal:
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         layers = max(1, done.counts_ME.size(0))
         routers = {"balance_loss": balance / layers, "router_z_loss": z / layers}

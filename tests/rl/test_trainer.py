@@ -263,6 +263,14 @@ def gradients_of(groups: list[Group], rows: int) -> dict[str, torch.Tensor]:
     return gradients
 
 
+def test_a_step_whose_advantages_are_all_zero_changes_no_weight() -> None:
+    """Though the balance loss has a gradient, and decay and momentum would move weights without one."""
+    silent = [replace(group, advantages=[0.0] * 4) for group in some_groups()]
+    assert gradients_of(silent, rows=8) == {}
+    last = replace(silent[-1], advantages=[0.0, 1.0, 0.0, -1.0])
+    assert gradients_of([*silent[:-1], last], rows=8)
+
+
 def rank_gradients(rank: int, world: int) -> dict[str, Any]:
     mine = some_groups()[rank::world]
     return {name: gradient.numpy() for name, gradient in gradients_of(mine, rows=1).items()}
