@@ -44,7 +44,7 @@ def tiny_learner(
     *,
     balance: float = 0.0,
     z: float = 0.0,
-    clip_norm: float = 1e9,
+    clip_norm: float = 1e6,
     learning_rate: float = 1e-9,
     **execution: Any,
 ) -> tuple[Learner, dict[str, torch.Tensor]]:
