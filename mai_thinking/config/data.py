@@ -9,12 +9,31 @@ from typing import Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from mai_thinking.config.base import Section
+from mai_thinking.config.tasks import SERIAL, SerialFamily
 
 Category = Literal["code", "stem", "maths", "general", "multilingual"]
 Provenance = Literal["human", "procedural", "own-model", "third-party-model"]
 
-EMBEDDED_CORPORA = ("stdlib", "stdlib-tests", "scientific", "manuals", "docstrings", "exercises")
+EMBEDDED_CORPORA = ("stdlib", "stdlib-tests", "scientific", "manuals", "docstrings", "exercises", "serial")
 """Corpora that every Python environment with this package already has; see `mai_thinking.data.embedded`."""
+
+
+class SerialSection(Section):
+    """`serial:` of the embedded corpus `serial`: exercises that need a step of work for each item."""
+
+    families: tuple[SerialFamily, ...] = Field(default=SERIAL, min_length=1)
+    """Each as likely as the others."""
+    sizes: tuple[int, int] = (2, 8)
+    """Fewest and most items, from 1 to 30; each number as likely as the others."""
+    p_cot: float = Field(default=1.0, ge=0, le=1)
+    """Share of the exercises whose working is shown; the others give the bare answer."""
+
+    @field_validator("sizes")
+    @classmethod
+    def _check_sizes(cls, sizes: tuple[int, int]) -> tuple[int, int]:
+        if not 1 <= sizes[0] <= sizes[1] <= 30:
+            raise ValueError(f"`sizes` is [fewest, most], from 1 to 30, not {list(sizes)}")
+        return sizes
 
 
 class SourceSection(Section):
@@ -46,6 +65,13 @@ class SourceSection(Section):
     """Whether part of it is kept for evaluation."""
     max_bytes: int | None = Field(default=None, gt=0)
     """Take whole documents, chosen by the hash of their text, up to this many bytes of UTF-8."""
+    serial: SerialSection | None = None
+    """What the embedded corpus `serial` is made of; null: its defaults."""
+
+    @property
+    def endless(self) -> bool:
+        """Whether it is made by rule and never ends."""
+        return self.kind == "embedded" and self.path in ("exercises", "serial")
 
     @field_validator("provenance")
     @classmethod
@@ -61,10 +87,12 @@ class SourceSection(Section):
                 near = difflib.get_close_matches(self.path, EMBEDDED_CORPORA, n=1)
                 fix = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(EMBEDDED_CORPORA)}"
                 raise ValueError(f"source {self.name!r}: no embedded corpus {self.path!r}; {fix}")
-            if self.path == "exercises" and self.max_bytes is None:
-                raise ValueError(f"source {self.name!r}: exercises go on for ever; set `max_bytes`")
+            if self.endless and self.max_bytes is None:
+                raise ValueError(f"source {self.name!r}: {self.path} goes on for ever; set `max_bytes`")
             if self.streaming:
                 raise ValueError(f"source {self.name!r}: an embedded corpus is prepared; remove `streaming`")
+        if self.serial is not None and (self.kind, self.path) != ("embedded", "serial"):
+            raise ValueError(f"source {self.name!r}: `serial` is for the embedded corpus `serial`; remove it")
         if self.streaming and self.max_bytes is not None:
             raise ValueError(f"source {self.name!r}: `max_bytes` is for prepared sources; remove it or `streaming`")
         return self

@@ -1,7 +1,7 @@
 """Which problems RL learns from, and how long a response may be."""
 
 import math
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -51,15 +51,21 @@ class SamplingSection(Section):
 class CurriculumSection(Section):
     """`curriculum:` in an RL run's config: the longest response, doubled from stage to stage (8k → 128k in §3).
 
-    The report does not say when it moved on. Our rule: when responses no longer fit, or after a number of steps.
+    The report does not say when it moved on. Our rule: when responses begin to need the room, or after a number of
+    steps.
+    A response that is cut off earns nothing, so a policy that meets its limit learns to be brief, and would never
+    show that
+    it wants more. The first limit therefore lies far above what early thoughts need, and the next one comes before
+    this one is met.
     """
 
     start: Count = 8192
     """Tokens of the longest response in the first stage."""
     end: Count = 131072
     """The same in the last stage: `start` doubled as often as there are more stages. Equal to `start`: one stage."""
-    cut_off_share: float | None = Field(0.1, ge=0, lt=1)
-    """Move on when more than this share of the responses of the last `window` steps was cut off; null for never."""
+    long_share: float | None = Field(0.1, ge=0, lt=1)
+    """Move on when more than this share of the responses of the last `window` steps took more than half of the limit,
+    of all that were generated, also for problems that are then dropped; null for never."""
     window: Count = 20
     """Steps, all of the present stage, over which that share is taken."""
     min_steps: Whole = 0
@@ -69,12 +75,21 @@ class CurriculumSection(Section):
     penalty_in_last_stage: bool = False
     """Charge for length in the last stage too. The report stops there; a run of one stage has only that one."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_old_words(cls, fields: Any) -> Any:
+        if isinstance(fields, dict) and "cut_off_share" in fields:
+            raise ValueError(
+                "curriculum.cut_off_share: is `long_share` now, the share of responses longer than half of the limit"
+            )
+        return fields
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.end != self.start << self.stages - 1:
             raise ValueError(f"curriculum.end: {self.end} is not start {self.start} doubled some number of times")
-        if self.stages > 1 and self.cut_off_share is None and self.max_steps is None:
-            raise ValueError("curriculum.max_steps: there is no rule for moving on; set this or cut_off_share")
+        if self.stages > 1 and self.long_share is None and self.max_steps is None:
+            raise ValueError("curriculum.max_steps: there is no rule for moving on; set this or long_share")
         if self.max_steps is not None and self.max_steps < self.min_steps:
             raise ValueError(f"curriculum.max_steps: {self.max_steps} is less than min_steps {self.min_steps}")
         return self

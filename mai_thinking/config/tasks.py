@@ -10,10 +10,14 @@ from pydantic import Field, field_validator, model_validator
 
 from mai_thinking.config.base import Coefficient, Name, Seconds, Section, Weight
 
+SerialFamily = Literal["tally", "running", "cups", "chain"]
+"""The families of `mai_thinking.data.serial`, whose problems need a step of work for each item."""
+
 Family = Literal["sum", "difference", "largest", "count", "position", "sort", "next"]
-"""The procedural families of `mai_thinking.rl.tasks.procedural`."""
+"""The procedural families of `mai_thinking.rl.tasks.procedural`, beside the serial ones."""
 
 FAMILIES: tuple[Family, ...] = get_args(Family)
+SERIAL: tuple[SerialFamily, ...] = get_args(SerialFamily)
 LISTS: tuple[Family, ...] = ("largest", "count", "position", "sort", "next")
 """Families whose question shows a list."""
 
@@ -48,14 +52,14 @@ class TaskSection(Section):
 
     name: Name
     """Unique in the run; letters, digits, `.`, `_` and `-`."""
-    kind: Family | Literal["reasoning-gym", "jsonl"]
+    kind: Family | SerialFamily | Literal["reasoning-gym", "jsonl"]
     """A procedural family, a data set of the library reasoning-gym, or a file of questions and answers."""
     weight: Weight = 1.0
     """Share of the problems, relative to the other tasks' weights."""
     digits: _Range | None = None
     """Procedural: fewest and most digits of a number, each count as likely as the others; null means 1 to 2."""
     length: _Range | None = None
-    """Procedural, with a list: fewest and most items of it; null means 3 to 6."""
+    """Procedural, with a list, or serial: fewest and most items; null means 3 to 6."""
     dataset: str | None = None
     """reasoning-gym: the data set's name."""
     options: dict[str, Any] = Field(default_factory=dict)
@@ -76,8 +80,8 @@ class TaskSection(Section):
     @model_validator(mode="after")
     def _check_kind(self) -> Self:
         kinds = {
-            "digits": FAMILIES, "length": LISTS, "dataset": ("reasoning-gym",), "options": ("reasoning-gym",),
-            "path": ("jsonl",),
+            "digits": FAMILIES, "length": (*LISTS, *SERIAL), "path": ("jsonl",),
+            "dataset": ("reasoning-gym",), "options": ("reasoning-gym",),
         }  # fmt: skip
         for field, allowed in kinds.items():
             if getattr(self, field) and self.kind not in allowed:
@@ -85,7 +89,7 @@ class TaskSection(Section):
         for field, kind in (("dataset", "reasoning-gym"), ("path", "jsonl")):
             if self.kind == kind and not getattr(self, field):
                 raise ValueError(f"task {self.name!r}: kind {kind!r} needs `{field}`")
-        for field, low, high in (("digits", 1, 12), ("length", 2, 30)):
+        for field, low, high in (("digits", 1, 12), ("length", 1 if self.kind in SERIAL else 2, 30)):
             bounds = getattr(self, field)
             if bounds and not low <= bounds[0] <= bounds[1] <= high:
                 raise ValueError(
@@ -102,11 +106,17 @@ _PRESETS: dict[str, dict[str, str]] = {
             " </think>, then gives the bare result between <answer> and </answer>.\n"
             "User: {question}\nAssistant: <think>"
         ),
+        "thought_end": "</think>\n",
         "answer_start": "<answer>",
         "answer_end": "</answer>",
     },
     # The form of the embedded corpus of exercises, which a small base model knows.
-    "exercise": {"prompt": "Question: {question}\n", "answer_start": "Answer:", "answer_end": "\n"},
+    "exercise": {
+        "prompt": "Question: {question}\n",
+        "thought_end": "\n",
+        "answer_start": "Answer:",
+        "answer_end": "\n",
+    },
 }
 
 
@@ -116,6 +126,8 @@ class TemplateSection(Section):
     preset: Literal["r1-zero", "exercise"] = "r1-zero"
     prompt: str
     """With `{question}` in it."""
+    thought_end: str = ""
+    """What comes between a thought and the start of the answer, where evaluation forces the answer."""
     answer_start: str = Field(min_length=1)
     """The answer is what follows the last of these …"""
     answer_end: str

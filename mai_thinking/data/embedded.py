@@ -18,9 +18,12 @@ from pathlib import Path
 
 import xxhash
 
+from mai_thinking.config.data import SerialSection, SourceSection
 from mai_thinking.data import exercises as exercises_module
+from mai_thinking.data import serial as serial_module
 from mai_thinking.data.documents import Document
 from mai_thinking.data.exercises import exercises
+from mai_thinking.data.serial import serial_exercises
 from mai_thinking.errors import UsageError
 
 _SCIENTIFIC = ("sympy", "mpmath", "numpy")
@@ -30,15 +33,18 @@ _MIN_DOCSTRING = 400
 _ELSEWHERE = ("site-packages", "dist-packages", "__pycache__", "pydoc_data")
 
 
-def read_embedded(corpus: str) -> Iterator[Document]:
-    """The documents of one of `EMBEDDED_CORPORA`."""
-    return _READERS[corpus]()
+def read_embedded(source: SourceSection) -> Iterator[Document]:
+    """The documents of a source whose path is one of `EMBEDDED_CORPORA`."""
+    if source.path == "serial":
+        return serial_exercises(source.serial or SerialSection())
+    return _READERS[source.path]()
 
 
 def embedded_fingerprint(corpus: str) -> str:
     """What the corpus's content depends on: versions of its packages, number and size of its files."""
-    if corpus == "exercises":
-        return f"exercises {xxhash.xxh3_64_hexdigest(inspect.getsource(exercises_module).encode())}"
+    if corpus in ("exercises", "serial"):
+        module = exercises_module if corpus == "exercises" else serial_module
+        return f"{corpus} {xxhash.xxh3_64_hexdigest(inspect.getsource(module).encode())}"
     if corpus in ("scientific", "docstrings"):
         packages = _SCIENTIFIC if corpus == "scientific" else _DOCUMENTED
         return " ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)

@@ -126,7 +126,7 @@ class Preparation:
     def _load(self, source: SourceSection) -> list[Document]:
         """All of a source's documents, or those that `max_bytes` leaves."""
         if source.kind == "embedded":
-            found = _take(read_embedded(source.path), source.max_bytes if source.path == "exercises" else None)
+            found = _take(read_embedded(source), source.max_bytes if source.endless else None)
         else:
             found = []
             for id, text, _ in self.readers[source.name].read():

@@ -1,6 +1,7 @@
 """What a whole climb leaves for people: one Markdown page with figures in the climb's `report/`."""
 
 import io
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,8 +99,7 @@ def pass_table(climbs: Sequence[Span]) -> str:
 
 def _pass_k(record: Record, task: str) -> str:
     """The name of pass@k of a task, for the record's k."""
-    own = {f"{name}/{task}" for name in ("pass@1", "pass@1_low", "pass@1_high")}
-    others = [name for name in record if name.startswith("pass@") and name.endswith(f"/{task}") and name not in own]
+    others = [name for name in record if re.fullmatch(rf"pass@(?!1/)\d+/{re.escape(task)}", name)]
     return others[0] if others else PASS + task
 
 

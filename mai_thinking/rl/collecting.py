@@ -35,6 +35,11 @@ class Attempt:
     parsed: Parsed
     grade: Grade
 
+    @property
+    def has_thought(self) -> bool:
+        """Whether there is text before the answer."""
+        return self.parsed.answer is not None and bool(self.parsed.thought.strip())
+
 
 @dataclass
 class _Candidate:
@@ -61,6 +66,21 @@ class Responder:
         """The prompt's text, and its tokens behind the end-of-text token that opens every document."""
         prompt = self.template.prompt(problem.question)
         return prompt, self.encoder.encode_prompt(prompt)
+
+    def force(
+        self, asked: Sequence[tuple[Problem, str, int]], tokens: int, temperature: float | None = None
+    ) -> list[Grade]:
+        """The grade of the answer that each (problem, thought, request id) is led to when it is asked for straight
+        after the thought; of at most `tokens` tokens, and of one line."""
+        starts = [self.template.force_answer(thought) for _, thought, _ in asked]
+        requests = [
+            Request(request_id, self.encoder.encode_prompt(self.template.prompt(problem.question) + start), tokens)
+            for (problem, _, request_id), start in zip(asked, starts, strict=True)
+        ]
+        rollouts = self.engine.generate(requests, temperature)
+        texts = self.tokenizer.batch_decode([rollout.response_ids for rollout in rollouts], skip_special_tokens=True)
+        answers = [self.template.parse(start + text).answer for start, text in zip(starts, texts, strict=True)]
+        return self.pool.grade([(problem, answer) for (problem, _, _), answer in zip(asked, answers, strict=True)])
 
     def respond(self, asked: Sequence[tuple[Problem, Request]], temperature: float | None = None) -> list[Attempt]:
         """A graded response to each request, in order; at the engine's temperature unless another is given."""
@@ -152,6 +172,14 @@ class Collector:
         problem = self.mix.problem("train", number)
         return _Candidate(number, problem, *self.responder.encode(problem), GroupSampling(self.config.sampling))
 
+    def _count_lengths(self, attempts: Sequence[Attempt], max_length: int) -> None:
+        for attempt in attempts:
+            length = len(attempt.rollout.response_ids)
+            self.counts.tokens += length
+            self.counts.long += 2 * length > max_length
+            self.counts.cut_off += not attempt.rollout.finished
+            self.counts.thoughts += attempt.has_thought
+
     def _request_id(self, candidate: _Candidate, sample: int) -> int:
         return candidate.number * self.config.sampling.full_size + sample
 
@@ -171,6 +199,7 @@ class Collector:
             )
             rewards, pass_rate = group_rewards(graded, section), graded.pass_rate
             self.counts.count(candidate.sampling)
+            self._count_lengths(attempts, max_length)
             if candidate.sampling.verdict is Verdict.KEPT:
                 rollouts = [attempt.rollout for attempt in attempts]
                 advantages = group_advantages([parts["total"] for parts in rewards])

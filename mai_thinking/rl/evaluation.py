@@ -1,8 +1,13 @@
-"""How well a policy solves problems that it cannot have trained on: pass@1 and pass@k, with confidence intervals."""
+"""How well a policy solves problems that it cannot have trained on, and what its thoughts are worth.
+
+pass@1 and pass@k with confidence intervals, by task and by problem size. Then the test of the thoughts: the answer is
+asked for at once (*emptied*), after the thought of another problem of like size (*other thought*), and after the first
+half of the policy's own (*half thought*). A thought that does work is worth the difference.
+"""
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from statistics import fmean
 from typing import Any
 
@@ -10,12 +15,17 @@ import torch
 import torch.distributed as dist
 
 from mai_thinking.config.grpo import ClimbEvaluationSection
-from mai_thinking.rl.collecting import Responder
+from mai_thinking.rl.collecting import Attempt, Responder
 from mai_thinking.rl.rollouts import Request
-from mai_thinking.rl.tasks import Problem, TaskMix
+from mai_thinking.rl.tasks import Grade, Problem, TaskMix
 
 FIRST_ID = 2**61
 """Request ids from here on are evaluations': other random numbers than any rollout that is learned from."""
+_IDS = 2**40
+"""Request ids of each way of asking."""
+ANSWER_TOKENS = 16
+"""Tokens, beyond the longest reference answer, of an answer that is forced."""
+FORCED = ("emptied", "other_thought", "half_thought")
 
 
 @dataclass(frozen=True)
@@ -23,6 +33,7 @@ class Sample:
     """A response, to look at."""
 
     task: str
+    size: int
     question: str
     answer: str
     response: str
@@ -37,34 +48,137 @@ class HeldOut:
         self.problems: dict[str, list[Problem]] = {
             family: mix.held_out(family, section.problems) for family in mix.families
         }
+        self._all = [problem for problems in self.problems.values() for problem in problems]
 
     def evaluate(self, responder: Responder, max_length: int) -> tuple[dict[str, Any], list[Sample]]:
-        """→ flat metrics, the same on every rank, and this rank's first samples of each task. Collective."""
-        k = self.section.samples
-        asked = []
-        numbered = [problem for problems in self.problems.values() for problem in problems]
-        for number in range(self.rank, len(numbered), self.ranks):
-            _, prompt_ids = responder.encode(numbered[number])
-            for sample in range(k):
-                request = Request(FIRST_ID + number * k + sample, prompt_ids, max_length)
-                asked.append((number, numbered[number], request))
-        attempts = responder.respond([(problem, request) for _, problem, request in asked], self.section.temperature)
-        passed = torch.zeros(len(numbered), dtype=torch.float64)
-        length = torch.zeros((), dtype=torch.float64)
-        samples: dict[int, Sample] = {}
-        for (number, problem, _), attempt in zip(asked, attempts, strict=True):
-            passed[number] += attempt.grade.passed
-            length += len(attempt.rollout.response_ids)
-            sample_shown = Sample(problem.task, problem.question, problem.answer, attempt.text, attempt.grade.passed)
-            samples.setdefault(number, sample_shown)
+        """→ flat metrics, the same on every rank, and the first sample of each of this rank's problems. Collective."""
+        k, temperature = self.section.samples, self.section.temperature
+        mine = range(self.rank, len(self._all), self.ranks)
+        attempts = self._respond(responder, mine, k, FIRST_ID, max_length, temperature)
+        numbers = [number for number in mine for _ in range(k)]
+        # Per problem: passed in each way of asking, greedily, thoughts, tokens.
+        sums = torch.zeros(len(self._all), len(FORCED) + 4, dtype=torch.float64)
+        for number, attempt in zip(numbers, attempts, strict=True):
+            row = torch.tensor([attempt.grade.passed, attempt.has_thought, len(attempt.rollout.response_ids)])
+            sums[number, [0, -2, -1]] += row.double()
+        for column, grades in enumerate(self._forced(responder, numbers, attempts), start=1):
+            for number, grade in zip(numbers, grades, strict=True):
+                sums[number, column] += grade.passed
+        for number, attempt in zip(
+            mine, self._respond(responder, mine, 1, FIRST_ID + _IDS // 2, max_length, 0.0), strict=True
+        ):
+            sums[number, -3] = k * attempt.grade.passed
         if self.ranks > 1:
-            dist.all_reduce(passed)
-            dist.all_reduce(length)
+            dist.all_reduce(sums)
+        return self._metrics(sums), [self._sample(*pair) for pair in zip(mine, attempts[::k], strict=True)]
+
+    def _respond(
+        self,
+        responder: Responder,
+        numbers: Sequence[int],
+        samples: int,
+        first_id: int,
+        max_length: int,
+        temperature: float | None,
+    ) -> list[Attempt]:
+        """`samples` responses to each of the problems."""
+        asked = []
+        for number in numbers:
+            _, prompt_ids = responder.encode(self._all[number])
+            for sample in range(samples):
+                request = Request(first_id + number * samples + sample, prompt_ids, max_length)
+                asked.append((self._all[number], request))
+        return responder.respond(asked, temperature)
+
+    def _sample(self, number: int, attempt: Attempt) -> Sample:
+        problem = self._all[number]
+        return Sample(problem.task, problem.size, problem.question, problem.answer, attempt.text, attempt.grade.passed)
+
+    def _forced(
+        self, responder: Responder, numbers: Sequence[int], attempts: Sequence[Attempt]
+    ) -> Iterable[list[Grade]]:
+        """The grades where the answer is forced, in the three ways of `FORCED`, in the order of `attempts`."""
+        k = self.section.samples
+        room = ANSWER_TOKENS + max(len(responder.encoder.encode(problem.answer)) for problem in self._all)
+        own = [attempt.parsed.thought if attempt.has_thought else "" for attempt in attempts]
+        halves = [_half(responder, thought) for thought in own]
+        ways = ([""] * len(own), _of_another(own, [self._all[number] for number in numbers]), halves)
+        for way, thoughts in enumerate(ways, start=1):
+            asked = []
+            for index, (number, thought) in enumerate(zip(numbers, thoughts, strict=True)):
+                request_id = FIRST_ID + way * _IDS + number * k + index % k
+                asked.append((self._all[number], thought, request_id))
+            yield responder.force(asked, room, self.section.temperature)
+
+    def _metrics(self, sums: torch.Tensor) -> dict[str, Any]:
+        k = self.section.samples
+        passed = sums[:, 0].tolist()
         by_task: dict[str, list[int]] = {family: [] for family in self.problems}
-        for problem, count in zip(numbered, passed.tolist(), strict=True):
-            by_task[problem.task].append(round(count))
-        metrics = summarize(by_task, k) | {"response_length": float(length) / (len(numbered) * k)}
-        return metrics, _one_of_each(list(samples.values()), self.section.show)
+        by_size: dict[tuple[str, int], list[int]] = {}
+        for number, problem in enumerate(self._all):
+            by_task[problem.task].append(round(passed[number]))
+            if problem.size:
+                by_size.setdefault((problem.task, problem.size), []).append(number)
+        totals = dict(zip((*FORCED, "greedy", "thoughts", "tokens"), (sums[:, 1:].mean(0) / k).tolist(), strict=True))
+        metrics = summarize(by_task, k) | {
+            "greedy": totals["greedy"],
+            "response_length": totals["tokens"],
+            "thought_share": totals["thoughts"],
+            # Means over problems, as pass@1 is where all tasks have as many.
+            **{f"pass@1_{name}": totals[name] for name in FORCED},
+        }
+        for task, places in _places(self._all).items():
+            for column, name in enumerate(FORCED, start=1):
+                metrics[f"pass@1_{name}/{task}"] = float(sums[places, column].mean() / k)
+            metrics[f"greedy/{task}"] = float(sums[places, -3].mean() / k)
+            metrics[f"thought_share/{task}"] = float(sums[places, -2].mean() / k)
+            metrics[f"response_length/{task}"] = float(sums[places, -1].mean() / k)
+        for (task, size), places in sorted(by_size.items()):
+            metrics[f"pass@1_size/{task}/{size}"] = float(sums[places, 0].mean() / k)
+            metrics[f"response_length_size/{task}/{size}"] = float(sums[places, -1].mean() / k)
+        return metrics
+
+
+def samples_record(step: int, samples: Sequence[Sample]) -> dict[str, Any]:
+    """A line of the run's `samples.jsonl`."""
+    return {"kind": "samples", "step": step, "samples": [asdict(sample) for sample in samples]}
+
+
+def _half(responder: Responder, thought: str) -> str:
+    """The first half of its tokens."""
+    ids = responder.encoder.encode(thought)
+    return str(responder.tokenizer.decode(ids[: len(ids) // 2]))
+
+
+def _of_another(thoughts: Sequence[str], problems: Sequence[Problem]) -> list[str]:
+    """For each thought that of another problem of the same task and size; where there is no other of its size, of
+    another size; its own where the task has only one problem."""
+    result = list(thoughts)
+    for places in _places(problems).values():
+        ordered = sorted(places, key=lambda place: (problems[place].size, place))
+        distinct = list(dict.fromkeys(problems[place].id for place in ordered))
+        following = dict(zip(distinct, distinct[1:] + distinct[:1], strict=True))
+        of_problem: dict[str, list[int]] = {}
+        of_size: dict[int, list[str]] = {}
+        for place in ordered:
+            of_problem.setdefault(problems[place].id, []).append(place)
+        for one in distinct:
+            of_size.setdefault(problems[of_problem[one][0]].size, []).append(one)
+        for same in of_size.values():
+            if len(same) > 1:
+                following |= dict(zip(same, same[1:] + same[:1], strict=True))
+        for own in distinct:
+            for place, other in zip(of_problem[own], of_problem[following[own]], strict=True):
+                result[place] = thoughts[other]
+    return result
+
+
+def _places(problems: Sequence[Problem]) -> dict[str, list[int]]:
+    """Task → where its problems are."""
+    places: dict[str, list[int]] = {}
+    for place, problem in enumerate(problems):
+        places.setdefault(problem.task, []).append(place)
+    return places
 
 
 def summarize(passed: Mapping[str, Sequence[int]], k: int) -> dict[str, Any]:
@@ -94,8 +208,8 @@ def interval(rates: Sequence[float]) -> tuple[float, float]:
     return max(0.0, centre - spread), min(1.0, centre + spread)
 
 
-def _one_of_each(samples: Sequence[Sample], count: int) -> list[Sample]:
-    """Up to `count`, the tasks in turn."""
+def one_of_each(samples: Sequence[Sample], count: int) -> list[Sample]:
+    """Up to `count` samples to show, the tasks in turn."""
     rounds: dict[str, int] = {}
     placed = []
     for sample in samples:

@@ -1,5 +1,6 @@
 """What a climb leaves for people: figures and one Markdown page in `report/`."""
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ def write_report(
 def pass_table(first: Mapping[str, Any], last: Mapping[str, Any]) -> str:
     """pass@1 with its 95 % interval before and after, and pass@k after, by task, in Markdown."""
     tasks = [name.removeprefix(PASS) for name in last if name.startswith(PASS)]
-    (k,) = {name for name in last if name.startswith("pass@") and "/" not in name} - {"pass@1"} or {"pass@1"}
+    (k,) = {name for name in last if re.fullmatch(r"pass@\d+", name)} - {"pass@1"} or {"pass@1"}
     lines = [f"| task | pass@1 before | pass@1 after | {k} after |", "|---|---:|---:|---:|"]
     for task in tasks:
         lines.append(

@@ -103,6 +103,13 @@ class SamplingCounts:
     rollouts: int = 0
     """Generated for decided problems."""
     rollouts_kept: int = 0
+    tokens: int = 0
+    """Of all those responses."""
+    long: int = 0
+    """Responses that took more than half of the limit."""
+    cut_off: int = 0
+    thoughts: int = 0
+    """Responses with a thought before their answer."""
 
     @property
     def solved(self) -> bool:
@@ -131,6 +138,11 @@ class SamplingCounts:
             "groups_kept": self.kept,
             **{f"groups_dropped/{rule}": getattr(self, rule) for rule in dropped},
             "rollouts_used": self.rollouts_kept / max(1, self.rollouts),
+            # Of all responses, also those that nothing is learned from.
+            "response_length/all": self.tokens / max(1, self.rollouts),
+            "cut_off/all": self.cut_off / max(1, self.rollouts),
+            "long_share": self.long / max(1, self.rollouts),
+            "thought_share": self.thoughts / max(1, self.rollouts),
         }
 
     def state_dict(self) -> dict[str, int]:
@@ -168,16 +180,18 @@ class LengthCurriculum:
         return self.section.penalty_in_last_stage or not self.in_last_stage
 
     @property
-    def cut_off_share(self) -> float:
+    def long_share(self) -> float:
         """Of the responses of the last `window` steps of this stage."""
         responses = sum(total for _, total in self._recent)
-        return sum(cut for cut, _ in self._recent) / responses if responses else 0.0
+        return sum(long for long, _ in self._recent) / responses if responses else 0.0
 
-    def update(self, cut_off: int, responses: int) -> bool:
-        """Take in a step: so many of its responses, over all ranks, ended at `max_length` rather than by themselves.
-        Returns whether the next step is in a new stage."""
+    def update(self, long: int, responses: int) -> bool:
+        """Take in a step: how many responses were generated for it, over all ranks, and how many of them took more
+        than half
+        of `max_length`; 0 and 0 for a step that learns from what was there. Returns whether the next step is in a new
+        stage."""
         self.steps += 1
-        self._recent.append((cut_off, responses))
+        self._recent.append((long, responses))
         if self.in_last_stage or not self._moves_on():
             return False
         self.stage, self.steps = self.stage + 1, 0
@@ -188,9 +202,9 @@ class LengthCurriculum:
         section = self.section
         if section.max_steps is not None and self.steps >= section.max_steps:
             return True
-        if section.cut_off_share is None or self.steps < max(section.window, section.min_steps):
+        if section.long_share is None or self.steps < max(section.window, section.min_steps):
             return False
-        return self.cut_off_share > section.cut_off_share
+        return self.long_share > section.long_share
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values."""
@@ -199,4 +213,4 @@ class LengthCurriculum:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from `state_dict()`."""
         self.stage, self.steps = state["stage"], state["steps"]
-        self._recent = deque(((cut, total) for cut, total in state["recent"]), maxlen=self.section.window)
+        self._recent = deque(((long, total) for long, total in state["recent"]), maxlen=self.section.window)

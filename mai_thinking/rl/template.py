@@ -21,10 +21,17 @@ class Template:
     def __init__(self, section: TemplateSection) -> None:
         self._prompt = section.prompt
         self._start, self._end = section.answer_start, section.answer_end
+        self._thought_end = section.thought_end
 
     def prompt(self, question: str) -> str:
         """The text that the model continues."""
         return self._prompt.replace("{question}", question)
+
+    def force_answer(self, thought: str) -> str:
+        """A response that has got as far as `thought` (possibly none), up to where its answer begins. `thought` loses
+        the white space around it and gets the template's own end of a thought."""
+        body = thought.strip().removesuffix(self._thought_end.strip()).rstrip()
+        return (body + self._thought_end if body or self._thought_end.strip() else "") + self._start
 
     def parse(self, response_text: str) -> Parsed:
         """Look at the response alone, never at the prompt: what the template itself says cannot pass for an answer. Of

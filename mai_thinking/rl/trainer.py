@@ -10,7 +10,7 @@ import hashlib
 import json
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from mai_thinking.provenance.lineage import Source, hash_file
 from mai_thinking.rl.buffer import Group, RolloutBuffer
 from mai_thinking.rl.collapse import COLLAPSE, CollapseDetector, is_repetitive
 from mai_thinking.rl.collecting import Collector, Responder
-from mai_thinking.rl.evaluation import HeldOut, Sample
+from mai_thinking.rl.evaluation import HeldOut, Sample, one_of_each, samples_record
 from mai_thinking.rl.grading import GradingPool
 from mai_thinking.rl.objective import Objective
 from mai_thinking.rl.packing import pack
@@ -45,6 +45,7 @@ from mai_thinking.rl.template import Template
 from mai_thinking.rl.traces import FOLDER, TraceStore
 from mai_thinking.training.goodput import EVALUATION
 from mai_thinking.training.learner import Learner
+from mai_thinking.training.metrics import MetricsLog
 from mai_thinking.training.model_files import load_model_config
 from mai_thinking.training.run_folder import RunFolder
 from mai_thinking.training.session import Session, run_in_folder
@@ -177,7 +178,7 @@ class Climb:
         }
         self.session.record(record, exact=("loss", "grad_norm", "reward"))
         self.detector.update(record)
-        if self.curriculum.update(round(summary["cut_off"] * self._rollouts_per_step), self._rollouts_per_step):
+        if self.curriculum.update(*((counts.long, counts.rollouts) if counts else (0, 0))):
             self.session.say(f"step {step}: responses may be {self.curriculum.max_length} tokens long from here on")
         note = (
             f"pass rate {summary['pass_rate']:.2f}  entropy {metrics['entropy']:.2f}  k {metrics['clip_relaxation']:g}"
@@ -294,10 +295,14 @@ class Climb:
         self.session.record(record, exact=("pass@1",))
         by_task = "  ".join(f"{family} {metrics[f'pass@1/{family}']:.3f}" for family in self.held_out.problems)
         self.session.say(f"step {self.step}: held-out pass@1 {metrics['pass@1']:.3f}  ({by_task})")
-        for sample in samples:
+        if self.session.rank == 0:
+            with closing(MetricsLog(self.folder.samples)) as log:
+                log.append(samples_record(self.step, samples), exact=())
+        shown = one_of_each(samples, self.config.evaluation.show)
+        for sample in shown:
             mark = "right" if sample.passed else f"wrong, it is {sample.answer}"
             self.session.say(f"    {sample.question} → {sample.response!r} ({mark})")
-        return record, samples
+        return record, shown
 
     def _state(self) -> dict[str, Any]:
         return {

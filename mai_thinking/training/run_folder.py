@@ -20,7 +20,8 @@ FREE_TO_CHANGE = ("output_dir", "tracking", "checkpoint", "launch", "plan", "col
 class RunFolder:
     """`config.yaml`, `metrics.jsonl`, `events.jsonl`, `checkpoints/`, `final/`, `report/` under one path.
 
-    `evaluations.jsonl` holds the parts of the last evaluation, so that it can go on where it was. `architecture/` holds
+    `evaluations.jsonl` holds the parts of the last evaluation, so that it can go on where it was; `samples.jsonl`
+    what a policy wrote at each evaluation of an RL run. `architecture/` holds
     what a checkpoint needs to be read as a model: the model's config and the tokenizer.
     """
 
@@ -29,6 +30,7 @@ class RunFolder:
         self.config = path / "config.yaml"
         self.metrics = path / "metrics.jsonl"
         self.evaluations = path / "evaluations.jsonl"
+        self.samples = path / "samples.jsonl"
         self.events = path / "events.jsonl"
         self.checkpoints = path / "checkpoints"
         self.architecture = path / "architecture"

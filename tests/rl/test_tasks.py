@@ -51,7 +51,6 @@ def test_answers_are_right(kind: str, split: Any) -> None:
         assert problem.answer == solve(kind, problem.question), problem.question
         assert task.verify(problem, f" {problem.answer}.\n") == 1
         assert task.verify(problem, f"{problem.answer}1") == 0
-        assert 0 <= problem.difficulty <= 1
         assert split_of(problem.question) == split
 
 

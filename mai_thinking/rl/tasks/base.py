@@ -21,8 +21,8 @@ class Problem:
     question: str
     answer: str
     """The reference, as text."""
-    difficulty: float
-    """0 (easiest the options allow) to 1 (hardest); 0.5 where the task cannot tell."""
+    size: int = 0
+    """Items in the question, where the task counts them; 0 elsewhere."""
     item: int = 0
     """Number in the task's source, for a verifier that needs more than the reference."""
 

@@ -67,7 +67,7 @@ class GymTask:
             entry = self._entry(item)
             question = str(entry["question"]).strip()
             if split_of(question) == split:
-                return Problem(self.name, question_id(question), question, str(entry["answer"]), 0.5, item)
+                return Problem(self.name, question_id(question), question, str(entry["answer"]), item=item)
         raise UsageError(
             f"task {self.name!r} has no {split.replace('_', '-')} question among {_ATTEMPTS}; "
             "give it `options` with more distinct questions"

@@ -68,4 +68,4 @@ class JsonlTask:
         question, answer = texts[0].strip(), texts[1].rpartition("####")[2].strip()
         if not answer:
             raise UsageError(f"{self._path}, record {number + 1}: nothing after `####`; mend or remove the line")
-        return Problem(self.name, question_id(question), question, answer, difficulty=0.5, item=number)
+        return Problem(self.name, question_id(question), question, answer, item=number)

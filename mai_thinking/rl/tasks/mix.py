@@ -4,13 +4,13 @@ import random
 from collections.abc import Sequence
 
 from mai_thinking.config.names import nearest_name
-from mai_thinking.config.tasks import TaskSection
+from mai_thinking.config.tasks import SERIAL, TaskSection
 from mai_thinking.data.questions import Split
 from mai_thinking.errors import UsageError
 from mai_thinking.rl.tasks.base import Problem, Task
 from mai_thinking.rl.tasks.gym import GymTask
 from mai_thinking.rl.tasks.jsonl import JsonlTask
-from mai_thinking.rl.tasks.procedural import ProceduralTask
+from mai_thinking.rl.tasks.procedural import ProceduralTask, SerialTask
 
 _PATIENCE = 500
 """Problems in a row that bring no new question before a split counts as seen whole."""
@@ -20,6 +20,8 @@ def make_task(section: TaskSection) -> Task:
     """The task of a section. Raises UsageError if it cannot be had."""
     if section.kind == "reasoning-gym":
         return GymTask(section)
+    if section.kind in SERIAL:
+        return SerialTask(section)
     return JsonlTask(section) if section.kind == "jsonl" else ProceduralTask(section)
 
 

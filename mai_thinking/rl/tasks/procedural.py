@@ -6,42 +6,40 @@ equality of text, so nothing that a model writes is ever evaluated.
 
 import random
 from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import dataclass
 
-from mai_thinking.config.tasks import LISTS, Family, TaskSection
+from mai_thinking.config.tasks import LISTS, SERIAL, Family, TaskSection
 from mai_thinking.data.questions import Split, question_id, split_of
+from mai_thinking.data.serial import serial_problem
 from mai_thinking.errors import UsageError
 from mai_thinking.rl.tasks.base import Problem, same_text
 
+_LENGTH = (3, 6)
 _ATTEMPTS = 2_000
 """Draws before a split counts as empty. Were 1 % of the draws of that split, 2,000 would miss it once in 5·10^8."""
 
 
-class _Sizes(NamedTuple):
-    """Draws numbers and lengths within the options, and keeps where in their ranges they fell."""
+@dataclass
+class _Sizes:
+    """Draws numbers and lengths within the options, and keeps the length of the list."""
 
     rng: random.Random
     digits: tuple[int, int]
     length: tuple[int, int]
-    levels: list[float]
+    items: int = 0
 
     def number(self) -> int:
         """Of `digits` digits, each count as likely as the others; 0 has one digit."""
-        size = self._draw(self.digits)
+        size = self.rng.randint(*self.digits)
         return self.rng.randint(10 ** (size - 1) if size > 1 else 0, 10**size - 1)
 
     def size(self) -> int:
         """Of a list."""
-        return self._draw(self.length)
+        self.items = self.rng.randint(*self.length)
+        return self.items
 
     def numbers(self) -> list[int]:
         return [self.number() for _ in range(self.size())]
-
-    def _draw(self, bounds: tuple[int, int]) -> int:
-        low, high = bounds
-        size = self.rng.randint(low, high)
-        self.levels.append((size - low) / (high - low) if high > low else 0.5)
-        return size
 
 
 _Drawn = tuple[str, str]
@@ -112,21 +110,41 @@ class ProceduralTask:
         self.name = section.name
         self._family = next(family for family in _DRAWS if family == section.kind)
         self._digits = section.digits or (1, 2)
-        self._length = section.length or (3, 6)
+        self._length = section.length or _LENGTH
 
     def problem(self, split: Split, index: int) -> Problem:
         """See `Task.problem`. The name of the task plays no part: the same options give the same problems."""
         for attempt in range(_ATTEMPTS):
             rng = random.Random(f"{self._family} {self._digits} {self._length} {index} {attempt}")
-            draw = _Sizes(rng, self._digits, self._length, [])
+            draw = _Sizes(rng, self._digits, self._length)
             question, answer = _DRAWS[self._family](draw)
             if split_of(question) == split:
-                difficulty = sum(draw.levels) / len(draw.levels)
-                return Problem(self.name, question_id(question), question, answer, difficulty)
+                return Problem(self.name, question_id(question), question, answer, size=draw.items)
         options = "`digits` or `length`" if self._family in LISTS else "`digits`"
         raise UsageError(
             f"task {self.name!r} has no {split.replace('_', '-')} question among {_ATTEMPTS:,} drawn; raise {options}"
         )
+
+    def verify(self, problem: Problem, answer: str) -> float:
+        """See `Task.verify`: 1 for the reference as text, 0 for everything else."""
+        return float(same_text(problem.answer, answer))
+
+
+class SerialTask:
+    """One of the families of `mai_thinking.data.serial`: the questions of its exercises, apart by the hash of their
+    text."""
+
+    def __init__(self, section: TaskSection) -> None:
+        self.name = section.name
+        self._family = next(family for family in SERIAL if family == section.kind)
+        self._sizes = section.length or _LENGTH
+
+    def problem(self, split: Split, index: int) -> Problem:
+        """See `Task.problem`. Sizes are drawn evenly."""
+        rng = random.Random(f"{self._family} {self._sizes} {split} {index}")
+        size = rng.randint(*self._sizes)
+        made = serial_problem(self._family, size, rng, split)
+        return Problem(self.name, question_id(made.question), made.question, made.answer, size=size)
 
     def verify(self, problem: Problem, answer: str) -> float:
         """See `Task.verify`: 1 for the reference as text, 0 for everything else."""

@@ -1,0 +1,122 @@
+"""Problems that need serial work, made by rule: one step for each item, and each step needs the one before.
+
+A family draws a question of a given size (its number of items), the steps of its working and the answer. The same text
+is an exercise of a corpus (`SerialSection`), with or without its working, and a task of RL. Every item carries a name,
+so that a step can look its item up in the question; names are letters, which are single tokens behind a space.
+
+Who only guesses is right in at most one of ten cases, whatever the size; under the cups in one of five.
+"""
+
+import random
+import string
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+
+from mai_thinking.config.data import SerialSection
+from mai_thinking.config.tasks import SerialFamily
+from mai_thinking.data.documents import Document
+from mai_thinking.data.questions import Split, split_of
+
+STEPS = "Steps:"
+"""How the working begins, if it is shown."""
+_NAMES = string.ascii_lowercase + string.ascii_uppercase
+_CUPS = "12345"
+_ENDS = 10
+"""Chains in a question of links, each with an end of its own."""
+
+
+@dataclass(frozen=True)
+class SerialProblem:
+    """A question, the steps of its working in order, and the answer."""
+
+    question: str
+    steps: tuple[str, ...]
+    answer: str
+
+    def text(self, *, worked: bool) -> str:
+        """The exercise as a document, with its working or with the bare answer."""
+        working = f"{STEPS} {', '.join(self.steps)}.\n" if worked else ""
+        return f"Question: {self.question}\n{working}Answer: {self.answer}\n"
+
+
+def serial_problem(family: SerialFamily, size: int, rng: random.Random, split: Split) -> SerialProblem:
+    """A problem of `size` items (1 to 30) whose question belongs to `split`, drawn from `rng` until there is one."""
+    while True:
+        problem = _DRAWS[family](rng, size)
+        if split_of(problem.question) == split:
+            return problem
+
+
+def serial_exercises(section: SerialSection) -> Iterator[Document]:
+    """Exercises 0, 1, 2, … without end; each is a function of its number and the section alone. None of their questions
+    is one that RL holds out."""
+    index = 0
+    while True:
+        rng = random.Random(f"serial {section.families} {section.sizes} {index}")
+        problem = serial_problem(rng.choice(section.families), rng.randint(*section.sizes), rng, "train")
+        yield Document(str(index), problem.text(worked=rng.random() < section.p_cot))
+        index += 1
+
+
+def _tally(rng: random.Random, size: int) -> SerialProblem:
+    """The sum of named digits."""
+    items = [(name, rng.randint(0, 9)) for name in rng.sample(_NAMES, size)]
+    total, steps = 0, []
+    for name, number in items:
+        total += number
+        steps.append(f"{name}{number}={total}")
+    return SerialProblem(f"Add up {_listed(f'{name}{n}' for name, n in items)}.", tuple(steps), str(total))
+
+
+def _running(rng: random.Random, size: int) -> SerialProblem:
+    """A dial of ten digits that is turned on and back: the last digit of a running sum."""
+    dial = rng.randint(0, 9)
+    start, turns, steps = dial, [], []
+    for name in rng.sample(_NAMES, size):
+        by = rng.choice([n for n in range(-9, 10) if n])
+        dial = (dial + by) % 10
+        turns.append(f"{name}{by:+d}")
+        steps.append(f"{turns[-1]}={dial}")
+    return SerialProblem(f"A dial stands at {start}. Turn it {_listed(turns)}.", tuple(steps), str(dial))
+
+
+def _cups(rng: random.Random, size: int) -> SerialProblem:
+    """A ball under one of five cups that are swapped two by two. Where it ends is drawn first, apart from where it
+    begins: neither the first cup nor the last swap gives it away."""
+    start, end = rng.choice(_CUPS), rng.choice(_CUPS)
+    while True:
+        cup, swaps, steps = start, [], []
+        for name in rng.sample(_NAMES, size):
+            pair = sorted(rng.sample(_CUPS, 2))
+            cup = pair[1 - pair.index(cup)] if cup in pair else cup
+            swaps.append(f"{name}{''.join(pair)}")
+            steps.append(f"{swaps[-1]}={cup}")
+        if cup == end:
+            return SerialProblem(f"The ball is under {start}. Swap {_listed(swaps)}.", tuple(steps), end)
+
+
+def _chain(rng: random.Random, size: int) -> SerialProblem:
+    """Links to follow from one name to its end, among nine short chains with ends of their own."""
+    others = [rng.randint(1, 2) for _ in range(_ENDS - 1)]
+    room = len(_NAMES) - (size + 1) - len(others)  # every chain has one name more than links
+    while sum(others) > room:
+        others[others.index(2)] = 1
+    names = iter(rng.sample(_NAMES, size + 1 + sum(others) + len(others)))
+    chains = [[next(names) for _ in range(length + 1)] for length in (size, *others)]
+    links = [f"{here} {there}" for chain in chains for here, there in pairwise(chain)]
+    rng.shuffle(links)
+    start, *path = chains[0]
+    return SerialProblem(f"Links {_listed(links)}. Follow {start} to its end.", tuple(path), path[-1])
+
+
+def _listed(items: Iterator[str] | list[str]) -> str:
+    return ", ".join(items)
+
+
+_DRAWS: dict[SerialFamily, Callable[[random.Random, int], SerialProblem]] = {
+    "tally": _tally,
+    "running": _running,
+    "cups": _cups,
+    "chain": _chain,
+}

@@ -1,0 +1,90 @@
+"""Problems that need serial work: right by other means than the generator's, hard to guess, and never held-out ones."""
+
+import re
+from collections import Counter
+from itertools import islice
+from random import Random
+
+import pytest
+
+from mai_thinking.config.data import SerialSection
+from mai_thinking.config.tasks import SERIAL, SerialFamily
+from mai_thinking.data.questions import split_of
+from mai_thinking.data.serial import serial_exercises, serial_problem
+
+
+def solve(question: str) -> str:
+    """The answer, from the question's text alone."""
+    if found := re.fullmatch(r"Add up (.+)\.", question):
+        return str(sum(int(item[1:]) for item in found[1].split(", ")))
+    if found := re.fullmatch(r"A dial stands at (\d)\. Turn it (.+)\.", question):
+        return str((int(found[1]) + sum(int(item[1:]) for item in found[2].split(", "))) % 10)
+    if found := re.fullmatch(r"The ball is under (\d)\. Swap (.+)\.", question):
+        order = "12345"
+        for item in found[2].split(", "):  # the cups' labels change places, and the ball stays on its own
+            order = order.translate(str.maketrans(item[1:], item[:0:-1]))
+        return order[int(found[1]) - 1]
+    found = re.fullmatch(r"Links (.+)\. Follow (\w) to its end\.", question)
+    assert found
+    links, place = dict(link.split() for link in found[1].split(", ")), found[2]
+    while place in links:
+        place = links[place]
+    return place
+
+
+@pytest.mark.parametrize("family", SERIAL)
+@pytest.mark.parametrize("size", [1, 2, 5, 12, 30])
+def test_answers_and_steps_are_right(family: SerialFamily, size: int) -> None:
+    for seed in range(30):
+        problem = serial_problem(family, size, Random(seed), "train")
+        assert problem.answer == solve(problem.question), problem.question
+        assert len(problem.steps) == size
+        assert problem.steps[-1].endswith(problem.answer)
+        question, working, answer = problem.text(worked=True).splitlines()
+        assert problem.text(worked=False).splitlines() == [question, answer]
+        assert all(step in working for step in problem.steps)
+
+
+@pytest.mark.parametrize("family", SERIAL)
+def test_every_step_follows_from_the_one_before(family: SerialFamily) -> None:
+    """The first steps of a problem solve the problem that has only the first items."""
+    for seed in range(20):
+        problem = serial_problem(family, 6, Random(seed), "train")
+        for count in range(1, 6):
+            if family == "chain":
+                continue
+            head, items = re.fullmatch(r"(.*?(?:up|it|Swap) )(.+)\.", problem.question).groups()  # type: ignore[union-attr]
+            shorter = f"{head}{', '.join(items.split(', ')[:count])}."
+            assert problem.steps[count - 1].rpartition("=")[2] == solve(shorter)
+
+
+@pytest.mark.parametrize(("family", "luck"), [("tally", 0.13), ("running", 0.13), ("cups", 0.23), ("chain", 0.05)])
+@pytest.mark.parametrize("size", [2, 3, 8, 30])
+def test_who_only_guesses_is_seldom_right(family: SerialFamily, luck: float, size: int) -> None:
+    """The commonest answer, of 1,500; the bounds are luck's own and three standard deviations."""
+    answers = Counter(serial_problem(family, size, Random(seed), "train").answer for seed in range(1500))
+    assert answers.most_common(1)[0][1] / 1500 <= luck
+
+
+def test_the_ball_is_seldom_where_it_began_or_where_the_last_swap_was() -> None:
+    began = swapped = 0
+    for seed in range(1500):
+        problem = serial_problem("cups", 4, Random(seed), "train")
+        items = problem.question.rstrip(".").split(", ")
+        began += problem.answer == re.search(r"under (\d)", problem.question)[1]  # type: ignore[index]
+        swapped += problem.answer in items[-1][1:]
+    assert began / 1500 < 0.24
+    assert swapped / 1500 < 0.45  # two of the five cups are in it
+
+
+def test_the_share_of_worked_texts_and_nothing_held_out() -> None:
+    texts = {}
+    for p_cot in (0.0, 0.25, 1.0):
+        section = SerialSection(sizes=(2, 5), p_cot=p_cot)
+        texts[p_cot] = [document.text for document in islice(serial_exercises(section), 600)]
+        worked = sum("Steps:" in text for text in texts[p_cot]) / 600
+        assert abs(worked - p_cot) < 0.06
+    questions = {p_cot: [text.splitlines()[0] for text in found] for p_cot, found in texts.items()}
+    assert questions[0.0] == questions[0.25] == questions[1.0]  # a sweep over p_cot changes nothing else
+    assert all(split_of(line.removeprefix("Question: ")) == "train" for line in questions[1.0])
+    assert len(set(questions[1.0])) > 590
