@@ -55,7 +55,8 @@ def check_lengths(config: GrpoConfig, mix: TaskMix) -> None:
 def describe(config: GrpoConfig) -> str:
     """What `--dry-run` prints. Token counts are upper bounds: responses as long as the curriculum lets them be."""
     architecture = policy_config(config)
-    check_lengths(config, TaskMix(config.tasks, config.seed))
+    mix = TaskMix(config.tasks, config.seed)
+    check_lengths(config, mix)
     total, active = architecture.parameter_counts()
     group = config.sampling.full_size
     rollouts = config.steps * config.groups_per_step * group
@@ -66,7 +67,8 @@ def describe(config: GrpoConfig) -> str:
     rows = [
         ("parameters", f"{quantity(total)} total, {quantity(active)} active ({total:,} / {active:,})"),
         ("FLOPs", f"{quantity(flops)} a learned token, {quantity(flops / 3)} a generated one"),
-        ("tasks", ", ".join(task.name for task in config.tasks)),
+        ("tasks", ", ".join(mix.families)),
+        *(("left out", note) for note in mix.notes),
         ("steps", f"{config.steps:,} of {batch}"),
         ("tokens", f"at most {quantity(tokens)} of responses, at the first stage's {config.curriculum.start} each"),
         ("engine", f"{config.rollouts.slots} slots, new weights every {config.rollouts.steps_per_update} steps"),

@@ -206,12 +206,57 @@ def test_a_file_of_questions(tmp_path: Path) -> None:
     assert task.problem("train", 0).answer == "18"
 
 
-@pytest.mark.parametrize("line", ["{", "[1]", '{"q": "a"}', '{"q": "", "a": "1"}', '{"q": "a", "a": "b ####"}'])
+BAD_LINES = {
+    "{": "not valid JSON",
+    "[1]": "no text in field 'q'.* `question_field`",
+    '{"q": "a"}': "no text in field 'a'.* `answer_field`",
+    '{"q": "", "a": "1"}': "no text in field 'q'",
+    '{"q": null, "a": "1"}': "no text in field 'q'",
+    '{"q": "a", "a": true}': "no text in field 'a'",
+    '{"q": "a", "a": NaN}': "no text in field 'a'",
+    '{"q": "a", "a": "b ####"}': "nothing after `####`",
+    '{"q": "a \\ud83d", "a": "1"}': r"half a surrogate pair \(\\ud83d\)",
+    '{"q": "a", "a": "\\udc00"}': r"half a surrogate pair \(\\udc00\)",
+    "[" * 100_000: "nested too deeply",
+    '{"q": "a", "a": ' + "1" * 5000 + "}": "not valid JSON",
+}
+
+
+@pytest.mark.parametrize("line", BAD_LINES)
 def test_a_bad_line_is_named(tmp_path: Path, line: str) -> None:
     path = tmp_path / "bad.jsonl"
     path.write_text('{"q": "a", "a": "1"}\n' + line)
-    with pytest.raises(UsageError, match=r"bad\.jsonl, (line|record) 2"):
+    with pytest.raises(UsageError, match=rf"^\S*bad\.jsonl, line 2\b.*{BAD_LINES[line]}[^\n]*$"):
         make_task(jsonl_section(path))
+
+
+def questions_of(task: Any) -> set[str]:
+    return {task.problem(split, index).question for split in ("train", "held_out") for index in range(200)}
+
+
+def test_lines_end_where_json_lines_end(tmp_path: Path) -> None:
+    """At a line feed: what else ends a line of text may stand in a string. A byte-order mark and CRLF are no text."""
+    separators = ("\u2028", "\u2029", "\x85", "\x0b", "\x1c", "\r")
+    asked = [f"Question {i}?" for i in range(60)] + [f"Case {ord(mark)}{mark}after?" for mark in separators]
+    rows = [json.dumps({"q": question, "a": 7}, ensure_ascii=False) for question in asked]
+    path = tmp_path / "qa.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + "\r\n\r\n".join(rows).encode())
+    assert questions_of(make_task(jsonl_section(path))) == set(asked)
+
+
+def test_what_is_left_out_is_told(tmp_path: Path) -> None:
+    rows = [{"q": f"Question {i}?", "a": "1/2"} for i in range(60)]
+    again = [{"q": "Question  3? ", "a": "0.5"}, {"q": "Question 4?", "a": "5"}, {"q": "QUESTION 4?", "a": "5"}]
+    path = tmp_path / "qa.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    assert TaskMix([jsonl_section(path)], seed=0).notes == []
+    path.write_text("\n".join(map(json.dumps, rows + again)))
+    mix = TaskMix([jsonl_section(path)], seed=0)
+    (note,) = mix.notes
+    assert note.startswith("qa.jsonl: 2 lines repeat a question, 1 with another answer (line 62 against line 5); ")
+    assert len(questions_of(mix.task("jsonl"))) == 61, "questions that differ in case are two"
+    problem = next(p for p in (mix.task("jsonl").problem("train", n) for n in range(99)) if p.question == "Question 4?")
+    assert problem.answer == "1/2"
 
 
 NUMBERS = [

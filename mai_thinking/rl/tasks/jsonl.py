@@ -1,10 +1,10 @@
 """Questions and answers from a JSONL file, GSM8K's for one; graded as text or as mathematics."""
 
-import json
+import math
 from pathlib import Path
-from typing import Any
 
 from mai_thinking.config.tasks import TaskSection
+from mai_thinking.data.jsonl import Line, check_text, read_jsonl, shown
 from mai_thinking.data.questions import Split, question_id, split_of
 from mai_thinking.errors import UsageError
 from mai_thinking.rl.tasks.base import Problem, same_text
@@ -12,19 +12,30 @@ from mai_thinking.rl.tasks.mathematics import same_mathematics
 
 
 class JsonlTask:
-    """Problem `index` is line `index` of its split, over and over; both splits come from the one file."""
+    """Problem `index` is question `index` of its split, over and over; both splits come from the one file."""
 
     def __init__(self, section: TaskSection) -> None:
-        """Raises UsageError if the file cannot be used."""
+        """Raises UsageError with the file, the line and the fix if the file cannot be used."""
         assert section.path is not None, "the section's validator sees to it"
         self.name, self._path, self._grading = section.name, Path(section.path), section.grading
         self._problems: dict[Split, list[Problem]] = {"train": [], "held_out": []}
-        seen: set[str] = set()
-        for number, row in enumerate(self._rows()):
-            problem = self._read(section, number, row)
-            if problem.id not in seen:
-                seen.add(problem.id)
+        first: dict[str, Problem] = {}
+        repeated, contradicting = 0, list[str]()
+        for line in read_jsonl(self._path):
+            problem = self._read(section, line)
+            known = first.setdefault(problem.id, problem)
+            if known is problem:
                 self._problems[split_of(problem.question)].append(problem)
+                continue
+            repeated += 1
+            if not self.verify(known, problem.answer):
+                contradicting.append(f"line {line.number} against line {known.item}")
+        self.notes: list[str] = []
+        """What was left out, a line each."""
+        if repeated:
+            others = f", {len(contradicting)} with another answer ({contradicting[0]})" if contradicting else ""
+            lines = "1 line repeats a question" if repeated == 1 else f"{repeated:,} lines repeat a question"
+            self.notes = [f"{self._path.name}: {lines}{others}; the first of each counts, the duplicates are left out"]
 
     def problem(self, split: Split, index: int) -> Problem:
         """See `Task.problem`."""
@@ -43,29 +54,15 @@ class JsonlTask:
         )
         return float(right)
 
-    def _rows(self) -> list[Any]:
-        try:
-            lines = self._path.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(f"task {self.name!r}: cannot read {self._path}: {error}") from None
-        rows = []
-        for number, line in enumerate(lines, start=1):
-            try:
-                rows.append(json.loads(line) if line.strip() else None)
-            except (ValueError, RecursionError) as error:
-                raise UsageError(f"{self._path}, line {number}: not JSON ({error}); mend or remove the line") from None
-        return [row for row in rows if row is not None]
-
-    def _read(self, section: TaskSection, number: int, row: Any) -> Problem:
-        texts = []
+    def _read(self, section: TaskSection, line: Line) -> Problem:
+        where, texts = f"{shown(self._path)}, line {line.number}", []
         for option, field in (("question_field", section.question_field), ("answer_field", section.answer_field)):
-            value = row.get(field) if isinstance(row, dict) else None
-            if isinstance(value, bool) or not isinstance(value, str | int | float) or not str(value).strip():
-                raise UsageError(
-                    f"{self._path}, record {number + 1}: no text in field {field!r}; name the right one in `{option}`"
-                )
-            texts.append(str(value))
+            value = line.value.get(field) if isinstance(line.value, dict) else None
+            number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+            if not (number or isinstance(value, str)) or not str(value).strip():
+                raise UsageError(f"{where}: no text in field {field!r}; mend the line, or name the field in `{option}`")
+            texts.append(check_text(str(value), f"{where}, field {field!r}"))
         question, answer = texts[0].strip(), texts[1].rpartition("####")[2].strip()
         if not answer:
-            raise UsageError(f"{self._path}, record {number + 1}: nothing after `####`; mend or remove the line")
-        return Problem(self.name, question_id(question), question, answer, item=number)
+            raise UsageError(f"{where}: nothing after `####`; mend or remove the line")
+        return Problem(self.name, question_id(question), question, answer, item=line.number)

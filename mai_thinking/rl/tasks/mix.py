@@ -48,6 +48,11 @@ class TaskMix:
         """The tasks' names, in the config's order."""
         return list(self._tasks)
 
+    @property
+    def notes(self) -> list[str]:
+        """What the tasks left out, a line each."""
+        return [note for task in self._tasks.values() for note in getattr(task, "notes", ())]
+
     def task(self, name: str) -> Task:
         """The task of that name. Raises UsageError if there is none."""
         if name not in self._tasks:
