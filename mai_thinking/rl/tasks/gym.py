@@ -1,14 +1,16 @@
 """Data sets of the library reasoning-gym as tasks (extra `tasks`).
 
-Two of its habits are not ours. It pays partial credit, for the reference as a part of the answer among other things:
-only a score of 0.99 or more counts. And item i of a data set with seed s is item 0 of one with seed s + i, so that two
-seeds give no two splits: ours go by the question's text.
+Three of its habits are not ours. It pays partial credit, for the reference as a part of the answer among other things:
+only a score of 0.99 or more counts. Some verifiers are content with what is no answer: their data sets are refused, or
+compared with the reference here; a test probes all of them. And item i of a data set with seed s is item 0 of one with
+seed s + i, so that two seeds give no two splits: ours go by the question's text.
 """
 
 import inspect
 import random
 import re
 import sys
+from decimal import Decimal
 from functools import lru_cache
 from typing import Any
 
@@ -17,14 +19,31 @@ from mai_thinking.config.tasks import TaskSection
 from mai_thinking.data.questions import Split, question_id, split_of
 from mai_thinking.errors import UsageError
 from mai_thinking.rl.tasks.base import LONGEST_ANSWER, Problem
+from mai_thinking.rl.tasks.mathematics import same_mathematics
 
 _FULL = 0.99
 _ITEMS = 2**31
-_UNSOUND = {"puzzle24": "is content with any four numbers that make 24; take `countdown`"}
+_IN_MEMORY = {"acre": 10_000, "gsm_symbolic": 10_000, "list_functions": 10_000, "word_ladder": 10_000}
+"""Items of the data sets that make them, or a list of them, at once. `word_ladder` takes at most 20,000."""
+_UNSOUND = {
+    "puzzle24": "is content with any four numbers that make 24; take `countdown`",
+    "game_of_life_halting": "is content with any text; take `game_of_life`",
+    "propositional_logic": "is content with a premise said again; take `knights_knaves`",
+}
 """Data sets whose verifiers can be fooled without any knowledge of the question."""
+_TOLERANT = frozenset(
+    {"advanced_geometry", "coin_flip", "complex_arithmetic", "decimal_arithmetic", "number_format", "pool_matrix"}
+    | {"polynomial_equations", "time_intervals"}
+)
+"""Data sets whose verifiers take numbers that are near, by any distance or NaN's: an answer must round to the reference
+at its last digit."""
+_NEAR = Decimal("1e-4")
+"""Of the reference: digits beyond it may differ by no more, so that 0.04 is not 0.0."""
 _ATTEMPTS = 500
 
 _EVALUATES = re.compile(r"(?<!def )\b(?:eval|exec|sympify|parse_expr)\(")
+_NUMBER = re.compile(r"-?[0-9]+(?:\.[0-9]+)?(?:[eE][-+]?[0-9]{1,3})?")
+_SPACE = re.compile(r"[ \t]+")
 _QUOTED = re.compile(r"""'[^'\\\n]*'|"[^"\\\n]*\"""")
 _NAME = re.compile(r"[^\W\d]\w*")
 _FUNCTIONS = frozenset(
@@ -50,8 +69,10 @@ class GymTask:
             raise UsageError(f"task {self.name!r}: reasoning-gym has no data set {dataset!r}; {near}")
         if dataset in _UNSOUND:
             raise UsageError(f"task {self.name!r}: the verifier of {dataset} {_UNSOUND[dataset]}")
+        self._items = _IN_MEMORY.get(str(dataset), _ITEMS)
+        self._tolerant = dataset in _TOLERANT
         try:
-            self._dataset = reasoning_gym.create_dataset(dataset, **{**section.options, "seed": 0, "size": _ITEMS})
+            self._dataset = reasoning_gym.create_dataset(dataset, **{**section.options, "seed": 0, "size": self._items})
         except (TypeError, ValueError, AssertionError) as error:
             raise UsageError(f"task {self.name!r}: {dataset} does not take these `options`: {error}") from None
         # Some verifiers hand the answer to Python's eval, or to sympy's, which is the same.
@@ -63,7 +84,7 @@ class GymTask:
         """See `Task.problem`. Makes items until one falls into the split."""
         rng = random.Random(f"{split} {index}")
         for _ in range(_ATTEMPTS):
-            item = rng.randrange(_ITEMS)
+            item = rng.randrange(self._items)
             entry = self._entry(item)
             question = str(entry["question"]).strip()
             if split_of(question) == split:
@@ -87,12 +108,32 @@ class GymTask:
                 problem.answer.casefold() in answer.casefold() or (self._evaluates and not harmless(answer))
             ):
                 return 0.0
+            if self._tolerant:
+                return float(
+                    rounds_to(problem.answer, answer) or same_mathematics(problem.answer, answer, problem.question)
+                )
             return float(self._dataset.score_answer(answer, entry) >= _FULL)
         except Exception:  # verifiers raise all kinds of errors on text that is no answer
             return 0.0
 
     def _make_entry(self, item: int) -> dict[str, Any]:
         return self._dataset[item]
+
+
+def rounds_to(reference: str, answer: str) -> bool:
+    """Whether `answer` is `reference` but for numbers that are the reference's when rounded to its digits."""
+    if _SPACE.sub(" ", _NUMBER.sub("#", answer)).strip() != _SPACE.sub(" ", _NUMBER.sub("#", reference)).strip():
+        return False
+    return all(
+        abs(Decimal(other) - Decimal(one)) <= min(_half_unit(one), abs(Decimal(one)) * _NEAR)
+        for one, other in zip(_NUMBER.findall(reference), _NUMBER.findall(answer), strict=True)
+    )
+
+
+def _half_unit(number: str) -> Decimal:
+    """Half of what the last of its decimals counts; 0 if it has none."""
+    exponent = Decimal(number).as_tuple().exponent
+    return Decimal((0, (5,), exponent - 1)) if isinstance(exponent, int) and exponent < 0 else Decimal(0)
 
 
 def harmless(answer: str) -> bool:
