@@ -1,4 +1,6 @@
-"""Talk to a model: `python scripts/sample.py [MODEL] [--prompt TEXT]`. Without a prompt, an interactive session.
+"""Talk to a model: `python scripts/sample.py [MODEL] [--prompt TEXT | --question TEXT]`. Without either, an interactive
+session. A question is asked in the frame of the model's RL run (or of the exercises), and thought and answer are told
+apart.
 
 MODEL is a Hugging Face folder, a run's folder (default: runs/nano) or a run's `checkpoints/step-…`.
 Text streams as it is written.
@@ -13,6 +15,7 @@ def main() -> None:
     parser = Parser(__doc__)
     parser.add_argument("model", nargs="?", default="runs/nano", help="a model folder, a run's folder or a checkpoint")
     parser.add_argument("--prompt", help="continue this text and stop")
+    parser.add_argument("--question", help="ask this and stop, as an RL run asks it")
     parser.add_argument("--tokens", type=option(Count), default=200, help="at most so many new tokens")
     parser.add_argument(
         "--temperature", type=option(EvaluationTemperature), default=0.8, help="0 takes the likeliest token each time"
@@ -31,7 +34,12 @@ def main() -> None:
         "top_p": options.top_p,
         "seed": options.seed,
     }
-    if options.prompt is None:
+    if options.question is not None:
+        from mai_thinking.rl.ask import ask
+        from mai_thinking.rl.template import template_of
+
+        print(ask(model, tokenizer, template_of(options.model), options.question, **settings).text())
+    elif options.prompt is None:
         converse(model, tokenizer, **settings)
     else:
         stream_text(model, tokenizer, options.prompt, **settings)

@@ -8,6 +8,7 @@ Who only guesses is right in at most one of ten cases, whatever the size; under 
 """
 
 import random
+import re
 import string
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -57,6 +58,37 @@ def serial_exercises(section: SerialSection) -> Iterator[Document]:
         problem = serial_problem(rng.choice(section.families), rng.randint(*section.sizes), rng, "train")
         yield Document(str(index), problem.text(worked=rng.random() < section.p_cot))
         index += 1
+
+
+def solve(question: str) -> str | None:
+    """The answer to a question of one of the families, worked out from its text; None for any other text."""
+    question = question.strip()
+    if found := _asked(r"Add up {}\.", r"[A-Za-z]\d", question):
+        return str(sum(int(item[1:]) for item in found[-1]))
+    if found := _asked(r"A dial stands at (\d)\. Turn it {}\.", r"[A-Za-z][+-]\d", question):
+        return str((int(found[0]) + sum(int(item[1:]) for item in found[-1])) % 10)
+    if found := _asked(r"The ball is under ([1-5])\. Swap {}\.", "[A-Za-z][1-5][1-5]", question):
+        cup = found[0]
+        for item in found[-1]:
+            pair = item[1:]
+            cup = pair[1 - pair.index(cup)] if cup in pair else cup
+        return cup
+    if found := _asked(r"Links {}\. Follow ([A-Za-z]) to its end\.", "[A-Za-z] [A-Za-z]", question):
+        links, place = dict(link.split() for link in found[-1]), found[0]
+        for _ in links:
+            place = links.get(place, place)
+        return place
+    return None
+
+
+def _asked(frame: str, item: str, question: str) -> tuple[str, list[str]] | None:
+    """What a question has in its frame: the one group of `frame` ("" if it has none), and the items, where `{}`
+    stands."""
+    found = re.fullmatch(frame.replace("{}", f"(?P<items>{item}(?:, {item})*)"), question)
+    if found is None:
+        return None
+    others = [text for index, text in enumerate(found.groups(), 1) if index != found.re.groupindex["items"]]
+    return "".join(others), found["items"].split(", ")
 
 
 def _tally(rng: random.Random, size: int) -> SerialProblem:

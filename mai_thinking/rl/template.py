@@ -1,6 +1,9 @@
 """The frame around a question, and the answer in a response. MAI-Thinking-1 report §3.1."""
 
 from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
 
 from mai_thinking.config.tasks import TemplateSection
 
@@ -45,3 +48,16 @@ class Template:
         first = start + len(self._start)
         answer = text[first : text.find(self._end, first) if self._end else None]
         return Parsed(response_text[:start], answer.strip())
+
+
+def template_of(model: str | Path) -> Template:
+    """The frame in which a run's folder, its `final/` or one of its checkpoints was asked; that of the exercises
+    where no RL run's config stands beside it."""
+    folder = Path(model).expanduser()
+    for place in (folder, folder.parent, folder.parent.parent):
+        if (place / "config.yaml").is_file():
+            config = yaml.safe_load((place / "config.yaml").read_text(encoding="utf-8"))
+            if isinstance(config, dict) and isinstance(config.get("template"), dict):
+                return Template(TemplateSection(**config["template"]))
+            break
+    return Template(TemplateSection(preset="exercise"))  # type: ignore[call-arg]

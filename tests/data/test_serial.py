@@ -11,10 +11,11 @@ from mai_thinking.config.data import SerialSection
 from mai_thinking.config.tasks import SERIAL, SerialFamily
 from mai_thinking.data.questions import split_of
 from mai_thinking.data.serial import serial_exercises, serial_problem
+from mai_thinking.data.serial import solve as library_solve
 
 
 def solve(question: str) -> str:
-    """The answer, from the question's text alone."""
+    """The answer, from the question's text alone, by other means than the library's."""
     if found := re.fullmatch(r"Add up (.+)\.", question):
         return str(sum(int(item[1:]) for item in found[1].split(", ")))
     if found := re.fullmatch(r"A dial stands at (\d)\. Turn it (.+)\.", question):
@@ -37,7 +38,7 @@ def solve(question: str) -> str:
 def test_answers_and_steps_are_right(family: SerialFamily, size: int) -> None:
     for seed in range(30):
         problem = serial_problem(family, size, Random(seed), "train")
-        assert problem.answer == solve(problem.question), problem.question
+        assert problem.answer == solve(problem.question) == library_solve(problem.question), problem.question
         assert len(problem.steps) == size
         assert problem.steps[-1].endswith(problem.answer)
         question, working, answer = problem.text(worked=True).splitlines()
@@ -88,3 +89,15 @@ def test_the_share_of_worked_texts_and_nothing_held_out() -> None:
     assert questions[0.0] == questions[0.25] == questions[1.0]  # a sweep over p_cot changes nothing else
     assert all(split_of(line.removeprefix("Question: ")) == "train" for line in questions[1.0])
     assert len(set(questions[1.0])) > 590
+
+
+@pytest.mark.parametrize(
+    "question",
+    ["", "Add up .", "Add up g3, r", "Add up g3,, r5.", "Add up g3, .", "Links a b. Follow c", "Swap p13.", "?" * 999],
+)
+def test_other_text_has_no_answer(question: str) -> None:
+    assert library_solve(question) is None
+
+
+def test_links_in_a_ring_come_to_an_end() -> None:
+    assert library_solve("Links a b, b a. Follow a to its end.") == "a"
