@@ -33,7 +33,7 @@ def measure(options: Options) -> Result:
                 model = build_model(run, model_config(run, data.tokenizer)).eval()
                 with torch.no_grad():
                     ids, positions = batch["input_ids"], batch["position_ids"]
-                    counts = model(ids, position_ids=positions, use_cache=False).routing.counts_E
+                    counts = model(ids, position_ids=positions, use_cache=False, output_routing=True).routing.counts_E
                 worst.append(float((counts.amax(-1) / counts.mean(-1) - 1).max()))
             highest[name] = Figure.of(worst, "violation")
         rows.append(Row({"initial weights": f"N(0, {spread})"}, highest))

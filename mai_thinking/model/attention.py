@@ -23,6 +23,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from mai_thinking.model.configuration import LOCAL, MaiThinkingConfig
 from mai_thinking.model.norm import RMSNorm
 from mai_thinking.model.packed_attention import Documents, packed_attention
+from mai_thinking.model.precision import weight_dtype
 from mai_thinking.model.projection import residual_projection
 
 RotaryTables = tuple[torch.Tensor, torch.Tensor]
@@ -63,7 +64,9 @@ class Attention(nn.Module):
         attention_mask: torch.Tensor | Documents | None,
         past_key_values: Cache | None = None,
         **kwargs: Any,
-    ) -> torch.Tensor:
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """→ output, and weights [B, H, T, keys] if the attention function has them at hand ("eager")."""
+        x_BTD = x_BTD.to(weight_dtype(self.q_proj, self.config))
         heads = (*x_BTD.shape[:-1], -1, self.head_dim)
         q_BHTd = self.q_norm(self.q_proj(x_BTD).view(heads)).transpose(1, 2)
         k_BGTd = self.k_norm(self.k_proj(x_BTD).view(heads)).transpose(1, 2)
@@ -75,7 +78,7 @@ class Attention(nn.Module):
         if past_key_values is not None:
             k_BGTd, v_BGTd = past_key_values.update(k_BGTd, v_BGTd, self.layer_idx)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
-        heads_BTHd, _ = attend(
+        heads_BTHd, weights = attend(
             self,
             q_BHTd,
             k_BGTd,
@@ -86,7 +89,7 @@ class Attention(nn.Module):
             sliding_window=self.sliding_window,
             **kwargs,
         )
-        return self.o_proj(heads_BTHd.flatten(2))
+        return self.o_proj(heads_BTHd.flatten(2)), weights
 
 
 def rotary_tables(position_ids: torch.Tensor, head_dim: int, theta: float) -> RotaryTables:

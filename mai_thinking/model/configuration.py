@@ -6,6 +6,8 @@ Source: MAI-Thinking-1 report §2.1, §2.6.2, Tables 1 and 7. What the report le
 import math
 from dataclasses import fields
 from functools import cache
+from os import PathLike
+from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 from pydantic import create_model
@@ -26,10 +28,32 @@ class MaiThinkingConfig(PretrainedConfig):
     """
 
     model_type: ClassVar[str] = "mai_thinking"
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "aux_loss", "router_logits"]
     attribute_map: ClassVar[dict[str, str]] = {"num_local_experts": "num_experts"}
-    auto_map: ClassVar[dict[str, str]] = {}
-    """No code lies in model folders: whoever imports this package knows the classes. TRL looks here."""
+    base_model_tp_plan: ClassVar[dict[str, str]] = {
+        "layers.*.attention.q_proj": "colwise",
+        "layers.*.attention.k_proj": "colwise",
+        "layers.*.attention.v_proj": "colwise",
+        "layers.*.attention.q_norm": "replicated_with_grad_allreduce",
+        "layers.*.attention.k_norm": "replicated_with_grad_allreduce",
+        "layers.*.attention.o_proj": "rowwise",
+        "layers.*.feed_forward.gate_proj": "colwise",
+        "layers.*.feed_forward.up_proj": "colwise",
+        "layers.*.feed_forward.down_proj": "rowwise",
+        "layers.*.feed_forward.experts.gate_up_proj": "packed_colwise",
+        "layers.*.feed_forward.experts.down_proj": "rowwise",
+        "layers.*.feed_forward.experts": "moe_tp_experts",
+    }
+    base_model_ep_plan: ClassVar[dict[str, str]] = {
+        "layers.*.feed_forward.experts.gate_up_proj": "grouped_gemm",
+        "layers.*.feed_forward.experts.down_proj": "grouped_gemm",
+        "layers.*.feed_forward.experts": "ep_dispatch_experts",
+    }
+    base_model_pp_plan: ClassVar[dict[str, Any]] = {
+        "embed_tokens": (["input_ids"], ["inputs_embeds"]),
+        "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
+        "norm": (["hidden_states"], ["hidden_states"]),
+    }
 
     vocab_size: int = 200_019
     hidden_size: int = 1024
@@ -90,7 +114,19 @@ class MaiThinkingConfig(PretrainedConfig):
         self.layer_types = [
             GLOBAL if (layer + 1) % self.attention_period == 0 else LOCAL for layer in range(self.num_hidden_layers)
         ]
-        super().__post_init__(**kwargs)
+        super().__post_init__(**kwargs | {"auto_map": {name: f"{_STUB}.{model}" for name, model in _CLASSES.items()}})
+
+    def save_pretrained(self, save_directory: str | PathLike[str], **kwargs: Any) -> None:
+        """`config.json`, and beside it a few lines that import this package, for command-line tools that do not: they
+        load the folder with `trust_remote_code`."""
+        super().save_pretrained(save_directory, **kwargs)
+        names = ", ".join(_CLASSES.values())
+        text = f'"""Imports the package whose model this is."""\n\nfrom mai_thinking.model import {names}\n'
+        Path(save_directory, f"{_STUB}.py").write_text(text, encoding="utf-8")
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
+        """Nothing: folders name this package and hold no copy of its files."""
 
     @classmethod
     def ladder(cls, rung: int, **changes: Any) -> Self:
@@ -181,6 +217,16 @@ class MaiThinkingConfig(PretrainedConfig):
         return 6.0 * (in_products * tokens + scores_and_values)
 
 
+_STUB = "modeling_mai_thinking"
+_CLASSES = {
+    "AutoConfig": "MaiThinkingConfig",
+    "AutoModel": "MaiThinkingModel",
+    "AutoModelForCausalLM": "MaiThinkingForCausalLM",
+    "AutoModelForSequenceClassification": "MaiThinkingForSequenceClassification",
+    "AutoModelForTokenClassification": "MaiThinkingForTokenClassification",
+}
+"""What the library's Auto classes make of a model folder."""
+
 _SHORTHANDS: dict[str, Any] = {"ladder": (int | None, None), "preset": (Literal["mai-base-1"] | None, None)}
 """Keys of a `model:` section that stand for many fields."""
 
@@ -212,6 +258,11 @@ def _check(config: MaiThinkingConfig) -> None:
         )
     if layers % config.moe_period:
         raise UsageError(f"model.num_hidden_layers: {layers} is not a multiple of moe_period {config.moe_period}")
+    if config.num_experts_per_tok < 2:
+        raise UsageError(
+            "model.num_experts_per_tok: with 1 the task's loss gives routers no gradient, since the norm behind the "
+            "experts takes any one weight's size away; use 2 or more"
+        )
     if config.num_experts_per_tok > config.num_experts:
         raise UsageError(
             f"model.num_experts_per_tok: {config.num_experts_per_tok} of only {config.num_experts} experts; "

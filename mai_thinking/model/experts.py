@@ -72,21 +72,23 @@ def bucketed_experts(
     """The same by batched products over buckets of experts. [T, L], [T, K] int64, [T, K] → [T, L].
 
     No pair is dropped, and the same inputs give the same bits. The combination is summed in fp32, or in float64 if that
-    is what comes in. On a GPU grouped products take over, ours in bf16 (`model.grouped_experts`) or the library's.
+    is what comes in. On a GPU, and in a compiled graph, grouped products take over: ours in bf16 on a GPU
+    (`model.grouped_experts`), else the library's.
     """
     device = x_TL.device.type
     w_gate_up, w_down = module.gate_up_proj, module.down_proj
     # Neither a custom autograd function nor the grouped product is cast by autocast itself.
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else w_gate_up.dtype
     x_TL = x_TL.to(dtype)
+    if getattr(module, "_is_expert_parallel", False):  # what other ranks' experts do comes with a gate of 0
+        chosen_TK = chosen_TK.clamp(max=w_gate_up.size(0) - 1)
     if device != "cpu" and _fits_grouped_product(dtype, w_gate_up, w_down):
         return grouped_experts(x_TL, w_gate_up, w_down, gates_TK, chosen_TK, getattr(module, "copies", None))
     w_gate_up, w_down = w_gate_up.to(dtype), w_down.to(dtype)
-    if device != "cpu":
+    # The buckets' shapes depend on the data, which one graph cannot have.
+    if device != "cpu" or torch.compiler.is_compiling():
         return grouped_mm_experts_forward(CastExperts(module, w_gate_up, w_down), x_TL, chosen_TK, gates_TK)
-    # Being kept from the compiler costs a call a tenth of a millisecond, as much as the experts of one token.
-    compute = _outside_the_graph if torch.compiler.is_compiling() else _bucketed_on_cpu
-    return compute(x_TL, w_gate_up, w_down, gates_TK, chosen_TK)
+    return _bucketed_on_cpu(x_TL, w_gate_up, w_down, gates_TK, chosen_TK)
 
 
 def _fits_grouped_product(dtype: torch.dtype, *weights: torch.Tensor) -> bool:
@@ -113,12 +115,8 @@ def _bucketed_on_cpu(
         return _one_token(x_TL, w_gate_up, w_down, gates_TK, chosen_TK)
     if chosen_TK.numel() <= PAIRS_PER_EXPERT * w_gate_up.size(0):
         return _pair_by_pair(x_TL, w_gate_up, w_down, gates_TK, chosen_TK)
-    plan = plan_buckets(chosen_TK, w_gate_up)
-    return _combine(_bucket_by_bucket(plan, x_TL, w_gate_up, w_down, gate_up_P=None), plan.row_TK, gates_TK)
-
-
-# Shapes that depend on the data, in NumPy: nothing here for the compiler.
-_outside_the_graph = torch.compiler.disable(_bucketed_on_cpu)
+    layout = bucket_layout(chosen_TK, w_gate_up)
+    return _combine(_bucket_by_bucket(layout, x_TL, w_gate_up, w_down, gate_up_P=None), layout.row_TK, gates_TK)
 
 
 class Bucket(NamedTuple):
@@ -145,7 +143,7 @@ class Bucket(NamedTuple):
         return torch.index_select(source, 0, index_P[self.rows], out=out_R).view(-1, self.room, source.size(1))
 
 
-class Plan(NamedTuple):
+class BucketLayout(NamedTuple):
     """Where each token-expert pair is computed. All indices int64."""
 
     pair_P: torch.Tensor
@@ -171,7 +169,7 @@ class Plan(NamedTuple):
         return [w.new_empty(most, *w.shape[1:]) for w in weights]
 
 
-def plan_buckets(chosen_TK: torch.Tensor, w_gate_up: torch.Tensor) -> Plan:
+def bucket_layout(chosen_TK: torch.Tensor, w_gate_up: torch.Tensor) -> BucketLayout:
     """Sort experts by load, leave out those without work, and cut where the load falls off or the cache is full.
 
     In NumPy: these many small steps, which start several times faster there, are a good part of decoding.
@@ -209,7 +207,9 @@ def plan_buckets(chosen_TK: torch.Tensor, w_gate_up: torch.Tensor) -> Plan:
     pair_P[row_by_expert_S] = by_expert_S
     row_S = np.empty_like(by_expert_S)
     row_S[by_expert_S] = row_by_expert_S
-    return Plan(torch.from_numpy(pair_P), torch.from_numpy(row_S).view(chosen_TK.shape), by_load[len(loads) :], buckets)
+    return BucketLayout(
+        torch.from_numpy(pair_P), torch.from_numpy(row_S).view(chosen_TK.shape), by_load[len(loads) :], buckets
+    )
 
 
 class _BucketedSwiGLU(torch.autograd.Function):
@@ -224,18 +224,20 @@ class _BucketedSwiGLU(torch.autograd.Function):
         gates_TK: torch.Tensor,
         chosen_TK: torch.Tensor,
     ) -> torch.Tensor:
-        plan = plan_buckets(chosen_TK, w_gate_up)
-        gate_up_P = x_TL.new_empty(plan.pair_P.size(0), w_gate_up.size(1))
-        y_PL = _bucket_by_bucket(plan, x_TL, w_gate_up, w_down, gate_up_P)
-        ctx.save_for_backward(x_TL, w_gate_up, w_down, gates_TK, y_PL, gate_up_P, plan.pair_P, plan.row_TK, plan.idle)
-        ctx.buckets = plan.buckets
-        return _combine(y_PL, plan.row_TK, gates_TK)
+        layout = bucket_layout(chosen_TK, w_gate_up)
+        gate_up_P = x_TL.new_empty(layout.pair_P.size(0), w_gate_up.size(1))
+        y_PL = _bucket_by_bucket(layout, x_TL, w_gate_up, w_down, gate_up_P)
+        ctx.save_for_backward(
+            x_TL, w_gate_up, w_down, gates_TK, y_PL, gate_up_P, layout.pair_P, layout.row_TK, layout.idle
+        )
+        ctx.buckets = layout.buckets
+        return _combine(y_PL, layout.row_TK, gates_TK)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout_TL: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x_TL, w_gate_up, w_down, gates_TK, y_PL, gate_up_P, pair_P, row_TK, idle = ctx.saved_tensors
-        plan = Plan(pair_P, row_TK, idle, ctx.buckets)
+        layout = BucketLayout(pair_P, row_TK, idle, ctx.buckets)
         latent, width = x_TL.size(1), w_gate_up.size(1)
         y_TKL = y_PL.index_select(0, row_TK.flatten()).view(*row_TK.shape, latent)
         dgates_TK = _products(dout_TL.unsqueeze(1), y_TKL.mT).squeeze(1).to(gates_TK.dtype)
@@ -246,12 +248,12 @@ class _BucketedSwiGLU(torch.autograd.Function):
             dw_gate_up.index_fill_(0, idle, 0.0)
             dw_down.index_fill_(0, idle, 0.0)
         dx_PL = torch.empty_like(y_PL)
-        token_P = plan.tokens()
+        token_P = layout.tokens()
         gate_P1 = _with_zero_row(gates_TK.reshape(-1, 1)).index_select(0, pair_P)
         x_dout = _with_zero_row(torch.cat((x_TL, dout_TL), dim=1))
-        x_dy, inner, d_inner, d_gate_up = plan.scratch(x_TL, 2 * latent, width // 2, width // 2, width)
-        w_scratch, d_scratch = plan.weight_scratch(w_gate_up, w_down)
-        for bucket in plan.buckets:
+        x_dy, inner, d_inner, d_gate_up = layout.scratch(x_TL, 2 * latent, width // 2, width // 2, width)
+        w_scratch, d_scratch = layout.weight_scratch(w_gate_up, w_down)
+        for bucket in layout.buckets:
             n = bucket.experts_n.size(0)
             w_n = torch.index_select(w_gate_up, 0, bucket.experts_n, out=w_scratch[:n])
             d_n = torch.index_select(w_down, 0, bucket.experts_n, out=d_scratch[:n])
@@ -274,15 +276,19 @@ class _BucketedSwiGLU(torch.autograd.Function):
 
 
 def _bucket_by_bucket(
-    plan: Plan, x_TL: torch.Tensor, w_gate_up: torch.Tensor, w_down: torch.Tensor, gate_up_P: torch.Tensor | None
+    layout: BucketLayout,
+    x_TL: torch.Tensor,
+    w_gate_up: torch.Tensor,
+    w_down: torch.Tensor,
+    gate_up_P: torch.Tensor | None,
 ) -> torch.Tensor:
     """→ every row's output [P, L]. Its gate and up are left in `gate_up_P` [P, 2F], if given."""
     latent, width = x_TL.size(1), w_gate_up.size(1)
-    y_PL = x_TL.new_empty(plan.pair_P.size(0), latent)
-    padded_x, token_P = _with_zero_row(x_TL), plan.tokens()
-    x, inner, gate_up = plan.scratch(x_TL, latent, width // 2, width)
-    w_scratch, d_scratch = plan.weight_scratch(w_gate_up, w_down)
-    for bucket in plan.buckets:
+    y_PL = x_TL.new_empty(layout.pair_P.size(0), latent)
+    padded_x, token_P = _with_zero_row(x_TL), layout.tokens()
+    x, inner, gate_up = layout.scratch(x_TL, latent, width // 2, width)
+    w_scratch, d_scratch = layout.weight_scratch(w_gate_up, w_down)
+    for bucket in layout.buckets:
         n = bucket.experts_n.size(0)
         w_n = torch.index_select(w_gate_up, 0, bucket.experts_n, out=w_scratch[:n])
         d_n = torch.index_select(w_down, 0, bucket.experts_n, out=d_scratch[:n])

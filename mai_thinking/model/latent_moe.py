@@ -22,6 +22,7 @@ from transformers.integrations import use_experts_implementation
 from mai_thinking.model.configuration import MaiThinkingConfig
 from mai_thinking.model.experts import eager_experts
 from mai_thinking.model.grouped_experts import Copies
+from mai_thinking.model.precision import weight_dtype
 from mai_thinking.model.projection import residual_projection
 from mai_thinking.model.router_product import router_product
 
@@ -140,6 +141,7 @@ class LatentMoE(nn.Module):
 
     def __init__(self, config: MaiThinkingConfig) -> None:
         super().__init__()
+        self.config = config
         self.router = Router(config)
         self.latent_down = nn.Linear(config.hidden_size, config.latent_size, bias=False)
         self.experts = Experts(config)
@@ -150,19 +152,19 @@ class LatentMoE(nn.Module):
         x_BTD: torch.Tensor,
         token_mask_BT: torch.Tensor | None = None,
         chosen_BTK: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, Routing, torch.Tensor, torch.Tensor]:
-        """→ output [B, T, D], the routing's sums over real tokens, router logits [B·T, E] fp32, experts [B, T, K].
+    ) -> tuple[torch.Tensor, Routing, torch.Tensor]:
+        """→ output [B, T, D], the routing's sums over real tokens, experts [B, T, K].
 
         `token_mask_BT` (bool) marks real tokens; padding is computed like any token but not counted. `chosen_BTK`
         (int64, as returned) are experts to use in place of the router's choice; their weights are the router's still.
         """
         replayed_TK = None if chosen_BTK is None else chosen_BTK.flatten(0, -2)
         gates_TK, chosen_TK, logits_TE, probabilities_TE = self.router(x_BTD.flatten(0, -2), replayed_TK)
-        latents_TL = self.latent_down(x_BTD.to(self.latent_down.weight.dtype)).flatten(0, -2)
+        latents_TL = self.latent_down(x_BTD.to(weight_dtype(self.latent_down, self.config))).flatten(0, -2)
         mixed_TL = self.experts(latents_TL, chosen_TK, gates_TK)
         out_BTD = self.latent_up(mixed_TL).view(x_BTD.shape)
         routing = summarize(chosen_TK, logits_TE, probabilities_TE, token_mask_BT)
-        return out_BTD, routing, logits_TE, chosen_TK.view(*x_BTD.shape[:-1], -1)
+        return out_BTD, routing, chosen_TK.view(*x_BTD.shape[:-1], -1)
 
 
 def summarize(
@@ -183,7 +185,7 @@ def summarize(
         counts_E.index_add_(0, chosen_TK.flatten(), torch.ones(chosen_TK.numel(), device=logits_TE.device))
         # H = −Σ p·log p = log Z − Σ p·logit
         entropy = log_z_T.sum() - (probabilities_TE * logits_TE).sum()
-        tokens = torch.full((), float(chosen_TK.size(0)), device=logits_TE.device)
+        tokens = torch.full((), chosen_TK.size(0), dtype=torch.float32, device=logits_TE.device)
     return Routing(counts_E, probabilities_TE.sum(dim=0), log_z_T.square().sum(), entropy, tokens)
 
 

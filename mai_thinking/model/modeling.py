@@ -8,6 +8,7 @@ Shapes: B batch, T tokens, D hidden size, V vocabulary, M MoE layers, E experts,
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, ClassVar
 
 import torch
@@ -17,8 +18,14 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
-from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import ModelOutput
+from transformers.modeling_layers import (
+    GenericForSequenceClassification,
+    GenericForTokenClassification,
+    GradientCheckpointingLayer,
+)
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
+from transformers.utils import can_return_tuple
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from mai_thinking.model.attention import Attention, RotaryTables, rotary_tables
 from mai_thinking.model.configuration import GLOBAL, LOCAL, MaiThinkingConfig
@@ -27,7 +34,7 @@ from mai_thinking.model.loss import chunked_cross_entropy
 from mai_thinking.model.norm import RMSNorm
 from mai_thinking.model.packed_attention import Documents, find_documents
 from mai_thinking.model.packed_flex import packed_block_mask
-from mai_thinking.model.precision import half_precision
+from mai_thinking.model.precision import HALF, WIDE, weight_dtype
 from mai_thinking.model.projection import residual_projection
 
 
@@ -36,11 +43,13 @@ class DenseFeedForward(nn.Module):
 
     def __init__(self, config: MaiThinkingConfig) -> None:
         super().__init__()
+        self.config = config
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = residual_projection(config.intermediate_size, config.hidden_size)
 
     def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
+        x_BTD = x_BTD.to(weight_dtype(self.gate_proj, self.config))
         return self.down_proj(F.silu(self.gate_proj(x_BTD)) * self.up_proj(x_BTD))
 
 
@@ -52,7 +61,7 @@ class DecoderLayer(GradientCheckpointingLayer):
         assert config.layer_types is not None
         self.kind: str = config.layer_types[layer_idx]
         self.is_moe = layer_idx in config.moe_layers
-        self.dropout = config.dropout
+        self.dropout = nn.Dropout(config.dropout)  # a module, since trainers look for these to turn dropout off
         D, epsilon = config.hidden_size, config.rms_norm_eps
         self.attention_in_norm = RMSNorm(D, epsilon)
         self.attention = Attention(config, layer_idx)
@@ -70,26 +79,21 @@ class DecoderLayer(GradientCheckpointingLayer):
         past_key_values: Cache | None = None,
         chosen_BTK: torch.Tensor | None = None,
         **kwargs: Any,
-    ) -> tuple[torch.Tensor, Routing | None, torch.Tensor | None, torch.Tensor | None]:
-        """→ residual stream [B, T, D] fp32 and, of a MoE layer, its routing, router logits [B·T, E] and the experts
-        that it used [B, T, K], which are `chosen_BTK` where that is given."""
-        weight_dtype = self.attention.o_proj.weight.dtype
-        x_BTD = self.attention_in_norm(residual_BTD).to(weight_dtype)
-        x_BTD = self.attention(x_BTD, rotary, attention_mask, past_key_values, **kwargs)
-        residual_BTD = residual_BTD + self._drop(self.attention_out_norm(x_BTD))
+    ) -> tuple[torch.Tensor, Routing | None, torch.Tensor | None]:
+        """→ residual stream [B, T, D] fp32 and, of a MoE layer, its routing and the experts that it used [B, T, K],
+        which are `chosen_BTK` where that is given."""
+        # The norms' outputs are fp32, as the router reads them; what has other weights casts for itself.
+        x_BTD = self.attention_in_norm(residual_BTD)
+        x_BTD, _ = self.attention(x_BTD, rotary, attention_mask, past_key_values, **kwargs)
+        residual_BTD = residual_BTD + self.dropout(self.attention_out_norm(x_BTD))
 
         x_BTD = self.feed_forward_in_norm(residual_BTD)
-        routing = router_logits = None
+        routing = None
         if self.is_moe:
-            # The router reads the norm's fp32 output; the block casts for its own projections.
-            x_BTD, routing, router_logits, chosen_BTK = self.feed_forward(x_BTD, token_mask_BT, chosen_BTK)
+            x_BTD, routing, chosen_BTK = self.feed_forward(x_BTD, token_mask_BT, chosen_BTK)
         else:
-            x_BTD = self.feed_forward(x_BTD.to(weight_dtype))
-        residual_BTD = residual_BTD + self._drop(self.feed_forward_out_norm(x_BTD))
-        return residual_BTD, routing, router_logits, chosen_BTK
-
-    def _drop(self, x_BTD: torch.Tensor) -> torch.Tensor:
-        return F.dropout(x_BTD, self.dropout, self.training)
+            x_BTD = self.feed_forward(x_BTD)
+        return residual_BTD + self.dropout(self.feed_forward_out_norm(x_BTD)), routing, chosen_BTK
 
 
 class MaiThinkingPreTrainedModel(PreTrainedModel):
@@ -101,12 +105,22 @@ class MaiThinkingPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules: ClassVar = ["DecoderLayer"]
     _skip_keys_device_placement: ClassVar = ["past_key_values"]
-    _keep_in_fp32_modules_strict: ClassVar = ["embed_tokens", "lm_head", "norm", "router"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    _can_compile_fullgraph = False
+    _can_compile_fullgraph = True
+    _can_record_outputs: ClassVar = {
+        "hidden_states": DecoderLayer,
+        "attentions": Attention,
+        "router_logits": OutputRecorder(Router, index=2),
+    }
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the weights which follow the dtype asked for, not of the embeddings, which are fp32 whatever it is.
+        The library writes it into `config.json`, and loads the folder in it."""
+        return next(module.down_proj.dtype for module in self.modules() if isinstance(module, Experts))
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
@@ -136,32 +150,24 @@ class MaiThinkingPreTrainedModel(PreTrainedModel):
 
 
 @dataclass
-class MaiThinkingModelOutput(ModelOutput):
-    """The decoder's output; `routing` has a leading dimension of MoE layers."""
+class MaiThinkingModelOutput(MoeModelOutputWithPast):
+    """The decoder's output."""
 
-    last_hidden_state: torch.Tensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[torch.Tensor, ...] | None = None
-    router_logits: tuple[torch.Tensor, ...] | None = None
     routing: Routing | None = None
+    """With a leading dimension of MoE layers, if `output_routing` asked for it."""
     expert_choices: torch.Tensor | None = None
-    """[M, B, T, K] int64."""
+    """[M, B, T, K] int64, if `output_expert_choices` asked for them."""
 
 
 @dataclass
-class MaiThinkingOutput(ModelOutput):
+class MaiThinkingOutput(MoeCausalLMOutputWithPast):
     """What the language model returns. `loss` is the cross-entropy, plus the weighted `aux_loss` where
     `output_router_logits` asks for that; a trainer that balances over a global batch takes `routing` instead."""
 
-    loss: torch.Tensor | None = None
-    aux_loss: torch.Tensor | None = None
-    logits: torch.Tensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[torch.Tensor, ...] | None = None
-    router_logits: tuple[torch.Tensor, ...] | None = None
     routing: Routing | None = None
     expert_choices: torch.Tensor | None = None
     scores: torch.Tensor | None = None
+    """What `head` returned."""
 
 
 Head = Callable[[torch.Tensor, torch.Tensor, torch.dtype | None], torch.Tensor]
@@ -172,6 +178,8 @@ operands are to be rounded to (`half_precision`) → scores."""
 class MaiThinkingModel(MaiThinkingPreTrainedModel):
     """Embeddings, decoder layers, final norm."""
 
+    _keep_in_fp32_modules_strict: ClassVar = ["embed_tokens", r"\w*norm", "router"]
+
     def __init__(self, config: MaiThinkingConfig) -> None:
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
@@ -180,6 +188,7 @@ class MaiThinkingModel(MaiThinkingPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
+    @capture_outputs
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -188,10 +197,9 @@ class MaiThinkingModel(MaiThinkingPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
-        output_hidden_states: bool | None = None,
-        output_router_logits: bool = False,
         token_mask: torch.Tensor | None = None,
         expert_choices: torch.Tensor | None = None,
+        output_routing: bool = False,
         output_expert_choices: bool = False,
         **kwargs: Any,
     ) -> MaiThinkingModelOutput:
@@ -215,12 +223,11 @@ class MaiThinkingModel(MaiThinkingPreTrainedModel):
         token_mask_BT = _token_mask(attention_mask, residual_BTD) if token_mask is None else token_mask
         rotary = rotary_tables(position_ids, self.config.head_dim, self.config.rope_theta)
 
-        hidden_states, routings, router_logits = [], [], []
+        routings: list[Routing] = []
         choices: list[torch.Tensor] = []
-        for layer in self.layers:
-            hidden_states.append(residual_BTD)
+        for layer in islice(self.layers, self.config.num_hidden_layers):
             replayed_BTK = expert_choices[len(choices)] if expert_choices is not None and layer.is_moe else None
-            residual_BTD, routing, logits, chosen_BTK = layer(
+            residual_BTD, routing, chosen_BTK = layer(
                 residual_BTD,
                 attention_mask=masks[str(layer.kind)],
                 rotary=rotary,
@@ -232,16 +239,12 @@ class MaiThinkingModel(MaiThinkingPreTrainedModel):
             )
             if routing is not None:
                 routings.append(routing)
-                router_logits.append(logits)
                 choices.append(chosen_BTK)
-        residual_BTD = self.norm(residual_BTD)
-        hidden_states.append(residual_BTD)
+        stacked = (torch.stack(parts) for parts in zip(*routings, strict=True))
         return MaiThinkingModelOutput(
-            last_hidden_state=residual_BTD,
+            last_hidden_state=self.norm(residual_BTD),
             past_key_values=past_key_values,
-            hidden_states=tuple(hidden_states) if output_hidden_states else None,
-            router_logits=tuple(router_logits) if output_router_logits else None,
-            routing=Routing(*(torch.stack(parts) for parts in zip(*routings, strict=True))) if routings else None,
+            routing=Routing(*stacked) if output_routing and routings else None,
             expert_choices=torch.stack(choices) if output_expert_choices and choices else None,
         )
 
@@ -263,8 +266,11 @@ class MaiThinkingModel(MaiThinkingPreTrainedModel):
     def half_precision(self) -> torch.dtype | None:
         """What the layers compute in, if that is half precision on a GPU: flash attention is to be had, and logits are
         products of such operands."""
-        weight: torch.Tensor = self.layers[0].attention.o_proj.weight  # type: ignore[assignment, union-attr]
-        return half_precision(weight)
+        if not self.norm.weight.is_cuda:
+            return None
+        dtype = weight_dtype(self.layers[0].attention.q_proj, self.config)  # type: ignore[arg-type, union-attr]
+        dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else dtype
+        return dtype if dtype in HALF else None
 
     def _masks(
         self,
@@ -295,6 +301,10 @@ class MaiThinkingForCausalLM(MaiThinkingPreTrainedModel, GenerationMixin):
     """The language model. The head is the embedding matrix (tied), applied in fp32."""
 
     _tied_weights_keys: ClassVar = {"lm_head.weight": "model.embed_tokens.weight"}
+    _keep_in_fp32_modules_strict: ClassVar = ["lm_head"]
+    _tp_plan: ClassVar = {"lm_head": "colwise_gather_output"}
+    _pp_plan: ClassVar = {"lm_head": (["hidden_states"], ["logits"])}
+    _fsdp_plan: ClassVar = {"lm_head": "keep_full_weight"}
 
     def __init__(self, config: MaiThinkingConfig) -> None:
         super().__init__(config)
@@ -302,6 +312,7 @@ class MaiThinkingForCausalLM(MaiThinkingPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -310,10 +321,9 @@ class MaiThinkingForCausalLM(MaiThinkingPreTrainedModel, GenerationMixin):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
-        shift_labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
-        output_hidden_states: bool | None = None,
         output_router_logits: bool | None = None,
+        output_routing: bool = False,
         logits_to_keep: int | torch.Tensor = 0,
         num_items_in_batch: torch.Tensor | int | None = None,
         skip_logits: bool = False,
@@ -327,6 +337,8 @@ class MaiThinkingForCausalLM(MaiThinkingPreTrainedModel, GenerationMixin):
         `skip_logits` computes the loss without ever holding all logits at once. `head` takes the place of the logits:
         it is called here, inside the forward pass, where sharded weights are whole, and its result is in `scores`.
         """
+        # No argument of its own: the library's trainer takes all of those whose name has "label" in it for required.
+        shift_labels = kwargs.pop("shift_labels", None)
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
         output = self.model(
@@ -336,24 +348,24 @@ class MaiThinkingForCausalLM(MaiThinkingPreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
-            output_hidden_states=output_hidden_states,
             output_router_logits=output_router_logits,
+            output_routing=output_routing or output_router_logits,
             **kwargs,
         )
         hidden_BTD = output.last_hidden_state
         if labels is not None and shift_labels is None:
             shift_labels = F.pad(labels, (0, 1), value=-100)[:, 1:]
         loss = aux_loss = logits = scores = None
-        dtype = self.model.half_precision
         with torch.autocast(hidden_BTD.device.type, enabled=False):
             if head is not None:
-                scores = head(hidden_BTD, self.lm_head.weight, dtype)
+                scores = head(hidden_BTD, self.lm_head.weight, self.model.half_precision)
             elif not skip_logits:
                 kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-                logits = self.lm_head(hidden_BTD[:, kept].to(self.lm_head.weight.dtype)).float()
+                logits = self._logits(hidden_BTD[:, kept])
             if shift_labels is not None:
                 items = (shift_labels != -100).sum() if num_items_in_batch is None else num_items_in_batch
-                loss = chunked_cross_entropy(hidden_BTD, self.lm_head.weight, shift_labels, dtype) / items
+                items = items.to(hidden_BTD.device) if isinstance(items, torch.Tensor) else items
+                loss = self._cross_entropy(hidden_BTD, shift_labels) / items
         if output_router_logits and output.routing is not None:
             routing = output.routing
             aux_loss = balance_loss(routing.counts_E, routing.probabilities_E, routing.tokens[0])
@@ -365,11 +377,37 @@ class MaiThinkingForCausalLM(MaiThinkingPreTrainedModel, GenerationMixin):
             logits=logits,
             past_key_values=output.past_key_values,
             hidden_states=output.hidden_states,
+            attentions=output.attentions,
             router_logits=output.router_logits,
-            routing=output.routing,
+            routing=output.routing if output_routing else None,
             expert_choices=output.expert_choices,
             scores=scores,
         )
+
+    def _logits(self, hidden_BTD: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.lm_head(hidden_BTD.to(weight_dtype(self.lm_head, self.config))).float()
+        return logits
+
+    def _cross_entropy(self, hidden_BTD: torch.Tensor, labels_BT: torch.Tensor) -> torch.Tensor:
+        """Summed over the labels. From the head's weights in chunks, if they are all that the head is; an adapted,
+        quantised, offloaded or sharded one is called."""
+        head: nn.Module = self.lm_head
+        weight = head.weight if isinstance(head, nn.Linear) and not hasattr(head, "_hf_hook") else None
+        if type(weight) is nn.Parameter and weight.dtype in WIDE:
+            return chunked_cross_entropy(hidden_BTD, weight, labels_BT, self.model.half_precision)
+        return F.cross_entropy(self._logits(hidden_BTD).flatten(0, 1), labels_BT.flatten(), reduction="sum")
+
+
+class MaiThinkingForSequenceClassification(GenericForSequenceClassification, MaiThinkingPreTrainedModel):
+    """A label for a text: what reward models are to other trainers."""
+
+    _keep_in_fp32_modules_strict: ClassVar = ["score"]
+
+
+class MaiThinkingForTokenClassification(GenericForTokenClassification, MaiThinkingPreTrainedModel):
+    """A label for each token."""
+
+    _keep_in_fp32_modules_strict: ClassVar = ["score"]
 
 
 def _token_mask(attention_mask: Any, x_BTD: torch.Tensor) -> torch.Tensor | None:

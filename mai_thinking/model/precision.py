@@ -1,13 +1,14 @@
 """In which precision a model computes."""
 
 import torch
+from torch import nn
+from transformers import PretrainedConfig
 
 HALF = (torch.bfloat16, torch.float16)
+WIDE = (*HALF, torch.float32, torch.float64)
 
 
-def half_precision(weight: torch.Tensor) -> torch.dtype | None:
-    """What layers with such weights compute in, if that is half precision on a GPU; None anywhere else."""
-    if not weight.is_cuda:
-        return None
-    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else weight.dtype
-    return dtype if dtype in HALF else None
+def weight_dtype(projection: nn.Module, config: PretrainedConfig) -> torch.dtype:
+    """What goes into `projection`: its weights' dtype or, where they are packed (quantised), the model's."""
+    dtype = getattr(getattr(projection, "weight", None), "dtype", None)
+    return dtype if dtype in WIDE else (config.dtype or torch.float32)

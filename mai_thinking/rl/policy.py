@@ -59,6 +59,7 @@ def response_logprobs(
         head=head,
         use_cache=False,
         output_router_logits=False,
+        output_routing=True,
     )
     return ResponseLogprobs(output.scores, output.routing)
 

@@ -38,6 +38,7 @@ class TextLoss:
                 skip_logits=True,
                 use_cache=False,
                 output_router_logits=False,
+                output_routing=True,
             )
         return Forward(output.loss, output.routing, output.loss.detach())
 

@@ -13,7 +13,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from mai_thinking.model import MaiThinkingConfig
 from mai_thinking.model import experts as experts_module
-from mai_thinking.model.experts import bucketed_experts, eager_experts, plan_buckets
+from mai_thinking.model.experts import bucket_layout, bucketed_experts, eager_experts
 from mai_thinking.model.latent_moe import Experts
 
 E, K, L, F = 40, 4, 12, 20
@@ -103,7 +103,7 @@ def test_any_cut_into_buckets_gives_the_same(
     expected = results(eager_experts, experts, inputs)
     for name, value in {"CACHE_BYTES": cache, "FEW_EXPERTS": few, "LIKE_LOAD": like}.items():
         monkeypatch.setattr(experts_module, name, value)
-    buckets = plan_buckets(inputs[1], experts.gate_up_proj).buckets
+    buckets = bucket_layout(inputs[1], experts.gate_up_proj).buckets
     assert len(buckets) == 1 if cache == 2**30 else len(buckets) > 5
     assert_close(results(bucketed_experts, experts, inputs), expected)
 
@@ -114,7 +114,7 @@ def test_buckets_are_of_like_load(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(experts_module, "FEW_EXPERTS", 3)
     experts, (_, chosen, *_) = make(500, skewed)
     loads = chosen.flatten().bincount(minlength=E)
-    buckets = plan_buckets(chosen, experts.gate_up_proj).buckets
+    buckets = bucket_layout(chosen, experts.gate_up_proj).buckets
     assert len(buckets) > 3
     for bucket, following in pairwise(buckets):
         loads_n = loads[bucket.experts_n]
@@ -141,15 +141,15 @@ def test_decoding_pair_by_pair_and_by_bucket(
 @pytest.mark.parametrize(("choose", "tokens"), LOADS, ids=lambda value: getattr(value, "__name__", str(value)))
 def test_plan_drops_no_pair(choose: Choose, tokens: int) -> None:
     experts, (_, chosen, *_) = make(tokens, choose)
-    plan = plan_buckets(chosen, experts.gate_up_proj)
-    rows = plan.row_TK.flatten()
+    layout = bucket_layout(chosen, experts.gate_up_proj)
+    rows = layout.row_TK.flatten()
     assert rows.unique().numel() == chosen.numel()
-    assert plan.pair_P[rows].equal(torch.arange(chosen.numel()))
-    assert (plan.pair_P == chosen.numel()).sum() == plan.pair_P.numel() - chosen.numel()  # the rest is padding
-    expert_P = torch.cat([bucket.experts_n.repeat_interleave(bucket.room) for bucket in plan.buckets])
+    assert layout.pair_P[rows].equal(torch.arange(chosen.numel()))
+    assert (layout.pair_P == chosen.numel()).sum() == layout.pair_P.numel() - chosen.numel()  # the rest is padding
+    expert_P = torch.cat([bucket.experts_n.repeat_interleave(bucket.room) for bucket in layout.buckets])
     assert expert_P[rows].equal(chosen.flatten())
-    working = torch.cat([bucket.experts_n for bucket in plan.buckets])
-    assert torch.cat((working, plan.idle)).sort().values.equal(torch.arange(E))
+    working = torch.cat([bucket.experts_n for bucket in layout.buckets])
+    assert torch.cat((working, layout.idle)).sort().values.equal(torch.arange(E))
     assert working.sort().values.equal(chosen.unique())
 
 

@@ -83,8 +83,8 @@ def test_padding_changes_nothing() -> None:
     mask = torch.cat((torch.zeros(1, 4), torch.ones(1, 9)), dim=1).long()
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     with torch.no_grad():
-        alone = model(ids, use_cache=False)
-        beside = model(padded, attention_mask=mask, position_ids=positions, use_cache=False)
+        alone = model(ids, use_cache=False, output_routing=True)
+        beside = model(padded, attention_mask=mask, position_ids=positions, use_cache=False, output_routing=True)
     assert (alone.logits - beside.logits[:, 4:]).abs().max() < 1e-4
     torch.testing.assert_close(alone.routing, beside.routing, atol=1e-3, rtol=1e-4)
 
@@ -143,7 +143,7 @@ def test_activation_checkpointing_changes_nothing() -> None:
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         torch.manual_seed(3)
-        output = model(ids, labels=ids, output_router_logits=True)
+        output = model(ids, labels=ids, output_router_logits=True, output_routing=True)
         output.loss.backward()
         results.append((output.loss, output.routing, [parameter.grad for parameter in model.parameters()]))
     torch.testing.assert_close(results[0], results[1], atol=0, rtol=0)
@@ -215,12 +215,12 @@ def test_generate_equals_greedy_by_hand_with_ragged_prompts() -> None:
 
 def test_routing_has_a_row_for_each_moe_layer() -> None:
     model, ids = tiny_model(), tokens(2, 10)
-    routing = model(ids).routing
+    routing = model(ids, output_routing=True).routing
     assert routing.counts_E.shape == (3, 12)
     assert (routing.counts_E.sum(dim=-1) == 2 * 10 * 3).all()
     assert [isinstance(layer, DecoderLayer) and layer.is_moe for layer in model.model.layers] == [False, True] * 3
     every = tiny_model(moe_period=1)
-    assert every(ids).routing.counts_E.shape == (6, 12)
+    assert every(ids, output_routing=True).routing.counts_E.shape == (6, 12)
 
 
 @pytest.mark.parametrize("length", [64, 61, 16, 8])

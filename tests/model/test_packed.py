@@ -155,7 +155,7 @@ def test_a_step_on_a_gpu(attention: str, compiled: bool) -> None:
     loss, _ = step("cuda")
     assert abs(loss - expected) < 0.02 * expected
     for layer in model.model.layers:
-        layer.dropout = 0.2
+        layer.dropout.p = 0.2
     model.train()
     (first, gradients), (second, again) = step("cuda"), step("cuda")
     assert first == second != loss

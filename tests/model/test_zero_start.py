@@ -31,6 +31,6 @@ def test_experts_are_loaded_more_evenly() -> None:
     violations = {True: 0.0, False: 0.0}
     for seed in range(5):
         for zero in violations:
-            counts = fresh(zero, seed)(ids.view(16, 128)).routing.counts_E
+            counts = fresh(zero, seed)(ids.view(16, 128), output_routing=True).routing.counts_E
             violations[zero] += float((counts.amax(-1) / counts.mean(-1) - 1).max()) / 5
     assert violations[True] < violations[False]

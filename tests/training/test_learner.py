@@ -97,7 +97,9 @@ def test_running_accumulation_balances_against_the_counts_so_far() -> None:
     label_count = (batch["labels"] != -100).sum()
     counts, total = torch.zeros(3, 12), torch.zeros(())
     for piece in cut(batch, pieces):
-        output = model(piece["input_ids"], shift_labels=piece["labels"], num_items_in_batch=label_count)
+        output = model(
+            piece["input_ids"], shift_labels=piece["labels"], num_items_in_batch=label_count, output_routing=True
+        )
         counts = counts + output.routing.counts_E
         total = total + output.loss + Z * output.routing.z.sum() / token_count
         total = total + BALANCE * balance_loss(counts, output.routing.probabilities_E, token_count)
