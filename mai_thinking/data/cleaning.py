@@ -1,48 +1,20 @@
-"""Deduplication and quality filters. MAI-Thinking-1 report §2.3.
-
-Every rule has the name of its config key, under which the documents and bytes that it dropped are counted.
-"""
+"""Deduplication and quality filters. MAI-Thinking-1 report §2.4. Each rule has the name of its config key."""
 
 import zlib
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 from rensa import RMinHash
 
 from mai_thinking.config.data import CleaningSection, QualitySection
+from mai_thinking.data.accounting import Tally
+from mai_thinking.data.decontamination import WordHashes, ngram_hashes
 from mai_thinking.data.documents import Document
-from mai_thinking.data.ngrams import WordHashes, ngram_hashes
 
 _MINHASH_SEED = 42
 _MINHASH_RECALL = 0.95
 _MINHASH_BATCH = 1024
-
-
-@dataclass
-class Tally:
-    """What became of a source's documents, as [documents, bytes]; `dropped` by rule, `shortened` with the bytes cut."""
-
-    read: list[int] = field(default_factory=lambda: [0, 0])
-    dropped: dict[str, list[int]] = field(default_factory=dict)
-    shortened: list[int] = field(default_factory=lambda: [0, 0])
-    kept: list[int] = field(default_factory=lambda: [0, 0])
-
-    def drop(self, rule: str, size: int) -> None:
-        """Count one document of `size` bytes under `rule`."""
-        entry = self.dropped.setdefault(rule, [0, 0])
-        entry[0] += 1
-        entry[1] += size
-
-    def cut(self, size: int) -> None:
-        """Count one document that lost `size` bytes to decontamination."""
-        self.shortened[0] += 1
-        self.shortened[1] += size
-
-    def worst_rule(self) -> str:
-        """The rule that dropped most documents."""
-        return max(self.dropped, key=lambda rule: self.dropped[rule][0], default="nothing")
 
 
 def quality_fault(text: str, quality: QualitySection) -> str | None:
@@ -63,20 +35,6 @@ def quality_fault(text: str, quality: QualitySection) -> str | None:
 
 _LETTERS = np.array([chr(byte).isalpha() or byte >= 128 for byte in range(256)])
 _WHITE_SPACE = np.array([chr(byte).isspace() and byte < 128 for byte in range(256)])
-
-
-class ExactDuplicates:
-    """Remembers the fingerprints of all documents that it has seen, in all sources."""
-
-    def __init__(self) -> None:
-        self._seen: set[int] = set()
-
-    def is_new(self, document: Document) -> bool:
-        """False from the second time on."""
-        fingerprint = document.fingerprint
-        new = fingerprint not in self._seen
-        self._seen.add(fingerprint)
-        return new
 
 
 class NearDuplicates:
@@ -144,37 +102,24 @@ def clean(
     Procedural text is deduplicated by its exact text alone: exercises from one template are alike by design, and short
     or full of digits where they should be.
     """
-    exact = ExactDuplicates()
+    seen: set[int] = set()
     near = NearDuplicates(cleaning) if cleaning.near_duplicates is not None else None
     kept: dict[str, list[Document]] = {}
     for name, procedural, documents in sources:
-        tally = tallies[name]
+        sift = tallies[name].sift
         if cleaning.exact_duplicates:
-            documents = _filtered(documents, map(exact.is_new, documents), "exact_duplicates", tally)
+            documents = sift(documents, _repeats(documents, seen))
         if not procedural:
-            documents = _without_faults(documents, cleaning.quality, tally)
+            documents = sift(documents, (quality_fault(d.text, cleaning.quality) for d in documents))
             if near is not None:
-                documents = _filtered(documents, near.are_new(documents), "near_duplicates", tally)
+                documents = sift(documents, (None if new else "near_duplicates" for new in near.are_new(documents)))
         kept[name] = documents
     return kept
 
 
-def _filtered(documents: list[Document], flags: Iterable[bool], rule: str, tally: Tally) -> list[Document]:
-    kept = []
-    for document, flag in zip(documents, flags, strict=True):
-        if flag:
-            kept.append(document)
-        else:
-            tally.drop(rule, document.size)
-    return kept
-
-
-def _without_faults(documents: list[Document], quality: QualitySection, tally: Tally) -> list[Document]:
-    kept = []
+def _repeats(documents: Sequence[Document], seen: set[int]) -> Iterator[str | None]:
+    """The rule's name for each document whose text was `seen` before, or in an earlier one."""
     for document in documents:
-        rule = quality_fault(document.text, quality)
-        if rule is None:
-            kept.append(document)
-        else:
-            tally.drop(rule, document.size)
-    return kept
+        fingerprint = document.fingerprint
+        yield "exact_duplicates" if fingerprint in seen else None
+        seen.add(fingerprint)

@@ -1,15 +1,17 @@
-"""The one reader of JSON lines, for documents and for questions.
+"""The one reader of JSON lines, for documents and for questions, and of text files; both may be gzipped.
 
 `datasets` cannot read them exactly: it turns text that looks like a date into a date, and counts the lines of a broken
 file from the start of its own block.
 """
 
 import difflib
+import gzip
 import json
 import os
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple, cast
 
 from mai_thinking.errors import UsageError
 
@@ -34,15 +36,26 @@ def read_jsonl(path: Path, *, byte: int = 0, number: int = 0) -> Iterator[Line]:
     mark and blank lines are skipped. Raises UsageError with the file, the line and the fix.
     """
     try:
-        with path.open("rb") as file:
+        with _open(path) as file:
             file.seek(byte)
             for raw in file:
                 start, byte, number = byte, byte + len(raw), number + 1
                 content = raw.removeprefix(_BYTE_ORDER_MARK) if start == 0 else raw
                 if content.strip():
                     yield Line(number, byte, parse_json(content, f"{shown(path)}, line {number}"))
-    except OSError as error:
-        raise UsageError(f"{shown(path)}: cannot be read: {error.strerror}") from None
+    except _UNREADABLE as error:
+        raise _unreadable(path, error) from None
+
+
+def read_text(path: Path) -> str:
+    """The text of a UTF-8 file with its own line ends, without a byte-order mark; UsageError that says why not."""
+    try:
+        with _open(path) as file:
+            return file.read().decode("utf-8").removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{shown(path)}: not UTF-8 (byte {error.start}); convert it or leave it out") from None
+    except _UNREADABLE as error:
+        raise _unreadable(path, error) from None
 
 
 def parse_json(content: bytes, where: str) -> Any:
@@ -86,6 +99,18 @@ def text_field(record: Any, field: str, where: str) -> str | None:
 def shown(path: Path | str) -> str:
     """`path` as text; bytes of its name that are not UTF-8 are escaped."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
+_UNREADABLE = (OSError, EOFError, zlib.error)
+
+
+def _open(path: Path) -> IO[bytes]:
+    return cast(IO[bytes], gzip.open(path)) if path.suffix.lower() == ".gz" else path.open("rb")
+
+
+def _unreadable(path: Path, error: BaseException) -> UsageError:
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+    return UsageError(f"{shown(path)}: cannot be read: {reason}")
 
 
 def nearest(name: str, names: list[str]) -> str:

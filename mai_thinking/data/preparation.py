@@ -1,10 +1,11 @@
 """From sources to tokens on disk: read, clean, hold out, decontaminate, train the tokenizer, encode.
 
-MAI-Thinking-1 report §2.3.
+MAI-Thinking-1 report §2.4.
 """
 
-import gzip
+import errno
 import json
+import re
 import shutil
 import tempfile
 import time
@@ -20,10 +21,13 @@ import xxhash
 from filelock import FileLock
 
 from mai_thinking.config.data import DataSection, SourceSection
-from mai_thinking.data.cleaning import Tally, clean
+from mai_thinking.config.storage import checksum
+from mai_thinking.data.accounting import LeftOut, Tally, count
+from mai_thinking.data.cleaning import clean
+from mai_thinking.data.decontamination import SHORTEST, OverlapIndex, read_benchmark, words_of
 from mai_thinking.data.documents import Document
 from mai_thinking.data.embedded import embedded_fingerprint, has_tests, read_embedded
-from mai_thinking.data.ngrams import OverlapIndex
+from mai_thinking.data.jsonl import shown
 from mai_thinking.data.prepared import (
     OVERLAP,
     TOKENIZER,
@@ -36,29 +40,35 @@ from mai_thinking.data.prepared import (
 )
 from mai_thinking.data.readers import Cursor, Reader, open_reader
 from mai_thinking.data.streaming import StreamCleaner
-from mai_thinking.data.tokenizer import Encoder, load_tokenizer, train_tokenizer
+from mai_thinking.data.tokenizer import Encoder, architecture_folder, check_lossless, load_tokenizer, train_tokenizer
 from mai_thinking.errors import UsageError
 
+FORMAT = 2
+"""Part of every key: one more whenever the same config and input give other tokens or other files. No hash of the code,
+since a comment would throw every user's prepared data away."""
 _ENCODE_BATCH = 256
 _HELD_OUT_ENOUGH = 0.9
 """Held-out documents are looked for until this share of the budget is used."""
+_BY_SOURCE = dict[str, list[Document]]
+_Log = Callable[[str], None]
 
 
-def prepare(config: DataSection, *, log: Callable[[str], None] = lambda line: None) -> PreparedData:
+def prepare(config: DataSection, *, log: _Log = lambda line: None) -> PreparedData:
     """The prepared data of `config`: from the cache, or made now (the embedded default takes about a minute).
 
-    The same for every seed and every rank. Processes that start together make it once. `log` gets a line per phase.
-    Raises UsageError for whatever is wrong with the input, before anything long begins.
+    The same for every seed and every rank. Processes that start together make it once. `log` gets a line per phase, and
+    one for all that is left out. Raises UsageError for whatever is wrong with the input, before anything long begins.
     """
     config = _without_absent_tests(config, log)
     readers = {source.name: open_reader(source) for source in config.sources if source.kind != "embedded"}
-    for reader in readers.values():
-        reader.check()
-    _check_files_exist(config)
+    passed_over = [LeftOut(name, line) for name, reader in readers.items() for line in reader.check()]
+    if config.tokenizer.path is not None:
+        check_lossless(load_tokenizer(config.tokenizer.path), f"data.tokenizer.path: {config.tokenizer.path}")
+    benchmarks = {path: read_benchmark(Path(path).expanduser()) for path in config.cleaning.benchmarks}
+    passed_over += _too_short(benchmarks, config.cleaning.decontamination_ngram)
     key = _key(config, readers)
-    cache = _make_cache(config.cache_dir)
-    folder = cache / key
-    with FileLock(cache / f"{key}.lock"):
+    with _cache(config.cache_dir) as cache, FileLock(cache / f"{key}.lock"):
+        folder = cache / key
         damage = find_damage(folder, key) if folder.exists() else "not there"
         if damage:
             if folder.exists():
@@ -66,31 +76,27 @@ def prepare(config: DataSection, *, log: Callable[[str], None] = lambda line: No
                 shutil.rmtree(folder)
             for left_over in cache.glob(f".{key}-*"):
                 shutil.rmtree(left_over)
-            _build_into(folder, config, key, readers, log)
-    return PreparedData(folder, config)
+            temporary = Path(tempfile.mkdtemp(prefix=f".{key}-", dir=cache))
+            try:  # the folder is there whole or not at all
+                _Preparation(config, readers, benchmarks, log).build(temporary, key)
+                temporary.chmod(cache.stat().st_mode & 0o777)
+                temporary.rename(folder)
+            except BaseException:
+                shutil.rmtree(temporary, ignore_errors=True)
+                raise
+    data = PreparedData(folder, config, passed_over)
+    for row in data.left_out:
+        log(f"data: {row}")
+    return data
 
 
-def _build_into(
-    folder: Path, config: DataSection, key: str, readers: dict[str, Reader], log: Callable[[str], None]
-) -> None:
-    """Build beside `folder` and rename: the folder is there whole or not at all."""
-    temporary = Path(tempfile.mkdtemp(prefix=f".{key}-", dir=folder.parent))
-    try:
-        Preparation(config, readers, log).build(temporary, key)
-        temporary.chmod(0o755)
-        temporary.rename(folder)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-
-
-class Preparation:
+class _Preparation:
     """One preparation: its documents, its counts, its clock."""
 
-    def __init__(self, config: DataSection, readers: dict[str, Reader], log: Callable[[str], None]) -> None:
-        self.config = config
-        self.readers = readers
-        self.log = log
+    def __init__(
+        self, config: DataSection, readers: dict[str, Reader], benchmarks: dict[str, list[list[str]]], log: _Log
+    ) -> None:
+        self.config, self.readers, self.benchmarks, self.log = config, readers, benchmarks, log
         self.tallies = {source.name: Tally() for source in config.sources}
         self.seconds: dict[str, float] = {}
         self.starts: dict[str, Cursor | None] = {}
@@ -100,21 +106,29 @@ class Preparation:
         with self._phase("reading"):
             documents = {s.name: self._load(s) for s in self.config.sources if not s.streaming}
         with self._phase("cleaning"):
-            documents = self._clean(documents)
+            procedural = {s.name: s.provenance == "procedural" for s in self.config.sources}
+            sources = [(name, procedural[name], found) for name, found in documents.items()]
+            documents = self._any_left(clean(sources, self.config.cleaning, self.tallies))
         with self._phase("holding out"):
             held_out, documents = self._hold_out(documents)
             save_held_out(folder, _by_category(self.config, held_out))
         with self._phase("decontaminating"):
             overlap = self._overlap_index(held_out)
             if overlap is not None:
-                np.save(folder / OVERLAP, overlap.hashes)
-                documents = {name: self._decontaminate(name, found, overlap) for name, found in documents.items()}
+                np.savez(folder / OVERLAP, allow_pickle=False, **overlap.runs)
+                cleaned = {name: self._decontaminate(name, found, overlap) for name, found in documents.items()}
+                documents = self._any_left(cleaned)
         with self._phase("training the tokenizer"):
-            tokenizer = self._tokenizer(documents, overlap)
+            section = self.config.tokenizer
+            if section.path is not None:
+                tokenizer = load_tokenizer(section.path)
+            else:
+                tokenizer = train_tokenizer(self._tokenizer_texts(documents, overlap), section.vocab_size)
             tokenizer.save_pretrained(folder / TOKENIZER)
         with self._phase("encoding"):
-            tokens = {name: self._encode(folder, name, found, Encoder(tokenizer)) for name, found in documents.items()}
-        write_manifest(folder, self._manifest(key, tokens, held_out, len(tokenizer)))
+            encoder = Encoder(tokenizer)
+            tokens = {name: self._encode(folder, name, found, encoder) for name, found in documents.items()}
+        write_manifest(folder, self._manifest(key, tokens, held_out, encoder.vocab_size))
 
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:
@@ -125,45 +139,36 @@ class Preparation:
 
     def _load(self, source: SourceSection) -> list[Document]:
         """All of a source's documents, or those that `max_bytes` leaves."""
+        tally = self.tallies[source.name]
         if source.kind == "embedded":
             found = _take(read_embedded(source), source.max_bytes if source.endless else None)
         else:
-            found = []
-            for id, text, _ in self.readers[source.name].read():
-                if text is None:
-                    self.tallies[source.name].drop("null", 0)
-                else:
-                    found.append(Document(id, text))
-        if source.max_bytes is not None:
-            found = _within(sorted(found, key=lambda document: document.fingerprint), source.max_bytes)
-        self.tallies[source.name].read = _count(found)
-        return found
+            read = list(self.readers[source.name].read())
+            found = [Document(id, text) for id, text, _ in read if text is not None]
+            if nulls := len(read) - len(found):
+                tally.drop("null", 0, nulls)
+        documents, size = count(found)
+        tally.read = [documents + tally.dropped.get("null", [0])[0], size]
+        if source.max_bytes is None:
+            return found
+        chosen = _within(sorted(found, key=lambda document: document.fingerprint), source.max_bytes)
+        if len(chosen) < documents:
+            tally.drop("max_bytes", size - count(chosen)[1], documents - len(chosen))
+        return chosen
 
-    def _clean(self, documents: dict[str, list[Document]]) -> dict[str, list[Document]]:
-        procedural = {s.name: s.provenance == "procedural" for s in self.config.sources}
-        kept = clean(
-            [(name, procedural[name], found) for name, found in documents.items()], self.config.cleaning, self.tallies
-        )
-        for name, found in kept.items():
-            self._check_any_left(name, found)
-        return kept
+    def _any_left(self, documents: _BY_SOURCE) -> _BY_SOURCE:
+        for name, found in documents.items():
+            if not found:
+                raise UsageError(
+                    f"source {name!r}: {self.tallies[name].worst()}; "
+                    "relax it under `data.cleaning`, or name another source"
+                )
+        return documents
 
-    def _check_any_left(self, name: str, found: list[Document]) -> None:
-        tally = self.tallies[name]
-        if not found:
-            rule = tally.worst_rule()
-            gone = tally.dropped.get(rule, [0, 0])[0]
-            raise UsageError(
-                f"source {name!r}: none of its {tally.read[0]} documents is left; `{rule}` dropped {gone} of them: "
-                "relax it under `data.cleaning`, or name another source"
-            )
-
-    def _hold_out(
-        self, documents: dict[str, list[Document]]
-    ) -> tuple[dict[str, list[Document]], dict[str, list[Document]]]:
+    def _hold_out(self, documents: _BY_SOURCE) -> tuple[_BY_SOURCE, _BY_SOURCE]:
         """Split each source into (held out, training) by the hash of the text; streams by their head."""
-        held_out: dict[str, list[Document]] = {}
-        training: dict[str, list[Document]] = {}
+        held_out: _BY_SOURCE = {}
+        training: _BY_SOURCE = {}
         for source in self.config.sources:
             if source.streaming:
                 held_out[source.name], self.starts[source.name] = self._head_of_stream(source)
@@ -188,13 +193,13 @@ class Preparation:
 
     def _head_of_stream(self, source: SourceSection) -> tuple[list[Document], Cursor | None]:
         """The first good documents up to the budget, and where the stream goes on."""
-        cleaner = StreamCleaner(self.config.cleaning, None)
-        found, size, cursor = [], 0, None
         if not source.held_out:
             return [], None
+        cleaner = StreamCleaner(self.config.cleaning, None)
+        found, size = [], 0
         for id, text, cursor in self.readers[source.name].read():
-            if text is not None and cleaner.clean(text) is not None:
-                found.append(Document(id, text))
+            if (cleaned := cleaner.clean(text)) is not None:
+                found.append(Document(id, cleaned))
                 size += found[-1].size
             if size >= self.config.held_out.max_bytes:
                 return found, cursor
@@ -203,43 +208,32 @@ class Preparation:
             "lower `data.held_out.max_bytes`, or remove `streaming`"
         )
 
-    def _overlap_index(self, held_out: dict[str, list[Document]]) -> OverlapIndex | None:
-        """The n-grams of what is held out. Exercises from one template overlap by design: theirs differ by text."""
+    def _overlap_index(self, held_out: _BY_SOURCE) -> OverlapIndex | None:
+        """The runs of words of what is held out. Exercises from one template overlap by design: theirs differ by
+        text."""
         n = self.config.cleaning.decontamination_ngram
         if n is None:
             return None
-        texts = [
-            document.text
-            for source in self.config.sources
-            if source.provenance != "procedural"
-            for document in held_out[source.name]
-        ]
-        for path in self.config.cleaning.benchmarks:
-            texts += _strings_in(Path(path).expanduser())
+        texts = [d.text for s in self.config.sources if s.provenance != "procedural" for d in held_out[s.name]]
+        texts += [text for records in self.benchmarks.values() for record in records for text in record]
         return OverlapIndex.build(n, texts)
 
     def _decontaminate(self, name: str, found: list[Document], overlap: OverlapIndex) -> list[Document]:
         kept = []
+        tally = self.tallies[name]
         for document in found:
             text = overlap.clean(document.text)
             if text is None:
-                self.tallies[name].drop("decontamination", document.size)
+                tally.drop("decontamination", document.size)
                 continue
+            shortened = Document(document.id, text)
             if text != document.text:
-                shortened = Document(document.id, text)
-                self.tallies[name].cut(document.size - shortened.size)
-                document = shortened
-            kept.append(document)
-        self._check_any_left(name, kept)
+                documents, cut = tally.shortened
+                tally.shortened = [documents + 1, cut + document.size - shortened.size]
+            kept.append(shortened)
         return kept
 
-    def _tokenizer(self, documents: dict[str, list[Document]], overlap: OverlapIndex | None) -> Any:
-        section = self.config.tokenizer
-        if section.path is not None:
-            return load_tokenizer(section.path)
-        return train_tokenizer(self._tokenizer_texts(documents, overlap), section.vocab_size)
-
-    def _tokenizer_texts(self, documents: dict[str, list[Document]], overlap: OverlapIndex | None) -> Iterator[str]:
+    def _tokenizer_texts(self, documents: _BY_SOURCE, overlap: OverlapIndex | None) -> Iterator[str]:
         """Training text in the mixture's proportions, from each source in the order of the texts' hashes."""
         total = sum(source.weight for source in self.config.sources)
         for source in self.config.sources:
@@ -247,8 +241,8 @@ class Preparation:
             if source.streaming:
                 cleaner = StreamCleaner(self.config.cleaning, overlap)
                 stream = self.readers[source.name].read(self.starts[source.name])
-                cleaned = (Document(d.id, text) for d in stream if d.text and (text := cleaner.clean(d.text)))
-                chosen = _take(cleaned, budget)
+                cleaned = ((id, cleaner.clean(text)) for id, text, _ in stream)
+                chosen = _take((Document(id, text) for id, text in cleaned if text is not None), budget)
             else:
                 chosen = _take(sorted(documents[source.name], key=lambda document: document.fingerprint), budget)
             yield from (document.text for document in chosen)
@@ -262,37 +256,44 @@ class Preparation:
             parts += [tokens.astype(dtype) for tokens in batch]
         offsets = np.cumsum([0, *map(len, parts)], dtype=np.int64)
         save_source(folder, name, PreparedSource(np.concatenate(parts), offsets, [document.id for document in found]))
-        self.tallies[name].kept = _count(found)
+        self.tallies[name].kept = count(found)
         return int(offsets[-1])
 
-    def _manifest(
-        self, key: str, tokens: dict[str, int], held_out: dict[str, list[Document]], vocab_size: int
-    ) -> dict[str, Any]:
+    def _manifest(self, key: str, tokens: dict[str, int], held_out: _BY_SOURCE, vocab_size: int) -> dict[str, Any]:
         sources = {
             source.name: {
                 **source.model_dump(mode="json", exclude={"name"}),
                 "counts": asdict(self.tallies[source.name]),
-                "held_out": _count(held_out[source.name]),
+                "held_out": count(held_out[source.name]),
                 "tokens": tokens.get(source.name),
                 "stream_start": self.starts.get(source.name),
+                "stream_content": self.readers[source.name].content() if source.streaming else None,
             }
             for source in self.config.sources
         }
         return {"key": key, "sources": sources, "vocab_size": vocab_size, "seconds": self.seconds}
 
 
-def _by_category(config: DataSection, held_out: dict[str, list[Document]]) -> dict[str, list[Document]]:
+def _too_short(benchmarks: dict[str, list[list[str]]], n: int | None) -> list[LeftOut]:
+    """Benchmarks of which a part cannot be looked for."""
+    least = min(n or SHORTEST, SHORTEST)
+    found = []
+    for path, records in benchmarks.items():
+        few = sum(all(len(words_of(text)) < least for text in record) for record in records)
+        if few:
+            what = f"{few:,} of {len(records):,} records have fewer than {least} words and are not looked for"
+            found.append(LeftOut(path, what))
+    return found
+
+
+def _by_category(config: DataSection, held_out: _BY_SOURCE) -> _BY_SOURCE:
     """Held-out documents of all sources of a category, named `SOURCE/ID`."""
-    found: dict[str, list[Document]] = {}
+    found: _BY_SOURCE = {}
     for source in config.sources:
         renamed = [Document(f"{source.name}/{document.id}", document.text) for document in held_out[source.name]]
         if renamed:
             found.setdefault(source.category, []).extend(renamed)
     return found
-
-
-def _count(documents: list[Document]) -> list[int]:
-    return [len(documents), sum(document.size for document in documents)]
 
 
 def _take(documents: Iterable[Document], budget: int | None) -> list[Document]:
@@ -318,32 +319,7 @@ def _within(documents: Iterable[Document], budget: int) -> list[Document]:
     return taken
 
 
-def _strings_in(path: Path) -> list[str]:
-    """Every string in a benchmark file: JSONL, JSON or plain text, also gzipped."""
-    try:
-        raw = path.read_bytes()
-        text = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8")
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise UsageError(f"cleaning.benchmarks: {path}: cannot be read: {error}") from None
-    suffix = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
-    try:
-        if suffix == ".json":
-            return _strings(json.loads(text))
-        if suffix == ".jsonl":
-            return [string for line in text.split("\n") if line.strip() for string in _strings(json.loads(line))]
-    except ValueError as error:
-        raise UsageError(f"cleaning.benchmarks: {path}: not valid JSON: {error}") from None
-    return [text]
-
-
-def _strings(value: Any) -> list[str]:
-    if isinstance(value, str):
-        return [value]
-    children = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return [string for child in children for string in _strings(child)]
-
-
-def _without_absent_tests(config: DataSection, log: Callable[[str], None]) -> DataSection:
+def _without_absent_tests(config: DataSection, log: _Log) -> DataSection:
     """Some distributions of Python leave the standard library's tests out; a mixture does without them then."""
     absent = [s for s in config.sources if s.path == "stdlib-tests" and s.kind == "embedded" and not has_tests()]
     if not absent:
@@ -354,36 +330,37 @@ def _without_absent_tests(config: DataSection, log: Callable[[str], None]) -> Da
     return config.model_copy(update={"sources": tuple(s for s in config.sources if s not in absent)})
 
 
-def _make_cache(cache_dir: str) -> Path:
+@contextmanager
+def _cache(cache_dir: str) -> Iterator[Path]:
+    """The cache's folder. UsageError where it cannot be written, or the disk is full."""
     cache = Path(cache_dir).expanduser()
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=cache):
-            return cache
-    except (FileExistsError, NotADirectoryError, PermissionError) as error:
-        raise UsageError(f"data.cache_dir: {cache}: cannot be written: {error.strerror}; name another folder") from None
-
-
-def _check_files_exist(config: DataSection) -> None:
-    """The other files that the config names; so that a wrong name is not found out after the cleaning."""
-    if config.tokenizer.path is not None:
-        load_tokenizer(config.tokenizer.path)
-    for path in config.cleaning.benchmarks:
-        _strings_in(Path(path).expanduser())
+            pass
+        yield cache
+    except Exception as error:
+        # NumPy and the tokenizers library tell a full disk in words of their own, without an errno.
+        full = re.search(r"requested and \d+ written|os error (28|122)\b", str(error))
+        if full or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+            raise UsageError(f"no space left on the disk for {shown(cache)}; free some and rerun") from None
+        if isinstance(error, OSError) and str(error.filename or "").startswith(str(cache)):
+            problem = f"data.cache_dir: {shown(cache)}: cannot be written: {error.strerror}"
+            raise UsageError(f"{problem}; name another folder") from None
+        raise
 
 
 def _key(config: DataSection, readers: dict[str, Reader]) -> str:
-    """16 hex digits that change with the config, the input or the code."""
-    digest = xxhash.xxh3_64()
-    digest.update(config.model_dump_json(exclude={"cache_dir"}).encode())
-    for source in config.sources:
-        reader = readers.get(source.name)
-        digest.update((reader.fingerprint() if reader else embedded_fingerprint(source.path)).encode())
+    """16 hex digits that change with the config, the input or the format."""
+    tree = config.model_dump(mode="json", exclude={"cache_dir"})
+    for source in tree["sources"]:
+        # What files hold counts, not where they lie.
+        source["path"] = readers[source["name"]].fingerprint() if source["name"] in readers else source["path"]
+    embedded = [embedded_fingerprint(source.path) for source in config.sources if source.kind == "embedded"]
+    files = [Path(path).expanduser() for path in config.cleaning.benchmarks]
     if config.tokenizer.path is not None:
-        digest.update((Path(config.tokenizer.path).expanduser() / "tokenizer.json").read_bytes())
-    for path in config.cleaning.benchmarks:
-        digest.update(Path(path).expanduser().read_bytes())
-    digest.update(tokenizers.__version__.encode())
-    for module in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(module.read_bytes())
-    return digest.hexdigest()
+        files.append(architecture_folder(config.tokenizer.path) / "tokenizer.json")
+        del tree["tokenizer"]["path"]
+    tree["cleaning"]["benchmarks"] = len(config.cleaning.benchmarks)
+    content = [FORMAT, tokenizers.__version__, tree, embedded, [checksum(path) for path in files]]
+    return xxhash.xxh3_64_hexdigest(json.dumps(content, sort_keys=True).encode())

@@ -1,7 +1,7 @@
 """What preparation leaves on disk, and how it is read back."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,15 +14,17 @@ from transformers import PreTrainedTokenizerFast
 
 from mai_thinking.config.data import DataSection, SourceSection
 from mai_thinking.config.storage import checksum
+from mai_thinking.data.accounting import LeftOut, Tally
+from mai_thinking.data.decontamination import OverlapIndex
 from mai_thinking.data.documents import Document
+from mai_thinking.data.jsonl import read_jsonl
 from mai_thinking.data.mixture import MixtureRow, MixtureTable
-from mai_thinking.data.ngrams import OverlapIndex
 from mai_thinking.data.tokenizer import Encoder, load_tokenizer
 
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer"
 HELD_OUT = "held_out"
-OVERLAP = "held_out_ngrams.npy"
+OVERLAP = "held_out_words.npz"
 
 
 @dataclass(frozen=True)
@@ -44,10 +46,10 @@ class PreparedData:
     dropped; the time each phase took; a checksum of each file.
     """
 
-    def __init__(self, folder: Path, config: DataSection) -> None:
-        """`folder` as `prepare` leaves it; `config` is the one that it was prepared for."""
-        self.folder = folder
-        self.config = config
+    def __init__(self, folder: Path, config: DataSection, passed_over: Sequence[LeftOut] = ()) -> None:
+        """`folder` as `prepare` leaves it; `config` is the one that it was prepared for; `passed_over` is what was not
+        even read."""
+        self.folder, self.config, self._passed_over = folder, config, passed_over
         self.manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
 
     @property
@@ -57,10 +59,22 @@ class PreparedData:
 
     @cached_property
     def content(self) -> str:
-        """Hash of the training tokens, or of where streams begin: what a position in them refers to."""
-        files = {name: entry["xxh3"] for name, entry in self.manifest["files"].items() if "/" not in name}
-        starts = {name: entry["stream_start"] for name, entry in self.manifest["sources"].items()}
-        return xxhash.xxh3_64_hexdigest(json.dumps([files, starts], sort_keys=True).encode())
+        """Hash of the training tokens, or of what streams read and where they begin: what a position refers to."""
+        sources = self.manifest["sources"].values()
+        streams = [(entry["stream_start"], entry["stream_content"]) for entry in sources if entry["streaming"]]
+        files = {
+            name: entry["xxh3"]
+            for name, entry in self.manifest["files"].items()
+            if "/" not in name and (streams or name != OVERLAP)
+        }
+        return xxhash.xxh3_64_hexdigest(json.dumps([files, streams], sort_keys=True).encode())
+
+    @property
+    def left_out(self) -> list[LeftOut]:
+        """What is not learned from, and why: for the console and the report."""
+        sources = self.manifest["sources"].items()
+        dropped = (LeftOut(name, what) for name, entry in sources for what in Tally(**entry["counts"]).left_out())
+        return [*self._passed_over, *dropped]
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerFast:
@@ -82,15 +96,16 @@ class PreparedData:
         """Held-out documents by category, as raw text: for bits per byte, and for compressors on the same bytes."""
         found: dict[str, list[Document]] = {}
         for path in sorted((self.folder / HELD_OUT).glob("*.jsonl")):
-            records = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
-            found[path.stem] = [Document(record["id"], record["text"]) for record in records]
+            found[path.stem] = [Document(**line.value) for line in read_jsonl(path)]
         return found
 
     @cached_property
     def overlap(self) -> OverlapIndex | None:
         """What training text must not contain; None where decontamination is off."""
-        n = self.config.cleaning.decontamination_ngram
-        return None if n is None else OverlapIndex(n, np.load(self.folder / OVERLAP, mmap_mode="r"))
+        if self.config.cleaning.decontamination_ngram is None:
+            return None
+        with np.load(self.folder / OVERLAP) as runs:
+            return OverlapIndex(dict(runs))
 
     def stream_start(self, source: SourceSection) -> dict[str, Any] | None:
         """Where the training part of a streamed source begins."""

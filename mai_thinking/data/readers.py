@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from mai_thinking.config.data import SourceSection
-from mai_thinking.data.jsonl import nearest, read_jsonl, shown, text_field
+from mai_thinking.data.jsonl import nearest, read_jsonl, read_text, shown, text_field
 from mai_thinking.errors import UsageError
 
 Cursor = dict[str, Any]
@@ -46,7 +46,10 @@ class Reader(Protocol):
         """The documents from `cursor` (default: the first) on."""
 
     def fingerprint(self) -> str:
-        """Changes when the content does."""
+        """Changes when the content does, and no file's place."""
+
+    def content(self) -> str:
+        """The same without times: what a position in a stream refers to."""
 
 
 def open_reader(source: SourceSection) -> Reader:
@@ -74,10 +77,9 @@ class _FilesReader:
         at = cursor or {"file": 0}
         files = self.files()[0]
         for index in range(at["file"], len(files)):
-            name = shown(files[index].name if files[index] == self.root else files[index].relative_to(self.root))
             try:
                 for place, text, behind in self.read_file(files[index], at if index == at["file"] else {}):
-                    yield Found(name + place, text, {"file": index, **behind})
+                    yield Found(self.name(files[index]) + place, text, {"file": index, **behind})
             except UsageError as error:
                 raise self.error(str(error)) from None
 
@@ -106,7 +108,7 @@ class _FilesReader:
             below[:] = [name for name in below if not name.startswith(".")]
             others["linked folders"] += [name for name in below if os.path.islink(os.path.join(folder, name))]
             for path in (Path(folder, name) for name in names if not name.startswith(".")):
-                if self.suffixes and path.suffix.lower() not in self.suffixes:
+                if self.suffixes and not path.name.lower().endswith(self.suffixes):
                     others["other files"].append(path.name)
                 elif not path.exists():
                     raise self.error(f"{shown(path)}: the link leads nowhere; mend or remove it")
@@ -115,13 +117,21 @@ class _FilesReader:
                 else:
                     files.append(path)
         if not files:
-            raise self.error(f"{shown(self.root)}: the folder has no {' or '.join(self.suffixes) or 'readable'} file")
+            wanted = " or ".join(self.suffixes[:2]) or "readable"
+            raise self.error(f"{shown(self.root)}: the folder has no {wanted} file")
         return sorted(files), [_passed_over(kind, names) for kind, names in others.items() if names]
 
     def fingerprint(self) -> str:
         """Names, sizes and times of change."""
-        stats = [(str(path.resolve()), path.stat()) for path in self.files()[0]]
-        return json.dumps([(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats])
+        return json.dumps([(self.name(path), path.stat().st_size, path.stat().st_mtime_ns) for path in self.files()[0]])
+
+    def content(self) -> str:
+        """Names and sizes."""
+        return json.dumps([(self.name(path), path.stat().st_size) for path in self.files()[0]])
+
+    def name(self, path: Path) -> str:
+        """A file's name in the source."""
+        return shown(path.name if path == self.root else path.relative_to(self.root))
 
     def error(self, problem: str) -> UsageError:
         """A message that names the source."""
@@ -134,7 +144,7 @@ class _FilesReader:
 class JsonlReader(_FilesReader):
     """One JSON object a line; documents are named `FILE:LINE`, the cursor is {"file", "byte", "line"}."""
 
-    suffixes = (".jsonl", ".ndjson")
+    suffixes = (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz")
 
     def read_file(self, path: Path, at: Cursor) -> Iterator[Found]:
         """See `_FilesReader`."""
@@ -229,6 +239,8 @@ class HubReader:
         """The name alone: the Hub is asked for nothing here."""
         return f"{self.source.path} {self.source.subset} {self.source.split}"
 
+    content = fingerprint
+
     def _load(self) -> Any:
         source = self.source
         if self._dataset is not None:
@@ -244,16 +256,6 @@ class HubReader:
         if not source.streaming:  # a streaming dataset keeps its position in itself, so each reading gets a new one
             self._dataset = dataset
         return dataset
-
-
-def read_text(path: Path) -> str:
-    """The text of a UTF-8 file with its own line ends, without a byte-order mark; UsageError that says why not."""
-    try:
-        return path.read_bytes().decode("utf-8").removeprefix("\ufeff")
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{shown(path)}: not UTF-8 (byte {error.start}); convert it or leave it out") from None
-    except OSError as error:
-        raise UsageError(f"{shown(path)}: cannot be read: {error.strerror}") from None
 
 
 def _load_dataset(*arguments: Any, streaming: bool = True, **more: Any) -> Any:

@@ -14,8 +14,8 @@ import numpy as np
 
 from mai_thinking.config.data import CleaningSection
 from mai_thinking.data.cleaning import quality_fault
+from mai_thinking.data.decontamination import OverlapIndex
 from mai_thinking.data.documents import Document
-from mai_thinking.data.ngrams import OverlapIndex
 from mai_thinking.data.packing import Row, Tokens
 from mai_thinking.data.readers import Cursor, Reader
 from mai_thinking.data.tokenizer import Encoder
@@ -26,9 +26,11 @@ MEMORY = 8192
 
 
 class Mark(NamedTuple):
-    """A moment in the life of a `StreamCleaner`: documents remembered since its first, and what it had dropped."""
+    """A moment in the life of a `StreamCleaner`: documents remembered since its first, how many it had read, and how
+    many it had dropped by which rule."""
 
     remembered: int
+    read: int
     dropped: dict[str, int]
 
 
@@ -41,15 +43,22 @@ class StreamCleaner:
         self._log: deque[int] = deque()
         self._forgotten = 0
         self._recent: set[int] = set()
+        self._read = 0
         self._dropped: dict[str, int] = {}
 
-    def clean(self, text: str, epoch: int = 0) -> str | None:
+    def clean(self, text: str | None, epoch: int = 0) -> str | None:
         """The text to train on, or None; counts what it drops. A text is a duplicate only within its epoch."""
-        kept: str | None = text
-        rule = "exact_duplicates" if self._is_duplicate(text, epoch) else quality_fault(text, self._cleaning.quality)
-        if rule is None and self._overlap is not None:
-            kept = self._overlap.clean(text)
-            rule = None if kept is not None else "decontamination"
+        self._read += 1
+        kept = text
+        if text is None:
+            rule: str | None = "null"
+        elif self._is_duplicate(text, epoch):
+            rule = "exact_duplicates"
+        else:
+            rule = quality_fault(text, self._cleaning.quality)
+            if rule is None and self._overlap is not None:
+                kept = self._overlap.clean(text)
+                rule = None if kept is not None else "decontamination"
         if rule is None:
             return kept
         self._dropped = {**self._dropped, rule: self._dropped.get(rule, 0) + 1}
@@ -57,20 +66,24 @@ class StreamCleaner:
 
     def mark(self) -> Mark:
         """Now, to be given to `state` later."""
-        return Mark(self._forgotten + len(self._log), self._dropped)
+        return Mark(self._forgotten + len(self._log), self._read, self._dropped)
 
     def state(self, mark: Mark) -> dict[str, Any]:
         """What there was at `mark`: the memory, as base64 of 64-bit hashes, oldest first, and the counts."""
         end = mark.remembered - self._forgotten
         memory = np.array(list(self._log)[max(end - MEMORY, 0) : end], dtype="<u8")
-        return {"memory": base64.b64encode(memory.tobytes()).decode(), "dropped": mark.dropped}
+        return {
+            "memory": base64.b64encode(memory.tobytes()).decode(),
+            "read": mark.read,
+            "dropped": mark.dropped,
+        }
 
     def restore(self, state: dict[str, Any]) -> None:
         """The inverse of `state`."""
         self._log = deque(np.frombuffer(base64.b64decode(state["memory"]), dtype="<u8").tolist())
         self._forgotten = 0
         self._recent = set(self._log)
-        self._dropped = dict(state["dropped"])
+        self._read, self._dropped = state["read"], dict(state["dropped"])
 
     def forget_before(self, mark: Mark) -> None:
         """No `state` of an earlier moment than `mark` will be asked for."""
@@ -133,8 +146,11 @@ class StreamedRows:
             segment = next(self._documents)
             self._segments.append(segment)
             self._available += len(segment.tokens)
-        tokens = np.concatenate([segment.tokens for segment in self._segments])[self._offset : self._offset + T + 1]
-        return Row(tokens, self._advance(T))
+        pieces, offset, missing = [], self._offset, T + 1
+        for segment in self._segments:  # cut each before they are joined: a document may be as large as a file
+            pieces.append(segment.tokens[offset : offset + missing])
+            offset, missing = 0, missing - len(pieces[-1])
+        return Row(np.concatenate(pieces), self._advance(T))
 
     def state(self) -> dict[str, Any]:
         """Plain JSON; `restore` with it makes `next_row` give what it would give now."""
@@ -177,7 +193,7 @@ class StreamedRows:
             whole_pass, found = cursor == self._start, False
             for id, raw, behind in self._reader.read(cursor):
                 place = _Place(epoch, cursor, self._cleaner.mark())
-                text = None if raw is None else self._cleaner.clean(raw, epoch)
+                text = self._cleaner.clean(raw, epoch)
                 if text is not None:
                     found = True
                     yield _Segment(id, self._encoder.encode_documents([text])[0], place)
