@@ -10,6 +10,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import inspect
+import itertools
 import os
 import sys
 import sysconfig
@@ -19,8 +20,6 @@ from pathlib import Path
 import xxhash
 
 from mai_thinking.config.data import SerialSection, SourceSection
-from mai_thinking.data import exercises as exercises_module
-from mai_thinking.data import serial as serial_module
 from mai_thinking.data.documents import Document
 from mai_thinking.data.exercises import exercises
 from mai_thinking.data.serial import serial_exercises
@@ -30,6 +29,8 @@ _SCIENTIFIC = ("sympy", "mpmath", "numpy")
 _DOCUMENTED = ("networkx", "torch")
 _DOCUMENTED_PARTS = ("networkx", "torch/nn", "torch/optim", "torch/distributions", "torch/_torch_docs.py")
 _MIN_DOCSTRING = 400
+_ENOUGH = 1000
+"""So many exercises show that the rule that makes them has changed."""
 _ELSEWHERE = ("site-packages", "dist-packages", "__pycache__", "pydoc_data")
 
 
@@ -40,11 +41,12 @@ def read_embedded(source: SourceSection) -> Iterator[Document]:
     return _READERS[source.path]()
 
 
-def embedded_fingerprint(corpus: str) -> str:
-    """What the corpus's content depends on: versions of its packages, number and size of its files."""
-    if corpus in ("exercises", "serial"):
-        module = exercises_module if corpus == "exercises" else serial_module
-        return f"{corpus} {xxhash.xxh3_64_hexdigest(inspect.getsource(module).encode())}"
+def embedded_fingerprint(source: SourceSection) -> str:
+    """What the content depends on: versions of packages, number and size of files; of what is made, the beginning."""
+    if source.endless:
+        first = itertools.islice(read_embedded(source), _ENOUGH)
+        return xxhash.xxh3_64_hexdigest("\0".join(document.text for document in first).encode())
+    corpus = source.path
     if corpus in ("scientific", "docstrings"):
         packages = _SCIENTIFIC if corpus == "scientific" else _DOCUMENTED
         return " ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)

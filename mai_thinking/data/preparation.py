@@ -152,7 +152,9 @@ class _Preparation:
         if source.max_bytes is None:
             return found
         chosen = _within(sorted(found, key=lambda document: document.fingerprint), source.max_bytes)
-        if len(chosen) < documents:
+        if source.endless:
+            tally.read = count(chosen)
+        elif len(chosen) < documents:
             tally.drop("max_bytes", size - count(chosen)[1], documents - len(chosen))
         return chosen
 
@@ -356,7 +358,7 @@ def _key(config: DataSection, readers: dict[str, Reader]) -> str:
     for source in tree["sources"]:
         # What files hold counts, not where they lie.
         source["path"] = readers[source["name"]].fingerprint() if source["name"] in readers else source["path"]
-    embedded = [embedded_fingerprint(source.path) for source in config.sources if source.kind == "embedded"]
+    embedded = [embedded_fingerprint(source) for source in config.sources if source.kind == "embedded"]
     files = [Path(path).expanduser() for path in config.cleaning.benchmarks]
     if config.tokenizer.path is not None:
         files.append(architecture_folder(config.tokenizer.path) / "tokenizer.json")
