@@ -1,0 +1,27 @@
+"""Did it learn to think? `python scripts/thinking.py RUN [RUN …] --out results/NAME`: one RL run a seed.
+
+Writes summary.md, summary.json and a figure: pass@1 with the own thought and without, length, share of thoughts, by
+size."""
+
+from pathlib import Path
+
+from mai_thinking.config.base import Count
+from mai_thinking.config.command import Parser, exit_with, option
+
+
+def main() -> None:
+    """Parse, read, write."""
+    parser = Parser(__doc__)
+    parser.add_argument("runs", nargs="+", type=Path, help="folders of RL runs that differ in their seed alone")
+    parser.add_argument("--out", type=Path, required=True, help="the folder to write to")
+    parser.add_argument("--beyond", type=option(Count), default=12, help="least size beyond the base's worked text")
+    options = parser.parse_args()
+
+    from mai_thinking.report.thinking import write
+
+    write(options.runs, options.out, options.beyond)
+    print(f"{options.out}/summary.md")
+
+
+if __name__ == "__main__":
+    exit_with(main)

@@ -1,0 +1,78 @@
+"""The numbers of a run that learns to think, from records with known answers."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from mai_thinking.errors import UsageError
+from mai_thinking.report.thinking import ThinkingRun, write
+
+
+LAST = 0.1 + 0.1 * math.log(64)
+
+
+def make_run(folder: Path, rate: float = 0.1) -> Path:
+    """pass@1 = rate·ln(step) + .1; the limit doubles after steps 8 and 32."""
+    folder.mkdir()
+    lines = []
+    for step in range(65):
+        level = 0.1 + rate * math.log(step) if step else 0.05
+        if step:
+            lines.append({"step": step, "max_length": 32 << (step > 8) + (step > 32)})
+        if step & (step - 1) == 0:
+            lines.append(
+                {
+                    "kind": "evaluation", "step": step, "pass@1": level, "pass@1_emptied": 0.01,
+                    "pass@1_other_thought": 0.02, "pass@1_half_thought": 0.03, "thought_share": min(1.0, step / 8),
+                    "response_length": 10 + step, "greedy": level, "pass@1_size/a/4": 0.9, "pass@1_size/b/4": 0.7,
+                    "pass@1_size/a/12": level, "pass@1_size/b/14": level / 2,
+                }
+            )  # fmt: skip
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "config.yaml").write_text("name: x\n")
+    samples = [{"task": "a", "size": 4, "question": "q?", "answer": "7", "response": "Steps\n7", "passed": True}]
+    records = [{"kind": "samples", "step": step, "samples": samples} for step in (0, 8, 64)]
+    (folder / "samples.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    return folder
+
+
+def test_the_numbers_of_a_run(tmp_path: Path) -> None:
+    run = ThinkingRun(make_run(tmp_path / "run"), beyond=12)
+    found = run.summary()
+    assert found["with_thought"] == pytest.approx(LAST)
+    assert (found["emptied"], found["other_thought"], found["half_thought"]) == (0.01, 0.02, 0.03)
+    assert (found["length_before"], found["length_after"]) == (10, 74)
+    assert found["beyond_before"] == pytest.approx(0.05 * 0.75)
+    assert found["beyond_after"] == pytest.approx(LAST * 0.75)
+    assert (found["limits"], found["limits_passed"]) == ([32, 64, 128], 2)
+    assert found["r_squared"] == pytest.approx(1.0)
+    assert found["worst_passage"] == 0.0
+    assert run.by_size(run.evaluations[-1])[4] == pytest.approx(0.8)
+
+
+def test_a_drop_behind_a_passage_is_told(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run")
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        if line.get("kind") == "evaluation" and line["step"] == 16:
+            line["pass@1"] = 0.2
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    before = 0.1 + 0.1 * math.log(8)
+    assert ThinkingRun(folder, 12).summary()["worst_passage"] == pytest.approx(before - 0.2)
+
+
+def test_page_and_json_have_the_same_numbers(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / "one"), make_run(tmp_path / "two", rate=0.05)]
+    write(runs, tmp_path / "out", 12)
+    seeds = json.loads((tmp_path / "out" / "summary.json").read_text())["seeds"]
+    page = (tmp_path / "out" / "summary.md").read_text()
+    for name in ("with_thought", "emptied", "beyond_after"):
+        assert " | ".join(f"{seed[name]:.3f}" for seed in seeds) in page
+    assert "step 8 (right)" in page
+
+
+def test_another_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="name the output_dir of one"):
+        ThinkingRun(tmp_path, 12)
