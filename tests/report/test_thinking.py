@@ -9,7 +9,6 @@ import pytest
 from mai_thinking.errors import UsageError
 from mai_thinking.report.thinking import ThinkingRun, write
 
-
 LAST = 0.1 + 0.1 * math.log(64)
 
 
