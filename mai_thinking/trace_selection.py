@@ -1,7 +1,7 @@
 """Which traces of former climbs are learned from, and in which words (MAI-Thinking-1 report §3.1.4).
 
 Rules apply one after the other and a trace counts under the first that removes it: the steps, then what is wrong with a
-trace by itself, then the cap per prompt, then the total. A store is read twice, wave by wave, so that only the traces
+trace by itself, then the cap per prompt, then the total. A store is read twice, batch by batch, so that only the traces
 that are chosen need to fit into memory (4 bytes a token).
 """
 

@@ -19,7 +19,8 @@ from mai_thinking.bench.timing import Figure, Turn, ratio
 from mai_thinking.config.grpo import GrpoConfig
 from mai_thinking.config.loading import load_config
 from mai_thinking.errors import UsageError
-from mai_thinking.rl.rewards import GradedGroup, group_rewards
+from mai_thinking.rl.rewards import reward_group
+from mai_thinking.rl.rollout import Group, Rollout
 from mai_thinking.rl.tasks import Grade
 from mai_thinking.rl.trainer import Climb
 from mai_thinking.training.metrics import read_records
@@ -84,9 +85,9 @@ def _trl_trainer(climb: Climb, steps: int, folder: str) -> tuple[Any, list[Secon
     except ImportError:
         raise UsageError("bench grpo compares with TRL; `pip install mai_thinking[company]` brings it") from None
 
-    config, mix, group = climb.config, climb.collector.mix, climb.config.sampling.full_size
+    config, mix, group = climb.config, climb.worker.mix, climb.config.sampling.full_size
     problems = [mix.problem("train", number) for number in range(steps * config.groups_per_step)]
-    opening, template = climb.tokenizer.eos_token, climb.collector.responder.template
+    opening, template = climb.tokenizer.eos_token, climb.worker.responder.template
     rows: list[Seconds] = []
     now = time.perf_counter
     began, rewarded, tokens = 0.0, 0.0, 0
@@ -123,13 +124,12 @@ def _trl_trainer(climb: Climb, steps: int, folder: str) -> tuple[Any, list[Secon
 
 def _rewards(climb: Climb, problems: Any, responses: list[str]) -> list[float]:
     """What a climb of one stage gives for responses, each to its problem, computed here and now."""
-    mix, template = climb.collector.mix, climb.collector.responder.template
-    parsed = [template.parse(text) for text in responses]
-    right = [
-        one.answer is not None and mix.task(problem.task).verify(problem, one.answer) == 1
-        for problem, one in zip(problems, parsed, strict=True)
-    ]
-    section = climb.config.reward.model_copy(update={"w_length": 0.0})  # it does not charge for length
-    grades, thoughts = [Grade(float(one), one) for one in right], [one.thought for one in parsed]
-    graded = GradedGroup(grades, thoughts, [0] * len(right), 1)
-    return [parts["total"] for parts in group_rewards(graded, section)]
+    mix, template = climb.worker.mix, climb.worker.responder.template
+    rollouts = []
+    for problem, text in zip(problems, responses, strict=True):
+        thought, answer = template.parse(text)
+        right = answer is not None and mix.task(problem.task).verify(problem, answer) == 1
+        rollouts.append(Rollout(0, [], 1, thought=thought, grade=Grade(float(right), right)))
+    # Nothing is charged for length.
+    reward_group(Group(0, 0, rollouts=rollouts), climb.config.reward.model_copy(update={"w_length": 0.0}))
+    return [rollout.reward for rollout in rollouts]

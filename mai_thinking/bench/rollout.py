@@ -26,7 +26,8 @@ from mai_thinking.config.pretraining import PretrainConfig
 from mai_thinking.model import MaiThinkingConfig, MaiThinkingForCausalLM
 from mai_thinking.rl.packing import pack
 from mai_thinking.rl.policy import response_logprobs
-from mai_thinking.rl.rollouts import BatchedEngine, Request, Rollout, inference_copy
+from mai_thinking.rl.rollout import Rollout
+from mai_thinking.rl.rollouts import BatchedEngine, inference_copy
 from mai_thinking.training.model_files import build_model, load_model, model_config
 
 TOP_P = 0.97
@@ -143,7 +144,7 @@ def differences(
 
 
 def _mismatch(
-    model: MaiThinkingForCausalLM, engine: BatchedEngine, asked: Sequence[Request], dtype: torch.dtype | None
+    model: MaiThinkingForCausalLM, engine: BatchedEngine, asked: Sequence[Rollout], dtype: torch.dtype | None
 ) -> Row:
     apart_N = differences(model, engine.generate(asked), temperature=1.0, dtype=dtype)
     figures = {"max |Δ log p|": float(apart_N.max()), "mean |Δ log p|": float(apart_N.mean())}
@@ -156,19 +157,19 @@ def _prompts(model: MaiThinkingForCausalLM, rng: np.random.Generator, requests: 
     return [rng.integers(2, model.config.vocab_size, rng.integers(10, 31)).tolist() for _ in range(-(-requests // 16))]
 
 
-def _asked(prompts: Sequence[list[int]], kind: Kind) -> list[Request]:
-    return [Request(i, prompts[i // 16], int(limit)) for i, limit in enumerate(kind.limits)]
+def _asked(prompts: Sequence[list[int]], kind: Kind) -> list[Rollout]:
+    return [Rollout(i, prompts[i // 16], int(limit)) for i, limit in enumerate(kind.limits)]
 
 
 def _engine(model: MaiThinkingForCausalLM, slots: int, end_of_text: Any = None, **how: Any) -> BatchedEngine:
     return BatchedEngine(model, slots=slots, temperature=1.0, top_p=TOP_P, seed=0, end_of_text=end_of_text, **how)
 
 
-def _ours(engine: BatchedEngine, asked: Sequence[Request]) -> Callable[[], float]:
+def _ours(engine: BatchedEngine, asked: Sequence[Rollout]) -> Callable[[], float]:
     return lambda: float(sum(len(one.response_ids) for one in engine.generate(asked)))
 
 
-def _theirs(model: MaiThinkingForCausalLM, slots: int, asked: Sequence[Request], kind: Kind) -> Callable[[], float]:
+def _theirs(model: MaiThinkingForCausalLM, slots: int, asked: Sequence[Rollout], kind: Kind) -> Callable[[], float]:
     batches = [asked[i : i + slots] for i in range(0, len(asked), slots)]
     return lambda: float(sum(_generate(model, batch, kind.end) for batch in batches))
 
@@ -178,7 +179,7 @@ def _clock() -> float:
     return time.perf_counter()
 
 
-def _generate(model: MaiThinkingForCausalLM, requests: Sequence[Request], end: int | None) -> int:
+def _generate(model: MaiThinkingForCausalLM, requests: Sequence[Rollout], end: int | None) -> int:
     """The requests as one batch of the library's `generate`; → response tokens, padding left out."""
     longest = max(len(request.prompt_ids) for request in requests)
     limits = torch.tensor([request.max_new_tokens for request in requests], device=model.device)

@@ -9,9 +9,9 @@ from mai_thinking.config.base import Count, Section, Share, Whole
 
 
 class SamplingSection(Section):
-    """`sampling:` in an RL run's config; `mai_thinking.rl.sampling` carries it out. The values are the report's (§3).
+    """`sampling:` in an RL run's config, for `mai_thinking.rl.problem_filter`. The values are the report's (§3.1.5).
 
-    A pass rate is the share of a problem's rollouts with a positive task reward. The ends of a range belong to it.
+    A pass rate is the share of a problem's rollouts that pass. The ends of a range belong to it.
     """
 
     early_size: Count = 16

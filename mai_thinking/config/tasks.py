@@ -22,7 +22,7 @@ LISTS: tuple[Family, ...] = ("largest", "count", "position", "sort", "next")
 """Families whose question shows a list."""
 
 Combination = Literal["sum", "gate", "lexicographic"]
-"""How several graders of one problem become one grade; see `mai_thinking.rl.rewards.combine`."""
+"""How several graders of one problem become one grade; see `mai_thinking.rl.tasks.base.combine`."""
 
 _Range = tuple[int, int]
 

@@ -2,28 +2,16 @@
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-from mai_thinking.rl.rollouts import Rollout
+from mai_thinking.rl.rollout import Group, Rollout, Verdict
+from mai_thinking.rl.tasks import WRONG
 
-
-@dataclass(frozen=True)
-class Group:
-    """A problem's whole group, with what its rollouts earned."""
-
-    number: int
-    """The run's number of the problem."""
-    version: int
-    """Of the engine's weights that wrote it."""
-    rollouts: list[Rollout]
-    rewards: list[dict[str, float]]
-    """As `rewards.group_rewards` gives them."""
-    advantages: list[float]
-    pass_rate: float
+_PLAIN = ("id", "max_new_tokens", "finished", "rewards", "reward", "advantage")
+_ARRAYS = ("response_ids", "logprobs", "nucleus")
 
 
 class RolloutBuffer:
@@ -65,33 +53,36 @@ class RolloutBuffer:
 
 
 def _pack_group(group: Group) -> dict[str, Any]:
+    """What the learner and the metrics of its step need."""
     rollouts = group.rollouts
+    plain = {name: [getattr(rollout, name) for rollout in rollouts] for name in _PLAIN}
+    arrays = {name: np.concatenate([getattr(rollout, name) for rollout in rollouts]) for name in _ARRAYS}
+    # Not every reader of safetensors knows uint16.
+    experts = np.concatenate([rollout.experts for rollout in rollouts], axis=1).astype(np.int32)
     return {
         "number": group.number,
         "version": group.version,
-        "advantages": group.advantages,
-        "pass_rate": group.pass_rate,
-        "rewards": group.rewards,
-        "request_ids": [rollout.request_id for rollout in rollouts],
-        "finished": [rollout.finished for rollout in rollouts],
+        "verdict": str(group.verdict),
         "prompt": rollouts[0].prompt_ids,
+        "passed": [rollout.grade.passed for rollout in rollouts],
         "lengths": [len(rollout.response_ids) for rollout in rollouts],
-        "response_ids": torch.from_numpy(np.concatenate([rollout.response_ids for rollout in rollouts])),
-        "logprobs": torch.from_numpy(np.concatenate([rollout.logprobs for rollout in rollouts])),
-        "nucleus": torch.from_numpy(np.concatenate([rollout.nucleus for rollout in rollouts])),
-        # Not every reader of safetensors knows uint16.
-        "experts": torch.from_numpy(np.concatenate([r.experts for r in rollouts], axis=1).astype(np.int32)),
+        **plain,
+        **{name: torch.from_numpy(array) for name, array in (arrays | {"experts": experts}).items()},
     }
 
 
 def _unpack_group(state: dict[str, Any]) -> Group:
     lengths, prompt = state["lengths"], state["prompt"]
-    ends = np.cumsum(lengths)[:-1]
-    parts = {name: np.split(state[name].numpy(), ends) for name in ("response_ids", "logprobs", "nucleus")}
+    arrays: dict[str, Any] = {name: np.split(state[name].numpy(), np.cumsum(lengths)[:-1]) for name in _ARRAYS}
     places = np.cumsum([len(prompt) + length - 1 for length in lengths])[:-1]
-    experts = np.split(state["experts"].numpy().astype(np.uint16), places, axis=1)
+    arrays["experts"] = np.split(state["experts"].numpy().astype(np.uint16), places, axis=1)
     rollouts = [
-        Rollout(request, prompt, parts["response_ids"][i], parts["logprobs"][i], parts["nucleus"][i], experts[i], ended)
-        for i, (request, ended) in enumerate(zip(state["request_ids"], state["finished"], strict=True))
+        Rollout(
+            prompt_ids=prompt,
+            grade=WRONG._replace(passed=passed),
+            **{name: state[name][index] for name in _PLAIN},
+            **{name: parts[index] for name, parts in arrays.items()},
+        )
+        for index, passed in enumerate(state["passed"])
     ]
-    return Group(state["number"], state["version"], rollouts, state["rewards"], state["advantages"], state["pass_rate"])
+    return Group(state["number"], state["version"], Verdict(state["verdict"]), rollouts)

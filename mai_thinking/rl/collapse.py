@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 
 from mai_thinking.config.collapse import CollapseSection
-from mai_thinking.rl.sampling import SamplingCounts
+from mai_thinking.rl.problem_filter import FilterCounts
 
 _LARGEST_EXCESS, _DRIFT = 6.0, 1.0
 _GRAM, _SHORTEST_LOOP = 4, 16
@@ -133,7 +133,7 @@ class CollapseDetector:
         recent = {name: sign.alarm for name, sign in self._signs.items() if sign.alarmed_since(step)}
         return recent, min((alarm["last_good_step"] for alarm in recent.values()), default=step)
 
-    def hopeless(self, counts: SamplingCounts) -> bool:
+    def hopeless(self, counts: FilterCounts) -> bool:
         """Whether filling the buffer had better be given up: of the problems drawn for it so far and not too easy, less
         than a fifth of the usual share is within reach, and if nothing had changed that would be less likely than 1 in
         10⁹ (by the likelihood ratio of two coins against one). Never in the first filling, before which nothing is
@@ -146,7 +146,7 @@ class CollapseDetector:
         surprise = drawn * _divergence(reached / drawn, one) + before * _divergence(reached_before / before, one)
         return reached / drawn < reached_before / before / 5 and surprise > _STARVED_LOG_ODDS
 
-    def starve(self, step: int, counts: SamplingCounts) -> Verdict:
+    def starve(self, step: int, counts: FilterCounts) -> Verdict:
         """The verdict after `step`, when a buffer could not be filled, from the counts of all ranks."""
         reach = self._signs["within_reach"]
         drawn, reached = _unsolved(counts)
@@ -276,7 +276,7 @@ def _with_shares(record: Mapping[str, Any]) -> dict[str, Any]:
     return {**record, **shares}
 
 
-def _unsolved(counts: SamplingCounts) -> tuple[int, int]:
+def _unsolved(counts: FilterCounts) -> tuple[int, int]:
     """Problems drawn that were not too easy, and how many of them were within reach."""
     return counts.kept + counts.early_too_hard + counts.too_hard, counts.kept
 

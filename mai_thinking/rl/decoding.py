@@ -15,15 +15,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mai_thinking.model import MaiThinkingConfig, MaiThinkingForCausalLM
 from mai_thinking.model.configuration import GLOBAL, LOCAL
+from mai_thinking.rl.rollout import Experts
 
-Experts = NDArray[np.uint16]
 SLOT_ATTENTION = "slot_sdpa"
 """The name that the library knows `slot_attention` under."""
 

@@ -7,7 +7,6 @@ half of the policy's own (*half thought*). A thought that does work is worth the
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
 from statistics import fmean
 from typing import Any
 
@@ -15,29 +14,17 @@ import torch
 import torch.distributed as dist
 
 from mai_thinking.config.grpo import ClimbEvaluationSection
-from mai_thinking.rl.collecting import Attempt, Responder
-from mai_thinking.rl.rollouts import Request
+from mai_thinking.rl.rollout import Rollout
+from mai_thinking.rl.rollout_worker import Responder
 from mai_thinking.rl.tasks import Grade, Problem, TaskMix
 
 FIRST_ID = 2**61
-"""Request ids from here on are evaluations': other random numbers than any rollout that is learned from."""
+"""Ids from here on are evaluations': other random numbers than any rollout that is learned from."""
 _IDS = 2**40
-"""Request ids of each way of asking."""
+"""Ids of each way of asking."""
 ANSWER_TOKENS = 16
 """Tokens, beyond the longest reference answer, of an answer that is forced."""
 FORCED = ("emptied", "other_thought", "half_thought")
-
-
-@dataclass(frozen=True)
-class Sample:
-    """A response, to look at."""
-
-    task: str
-    size: int
-    question: str
-    answer: str
-    response: str
-    passed: bool
 
 
 class HeldOut:
@@ -50,27 +37,27 @@ class HeldOut:
         }
         self._all = [problem for problems in self.problems.values() for problem in problems]
 
-    def evaluate(self, responder: Responder, max_length: int) -> tuple[dict[str, Any], list[Sample]]:
-        """→ flat metrics, the same on every rank, and the first sample of each of this rank's problems. Collective."""
+    def evaluate(self, responder: Responder, max_length: int) -> tuple[dict[str, Any], list[Rollout]]:
+        """→ flat metrics, the same on every rank, and the first rollout of each of this rank's problems. Collective."""
         k, temperature = self.section.samples, self.section.temperature
         mine = range(self.rank, len(self._all), self.ranks)
-        attempts = self._respond(responder, mine, k, FIRST_ID, max_length, temperature)
+        rollouts = self._respond(responder, mine, k, FIRST_ID, max_length, temperature)
         numbers = [number for number in mine for _ in range(k)]
         # Per problem: passed in each way of asking, greedily, thoughts, tokens.
         sums = torch.zeros(len(self._all), len(FORCED) + 4, dtype=torch.float64)
-        for number, attempt in zip(numbers, attempts, strict=True):
-            row = torch.tensor([attempt.grade.passed, attempt.has_thought, len(attempt.rollout.response_ids)])
+        for number, rollout in zip(numbers, rollouts, strict=True):
+            row = torch.tensor([rollout.grade.passed, rollout.has_thought, len(rollout.response_ids)])
             sums[number, [0, -2, -1]] += row.double()
-        for column, grades in enumerate(self._forced(responder, numbers, attempts), start=1):
+        for column, grades in enumerate(self._forced(responder, numbers, rollouts), start=1):
             for number, grade in zip(numbers, grades, strict=True):
                 sums[number, column] += grade.passed
-        for number, attempt in zip(
+        for number, rollout in zip(
             mine, self._respond(responder, mine, 1, FIRST_ID + _IDS // 2, max_length, 0.0), strict=True
         ):
-            sums[number, -3] = k * attempt.grade.passed
+            sums[number, -3] = k * rollout.grade.passed
         if self.ranks > 1:
             dist.all_reduce(sums)
-        return self._metrics(sums), [self._sample(*pair) for pair in zip(mine, attempts[::k], strict=True)]
+        return self._metrics(sums), rollouts[::k]
 
     def _respond(
         self,
@@ -80,34 +67,28 @@ class HeldOut:
         first_id: int,
         max_length: int,
         temperature: float | None,
-    ) -> list[Attempt]:
+    ) -> list[Rollout]:
         """`samples` responses to each of the problems."""
-        asked = []
+        asked: list[Rollout] = []
         for number in numbers:
-            _, prompt_ids = responder.encode(self._all[number])
-            for sample in range(samples):
-                request = Request(first_id + number * samples + sample, prompt_ids, max_length)
-                asked.append((self._all[number], request))
+            first = first_id + number * samples
+            asked += responder.ask(self._all[number], range(first, first + samples), max_length)
         return responder.respond(asked, temperature)
 
-    def _sample(self, number: int, attempt: Attempt) -> Sample:
-        problem = self._all[number]
-        return Sample(problem.task, problem.size, problem.question, problem.answer, attempt.text, attempt.grade.passed)
-
     def _forced(
-        self, responder: Responder, numbers: Sequence[int], attempts: Sequence[Attempt]
+        self, responder: Responder, numbers: Sequence[int], rollouts: Sequence[Rollout]
     ) -> Iterable[list[Grade]]:
-        """The grades where the answer is forced, in the three ways of `FORCED`, in the order of `attempts`."""
+        """The grades where the answer is forced, in the three ways of `FORCED`, in the order of `rollouts`."""
         k = self.section.samples
         room = ANSWER_TOKENS + max(len(responder.encoder.encode(problem.answer)) for problem in self._all)
-        own = [attempt.parsed.thought if attempt.has_thought else "" for attempt in attempts]
+        own = [rollout.thought if rollout.has_thought else "" for rollout in rollouts]
         halves = [_half(responder, thought) for thought in own]
         ways = ([""] * len(own), _of_another(own, [self._all[number] for number in numbers]), halves)
         for way, thoughts in enumerate(ways, start=1):
             asked = []
             for index, (number, thought) in enumerate(zip(numbers, thoughts, strict=True)):
-                request_id = FIRST_ID + way * _IDS + number * k + index % k
-                asked.append((self._all[number], thought, request_id))
+                rollout_id = FIRST_ID + way * _IDS + number * k + index % k
+                asked.append((self._all[number], thought, rollout_id))
             yield responder.force(asked, room, self.section.temperature)
 
     def _metrics(self, sums: torch.Tensor) -> dict[str, Any]:
@@ -139,9 +120,20 @@ class HeldOut:
         return metrics
 
 
-def samples_record(step: int, samples: Sequence[Sample]) -> dict[str, Any]:
+def samples_record(step: int, samples: Sequence[Rollout]) -> dict[str, Any]:
     """A line of the run's `samples.jsonl`."""
-    return {"kind": "samples", "step": step, "samples": [asdict(sample) for sample in samples]}
+    rows = [
+        {
+            "task": sample.problem.task,
+            "size": sample.problem.size,
+            "question": sample.problem.question,
+            "answer": sample.problem.answer,
+            "response": sample.text,
+            "passed": sample.grade.passed,
+        }
+        for sample in samples
+    ]
+    return {"kind": "samples", "step": step, "samples": rows}
 
 
 def _half(responder: Responder, thought: str) -> str:
@@ -208,11 +200,11 @@ def interval(rates: Sequence[float]) -> tuple[float, float]:
     return max(0.0, centre - spread), min(1.0, centre + spread)
 
 
-def one_of_each(samples: Sequence[Sample], count: int) -> list[Sample]:
+def one_of_each(samples: Sequence[Rollout], count: int) -> list[Rollout]:
     """Up to `count` samples to show, the tasks in turn."""
     rounds: dict[str, int] = {}
     placed = []
     for sample in samples:
-        rounds[sample.task] = rounds.get(sample.task, -1) + 1
-        placed.append((rounds[sample.task], sample))
+        rounds[sample.problem.task] = rounds.get(sample.problem.task, -1) + 1
+        placed.append((rounds[sample.problem.task], sample))
     return [sample for _, sample in sorted(placed, key=lambda pair: pair[0])][:count]

@@ -21,8 +21,7 @@ from typing import Self
 
 from mai_thinking.config.tasks import TaskSection
 from mai_thinking.errors import RunError, UsageError
-from mai_thinking.rl.rewards import no_grade
-from mai_thinking.rl.tasks.base import LONGEST_ANSWER, Grade, Problem
+from mai_thinking.rl.tasks.base import LONGEST_ANSWER, Grade, Problem, no_grade
 
 WAIT_FACTOR = 5
 """Wall-clock time that an answer may take, as a multiple of its processor time: for graders that wait and do not work.

@@ -19,8 +19,8 @@ from typing import IO
 
 from mai_thinking.config.tasks import TaskSection
 from mai_thinking.errors import UsageError
-from mai_thinking.rl.rewards import combine, no_grade
 from mai_thinking.rl.tasks import WRONG, Grade, Problem, make_task
+from mai_thinking.rl.tasks.base import combine, no_grade
 from mai_thinking.training.orphans import die_with_parent
 
 

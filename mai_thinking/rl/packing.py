@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from mai_thinking.errors import UsageError
-from mai_thinking.rl.rollouts import Rollout
+from mai_thinking.rl.rollout import Rollout
 
 MULTIPLE = 64
 """Rows are padded to whole blocks of this many places, for attention in blocks and for few different shapes."""

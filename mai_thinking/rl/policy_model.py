@@ -6,7 +6,7 @@ from mai_thinking.data.tokenizer import Encoder, load_tokenizer
 from mai_thinking.errors import UsageError
 from mai_thinking.model import MaiThinkingConfig, MaiThinkingForCausalLM
 from mai_thinking.provenance.lineage import Lineage, require_own
-from mai_thinking.rl.sampling import LengthCurriculum
+from mai_thinking.rl.length_curriculum import LengthCurriculum
 from mai_thinking.rl.tasks import TaskMix
 from mai_thinking.rl.template import Template
 from mai_thinking.training.model_files import load_model, load_model_config

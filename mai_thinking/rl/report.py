@@ -7,7 +7,7 @@ from typing import Any
 
 from mai_thinking.config.grpo import GrpoConfig
 from mai_thinking.config.storage import atomic_file
-from mai_thinking.rl.evaluation import Sample
+from mai_thinking.rl.rollout import Rollout
 from mai_thinking.training.metrics import Record, read_records
 from mai_thinking.training.report import fenced, pyplot, save_figure, smooth
 from mai_thinking.training.run_folder import RunFolder
@@ -16,7 +16,7 @@ PASS = "pass@1/"
 
 
 def write_report(
-    folder: RunFolder, config: GrpoConfig, evaluation: Mapping[str, Any], samples: Sequence[Sample]
+    folder: RunFolder, config: GrpoConfig, evaluation: Mapping[str, Any], samples: Sequence[Rollout]
 ) -> None:
     """`summary.md`, and with the `plots` extra `climb.png` and `training.png`."""
     folder.report.mkdir(exist_ok=True)
@@ -100,6 +100,7 @@ def _draw_training(plt: Any, path: Path, steps: Sequence[Record], config: GrpoCo
     save_figure(figure, path)
 
 
-def _show(sample: Sample) -> str:
-    mark = "right" if sample.passed else f"wrong: it is {sample.answer}"
-    return f"**{sample.question}** ({sample.task}; {mark})\n\n{fenced(sample.response)}"
+def _show(sample: Rollout) -> str:
+    problem = sample.problem
+    mark = "right" if sample.grade.passed else f"wrong: it is {problem.answer}"
+    return f"**{problem.question}** ({problem.task}; {mark})\n\n{fenced(sample.text)}"

@@ -1,10 +1,10 @@
 """Rollouts: a batched sampling engine on our model, with continuous batching.
 
-A finished rollout leaves its slot at once and the next request takes its place; a prompt goes through the model once,
-however many requests share it. What comes back has what the learner replays: the nucleus that each token was drawn
+A finished rollout leaves its slot at once and the next one takes its place; a prompt goes through the model once,
+however many asked share it. What comes back has what the learner replays: the nucleus that each token was drawn
 from, and the experts that each token went through (MAI-Thinking-1 report §3.1).
 
-Every draw is a function of (seed, request id, position) and the logits, so neither the batch that a rollout happens to
+Every draw is a function of (seed, rollout id, position) and the logits, so neither the batch that a rollout happens to
 share nor the number of slots changes what is drawn; both can only change the logits' rounding.
 """
 
@@ -14,7 +14,7 @@ import sys
 from collections import Counter, deque
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -26,8 +26,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from mai_thinking.errors import RunError, UsageError
 from mai_thinking.model import MaiThinkingForCausalLM
 from mai_thinking.model.latent_moe import Experts as ExpertNetworks
-from mai_thinking.rl.decoding import SLOT_ATTENTION, Experts, Prompt, SlotCache, prefill
+from mai_thinking.rl.decoding import SLOT_ATTENTION, Prompt, SlotCache, prefill
 from mai_thinking.rl.nucleus import uniforms
+from mai_thinking.rl.rollout import Experts, Rollout
 from mai_thinking.rl.steps import CapturedSteps, NotFiniteError, PlainSteps, Sampler, StaticSteps, Steps, padded_keys
 
 ATTEMPTS = 3
@@ -46,49 +47,22 @@ _STEPS: dict[How, type[PlainSteps | StaticSteps]] = {
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Request:
-    """A response to be generated. `id` is unique in the run: all randomness of the rollout follows from it."""
-
-    id: int
-    prompt_ids: list[int]
-    max_new_tokens: int
-
-
-@dataclass
-class Rollout:
-    """A response and what was decided on its way. P prompt tokens, n response tokens, M MoE layers, K experts."""
-
-    request_id: int
-    prompt_ids: list[int]
-    response_ids: NDArray[np.int64]
-    """[n], with the end-of-text token if it was drawn."""
-    logprobs: NDArray[np.float32]
-    """[n], under the distribution drawn from: with temperature, renormalised over the nucleus."""
-    nucleus: NDArray[np.uint8]
-    """[n, ceil(V / 8)], bit-packed (`nucleus.pack_bits`): the tokens that could have been drawn."""
-    experts: Experts
-    """[M, P + n − 1, K] uint16, of every token that went through the model: all but the response's last."""
-    finished: bool
-    """Whether it ended by itself, rather than at `max_new_tokens`."""
-
-
 class Engine(Protocol):
     """What generates rollouts; narrow enough for an external engine."""
 
     def update_weights(self, model: MaiThinkingForCausalLM) -> None:
         """Generate from these weights from now on."""
 
-    def generate(self, requests: Sequence[Request], temperature: float | None = None) -> list[Rollout]:
-        """A rollout for each request, in their order, at the engine's own temperature unless another is given. Raises
+    def generate(self, asked: Sequence[Rollout], temperature: float | None = None) -> list[Rollout]:
+        """The rollouts with their responses, in order, at the engine's own temperature unless another is given. Raises
         `RunError` if that cannot be had."""
 
 
 @dataclass
 class _Running:
-    """A request in a slot. The arrays are rows of what a whole step produced."""
+    """A rollout in a slot. The arrays are rows of what a whole step produced."""
 
-    request: Request
+    asked: Rollout
     prompt: Prompt
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
@@ -98,13 +72,12 @@ class _Running:
     @property
     def position(self) -> int:
         """Of the newest token."""
-        return len(self.request.prompt_ids) + len(self.tokens) - 1
+        return len(self.asked.prompt_ids) + len(self.tokens) - 1
 
     def rollout(self, finished: bool) -> Rollout:
         experts_MnK = [np.stack(self.experts, axis=1)] if self.experts else []
-        return Rollout(
-            request_id=self.request.id,
-            prompt_ids=self.request.prompt_ids,
+        return replace(
+            self.asked,
             response_ids=np.array(self.tokens, dtype=np.int64),
             logprobs=np.array(self.logprobs, dtype=np.float32),
             nucleus=np.stack(self.nucleus),
@@ -160,36 +133,36 @@ class BatchedEngine:
                 mine.copy_(theirs)
             self._sampler.head_VD.copy_(self._model.lm_head.weight)
 
-    def generate(self, requests: Sequence[Request], temperature: float | None = None) -> list[Rollout]:
-        """A rollout for each request, in their order; see `Engine.generate`.
+    def generate(self, asked: Sequence[Rollout], temperature: float | None = None) -> list[Rollout]:
+        """The rollouts with their responses; see `Engine.generate`.
 
         A generation that fails, by an exception or by logits that are not finite, is tried again, without what had
-        finished before. Raises `RunError` after `ATTEMPTS`, and `UsageError` for a request that nobody could answer.
+        finished before. Raises `RunError` after `ATTEMPTS`, and `UsageError` for a rollout that nobody could generate.
         """
-        _check(requests)
+        _check(asked)
         temperature = self.temperature if temperature is None else temperature
         done: dict[int, Rollout] = {}
         for _ in range(ATTEMPTS):
             try:
                 with torch.inference_mode(), self._attention_kernels():
-                    self._run([request for request in requests if request.id not in done], temperature, done)
-                return [done[request.id] for request in requests]
+                    self._run([one for one in asked if one.id not in done], temperature, done)
+                return [done[one.id] for one in asked]
             except Exception as error:
                 failure = error
                 self._cache = None  # it may hold values that are not finite, which no mask hides
-                missing = len(requests) - len(done)
-                logger.warning("generation failed with %d of %d rollouts missing: %r", missing, len(requests), error)
+                missing = len(asked) - len(done)
+                logger.warning("generation failed with %d of %d rollouts missing: %r", missing, len(asked), error)
         raise RunError(
-            f"rollouts: generation failed {ATTEMPTS} times, {missing} of {len(requests)} rollouts are missing; "
+            f"rollouts: generation failed {ATTEMPTS} times, {missing} of {len(asked)} rollouts are missing; "
             f"the last failure was {type(failure).__name__}: {failure}"
         ) from failure
 
-    def _run(self, requests: Sequence[Request], temperature: float, done: dict[int, Rollout]) -> None:
-        """Generate all requests into `done`."""
-        if not requests:
+    def _run(self, asked: Sequence[Rollout], temperature: float, done: dict[int, Rollout]) -> None:
+        """Generate all into `done`."""
+        if not asked:
             return
-        cache, steps = self._room(max(len(request.prompt_ids) + request.max_new_tokens for request in requests))
-        waiting = _Waiting(self._model, requests)
+        cache, steps = self._room(max(len(one.prompt_ids) + one.max_new_tokens for one in asked))
+        waiting = _Waiting(self._model, asked)
         running: list[_Running] = []
         hidden_AD = self._model.lm_head.weight.new_empty(0, self._model.config.hidden_size)
         experts_aMK = torch.zeros(0, *_experts_shape(self._model), dtype=torch.long, device=hidden_AD.device)
@@ -223,10 +196,10 @@ class BatchedEngine:
         """Fill the free slots, behind those in use; → the hidden states [n, D] that predict their first tokens."""
         hidden = []
         while waiting and len(running) < self.slots:
-            prompt, requests = waiting.take(self.slots - len(running))
-            cache.fill(len(running), len(requests), prompt)
-            hidden.append(prompt.hidden_D.expand(len(requests), -1))
-            running.extend(_Running(request, prompt) for request in requests)
+            prompt, asked = waiting.take(self.slots - len(running))
+            cache.fill(len(running), len(asked), prompt)
+            hidden.append(prompt.hidden_D.expand(len(asked), -1))
+            running.extend(_Running(one, prompt) for one in asked)
         return hidden
 
     def _draw(
@@ -238,14 +211,14 @@ class BatchedEngine:
         temperature: float,
     ) -> None:
         """The next token of every slot in use, and the experts that those decoded went through."""
-        ids_A = np.array([one.request.id for one in running])
+        ids_A = np.array([one.asked.id for one in running])
         positions_A = np.array([one.position + 1 for one in running])
         try:
             drawn = steps.draw(hidden_AD, experts_aMK, uniforms(self.seed, ids_A, positions_A), temperature)
         except NotFiniteError as error:
             one = running[error.row]
             raise FloatingPointError(
-                f"request {one.request.id}: the logits of response token {len(one.tokens)} are not finite"
+                f"rollout {one.asked.id}: the logits of response token {len(one.tokens)} are not finite"
             ) from None
         for one, experts_MK in zip(running, drawn.experts_aMK, strict=False):  # the newest have none yet
             one.experts.append(experts_MK)
@@ -261,8 +234,8 @@ class BatchedEngine:
         kept = []
         for slot, one in enumerate(running):
             finished = one.tokens[-1] == self.end_of_text
-            if finished or len(one.tokens) == one.request.max_new_tokens:
-                done[one.request.id] = one.rollout(finished)
+            if finished or len(one.tokens) == one.asked.max_new_tokens:
+                done[one.asked.id] = one.rollout(finished)
             else:
                 kept.append(slot)
         count = len(kept)
@@ -275,24 +248,24 @@ class BatchedEngine:
 
 
 class _Waiting:
-    """Requests without a slot, in their order, and prompts that are ready for them."""
+    """Rollouts without a slot, in their order, and prompts that are ready for them."""
 
-    def __init__(self, model: MaiThinkingForCausalLM, requests: Sequence[Request]) -> None:
+    def __init__(self, model: MaiThinkingForCausalLM, asked: Sequence[Rollout]) -> None:
         self._model = model
-        self._queue = deque(requests)
-        self._left = Counter(tuple(request.prompt_ids) for request in requests)
+        self._queue = deque(asked)
+        self._left = Counter(tuple(one.prompt_ids) for one in asked)
         self._ready: dict[tuple[int, ...], Prompt] = {}
 
     def __len__(self) -> int:
         return len(self._queue)
 
-    def take(self, most: int) -> tuple[Prompt, list[Request]]:
-        """The next request, and those behind it with the same prompt, `most` in all."""
+    def take(self, most: int) -> tuple[Prompt, list[Rollout]]:
+        """The next rollout, and those behind it with the same prompt, `most` in all."""
         ids = tuple(self._queue[0].prompt_ids)
         if ids not in self._ready:
             self._prefill()
         prompt = self._ready[ids]
-        taken: list[Request] = []
+        taken: list[Rollout] = []
         while self._queue and len(taken) < most and tuple(self._queue[0].prompt_ids) == ids:
             taken.append(self._queue.popleft())
         self._left[ids] -= len(taken)
@@ -304,7 +277,7 @@ class _Waiting:
         """Make the next prompts ready: as many as go through the model together."""
         batch: list[tuple[int, ...]] = []
         longest = 0
-        for ids in dict.fromkeys(tuple(request.prompt_ids) for request in self._queue):
+        for ids in dict.fromkeys(tuple(one.prompt_ids) for one in self._queue):
             if ids in self._ready:
                 continue
             longest = max(longest, len(ids))
@@ -330,13 +303,13 @@ def _experts_shape(model: MaiThinkingForCausalLM) -> tuple[int, int]:
     return len(model.config.moe_layers), model.config.num_experts_per_tok
 
 
-def _check(requests: Sequence[Request]) -> None:
-    ids = [request.id for request in requests]
+def _check(asked: Sequence[Rollout]) -> None:
+    ids = [one.id for one in asked]
     if len(set(ids)) < len(ids):
-        raise UsageError("rollouts: two requests have the same id; ids must be unique in a run")
-    for request in requests:
-        if not request.prompt_ids or request.max_new_tokens < 1:
+        raise UsageError("rollouts: two have the same id; ids must be unique in a run")
+    for one in asked:
+        if not one.prompt_ids or one.max_new_tokens < 1:
             raise UsageError(
-                f"rollouts: request {request.id} has {len(request.prompt_ids)} prompt tokens and max_new_tokens "
-                f"{request.max_new_tokens}; both must be at least 1"
+                f"rollouts: rollout {one.id} has {len(one.prompt_ids)} prompt tokens and max_new_tokens "
+                f"{one.max_new_tokens}; both must be at least 1"
             )

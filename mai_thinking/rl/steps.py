@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 
 from mai_thinking.model import MaiThinkingForCausalLM
 from mai_thinking.model.loss import logits_product
-from mai_thinking.rl.decoding import Experts, SlotCache, decode
+from mai_thinking.rl.decoding import SlotCache, decode
 from mai_thinking.rl.nucleus import draw, draw_unbranched, pack_bits, pack_bits_there
+from mai_thinking.rl.rollout import Experts
 
 FEWEST_KEYS = 128
 """Keys looked at are padded to a multiple of this, and beyond eight times as many to a multiple of an eighth of the

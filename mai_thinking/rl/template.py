@@ -1,15 +1,14 @@
 """The frame around a question, and the answer in a response. MAI-Thinking-1 report §3.1."""
 
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import yaml
 
 from mai_thinking.config.tasks import TemplateSection
 
 
-@dataclass(frozen=True)
-class Parsed:
+class Parsed(NamedTuple):
     """A response, taken apart."""
 
     thought: str

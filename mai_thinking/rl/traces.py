@@ -1,9 +1,9 @@
 """The trace store: every rollout of a run, for self-distillation and for the curious.
 
-    traces/wave-00000012-rank-00003.parquet     what rank 3 generated in the run's wave 12
+    traces/batch-00000012-rank-00003.parquet     what rank 3 generated for the run's batch 12 of problems
 
-One Parquet file a wave and rank, written under a temporary name, synchronised to the disk and renamed: under its final
-name it is whole, whatever kills the process or fills the disk. A wave that is computed again after a restart must give
+One Parquet file a batch and rank, written under a temporary name, synchronised to the disk and renamed: under its final
+name it is whole, whatever kills the process or fills the disk. A batch that is computed again after a restart must give
 the same rollouts, bit for bit, and is not written a second time.
 """
 
@@ -25,10 +25,11 @@ import xxhash
 from mai_thinking.config.storage import atomic_file
 from mai_thinking.errors import RunError
 from mai_thinking.rl.rewards import TERMS
+from mai_thinking.rl.rollout import Group
 
 FOLDER = "traces"
 """Below a run's folder."""
-_PART = re.compile(r"wave-(\d{8,})-rank-(\d{5,})\.parquet")
+_PART = re.compile(r"(?:batch|wave)-(\d{8,})-rank-(\d{5,})\.parquet")
 _FINGERPRINTS = b"fingerprints"
 
 
@@ -54,40 +55,71 @@ SCHEMA = pa.schema(
         "reward": pa.float64(),
         **{f"reward_{name}": pa.float64() for name in ("task", *TERMS)},  # its parts, before their weights
         "pass_rate": pa.float64(),  # ρ_q of the group
-        "verdict": pa.string(),  # what became of the group: `rl.sampling.Verdict`, "kept" if it was learned from
+        "verdict": pa.string(),  # what became of the group: `rl.rollout.Verdict`, "kept" if it was learned from
         "checkpoint": pa.string(),  # the weights that generated it, such as `nano-grpo/step-00000120`
         "lineage": pa.string(),  # where the run's first weights came from
     }.items()
 )
 
 
+def trace_rows(group: Group, *, step: int, checkpoint: str, lineage: str) -> list[Trace]:
+    """Of a group's rollouts, which `checkpoint` generated after `step` gradient steps."""
+    return [
+        {
+            "step": step,
+            "engine_version": group.version,
+            "request_id": rollout.id,
+            "group_id": group.number,
+            "task": rollout.problem.task,
+            "problem_id": rollout.problem.id,
+            "prompt": rollout.prompt,
+            "prompt_ids": rollout.prompt_ids,
+            "response": rollout.text,
+            "response_ids": rollout.response_ids,
+            "logprobs": rollout.logprobs,
+            "finished": rollout.finished,
+            "answer": rollout.answer,
+            "reference": rollout.problem.answer,
+            "passed": rollout.grade.passed,
+            "reward": rollout.reward,
+            **{f"reward_{name}": value for name, value in rollout.rewards.items()},
+            "pass_rate": group.pass_rate,
+            "verdict": str(group.verdict),
+            "checkpoint": checkpoint,
+            "lineage": lineage,
+        }
+        for rollout in group.rollouts
+    ]
+
+
 class NotReproducedError(RunError):
-    """A wave generated again gave other rollouts than the first time: the run is not deterministic."""
+    """A batch generated again gave other rollouts than the first time: the run is not deterministic."""
 
 
 class TraceStore:
-    """Appends `rank`'s waves to `folder`, and reads those of all ranks."""
+    """Appends `rank`'s batches to `folder`, and reads those of all ranks."""
 
     def __init__(self, folder: Path | str, rank: int = 0) -> None:
         """Touches nothing on the disk; any number of readers may look on while a run writes."""
         self.folder, self.rank = Path(folder), rank
 
-    def append(self, wave: int, traces: Sequence[Trace]) -> bool:
-        """Write this rank's part of `wave`, on the disk when this returns; or, if it is there already, compare.
+    def append(self, batch: int, traces: Sequence[Trace]) -> bool:
+        """Write this rank's part of `batch`, on the disk when this returns; or, if it is there already, compare.
 
         Returns whether it was written. NotReproducedError if what is there is something else; OSError, with nothing
         left behind, if it cannot be written.
         """
         columns = _columns(traces)
         fingerprints = {name: _fingerprint(column) for name, column in columns.items()}
-        path = self.folder / f"wave-{wave:08d}-rank-{self.rank:05d}.parquet"
+        name = f"-{batch:08d}-rank-{self.rank:05d}.parquet"
+        path = old if (old := self.folder / f"wave{name}").exists() else self.folder / f"batch{name}"
         if path.exists():
             try:
                 before = _fingerprints_of(path)
             except (OSError, ValueError) as error:
                 print(f"{path}: damaged ({_one_line(error)}); written again", file=sys.stderr, flush=True)
             else:
-                self._compare(wave, traces, before, fingerprints)
+                self._compare(batch, traces, before, fingerprints)
                 return False
         table = pa.table(columns, schema=SCHEMA).replace_schema_metadata({_FINGERPRINTS: json.dumps(fingerprints)})
         buffer = io.BytesIO()
@@ -102,7 +134,7 @@ class TraceStore:
         tasks: Container[str] | None = None,
         columns: Sequence[str] | None = None,
     ) -> Iterator[pa.Table]:
-        """The selected rows, wave by wave and rank by rank, so that a store larger than memory can be read.
+        """The selected rows, batch by batch and rank by rank, so that a store larger than memory can be read.
 
         `steps` (such as `range(100, 200)`) and `tasks` choose rows, `columns` some of `SCHEMA`'s; None is all. A part
         that is damaged is named on stderr and left out.
@@ -129,19 +161,19 @@ class TraceStore:
         return pa.concat_tables([nothing, *self.parts(steps=steps, tasks=tasks, columns=columns)])
 
     def _paths(self) -> list[Path]:
-        """By wave, then rank."""
+        """By batch, then rank."""
         if not self.folder.is_dir():
             return []
         matches = ((path, _PART.fullmatch(path.name)) for path in self.folder.iterdir())
         found = {path: (int(match[1]), int(match[2])) for path, match in matches if match}
         return sorted(found, key=found.__getitem__)
 
-    def _compare(self, wave: int, traces: Sequence[Trace], before: dict[str, str], now: dict[str, str]) -> None:
+    def _compare(self, batch: int, traces: Sequence[Trace], before: dict[str, str], now: dict[str, str]) -> None:
         changed = [name for name in now if name in before and before[name] != now[name]]
         if changed:
             step = f"step {traces[0]['step']}, " if traces else ""
             raise NotReproducedError(
-                f"{step}wave {wave} of rank {self.rank}, generated again after a restart, gave other values of "
+                f"{step}batch {batch} of rank {self.rank}, generated again after a restart, gave other values of "
                 f"{', '.join(changed[:3])} than {self.folder} has: the run is not deterministic, or its config, code, "
                 "data, machine or number of ranks changed"
             )

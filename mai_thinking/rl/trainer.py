@@ -27,19 +27,21 @@ from mai_thinking.config.tasks import TaskSection
 from mai_thinking.data.tokenizer import load_tokenizer
 from mai_thinking.errors import UsageError
 from mai_thinking.provenance.lineage import Source, hash_file
-from mai_thinking.rl.buffer import Group, RolloutBuffer
+from mai_thinking.rl.buffer import RolloutBuffer
 from mai_thinking.rl.collapse import COLLAPSE, CollapseDetector, is_repetitive
-from mai_thinking.rl.collecting import Collector, Responder
-from mai_thinking.rl.evaluation import HeldOut, Sample, one_of_each, samples_record
+from mai_thinking.rl.evaluation import HeldOut, one_of_each, samples_record
 from mai_thinking.rl.grading import GradingPool
+from mai_thinking.rl.length_curriculum import LengthCurriculum
 from mai_thinking.rl.objective import Objective
 from mai_thinking.rl.packing import pack
 from mai_thinking.rl.policy_loss import PolicyLoss
 from mai_thinking.rl.policy_model import check_lengths, describe, policy_config, policy_model
+from mai_thinking.rl.problem_filter import FilterCounts
 from mai_thinking.rl.report import write_report
 from mai_thinking.rl.rewards import TERMS
+from mai_thinking.rl.rollout import Group, Rollout
+from mai_thinking.rl.rollout_worker import Responder, RolloutWorker
 from mai_thinking.rl.rollouts import BatchedEngine
-from mai_thinking.rl.sampling import LengthCurriculum, SamplingCounts
 from mai_thinking.rl.tasks import TaskMix
 from mai_thinking.rl.template import Template
 from mai_thinking.rl.traces import FOLDER, TraceStore
@@ -97,7 +99,7 @@ class Climb:
         self.detector = CollapseDetector(config.collapse)
         self.solved = False
         self.buffer = RolloutBuffer()
-        self.collector = Collector(
+        self.worker = RolloutWorker(
             config,
             mix,
             self.responder,
@@ -189,9 +191,8 @@ class Climb:
         """One gradient step on `groups`, and what the entropy control makes of its entropy."""
         experts, packing = self.architecture.num_experts, self.config.packing
         rollouts = [rollout for group in groups for rollout in group.rollouts]
-        advantages = [advantage for group in groups for advantage in group.advantages]
         rows = pack(rollouts, row_length=packing.row_length, rows=packing.rows, num_experts=experts)
-        loss = PolicyLoss(self.objective, self.config.rollouts, advantages, experts)
+        loss = PolicyLoss(self.objective, self.config.rollouts, [rollout.advantage for rollout in rollouts], experts)
         clip_relaxation = self.objective.clip_relaxation
         metrics = self.learner.update(rows, loss, step)
         if not loss.signal:
@@ -213,7 +214,7 @@ class Climb:
         """Of all ranks."""
         return self.config.groups_per_step * self.config.sampling.full_size
 
-    def _refill(self) -> tuple[int, SamplingCounts]:
+    def _refill(self) -> tuple[int, FilterCounts]:
         """Give the engine the learner's weights, and the buffer what the steps up to the next update take."""
         rollouts = self.config.rollouts
         version = self.step // rollouts.steps_per_update
@@ -221,7 +222,7 @@ class Climb:
         dropped = self.buffer.drop_stale(version - rollouts.max_staleness)
         wanted = self._groups_per_step * rollouts.steps_per_update * (1 + rollouts.lead)
         self.buffer.add(
-            self.collector.collect(
+            self.worker.collect(
                 wanted - len(self.buffer),
                 step=self.step,
                 version=version,
@@ -232,7 +233,7 @@ class Climb:
                 hopeless=lambda counts: self.config.collapse.enabled and self.detector.hopeless(counts),
             )
         )
-        counts, missing = self._sum_counts(self.collector.take_counts(), max(0, wanted - len(self.buffer)))
+        counts, missing = self._sum_counts(self.worker.take_counts(), max(0, wanted - len(self.buffer)))
         # A rank gives up because all is too easy, or too hard; what all of them drew tells which.
         if missing and counts.early_too_easy + counts.too_easy >= 9 * (counts.early_too_hard + counts.too_hard):
             self.solved = True
@@ -240,24 +241,23 @@ class Climb:
             self.detector.starve(self.step, counts)
         return dropped, counts
 
-    def _sum_counts(self, counts: SamplingCounts, missing: int) -> tuple[SamplingCounts, int]:
+    def _sum_counts(self, counts: FilterCounts, missing: int) -> tuple[FilterCounts, int]:
         """Both over all ranks; each gives up its collecting by itself, and then all do."""
         if self.session.ranks == 1:
             return counts, missing
-        state = counts.state_dict()
+        state = asdict(counts)
         values = torch.tensor([*state.values(), missing], dtype=torch.float64, device=self.accelerator.device)
         dist.all_reduce(values)
         *sums, missing = map(round, values.tolist())
-        return SamplingCounts(**dict(zip(state, sums, strict=True))), missing
+        return FilterCounts(**dict(zip(state, sums, strict=True))), missing
 
     def _summarize(self, groups: Sequence[Group]) -> dict[str, Any]:
         """What the rollouts of a step were like, over all ranks."""
         version = self.step // self.config.rollouts.steps_per_update
-        rewards = [reward for group in groups for reward in group.rewards]
         rollouts = [rollout for group in groups for rollout in group.rollouts]
         sums = {
-            "reward": sum(reward["total"] for reward in rewards),
-            **{f"reward/{name}": sum(reward[name] for reward in rewards) for name in ("task", *TERMS)},
+            "reward": sum(rollout.reward for rollout in rollouts),
+            **{f"reward/{name}": sum(rollout.rewards[name] for rollout in rollouts) for name in ("task", *TERMS)},
             "pass_rate": sum(group.pass_rate * len(group.rollouts) for group in groups),
             "response_length": sum(len(rollout.response_ids) for rollout in rollouts),
             "cut_off": sum(not rollout.finished for rollout in rollouts),
@@ -287,7 +287,7 @@ class Climb:
             dtype=torch.bfloat16 if casts else None,
         )
 
-    def _evaluate(self) -> tuple[dict[str, Any], list[Sample]]:
+    def _evaluate(self) -> tuple[dict[str, Any], list[Rollout]]:
         with self.session.ledger.span(EVALUATION):
             self.engine.update_weights(self.learner.unwrap())  # as every refill does before it generates
             metrics, samples = self.held_out.evaluate(self.responder, self.curriculum.max_length)
@@ -300,8 +300,8 @@ class Climb:
                 log.append(samples_record(self.step, samples), exact=())
         shown = one_of_each(samples, self.config.evaluation.show)
         for sample in shown:
-            mark = "right" if sample.passed else f"wrong, it is {sample.answer}"
-            self.session.say(f"    {sample.question} → {sample.response!r} ({mark})")
+            mark = "right" if sample.grade.passed else f"wrong, it is {sample.problem.answer}"
+            self.session.say(f"    {sample.problem.question} → {sample.text!r} ({mark})")
         return record, shown
 
     def _state(self) -> dict[str, Any]:
@@ -310,7 +310,7 @@ class Climb:
             "objective": self.objective,
             "curriculum": self.curriculum,
             "buffer": PerRank(self.buffer),
-            "collector": PerRank(self.collector),
+            "collector": PerRank(self.worker),
             "random": PerRank(RandomState()),
             "progress": {**self.progress, "collapse": self.detector.state_dict()},
             "ledger": self.session.ledger,

@@ -2,7 +2,7 @@
 
 `FAULTS` in the environment is a JSON list of [place, number, rank]. Places: `draw` (the n-th token drawn in this run of
 the script: in mid-generation), `learn` (step n: in mid-buffer, before the update), `update` (step n: gradients are
-there, weights not yet changed), `trace` (wave n is generated, its traces not yet written).
+there, weights not yet changed), `trace` (batch n of problems is generated, its traces not yet written).
 """
 
 import json
@@ -52,6 +52,6 @@ def at_learn(_: learner.Learner, rows: Any, loss: Any, step: int) -> None:
 patch(BatchedEngine, "_draw", at_draw)
 patch(learner.Learner, "update", at_learn)
 patch(learner, "clip_gradients", lambda *_: strike("update", now["step"]))
-patch(TraceStore, "append", lambda store, wave, *_: strike("trace", wave))
+patch(TraceStore, "append", lambda store, batch, *_: strike("trace", batch))
 
 runpy.run_path(str(Path(__file__).parents[2] / "scripts" / "grpo.py"), run_name="__main__")

@@ -20,7 +20,7 @@ from mai_thinking.config.grpo import GrpoConfig
 from mai_thinking.config.loading import load_config, save_config
 from mai_thinking.provenance.lineage import require_own
 from mai_thinking.rl.collapse import CollapseDetector, Verdict, is_repetitive
-from mai_thinking.rl.sampling import SamplingCounts
+from mai_thinking.rl.problem_filter import FilterCounts
 from mai_thinking.rl.traces import FOLDER
 from mai_thinking.rl.trainer import COLLAPSE, Climb, climb
 from mai_thinking.training.metrics import read_records
@@ -166,12 +166,12 @@ def detector_after(fillings: list[tuple[int, int]]) -> CollapseDetector:
 
 def test_a_filling_is_given_up_when_it_is_hopeless() -> None:
     detector = detector_after([(64, 32), (48, 32)])
-    waves = next(n for n in range(100) if detector.hopeless(SamplingCounts(too_hard=8 * n, early_too_hard=8 * n)))
-    assert 2 <= waves <= 4
-    assert not detector.hopeless(SamplingCounts(too_easy=1000))
-    assert not detector.hopeless(SamplingCounts(too_easy=1000, too_hard=5))
-    assert not CollapseDetector(CollapseSection()).hopeless(SamplingCounts(too_hard=1000))
-    verdict = detector.starve(4, SamplingCounts(too_hard=62, kept=2))
+    batches = next(n for n in range(100) if detector.hopeless(FilterCounts(too_hard=8 * n, early_too_hard=8 * n)))
+    assert 2 <= batches <= 4
+    assert not detector.hopeless(FilterCounts(too_easy=1000))
+    assert not detector.hopeless(FilterCounts(too_easy=1000, too_hard=5))
+    assert not CollapseDetector(CollapseSection()).hopeless(FilterCounts(too_hard=1000))
+    verdict = detector.starve(4, FilterCounts(too_hard=62, kept=2))
     assert (verdict.step, verdict.last_good_step, verdict.verdict) == (4, 2, "starved")
     assert verdict.evidence["within_reach"]["value"] == pytest.approx(2 / 64)
     assert verdict.evidence["within_reach"]["usual"] == pytest.approx(64 / 112)
@@ -179,11 +179,11 @@ def test_a_filling_is_given_up_when_it_is_hopeless() -> None:
 
 @pytest.mark.parametrize("reach", [0.02, 0.1, 0.5, 0.98])
 def test_chance_alone_is_not_hopeless(reach: float) -> None:
-    """Small histories, each wave looked at: where nothing changed nothing is given up."""
+    """Small histories, each batch looked at: where nothing changed nothing is given up."""
     draw = random.Random(4)
     for _ in range(300):
         detector = detector_after([(12, sum(draw.random() < reach for _ in range(12))) for _ in range(2)])
-        counts = SamplingCounts()
+        counts = FilterCounts()
         for _ in range(60):
             kept = sum(draw.random() < reach for _ in range(4))
             counts.kept, counts.too_hard = counts.kept + kept, counts.too_hard + 4 - kept

@@ -10,7 +10,8 @@ from mai_thinking.model.latent_moe import balance_loss
 from mai_thinking.rl.nucleus import pack_bits
 from mai_thinking.rl.packing import pack
 from mai_thinking.rl.policy import response_logprobs, token_logprobs
-from mai_thinking.rl.rollouts import BatchedEngine, Request, Rollout
+from mai_thinking.rl.rollout import Rollout
+from mai_thinking.rl.rollouts import BatchedEngine
 from tiny_models import tiny_model
 
 
@@ -52,7 +53,7 @@ def test_token_logprobs_against_plain_autograd(
 def some_rollouts(model: MaiThinkingForCausalLM, count: int = 9) -> list[Rollout]:
     rng = np.random.default_rng(4)
     wanted = [
-        Request(i, rng.integers(2, 97, rng.integers(2, 15)).tolist(), int(rng.integers(2, 25))) for i in range(count)
+        Rollout(i, rng.integers(2, 97, rng.integers(2, 15)).tolist(), int(rng.integers(2, 25))) for i in range(count)
     ]
     settings = {"slots": 4, "temperature": 0.9, "top_p": 0.95, "seed": 1, "end_of_text": None}
     return BatchedEngine(model, **settings).generate(wanted)

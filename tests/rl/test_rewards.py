@@ -1,15 +1,30 @@
 """Rewards worked out by hand from the report's formula."""
 
+import numpy as np
 import pytest
 from pydantic import ValidationError
 
 import mai_thinking.rl.rewards as rewards_module
 from mai_thinking.config.tasks import RewardSection, TaskSection
-from mai_thinking.rl.rewards import GradedGroup, Term, combine, group_rewards, task_rewards
+from mai_thinking.rl.rewards import Term, reward_group, task_rewards
+from mai_thinking.rl.rollout import Group, Rollout
 from mai_thinking.rl.tasks import WRONG, Grade
+from mai_thinking.rl.tasks.base import combine
 
 RUSSIAN = "слово "
 RIGHT = Grade(1.0, True)
+
+
+def rewarded(
+    section: RewardSection, grades: list[Grade], thoughts: list[str], lengths: list[int], most: int
+) -> list[Rollout]:
+    """A group's rollouts with their rewards."""
+    rollouts = [
+        Rollout(0, [1], most, response_ids=np.zeros(length, dtype=np.int64), thought=thought, grade=grade)
+        for grade, thought, length in zip(grades, thoughts, lengths, strict=True)
+    ]
+    reward_group(Group(0, 0, rollouts=rollouts), section)
+    return rollouts
 
 
 def task(combination: str, *graders: dict[str, object]) -> TaskSection:
@@ -21,61 +36,52 @@ def task(combination: str, *graders: dict[str, object]) -> TaskSection:
 def test_a_group_by_hand() -> None:
     """Half a score is no verdict, and a verdict no score."""
     grades = [RIGHT, WRONG, Grade(0.5, False), Grade(0.0, True)]
-    group = GradedGroup(grades, ["Good.", RUSSIAN * 10, "", RUSSIAN * 300], [50, 100, 10, 0], 100)
-    assert group.pass_rate == 0.5
-    parts = group_rewards(group, RewardSection())
-    assert [part["task"] for part in parts] == [1, 0, 0.5, 0]
-    assert [part["language"] for part in parts] == pytest.approx([1, 0.95, 1, 0])
-    assert [part["length"] for part in parts] == pytest.approx([0.25, 0.5, 0.05, 0])
+    made = rewarded(RewardSection(), grades, ["Good.", RUSSIAN * 10, "", RUSSIAN * 300], [50, 100, 10, 0], 100)
+    assert Group(0, 0, rollouts=made).pass_rate == 0.5
+    assert [one.rewards["task"] for one in made] == [1, 0, 0.5, 0]
+    assert [one.rewards["language"] for one in made] == pytest.approx([1, 0.95, 1, 0])
+    assert [one.rewards["length"] for one in made] == pytest.approx([0.25, 0.5, 0.05, 0])
     by_hand = [1 + 0.5 - 0.0625, 0.475 - 0.125, 0.5 + 0.5 - 0.0125, 0]
-    assert [part["total"] for part in parts] == pytest.approx(by_hand)
+    assert [one.reward for one in made] == pytest.approx(by_hand)
 
 
 def test_a_weight_of_zero_switches_a_term_off() -> None:
-    section = RewardSection(w_language=0, w_length=0)
-    (part,) = group_rewards(GradedGroup([Grade(0.75, True)], [RUSSIAN], [90], 100), section)
-    assert part == {"task": 0.75, "language": 0, "length": 0, "total": 0.75}
-    (part,) = group_rewards(GradedGroup([RIGHT], [RUSSIAN * 500], [100], 100), RewardSection(alpha=0))
-    assert part["total"] == 1 + 0.5 - 0.25
+    (one,) = rewarded(RewardSection(w_language=0, w_length=0), [Grade(0.75, True)], [RUSSIAN], [90], 100)
+    assert (one.rewards, one.reward) == ({"task": 0.75, "language": 0, "length": 0}, 0.75)
+    (one,) = rewarded(RewardSection(alpha=0), [RIGHT], [RUSSIAN * 500], [100], 100)
+    assert one.reward == 1 + 0.5 - 0.25
+    with pytest.raises(ValidationError):
+        RewardSection(w_length=-0.1)
 
 
 def test_an_unsolved_problem_has_no_length_penalty() -> None:
-    group = GradedGroup([WRONG, Grade(0.5, False)], ["", ""], [10, 90], 100)
-    assert [part["total"] for part in group_rewards(group, RewardSection())] == [0.5, 1.0]
-
-
-def test_uneven_groups_are_refused() -> None:
-    with pytest.raises(ValueError, match="0 grades"):
-        group_rewards(GradedGroup([], [], [], 1), RewardSection())
-    with pytest.raises(ValueError, match="1 thoughts"):
-        group_rewards(GradedGroup([RIGHT, WRONG], ["a"], [1, 1], 1), RewardSection())
-    with pytest.raises(ValidationError):
-        RewardSection(w_length=-0.1)
+    made = rewarded(RewardSection(), [WRONG, Grade(0.5, False)], ["", ""], [10, 90], 100)
+    assert [one.reward for one in made] == [0.5, 1.0]
 
 
 def test_a_term_more_is_a_function_and_a_weight(monkeypatch: pytest.MonkeyPatch) -> None:
     class Section(RewardSection):
         w_rare: float = 2.0
 
-    def rare(group: GradedGroup, section: RewardSection) -> list[float]:
+    def rare(group: Group, section: RewardSection) -> list[float]:
         """Compares the rollouts of a group with each other."""
-        return [1 / group.thoughts.count(thought) for thought in group.thoughts]
+        thoughts = [rollout.thought for rollout in group.rollouts]
+        return [1 / thoughts.count(thought) for thought in thoughts]
 
     monkeypatch.setitem(rewards_module.TERMS, "rare", Term(+1, rare))
-    group = GradedGroup([WRONG] * 3, ["a", "a", "b"], [1] * 3, 1)
-    rewards = group_rewards(group, Section(w_language=0))
-    assert [(part["rare"], part["total"]) for part in rewards] == [(0.5, 1), (0.5, 1), (1, 2)]
+    made = rewarded(Section(w_language=0), [WRONG] * 3, ["a", "a", "b"], [1] * 3, 1)
+    assert [(one.rewards["rare"], one.reward) for one in made] == [(0.5, 1), (0.5, 1), (1, 2)]
 
 
 def test_a_failed_gate_gives_the_minimum_whatever_else_was_earned() -> None:
     """Not even the language and the length of an answer that passes no gate are paid."""
     failed = WRONG._replace(gate_failed=True)
-    group = GradedGroup([failed, WRONG, RIGHT, failed], ["Good."] + [RUSSIAN * 999] * 3, [1, 100, 100, 100], 100)
-    totals = [part["total"] for part in group_rewards(group, RewardSection())]
-    assert totals[0] == totals[3] == -0.25
-    assert totals[0] < min(totals[1:3])
-    off = group_rewards(group, RewardSection(w_language=0, w_length=0))
-    assert [part["total"] for part in off] == [0, 0, 1, 0]
+    group = [failed, WRONG, RIGHT, failed], ["Good."] + [RUSSIAN * 999] * 3, [1, 100, 100, 100]
+    made = [one.reward for one in rewarded(RewardSection(), *group, 100)]
+    assert made[0] == made[3] == -0.25
+    assert made[0] < min(made[1:3])
+    off = rewarded(RewardSection(w_language=0, w_length=0), *group, 100)
+    assert [one.reward for one in off] == [0, 0, 1, 0]
 
 
 def test_the_sum_of_graders() -> None:

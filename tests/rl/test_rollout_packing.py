@@ -7,7 +7,7 @@ import torch
 from mai_thinking.errors import UsageError
 from mai_thinking.rl.packing import first_fit_decreasing, pack
 from mai_thinking.rl.policy import response_logprobs
-from mai_thinking.rl.rollouts import Rollout
+from mai_thinking.rl.rollout import Rollout
 from tiny_models import tiny_model
 
 
@@ -17,7 +17,8 @@ def rollout(prompt: int, response: int, seed: int = 0, *, vocab_size: int = 97, 
     places = prompt + response - 1
     chosen = np.argsort(rng.random((3, places, experts)), axis=-1)[..., :3]
     return Rollout(
-        request_id=seed,
+        id=seed,
+        max_new_tokens=response,
         prompt_ids=rng.integers(2, vocab_size, prompt).tolist(),
         response_ids=rng.integers(2, vocab_size, response),
         logprobs=rng.random(response, dtype=np.float32),

@@ -14,18 +14,19 @@ from mai_thinking.errors import RunError, UsageError
 from mai_thinking.model import MaiThinkingForCausalLM
 from mai_thinking.rl.packing import pack
 from mai_thinking.rl.policy import response_logprobs
-from mai_thinking.rl.rollouts import BatchedEngine, Request, Rollout
+from mai_thinking.rl.rollout import Rollout
+from mai_thinking.rl.rollouts import BatchedEngine
 from tiny_models import tiny_model
 
 
-def requests(groups: int = 6, size: int = 4, seed: int = 0) -> list[Request]:
+def requests(groups: int = 6, size: int = 4, seed: int = 0) -> list[Rollout]:
     """Prompts shorter and longer than the window (8), responses of up to 30 tokens."""
     rng = np.random.default_rng(seed)
-    made: list[Request] = []
+    made: list[Rollout] = []
     for _ in range(groups):
         prompt = rng.integers(2, 97, size=rng.integers(1, 20)).tolist()
         for _ in range(size):
-            made.append(Request(100 + len(made), prompt, int(rng.integers(1, 31))))
+            made.append(Rollout(100 + len(made), prompt, int(rng.integers(1, 31))))
     return made
 
 
@@ -36,7 +37,7 @@ def engine(model: MaiThinkingForCausalLM, **changes: Any) -> BatchedEngine:
 
 def same(one: Rollout, other: Rollout) -> bool:
     return (
-        one.request_id == other.request_id
+        one.id == other.id
         and one.finished == other.finished
         and all(
             np.array_equal(getattr(one, part), getattr(other, part)) for part in ("response_ids", "nucleus", "experts")
@@ -76,8 +77,8 @@ def test_the_batch_changes_no_draw() -> None:
     assert ends == {True, False}  # both ways of ending occur above
 
 
-def _renamed(made: list[Request]) -> list[Request]:
-    return [Request(request.id + 1000, request.prompt_ids, request.max_new_tokens) for request in made]
+def _renamed(made: list[Rollout]) -> list[Rollout]:
+    return [Rollout(request.id + 1000, request.prompt_ids, request.max_new_tokens) for request in made]
 
 
 def test_the_same_seed_gives_the_same_bits() -> None:
@@ -211,7 +212,7 @@ def test_a_failed_generation_is_retried(error: Exception | None, monkeypatch: py
 
 
 @pytest.mark.parametrize(
-    ("error", "named"), [(RuntimeError("no memory"), "no memory"), (None, r"request 1\d\d.*not finite")]
+    ("error", "named"), [(RuntimeError("no memory"), "no memory"), (None, r"rollout 1\d\d.*not finite")]
 )
 def test_a_generation_that_keeps_failing_is_an_error(
     error: Exception | None, named: str, monkeypatch: pytest.MonkeyPatch
@@ -224,11 +225,11 @@ def test_a_generation_that_keeps_failing_is_an_error(
 
 def test_bad_requests_and_settings_name_themselves() -> None:
     model = tiny_model()
-    for bad in (Request(7, [], 5), Request(7, [3], 0)):
-        with pytest.raises(UsageError, match="request 7"):
+    for bad in (Rollout(7, [], 5), Rollout(7, [3], 0)):
+        with pytest.raises(UsageError, match="rollout 7"):
             engine(model).generate([bad])
     with pytest.raises(UsageError, match="same id"):
-        engine(model).generate([Request(7, [3], 5), Request(7, [4], 5)])
+        engine(model).generate([Rollout(7, [3], 5), Rollout(7, [4], 5)])
     with pytest.raises(UsageError, match=r"top_p 1\.5"):
         engine(model, top_p=1.5)
     assert engine(model).generate([]) == []

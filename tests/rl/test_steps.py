@@ -13,7 +13,8 @@ from mai_thinking.bench.rollout import differences
 from mai_thinking.errors import RunError
 from mai_thinking.model import MaiThinkingForCausalLM
 from mai_thinking.rl.nucleus import draw
-from mai_thinking.rl.rollouts import BatchedEngine, Request, Rollout
+from mai_thinking.rl.rollout import Rollout
+from mai_thinking.rl.rollouts import BatchedEngine
 from mai_thinking.rl.steps import CapturedSteps, StaticSteps, padded_keys, padded_slots
 from tiny_models import tiny_model
 
@@ -29,13 +30,13 @@ GPU_SIZES: dict[str, Any] = {
 """Rows of multiples of 16 bytes, as a GPU's grouped products want them."""
 
 
-def requests(groups: int = 6, size: int = 4, longest: int = 30) -> list[Request]:
+def requests(groups: int = 6, size: int = 4, longest: int = 30) -> list[Rollout]:
     """Prompts shorter and longer than the window (8)."""
     rng = np.random.default_rng(0)
-    made: list[Request] = []
+    made: list[Rollout] = []
     for _ in range(groups):
         prompt = rng.integers(2, 97, size=rng.integers(1, 20)).tolist()
-        made += [Request(100 + len(made) + i, prompt, int(rng.integers(1, longest + 1))) for i in range(size)]
+        made += [Rollout(100 + len(made) + i, prompt, int(rng.integers(1, longest + 1))) for i in range(size)]
     return made
 
 
@@ -47,7 +48,7 @@ def engine(model: MaiThinkingForCausalLM, **changes: Any) -> BatchedEngine:
 def same(one: Rollout, other: Rollout, tolerance: float) -> bool:
     parts = ("response_ids", "nucleus", "experts")
     return (
-        one.request_id == other.request_id
+        one.id == other.id
         and one.finished == other.finished
         and all(np.array_equal(getattr(one, part), getattr(other, part)) for part in parts)
         and bool(np.abs(one.logprobs - other.logprobs).max() <= tolerance)
@@ -108,7 +109,7 @@ def test_longer_sequences_get_new_steps_and_new_weights_do_not() -> None:
     assert all(
         same(*pair, tolerance=1e-5) for pair in zip(after, engine(model).generate(requests(longest=30)), strict=True)
     )
-    mine.generate([Request(1, [5] * 5, 200)])
+    mine.generate([Rollout(1, [5] * 5, 200)])
     assert mine._steps is not first
 
 
@@ -150,7 +151,7 @@ def test_static_steps_name_what_is_not_finite() -> None:
     model = tiny_model()
     with torch.no_grad():
         model.model.norm.weight.fill_(float("nan"))
-    with pytest.raises(RunError, match="request 100: the logits of response token 0 are not finite"):
+    with pytest.raises(RunError, match="rollout 100: the logits of response token 0 are not finite"):
         engine(model, how="static").generate(requests())
 
 

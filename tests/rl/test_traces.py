@@ -67,11 +67,11 @@ def test_what_goes_in_comes_out(tmp_path):
             assert value == (expected.tolist() if isinstance(expected, np.ndarray) else expected), name
 
 
-def test_rows_come_by_wave_and_rank_and_are_chosen_by_step_task_and_column(tmp_path):
-    for wave in (100_000_000, 2, 99_999_999):  # as text, the first name sorts before the last
+def test_rows_come_by_batch_and_rank_and_are_chosen_by_step_task_and_column(tmp_path):
+    for batch in (100_000_000, 2, 99_999_999):  # as text, the first name sorts before the last
         for rank in (1, 0):
-            rows = [trace(wave * 10 + rank, step=wave, task=task) for task in ("sums", "sorting")]
-            TraceStore(tmp_path, rank).append(wave, rows)
+            rows = [trace(batch * 10 + rank, step=batch, task=task) for task in ("sums", "sorting")]
+            TraceStore(tmp_path, rank).append(batch, rows)
     (tmp_path / "notes.txt").write_text("not a part")
     store = TraceStore(tmp_path)
     order = store.read(tasks={"sums"}, columns=["request_id"])["request_id"].to_pylist()
@@ -95,9 +95,12 @@ def test_a_store_of_before_graders_gave_verdicts_is_read(tmp_path):
     assert table["reward_length"].null_count == 4
     assert store.read(columns=["passed"]).column_names == ["passed"]
     assert not store.append(0, [trace(number) for number in range(4)])  # a run of before goes on
+    part.rename(tmp_path / part.name.replace("batch", "wave"))  # as parts were called then
+    assert store.read().num_rows == 4
+    assert not store.append(0, [trace(number) for number in range(4)])
 
 
-def test_an_empty_wave_and_an_empty_response_are_stored_too(tmp_path):
+def test_an_empty_batch_and_an_empty_response_are_stored_too(tmp_path):
     store = TraceStore(tmp_path)
     assert store.append(0, [])
     assert not store.append(0, [])
@@ -106,7 +109,7 @@ def test_an_empty_wave_and_an_empty_response_are_stored_too(tmp_path):
     assert store.read().to_pylist()[0]["response_ids"] == []
 
 
-def test_a_wave_generated_again_is_compared_and_not_written_twice(tmp_path):
+def test_a_batch_generated_again_is_compared_and_not_written_twice(tmp_path):
     store = TraceStore(tmp_path)
     traces = [trace(number, step=3) for number in range(4)]
     traces[0] = traces[0] | {"reward": float("nan")}  # equals itself, bit for bit
@@ -136,7 +139,7 @@ def test_one_different_value_is_named(tmp_path, change):
     store = TraceStore(tmp_path)
     plain = trace(1, step=3, answer=None, reward_task=0.0)
     store.append(7, [plain])
-    pattern = rf"^step 3, wave 7 of rank 0, .* other values of {next(iter(change))} than "
+    pattern = rf"^step 3, batch 7 of rank 0, .* other values of {next(iter(change))} than "
     with pytest.raises(NotReproducedError, match=pattern):
         store.append(7, [plain | change])
     assert store.read().num_rows == 1
@@ -153,11 +156,13 @@ def test_the_same_bytes_cut_elsewhere_are_different(tmp_path):
 def test_a_damaged_part_is_named_left_out_and_written_again(tmp_path, capsys, damage):
     # Random numbers do not compress: a bit of them can change without the decompressor's noticing.
     noise = np.random.default_rng(0).random(2000)
-    waves = [[trace(n, step=wave, response_ids=range(2000), logprobs=noise) for n in range(20)] for wave in range(3)]
+    batches = [
+        [trace(n, step=batch, response_ids=range(2000), logprobs=noise) for n in range(20)] for batch in range(3)
+    ]
     store = TraceStore(tmp_path)
-    for wave, traces in enumerate(waves):
-        store.append(wave, traces)
-    part = tmp_path / "wave-00000001-rank-00000.parquet"
+    for batch, traces in enumerate(batches):
+        store.append(batch, traces)
+    part = tmp_path / "batch-00000001-rank-00000.parquet"
     content = bytearray(part.read_bytes())
     if damage == "flipped":
         content[len(content) // 2] ^= 1
@@ -169,7 +174,7 @@ def test_a_damaged_part_is_named_left_out_and_written_again(tmp_path, capsys, da
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"{part}: damaged (")
     assert line.endswith("; left out")
-    assert store.append(1, waves[1])
+    assert store.append(1, batches[1])
     assert "written again" in capsys.readouterr().err
     assert store.read().num_rows == 60
 
@@ -181,12 +186,12 @@ def test_a_full_disk_leaves_nothing(tmp_path):
     # Not a full disk, but as far as the file goes just the same: a part of it is written, then no more.
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
     try:
-        with pytest.raises(OSError, match="wave-00000001") as caught:
+        with pytest.raises(OSError, match="batch-00000001") as caught:
             store.append(1, [trace(1, response_ids=np.random.default_rng(0).integers(0, 2**31, 5000))])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert caught.value.filename == str(tmp_path / "wave-00000001-rank-00000.parquet")
-    assert [path.name for path in tmp_path.iterdir()] == ["wave-00000000-rank-00000.parquet"]
+    assert caught.value.filename == str(tmp_path / "batch-00000001-rank-00000.parquet")
+    assert [path.name for path in tmp_path.iterdir()] == ["batch-00000000-rank-00000.parquet"]
     assert store.append(1, [trace(1)])
 
 
@@ -196,9 +201,9 @@ sys.path[:0] = {paths}
 from test_traces import trace
 from mai_thinking.rl.traces import TraceStore
 store = TraceStore(sys.argv[1])
-for wave in range(100_000):
-    store.append(wave, [trace(number, step=wave) for number in range(50)])
-    print(wave, flush=True)
+for batch in range(100_000):
+    store.append(batch, [trace(number, step=batch) for number in range(50)])
+    print(batch, flush=True)
 """
 
 
@@ -216,11 +221,11 @@ def test_kill_leaves_whole_parts_and_the_run_goes_on(tmp_path, capsys):
         process.stdout.close()
         reported = max(reported, *map(int, lines)) if lines else reported
         table = TraceStore(tmp_path).read(columns=["step"])
-        waves, counts = np.unique(table["step"].to_numpy(), return_counts=True)
+        batches, counts = np.unique(table["step"].to_numpy(), return_counts=True)
         assert capsys.readouterr().err == ""
-        assert list(waves) == list(range(len(waves)))
+        assert list(batches) == list(range(len(batches)))
         assert set(counts) == {50}
-        assert len(waves) > reported  # what append has returned from is there
+        assert len(batches) > reported  # what append has returned from is there
     assert reported > 3
 
 
@@ -238,9 +243,9 @@ def test_killed_before_the_bytes_are_on_the_disk(tmp_path, capsys):
 
 def test_best_worst_longest_newest(tmp_path):
     store = TraceStore(tmp_path)
-    for wave in range(3):
+    for batch in range(3):
         store.append(
-            wave, [trace(wave * 4 + number, step=wave, task=("sums", "sorting")[number % 2]) for number in range(4)]
+            batch, [trace(batch * 4 + number, step=batch, task=("sums", "sorting")[number % 2]) for number in range(4)]
         )
     store.append(3, [trace(99, step=3, reward=11 / 7)])
 

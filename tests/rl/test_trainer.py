@@ -20,12 +20,12 @@ from mai_thinking.config.loading import load_config, save_config
 from mai_thinking.config.objective import ObjectiveSection
 from mai_thinking.errors import RunError, UsageError
 from mai_thinking.provenance.lineage import require_own
-from mai_thinking.rl.buffer import Group
-from mai_thinking.rl.collecting import Responder
 from mai_thinking.rl.objective import Objective
 from mai_thinking.rl.packing import pack
 from mai_thinking.rl.policy_loss import PolicyLoss
-from mai_thinking.rl.rollouts import BatchedEngine, Request
+from mai_thinking.rl.rollout import Group, Rollout, Verdict
+from mai_thinking.rl.rollout_worker import Responder
+from mai_thinking.rl.rollouts import BatchedEngine
 from mai_thinking.rl.tasks import Grade
 from mai_thinking.rl.traces import FOLDER, TraceStore
 from mai_thinking.rl.trainer import Climb, climb
@@ -203,8 +203,10 @@ def test_a_climb_ends_when_its_tasks_are_solved(
         return refill(self)
 
     def all_right(self: Responder, asked: Any, temperature: Any = None) -> Any:
-        attempts = respond(self, asked, temperature)
-        return [replace(attempt, grade=Grade(1.0, True)) for attempt in attempts] if len(fillings) > 1 else attempts
+        rollouts = respond(self, asked, temperature)
+        for rollout in rollouts if len(fillings) > 1 else ():
+            rollout.grade = Grade(1.0, True)
+        return rollouts
 
     monkeypatch.setattr(Climb, "_refill", counted)
     monkeypatch.setattr(Responder, "respond", all_right)
@@ -242,9 +244,10 @@ def some_groups() -> list[Group]:
     groups = []
     for number in range(4):
         prompt = [1, *range(10, 14 + number)]
-        requests = [Request(4 * number + sample, prompt, 3 + 3 * sample) for sample in range(4)]
-        rollouts = engine.generate(requests)
-        groups.append(Group(number, 0, rollouts, [{}] * 4, [1.5, -0.5, 0.2 * number, -1.2], 0.5))
+        requests = [Rollout(4 * number + sample, prompt, 3 + 3 * sample) for sample in range(4)]
+        advantages = (1.5, -0.5, 0.2 * number, -1.2)
+        rollouts = [replace(one, advantage=a) for one, a in zip(engine.generate(requests), advantages, strict=True)]
+        groups.append(Group(number, 0, Verdict.KEPT, rollouts))
     return groups
 
 
@@ -256,7 +259,7 @@ def gradients_of(groups: list[Group], rows: int) -> dict[str, torch.Tensor]:
             parameter.add_(0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(index)))
     learner, gradients = tiny_learner(model, balance=0.5)
     rollouts = [rollout for group in groups for rollout in group.rollouts]
-    advantages = [advantage for group in groups for advantage in group.advantages]
+    advantages = [rollout.advantage for rollout in rollouts]
     experts = model.config.num_experts
     loss = PolicyLoss(Objective(ObjectiveSection()), RolloutSection(), advantages, experts)
     learner.update(pack(rollouts, row_length=64, rows=rows, num_experts=experts), loss, 1)
@@ -265,10 +268,13 @@ def gradients_of(groups: list[Group], rows: int) -> dict[str, torch.Tensor]:
 
 def test_a_step_whose_advantages_are_all_zero_changes_no_weight() -> None:
     """Though the balance loss has a gradient, and decay and momentum would move weights without one."""
-    silent = [replace(group, advantages=[0.0] * 4) for group in some_groups()]
+    silent = some_groups()
+    for group in silent:
+        for rollout in group.rollouts:
+            rollout.advantage = 0.0
     assert gradients_of(silent, rows=8) == {}
-    last = replace(silent[-1], advantages=[0.0, 1.0, 0.0, -1.0])
-    assert gradients_of([*silent[:-1], last], rows=8)
+    silent[-1].rollouts[1].advantage = 1.0
+    assert gradients_of(silent, rows=8)
 
 
 def rank_gradients(rank: int, world: int) -> dict[str, Any]:

@@ -1,9 +1,11 @@
 """What a task is, and when two answers are the same. Its held-out problems: `mai_thinking.data.questions`."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
+from mai_thinking.config.tasks import TaskSection
 from mai_thinking.data.questions import Split
 
 LONGEST_ANSWER = 10_000
@@ -41,6 +43,30 @@ class Grade(NamedTuple):
 
 
 WRONG = Grade(0.0, False)
+
+
+def combine(own: Grade, matches: Sequence[bool], section: TaskSection) -> Grade:
+    """One grade of the task's own and of whether `section.graders` match, by `section.combination`:
+
+    - `sum`: the mean of the scores by their weights; the verdict is the task's own.
+    - `gate`: the task's own, if all graders match; else the least (§3.1: safety gates rather than adds).
+    - `lexicographic`: the task's own; the graders, the most important first, break ties of a whole group.
+
+    A grader with `passes` passes an answer too.
+    """
+    own = own._replace(passed=own.passed or any(m and g.passes for m, g in zip(matches, section.graders, strict=True)))
+    if section.combination == "gate":
+        return own if all(matches) else no_grade(section)
+    if section.combination == "lexicographic":
+        return own._replace(tie_breakers=tuple(map(float, matches)))
+    weights = [1.0, *(grader.weight for grader in section.graders)]
+    scores = [own.score, *map(float, matches)]
+    return own._replace(score=sum(w * score for w, score in zip(weights, scores, strict=True)) / sum(weights))
+
+
+def no_grade(section: TaskSection) -> Grade:
+    """Of what could not be graded, such as no answer: wrong, and through no gate."""
+    return WRONG._replace(gate_failed=section.combination == "gate" and bool(section.graders))
 
 
 class Task(Protocol):

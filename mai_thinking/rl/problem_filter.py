@@ -1,0 +1,115 @@
+"""Which problems are learned from (MAI-Thinking-1 report §3.1.5). Pure logic, no model.
+
+A problem that the policy always or never solves teaches nothing: all its advantages are zero. So a few early rollouts
+decide whether a problem is worth a whole group, and the whole group's pass rate whether it is kept.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from mai_thinking.config.sampling import SamplingSection
+from mai_thinking.rl.rollout import Group, Rollout, Verdict
+
+
+class ProblemFilter:
+    """A problem's way through the two stages. The trainer's part:
+
+        group = problem_filter.open(number, version)
+        while wanted := problem_filter.wanted(group):
+            problem_filter.add(group, …generate and grade `wanted` rollouts…)
+        if group.verdict is Verdict.KEPT: …
+
+    All its rollouts, early ones included, make up the group.
+    """
+
+    def __init__(self, section: SamplingSection) -> None:
+        self.section = section
+
+    def open(self, number: int, version: int) -> Group:
+        """A group without rollouts yet."""
+        return Group(number, version, Verdict.FULL if self.section.early_range is None else Verdict.EARLY)
+
+    def wanted(self, group: Group) -> int:
+        """Rollouts still to come in the present stage; 0 once the problem is decided."""
+        sizes = {Verdict.EARLY: self.section.early_size, Verdict.FULL: self.section.full_size}
+        return sizes[group.verdict] - len(group.rollouts) if group.verdict in sizes else 0
+
+    def add(self, group: Group, rollouts: Sequence[Rollout]) -> None:
+        """Take graded rollouts in, at most `wanted` and in any order; decide when the stage is complete. ValueError for
+        more."""
+        if len(rollouts) > self.wanted(group):
+            raise ValueError(
+                f"{len(rollouts)} rollouts for a problem that wants {self.wanted(group)} ({group.verdict})"
+            )
+        group.rollouts += rollouts
+        section = self.section
+        if group.verdict is Verdict.EARLY and not self.wanted(group):
+            ends = Verdict.EARLY_TOO_HARD, Verdict.FULL, Verdict.EARLY_TOO_EASY
+            group.verdict = _decide(group.pass_rate, section.early_range, *ends)
+        # Not `elif`: with early_size = group_size in all, the early rollouts are the whole group.
+        if group.verdict is Verdict.FULL and not self.wanted(group):
+            ends = Verdict.TOO_HARD, Verdict.KEPT, Verdict.TOO_EASY
+            group.verdict = _decide(group.pass_rate, section.final_range, *ends)
+
+
+def _decide(
+    pass_rate: float, bounds: tuple[float, float] | None, below: Verdict, within: Verdict, above: Verdict
+) -> Verdict:
+    if bounds is None or bounds[0] <= pass_rate <= bounds[1]:
+        return within
+    return below if pass_rate < bounds[0] else above
+
+
+@dataclass
+class FilterCounts:
+    """What became of the problems: how many groups each rule dropped, and what the rollouts went into."""
+
+    kept: int = 0
+    early_too_hard: int = 0
+    early_too_easy: int = 0
+    too_hard: int = 0
+    too_easy: int = 0
+    rollouts: int = 0
+    """Generated for decided problems."""
+    rollouts_kept: int = 0
+    tokens: int = 0
+    """Of all those responses."""
+    long: int = 0
+    """Responses that took more than half of the limit."""
+    cut_off: int = 0
+    thoughts: int = 0
+    """Responses with a thought before their answer."""
+
+    @property
+    def solved(self) -> bool:
+        """Whether there is nothing left to learn: of at least 200 problems, 97 % too easy."""
+        easy = self.early_too_easy + self.too_easy
+        problems = easy + self.kept + self.early_too_hard + self.too_hard
+        return problems >= 200 and easy >= 0.97 * problems
+
+    def count(self, group: Group) -> None:
+        """Take in a group. ValueError if it is undecided."""
+        if group.verdict in (Verdict.EARLY, Verdict.FULL):
+            raise ValueError(f"the group still wants rollouts ({group.verdict})")
+        setattr(self, group.verdict, getattr(self, group.verdict) + 1)
+        self.rollouts += len(group.rollouts)
+        self.rollouts_kept += len(group.rollouts) if group.verdict is Verdict.KEPT else 0
+        for rollout in group.rollouts:
+            self.tokens += len(rollout.response_ids)
+            self.long += 2 * len(rollout.response_ids) > rollout.max_new_tokens
+            self.cut_off += not rollout.finished
+            self.thoughts += rollout.has_thought
+
+    def metrics(self) -> dict[str, float]:
+        """`groups_kept`, `groups_dropped/RULE`, and `rollouts_used`, the share of the rollouts that is learned from."""
+        dropped = ("early_too_hard", "early_too_easy", "too_hard", "too_easy")
+        return {
+            "groups_kept": self.kept,
+            **{f"groups_dropped/{rule}": getattr(self, rule) for rule in dropped},
+            "rollouts_used": self.rollouts_kept / max(1, self.rollouts),
+            # Of all responses, also those that nothing is learned from.
+            "response_length/all": self.tokens / max(1, self.rollouts),
+            "cut_off/all": self.cut_off / max(1, self.rollouts),
+            "long_share": self.long / max(1, self.rollouts),
+            "thought_share": self.thoughts / max(1, self.rollouts),
+        }

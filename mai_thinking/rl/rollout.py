@@ -1,0 +1,91 @@
+"""The record of a rollout on its way from a question to a gradient, and of a problem's rollouts together.
+
+Shapes: P prompt tokens, n response tokens, M MoE layers, K experts chosen per token, V vocabulary.
+"""
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mai_thinking.rl.tasks import WRONG, Grade, Problem
+
+Experts = NDArray[np.uint16]
+
+
+@dataclass(eq=False)
+class Rollout:
+    """A response, filled in from stage to stage: asked, generated, graded, rewarded."""
+
+    id: int
+    """Unique in the run: all randomness of the rollout follows from the run's seed and this."""
+    prompt_ids: list[int]
+    max_new_tokens: int
+    problem: Problem = field(default=Problem("", "", "", ""))
+    prompt: str = ""
+    """As the model sees it, template and all."""
+
+    # The engine's part.
+    response_ids: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, dtype=np.int64))
+    """[n], with the end-of-text token if it was drawn."""
+    logprobs: NDArray[np.float32] = field(default_factory=lambda: np.empty(0, dtype=np.float32))
+    """[n], under the distribution drawn from: with temperature, renormalised over the nucleus."""
+    nucleus: NDArray[np.uint8] = field(default_factory=lambda: np.empty((0, 0), dtype=np.uint8))
+    """[n, ceil(V / 8)], bit-packed (`nucleus.pack_bits`): the tokens that could have been drawn."""
+    experts: Experts = field(default_factory=lambda: np.empty((0, 0, 0), dtype=np.uint16))
+    """[M, P + n − 1, K], of every token that went through the model: all but the response's last."""
+    finished: bool = False
+    """Whether it ended by itself, rather than at `max_new_tokens`."""
+
+    # The graders' part.
+    text: str = ""
+    thought: str = ""
+    """What comes before the answer; the whole text if there is none."""
+    answer: str | None = None
+    grade: Grade = WRONG
+
+    # What it earned in its group.
+    rewards: dict[str, float] = field(default_factory=dict)
+    """The reward's parts by name, before their weights."""
+    reward: float = 0.0
+    """R, their weighted sum."""
+    advantage: float = 0.0
+
+    @property
+    def has_thought(self) -> bool:
+        """Whether there is text before the answer."""
+        return self.answer is not None and bool(self.thought.strip())
+
+
+class Verdict(StrEnum):
+    """Where a problem stands."""
+
+    EARLY = "early"
+    """Its early rollouts are being generated."""
+    FULL = "full"
+    """The rest of its group is."""
+    KEPT = "kept"
+    EARLY_TOO_HARD = "early_too_hard"
+    """Dropped after the early rollouts: pass rate below `early_range`."""
+    EARLY_TOO_EASY = "early_too_easy"
+    TOO_HARD = "too_hard"
+    """Dropped as a whole group: pass rate below `final_range`."""
+    TOO_EASY = "too_easy"
+
+
+@dataclass(eq=False)
+class Group:
+    """A problem's rollouts."""
+
+    number: int
+    """The run's number of the problem."""
+    version: int
+    """Of the engine's weights that write them."""
+    verdict: Verdict = Verdict.EARLY
+    rollouts: list[Rollout] = field(default_factory=list)
+
+    @property
+    def pass_rate(self) -> float:
+        """ρ_q: the share of the rollouts so far that pass; 0 before the first."""
+        return sum(rollout.grade.passed for rollout in self.rollouts) / max(1, len(self.rollouts))
