@@ -23,7 +23,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 
-RENAMED: dict[str, str] = {}
+RENAMED = {
+    "mai_thinking.questions": "mai_thinking.data.questions",
+    "mai_thinking.view": "mai_thinking.report.page",
+    "mai_thinking.lineage_report": "mai_thinking.report.lineage",
+    "mai_thinking.training.goodput_report": "mai_thinking.report.goodput",
+}
 """What the cases call by a name of before → its name now; read in all their files."""
 
 
@@ -96,7 +101,7 @@ def _(seen: Seen) -> None:
     found = re.search(r"exit code (\d+), (\d+) bytes on stderr, (\d+) steps, checkpoints: (.*)", seen.text)
     assert found, "nothing reported"
     code, told, steps, checkpoints = int(found[1]), int(found[2]), int(found[3]), found[4]
-    assert (code == 0 and steps == 60) or (code == 75 and told and "step-" in checkpoints), found[0]
+    assert (code == 0 and steps >= 60) or (code == 75 and told and "step-" in checkpoints), found[0]
 
 
 @judges("04-sighup")

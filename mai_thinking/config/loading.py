@@ -70,8 +70,11 @@ def read_yaml_with_base(path: Path, descendants: tuple[Path, ...] = ()) -> dict[
     base = tree.pop("base", None)
     if base is None:
         return tree
-    parent = read_yaml_with_base(path.parent / str(base), (*descendants, path.resolve()))
-    return merge(parent, tree)
+    beside = path.parent / str(base)
+    # Beside the file; else among those that come with the package.
+    parent = beside if beside.is_file() else find_config(Path(str(base)))
+    parent = parent if parent.is_file() else beside
+    return merge(read_yaml_with_base(parent, (*descendants, path.resolve())), tree)
 
 
 class _Loader(yaml.SafeLoader):

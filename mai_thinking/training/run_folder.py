@@ -1,14 +1,16 @@
 """The folder that a run lives in: one config, one process at a time, nothing overwritten."""
 
+import contextlib
 import fcntl
+import os
+import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from mai_thinking.config.loading import save_config
+from mai_thinking.config.loading import parse_yaml, save_config
 from mai_thinking.config.run import RunConfig
 from mai_thinking.config.storage import atomic_file
 from mai_thinking.errors import UsageError
@@ -48,10 +50,10 @@ class RunFolder:
 
     def check(self, config: RunConfig) -> None:
         """Raise `UsageError` if the folder belongs to another run, naming the first keys that differ."""
+        if int(os.environ.get("RANK", "0")) == 0:
+            self._check_writable()
         if not self.path.exists():
             return
-        if not self.path.is_dir():
-            raise UsageError(f"{self.path}: is a file; choose another output_dir")
         if not self.config.exists():
             # What is hidden is being written, or was when a process died.
             if any(entry.name != "lock" and entry.name[0] != "." for entry in self.path.iterdir()):
@@ -64,13 +66,32 @@ class RunFolder:
                 "choose another name or output_dir, or remove the folder yourself"
             )
 
+    def _check_writable(self) -> None:
+        """Raise `UsageError` if nothing can be written here. What had to be made for that is removed again."""
+        made = [path for path in (self.path, *self.path.parents) if not path.exists()]
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.path):
+                pass
+        except OSError as error:
+            raise UsageError(f"output_dir: {self.path}: cannot be written ({error.strerror}); name another") from None
+        finally:
+            for path in made:
+                with contextlib.suppress(OSError):  # never made, or another process's by now
+                    path.rmdir()
+
     def changed_keys(self, config: RunConfig) -> list[str]:
         """The keys that make `config` another run than the folder's, as `key.path`."""
-        before = yaml.safe_load(self.config.read_text())
+        try:
+            before = parse_yaml(self.config.read_text(encoding="utf-8"), str(self.config))
+        except (UsageError, UnicodeDecodeError):
+            before = None
+        if not isinstance(before, dict):
+            raise UsageError(f"{self.config}: is damaged; restore it from a copy")
         now = yaml.safe_load(yaml.safe_dump(config.model_dump(mode="json")))
         return [key for key in _differences(before, now) if not _is_free(key)]
 
-    @contextmanager
+    @contextlib.contextmanager
     def claim(self, config: RunConfig) -> Iterator[None]:
         """Make the folder this run's while the block runs, for one process (rank 0) at a time."""
         with locked(self.path):
@@ -81,7 +102,7 @@ class RunFolder:
             yield
 
 
-@contextmanager
+@contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
     """The folder `path`, made if need be, is this process's while the block runs; UsageError if it is another's."""
     path.mkdir(parents=True, exist_ok=True)
