@@ -44,11 +44,15 @@ def atomic_file(path: Path, *, durable: bool = False) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """A new folder to fill; it takes `path`'s place when the block ends, or nothing changes."""
+    """A new folder to fill; it takes `path`'s place when the block ends, or nothing changes. Its files' modes follow the
+    umask, as the folder's does, also where a library wrote them through private temporary ones."""
     temporary = _beside(path, secrets.token_hex(4))
     temporary.mkdir(parents=True)
     try:
         yield temporary
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                file.chmod(temporary.stat().st_mode & 0o666)
         if path.exists():
             shutil.rmtree(path)
         os.replace(temporary, path)
