@@ -7,7 +7,7 @@ from mai_thinking.config.pretraining import PretrainConfig
 def main() -> int:
     """Parse, build, run."""
     config, dry_run = parse_run_command(PretrainConfig, "configs/nano.yaml", __doc__ or "")
-    from mai_thinking.pretraining import pretrain  # after the config, so that a mistake in it is told at once
+    from mai_thinking.recipes.pretrain import pretrain  # after the config, so that a mistake in it is told at once
 
     return pretrain(config, dry_run=dry_run)
 

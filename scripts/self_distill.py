@@ -7,7 +7,7 @@ from mai_thinking.config.distillation import DistillConfig
 def main() -> int:
     """Parse, build, run."""
     config, dry_run = parse_run_command(DistillConfig, "configs/nano-distill.yaml", __doc__ or "")
-    from mai_thinking.distillation import self_distill  # after the config, so that a mistake in it is told at once
+    from mai_thinking.recipes.distill import self_distill  # after the config, so that a mistake in it is told at once
 
     return self_distill(config, dry_run=dry_run)
 

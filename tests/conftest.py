@@ -9,7 +9,7 @@ import torch
 
 from mai_thinking.config.loading import load_config
 from mai_thinking.config.pretraining import PretrainConfig
-from mai_thinking.pretraining import pretrain
+from mai_thinking.recipes.pretrain import pretrain
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 

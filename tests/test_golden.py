@@ -33,8 +33,8 @@ from mai_thinking.config.distillation import DistillConfig
 from mai_thinking.config.grpo import GrpoConfig
 from mai_thinking.config.loading import load_config
 from mai_thinking.config.pretraining import PretrainConfig
-from mai_thinking.distillation import self_distill
-from mai_thinking.pretraining import pretrain
+from mai_thinking.recipes.distill import self_distill
+from mai_thinking.recipes.pretrain import pretrain
 from mai_thinking.rl.trainer import climb
 from mai_thinking.training.metrics import MetricsLog, read_records
 from mai_thinking.training.model_files import load_model

@@ -8,7 +8,7 @@ import pytest
 
 from mai_thinking.config.grpo import GrpoConfig
 from mai_thinking.config.loading import load_config
-from mai_thinking.pretraining import pretrain
+from mai_thinking.recipes.pretrain import pretrain
 from mai_thinking.rl.trainer import climb
 from mai_thinking.training.metrics import read_records
 

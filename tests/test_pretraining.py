@@ -17,10 +17,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from checksums import sha256_of
 from mai_thinking.config.pretraining import PretrainConfig
 from mai_thinking.errors import RunError, UsageError
-from mai_thinking.pretraining import Pretraining, pretrain
+from mai_thinking.recipes.pretrain import pretrain
 from mai_thinking.training.checkpoint import Checkpointer, CheckpointReader
+from mai_thinking.training.evaluation import evaluate_texts
 from mai_thinking.training.metrics import read_records
 from mai_thinking.training.model_files import load_model_and_tokenizer
+from mai_thinking.training.trainer import Trainer
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 TIMINGS = {"tokens_per_second", "seconds", "data_wait"}
@@ -42,14 +44,14 @@ def last_state(folder: Path) -> dict[str, Any]:
 
 def stop_at(step: int, monkeypatch: pytest.MonkeyPatch, name: signal.Signals = signal.SIGTERM) -> None:
     """The signal reaches this process while step `step` is computed."""
-    train = Pretraining._train
+    take_step = Trainer.take_step
 
-    def with_signal(self: Pretraining, batch: Any) -> None:
+    def with_signal(self: Trainer) -> None:
         if self.step + 1 == step:
             os.kill(os.getpid(), name)
-        train(self, batch)
+        take_step(self)
 
-    monkeypatch.setattr(Pretraining, "_train", with_signal)
+    monkeypatch.setattr(Trainer, "take_step", with_signal)
 
 
 def script(name: str, *arguments: object) -> int:
@@ -131,18 +133,20 @@ def test_a_last_checkpoint_out_of_turn_is_at_the_last_step(tmp_path: Path, tiny_
     assert sum(state["loader"]["rows"].values()) == 7 * config.batch.global_batch_size
 
 
-def strike_last_evaluation(category: int, strike: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> list[int]:
+def strike_last_evaluation(
+    folder: Path, category: int, strike: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> list[int]:
     """`strike` once, as that many of its categories were begun; returns a list that has an entry for each beginning."""
-    likelihood, begun = Pretraining._likelihood, list[int]()
+    evaluate, begun = evaluate_texts, list[int]()
 
-    def struck(self: Pretraining, model: Any, texts: Any) -> Any:
-        if self.step == 20:
+    def struck(model: Any, tokenizer: Any, texts: Any, **settings: Any) -> Any:
+        if (folder / "checkpoints" / "step-00000020").exists():  # after the last step
             begun.append(len(texts))
             if len(begun) == category:
                 strike()
-        return likelihood(self, model, texts)
+        return evaluate(model, tokenizer, texts, **settings)
 
-    monkeypatch.setattr(Pretraining, "_likelihood", struck)
+    monkeypatch.setattr("mai_thinking.recipes.pretrain.evaluate_texts", struck)
     return begun
 
 
@@ -152,7 +156,7 @@ def test_the_last_evaluation_goes_on_where_it_was(
     def die() -> None:
         raise KeyboardInterrupt
 
-    evaluated = strike_last_evaluation(2, die, monkeypatch)
+    evaluated = strike_last_evaluation(tmp_path / "run", 2, die, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         pretrain(tiny_config(tmp_path / "run"))
     assert pretrain(tiny_config(tmp_path / "run")) == 0
@@ -164,7 +168,7 @@ def test_the_last_evaluation_can_be_stopped(
     tiny_run: Path, tmp_path: Path, tiny_config: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All is saved by then: nobody who asks it to stop should have to wait for the rest."""
-    evaluated = strike_last_evaluation(1, lambda: os.kill(os.getpid(), signal.SIGTERM), monkeypatch)
+    evaluated = strike_last_evaluation(tmp_path / "run", 1, lambda: os.kill(os.getpid(), signal.SIGTERM), monkeypatch)
     assert pretrain(tiny_config(tmp_path / "run")) == 75
     assert len(evaluated) == 1
     assert pretrain(tiny_config(tmp_path / "run")) == 0

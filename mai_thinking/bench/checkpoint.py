@@ -12,9 +12,9 @@ from mai_thinking.bench.timing import Figure
 from mai_thinking.bench.train import CONFIG
 from mai_thinking.config.loading import load_config
 from mai_thinking.config.pretraining import PretrainConfig
-from mai_thinking.pretraining import Pretraining
-from mai_thinking.training.run_folder import RunFolder
-from mai_thinking.training.session import make_accelerator
+from mai_thinking.recipes.pretrain import PretrainRecipe
+from mai_thinking.training.context import RunContext
+from mai_thinking.training.trainer import Trainer
 
 EVERY = 10
 
@@ -24,21 +24,17 @@ def measure(options: Options) -> Result:
     saves = 2 * (options.rounds // 2 + 1)
     with tempfile.TemporaryDirectory(dir=Path.cwd()) as name, contextlib.ExitStack() as stack:
         config = load_config(PretrainConfig, CONFIG, [f"output_dir={name}/run", "steps=10000"])
-        folder = RunFolder(config.folder)
-        run = Pretraining(config, folder, make_accelerator(config, folder), stack)
+        trainer = Trainer(config, PretrainRecipe(config, RunContext(config, stack)))
         cost: dict[bool, list[tuple[float, int]]] = {False: [], True: []}
         steps: list[float] = []
-        for batch in run.loader:
+        while trainer.step < EVERY * saves + EVERY // 2:
             begin = time.perf_counter()
-            run._train(batch)
+            trainer.take_step()
             steps.append(time.perf_counter() - begin)
-            run.session.checkpointer.due(run.step)
-            if run.step % EVERY == 0:
-                synchronous = run.step // EVERY % 2 == 0
-                stall = run.session.checkpointer.save(run.step, run._state(), synchronous=synchronous)
-                cost[synchronous].append((stall, len(steps)))
-            if run.step == EVERY * saves + EVERY // 2:
-                break
+            trainer.checkpointer.due(trainer.step)
+            if trainer.step % EVERY == 0:
+                synchronous = trainer.step // EVERY % 2 == 0
+                cost[synchronous].append((trainer.save(synchronous=synchronous), len(steps)))
     usual = median(steps)
     rows, whole = [], {}
     for synchronous, marks in cost.items():

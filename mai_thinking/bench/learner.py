@@ -8,10 +8,9 @@ from mai_thinking.config.pretraining import PretrainConfig
 from mai_thinking.config.run import ScheduleSection
 from mai_thinking.data import Batch, Loader, PreparedData
 from mai_thinking.model.configuration import LOCAL
+from mai_thinking.training.context import make_accelerator
 from mai_thinking.training.learner import Learner
 from mai_thinking.training.model_files import build_model, model_config
-from mai_thinking.training.run_folder import RunFolder
-from mai_thinking.training.session import make_accelerator
 from mai_thinking.training.text_loss import TextLoss
 
 LEARNING_RATE = 1e-4
@@ -30,7 +29,7 @@ class BenchLearner(Learner):
         super().__init__(
             build_model(config, architecture),
             config,
-            make_accelerator(config, RunFolder(config.folder)),
+            make_accelerator(config),
             balance=architecture.router_aux_loss_coef,
             z=architecture.router_z_loss_coef,
         )

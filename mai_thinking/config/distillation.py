@@ -13,7 +13,7 @@ from mai_thinking.config.run import BatchSection, OptimizerSection, PlanSection,
 from mai_thinking.config.tasks import TemplateSection
 
 Hack = Literal["several-answers", "own-question"]
-"""Reward hacks that `mai_thinking.trace_selection` knows by the frame that a run asked in."""
+"""Reward hacks that `mai_thinking.rl.trace_selection` knows by the frame that a run asked in."""
 
 LATE = 0.25
 """Traces of a run's last quarter: several late checkpoints, which beat the last one alone; early ones hurt (§3.1.4)."""

@@ -31,7 +31,7 @@ class LaunchSection(Section):
     grace_seconds: Seconds = 120
     """After a SIGTERM or Ctrl-C the workers have so long to finish their step and save."""
 
-    survivor_seconds: float = Field(20, ge=0, le=1e9)
+    jit_seconds: float = Field(20, ge=0, le=1e9)
     """When a worker dies, those that can save the run without it have so long for that."""
 
     chaos: str = ""

@@ -25,14 +25,14 @@ from mai_thinking.config.grpo import GrpoConfig
 from mai_thinking.config.loading import save_config
 from mai_thinking.config.pretraining import PretrainConfig
 from mai_thinking.config.storage import atomic_file
-from mai_thinking.distillation import self_distill
 from mai_thinking.errors import RunError
 from mai_thinking.experiments.plan import ClimbPlan, Stage
-from mai_thinking.pretraining import pretrain
+from mai_thinking.recipes.distill import self_distill
+from mai_thinking.recipes.pretrain import pretrain
 from mai_thinking.report.climb import write_report
 from mai_thinking.rl.trainer import climb
+from mai_thinking.training.context import init_distributed
 from mai_thinking.training.goodput import CAUSE_VARIABLE, LAUNCHED_VARIABLE
-from mai_thinking.training.session import init_distributed
 from mai_thinking.training.worker import StopRequest
 
 WAIT = "wait"

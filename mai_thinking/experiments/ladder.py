@@ -26,7 +26,7 @@ from mai_thinking.data import PreparedData, prepare
 from mai_thinking.errors import RunError, UsageError
 from mai_thinking.experiments.ladder_plan import PlannedRun, StepTimer, plan_runs, plan_table
 from mai_thinking.experiments.scaling.points import Point, PointSet
-from mai_thinking.pretraining import pretrain
+from mai_thinking.recipes.pretrain import pretrain
 from mai_thinking.report.ladder import write_report
 from mai_thinking.training.goodput import account_of
 from mai_thinking.training.metrics import read_records

@@ -11,11 +11,11 @@ import torch
 from mai_thinking.config.ladder import LadderConfig
 from mai_thinking.config.pretraining import PretrainConfig
 from mai_thinking.model import MaiThinkingConfig
+from mai_thinking.training.context import make_accelerator
 from mai_thinking.training.learner import Learner
 from mai_thinking.training.model_files import build_model, model_config
 from mai_thinking.training.plan import quantity
 from mai_thinking.training.run_folder import RunFolder
-from mai_thinking.training.session import make_accelerator
 from mai_thinking.training.text_loss import TextLoss
 
 _MEASURED_STEPS = 5
@@ -102,7 +102,7 @@ class StepTimer:
 def measure_step(config: PretrainConfig) -> float:
     """Median seconds of a few training steps on random tokens, after one to warm up."""
     architecture = model_config(config)
-    accelerator = make_accelerator(config, RunFolder(config.folder))
+    accelerator = make_accelerator(config)
     learner = Learner(
         build_model(config, architecture),
         config,

@@ -106,7 +106,7 @@ def summary(result: Account) -> str:
     ]
     if result.recoveries:
         lines.append(
-            f"{len(result.recoveries)} restarts, {result.rescued} of them from a survivor's save, "
+            f"{len(result.recoveries)} restarts, {result.rescued} of them from a just-in-time checkpoint, "
             f"{mean(result.recoveries):.2f} s each to the next whole step"
         )
     if result.saves:

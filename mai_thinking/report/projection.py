@@ -1,7 +1,7 @@
 """What goodput to expect elsewhere: measured costs and a failure rate in, an event simulation and a closed form out.
 
 A run works in cycles of `every` steps and a save. A fault costs a restart, and throws the run back to the newest
-committed checkpoint unless a rank that is left saves (`training.survivor`). Closed forms, for runs without such a rank:
+committed checkpoint unless a rank that is left saves (`JitCheckpoint`). Closed forms, for runs without such a rank:
 J. W. Young, "A first order approximation to the optimum checkpoint interval" (CACM 1974), for the interval; J. T. Daly,
 "A higher order estimate of the optimum checkpoint interval for restart dumps" (FGCS 2006), for the expected wall-clock.
 """

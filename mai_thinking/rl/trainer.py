@@ -229,7 +229,7 @@ class Climb:
                 max_length=self.curriculum.max_length,
                 penalise_length=self.curriculum.penalises_length,
                 checkpoint=f"{self.config.name}/step-{self.step:08d}",
-                beat=self.session.ledger.beat,
+                beat=self.session.ledger.heartbeat,
                 hopeless=lambda counts: self.config.collapse.enabled and self.detector.hopeless(counts),
             )
         )

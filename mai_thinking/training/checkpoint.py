@@ -122,7 +122,7 @@ class Checkpointer:
                 self._write.start()
         return time.perf_counter() - begin
 
-    def save_alone(self, step: int, shared: State, own: Sequence[dict[str, Any]]) -> bool:
+    def save_jit(self, step: int, shared: State, own: Sequence[dict[str, Any]]) -> bool:
         """Save the checkpoint of `step` for all ranks, when the others can no longer be talked to; whether it was this
         rank that did it, and not another one before. `own`: for each rank, name → the tree of its own state."""
         if self._write is not None:
@@ -134,7 +134,7 @@ class Checkpointer:
         for rank, trees in enumerate(own):
             for name, tree in trees.items():
                 documents[rank]["own"][name] = split_tree(tree, f"rank-{rank}/{name}", tensors)
-        writer = CheckpointWriter(self.folder, step, 0, self.world, documents, self.seal, alone=True)
+        writer = CheckpointWriter(self.folder, step, 0, self.world, documents, self.seal, jit=True)
         if writer.final.exists() or writer.temporary.exists():
             return False
         write = _Write(tensors, writer, None)
@@ -324,7 +324,7 @@ class _Write:
                 storage_writer=self._writer,
                 planner=planner,
                 process_group=self._group,
-                no_dist=self._writer.alone,
+                no_dist=self._writer.jit,
             )
         except BaseException as problem:  # CheckpointException is no Exception; all are raised again by `finish`
             self._problem = problem

@@ -116,10 +116,10 @@ class CheckpointWriter(StorageWriter):
     """Writes one checkpoint for torch.distributed.checkpoint, and commits it.
 
     DCP plans which rank writes which shard and calls the methods in the order of their definition. `documents` are the
-    ranks' JSON files that this rank writes: its own, or those of all ranks where it is `alone`. `seal` is called on the
-    coordinator with the complete folder, before it is committed. The writing loop spends its time in copies, in xxhash
-    and in system calls, all outside the interpreter's lock, and waits for the disk rather than fill the page cache: run
-    in a thread, it takes little from a training step even where every core is busy.
+    ranks' JSON files that this rank writes: its own, or in a `jit` checkpoint those of all ranks. `seal` is called on
+    the coordinator with the complete folder, before it is committed. The writing loop spends its time in copies, in
+    xxhash and in system calls, all outside the interpreter's lock, and waits for the disk rather than fill the page
+    cache: run in a thread, it takes little from a training step even where every core is busy.
     """
 
     def __init__(
@@ -131,12 +131,12 @@ class CheckpointWriter(StorageWriter):
         documents: dict[int, dict[str, Any]],
         seal: Callable[[Path], None] | None = None,
         *,
-        alone: bool = False,
+        jit: bool = False,
     ):
         self.seal = seal
         self.final = step_folder(folder, step)
-        self.temporary = self.final.with_name(self.final.name + (".alone.tmp" if alone else ".tmp"))
-        self.step, self.rank, self.world, self.documents, self.alone = step, rank, world, documents, alone
+        self.temporary = self.final.with_name(self.final.name + (".jit.tmp" if jit else ".tmp"))
+        self.step, self.rank, self.world, self.documents, self.jit = step, rank, world, documents, jit
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike) -> bool:
@@ -148,9 +148,9 @@ class CheckpointWriter(StorageWriter):
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         """On the coordinator, make the temporary folder: DCP's plan is exchanged before anyone writes. FileExistsError
-        if another rank saves alone already."""
+        if another rank saves just in time already."""
         if is_coordinator:
-            if self.temporary.exists() and not self.alone:
+            if self.temporary.exists() and not self.jit:
                 shutil.rmtree(self.temporary)
             self.temporary.mkdir(parents=True)
 
@@ -192,9 +192,9 @@ class CheckpointWriter(StorageWriter):
 
     def _write_file(self, name: str, blocks: Iterable[bytes | memoryview]) -> dict[str, Any]:
         digest, size = xxhash.xxh3_128(), 0
-        # A rank that saves alone does so because a process died, which the page cache outlives, and its reader comes at
-        # once: no waiting for the disk.
-        with _File(self.temporary / name, past_cache=not self.alone) as file:
+        # A rank saves just in time because a process died, which the page cache outlives, and its reader comes at once:
+        # no waiting for the disk.
+        with _File(self.temporary / name, past_cache=not self.jit) as file:
             for chunk in _chunks(blocks):
                 digest.update(chunk)  # while the chunk is in the processor's cache
                 file.write(chunk)

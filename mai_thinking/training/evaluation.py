@@ -6,7 +6,7 @@ MAI-Thinking-1 report §2.5: NLL per category, weighted; bits per byte where tok
 import gzip
 import lzma
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -54,11 +54,13 @@ def evaluate_texts(
     *,
     context_length: int,
     batch_size: int,
+    heartbeat: Callable[[], None] = lambda: None,
 ) -> Likelihood:
     """Likelihood of whole documents, each after an end-of-text token and followed by one.
 
     Windows of `context_length` overlap by half: every token is predicted once, and but for a document's beginning with
-    at least half a context before it. The end of a document is predicted too, as in training. Leaves the model in the
+    at least half a context before it. The end of a document is predicted too, as in training. `heartbeat` is called
+    after each batch of windows. Leaves the model in the
     mode it was in and touches no random generator.
     """
     encoder = Encoder(tokenizer)
@@ -79,6 +81,7 @@ def evaluate_texts(
                 logits = logits_product(hidden[scored].to(dtype), weight.to(dtype))
             nats += F.cross_entropy(logits, targets[scored], reduction="sum").double().cpu()
             tokens += int(scored.sum())
+            heartbeat()
         length = counted.bytes
     finally:
         model.train(was_training)

@@ -88,13 +88,13 @@ class GoodputLedger:
             self._heartbeat.beat()
             self._write("span", category=category, seconds=round(time.perf_counter() - begin, 6))
 
-    def beat(self) -> None:
+    def heartbeat(self) -> None:
         """Tell the launcher that this rank moves on within a long step."""
         self._heartbeat.beat()
 
-    def announce(self, saves_alone: bool) -> None:
-        """Tell the launcher whether this rank would save alone if another died (`training.survivor`)."""
-        self._heartbeat.saves_alone = saves_alone
+    def announce(self, can_save_jit: bool) -> None:
+        """Tell the launcher whether this rank would save alone if another died (`JitCheckpoint`)."""
+        self._heartbeat.can_save_jit = can_save_jit
         self._heartbeat.beat()
 
     def end(self, how: str) -> None:
@@ -158,7 +158,7 @@ class Account:
     recoveries: list[float] = field(default_factory=list)
     """For each restart after a fault, the seconds from the last event before it to the first completed step."""
     rescued: int = 0
-    """Restarts after a fault that lost no completed step: a rank that was left had saved (`training.survivor`)."""
+    """Restarts after a fault that lost no completed step: a rank that was left had saved (`JitCheckpoint`)."""
     saves: list[float] = field(default_factory=list)
     """What each checkpoint cost the loop."""
     step_seconds: list[tuple[float, float]] = field(default_factory=list)

@@ -17,7 +17,7 @@ class Heartbeat:
 
     def __init__(self, output_dir: Path):
         """`output_dir`: the run's folder, which the launcher's fault injection needs to find checkpoints."""
-        self.saves_alone = False
+        self.can_save_jit = False
         """Whether this rank would save the whole state if another died: the launcher then gives it the time."""
         self._step = 0
         self._descriptor: int | None = None
@@ -30,7 +30,7 @@ class Heartbeat:
         """Step `step` is complete; without one, the rank moves on within what it does between steps."""
         self._step = self._step if step is None else step
         if self._descriptor is not None:
-            record = json.dumps({"step": self._step, "output_dir": self._output_dir, "saves_alone": self.saves_alone})
+            record = json.dumps({"step": self._step, "output_dir": self._output_dir, "can_save_jit": self.can_save_jit})
             os.pwrite(self._descriptor, record.ljust(4096).encode(), 0)
 
 
@@ -48,10 +48,10 @@ def read_heartbeat(folder: Path, rank: int) -> tuple[float, dict[str, Any]] | No
         return None
 
 
-def saves_alone(file: BinaryIO) -> bool:
+def can_save_jit(file: BinaryIO) -> bool:
     """What a heartbeat's open file says of its rank, also when a later attempt's has taken its path."""
     file.seek(0)
     try:
-        return bool(json.loads(file.read())["saves_alone"])
+        return bool(json.loads(file.read())["can_save_jit"])
     except ValueError:  # before the first beat
         return False

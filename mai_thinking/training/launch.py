@@ -32,7 +32,7 @@ from mai_thinking.config.faults import parse_faults
 from mai_thinking.config.launch import LaunchSection
 from mai_thinking.training.chaos import Chaos
 from mai_thinking.training.goodput import CAUSE_VARIABLE, LAUNCHED_VARIABLE, seconds_since_process_start
-from mai_thinking.training.heartbeat import HEARTBEAT_VARIABLE, heartbeat_path, read_heartbeat, saves_alone
+from mai_thinking.training.heartbeat import HEARTBEAT_VARIABLE, can_save_jit, heartbeat_path, read_heartbeat
 from mai_thinking.training.worker import SAVERS_VARIABLE, run_script
 
 _POLL_SECONDS = 0.05
@@ -83,7 +83,7 @@ class Savers:
     def done(self) -> bool:
         """Whether all have saved, or died, or their time is up."""
         alive = {process.pid for process in self.context._pc.processes if process.is_alive()}
-        saving = any(pid in alive and saves_alone(beat) for pid, beat in self.beats.items())
+        saving = any(pid in alive and can_save_jit(beat) for pid, beat in self.beats.items())
         return not saving or time.monotonic() > self.deadline
 
     def end(self) -> None:
@@ -290,19 +290,19 @@ class Agent(LocalElasticAgent):
         return bool(stopped)
 
     def _set_savers_aside(self) -> None:
-        """Workers that are left and can save without the others (`training.survivor`) do so while their successors
+        """Workers that are left and can save without the others (`JitCheckpoint`) do so while their successors
         start: those wait for them before they touch the run (`training.worker.wait_for_savers`)."""
         beats: dict[int, BinaryIO] = {}
-        for rank, pid in self.live_workers().items() if self.section.survivor_seconds else ():
+        for rank, pid in self.live_workers().items() if self.section.jit_seconds else ():
             with contextlib.suppress(FileNotFoundError):  # it has not beaten yet
                 beat = heartbeat_path(self.heartbeats, rank).open("rb")
-                if saves_alone(beat):
+                if can_save_jit(beat):
                     beats[pid] = beat
                 else:
                     beat.close()
         if beats:
             _kill(process for process in self._processes().values() if process.pid not in beats)
-            deadline = time.monotonic() + self.section.survivor_seconds
+            deadline = time.monotonic() + self.section.jit_seconds
             self._savers.append(Savers(self._pcontext, beats, deadline))
             self._pcontext = None
 

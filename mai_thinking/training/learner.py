@@ -75,7 +75,7 @@ class Learner:
     """A model, how ranks share it, its precision, its optimiser and schedule.
 
     `balance` and `z` are the weights of the two router losses. `before_reduction` is called in each update when this
-    rank's gradients are there and before the ranks meet for the last time; see `training.jit_checkpoint`.
+    rank's gradients are there and before the ranks meet for the last time; see `JitCheckpoint`.
     """
 
     def __init__(

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 class ProgressLine:
     """Shows how a run goes. Only rank 0 shows; the others' calls do nothing.
 
-    `update` may be called every step. `say` prints a line above the bar.
+    `update` may be called every step. `log` prints a line above the bar.
     """
 
     def __init__(self, steps: int, *, done: int, every: float, show: bool) -> None:
@@ -64,7 +64,7 @@ class ProgressLine:
         left = (self.steps - last[1]) * seconds / steps
         return f"{(last[2] - first[2]) / seconds:,.0f} tokens/s  {duration(left)} left"
 
-    def say(self, text: str) -> None:
+    def log(self, text: str) -> None:
         """Print a line of its own."""
         if self.show:
             self.console.print(text)

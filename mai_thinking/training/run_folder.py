@@ -38,6 +38,8 @@ class RunFolder:
         self.architecture = path / "architecture"
         self.final = path / "final"
         self.report = path / "report"
+        self.ranks = path / ".ranks"
+        """What each rank has of its own, for just-in-time checkpoints."""
 
     def documents(self, rank: int, ranks: int) -> Path:
         """The record of what one of so many ranks has read, step by step."""

@@ -197,7 +197,7 @@ class Session:
     def say(self, text: str) -> None:
         """A line of its own, from rank 0."""
         if self._line is not None:
-            self._line.say(text)
+            self._line.log(text)
         elif self.rank == 0:
             print(text, flush=True)
 

@@ -77,7 +77,7 @@ class Survivor:
     def _save(self, rest: _Rest, saved: Callable[[int], None]) -> None:
         live = {name: value for name, value in self._state().items() if _is_live(value)}
         try:
-            if self._checkpointer.save_alone(rest.step, live | rest.shared, rest.own):
+            if self._checkpointer.save_jit(rest.step, live | rest.shared, rest.own):
                 saved(rest.step)
         except Exception as problem:  # there is an older checkpoint, and the first error is the one to tell
             print(f"this rank could not save alone: {problem}", file=sys.stderr, flush=True)

@@ -14,16 +14,17 @@ from rich.console import Console
 from checksums import sha256_of
 from mai_thinking.config.distillation import DistillConfig
 from mai_thinking.config.loading import validate
-from mai_thinking.distillation import SelfDistillation, self_distill
 from mai_thinking.errors import RunError, UsageError
 from mai_thinking.provenance.lineage import record_traces, require_own
+from mai_thinking.recipes.distill import self_distill
 from mai_thinking.report.lineage import report
+from mai_thinking.rl.trace_packing import IGNORED, trace_row
+from mai_thinking.rl.trace_selection import Example, select
 from mai_thinking.rl.traces import Trace, TraceStore
-from mai_thinking.trace_packing import IGNORED, trace_row
-from mai_thinking.trace_selection import Example, select
 from mai_thinking.training.checkpoint import CheckpointReader
 from mai_thinking.training.metrics import read_records
 from mai_thinking.training.model_files import load_model
+from mai_thinking.training.trainer import Trainer
 
 TIMINGS = {"tokens_per_second", "seconds"}
 
@@ -112,15 +113,15 @@ def interrupted(
     run = store(lessons(trace))
     options = ["steps=6", with_text(0.25)]
     undisturbed, config = (make([run], *options, f"output_dir={tmp_path / name}") for name in ("undisturbed", "run"))
-    one_step = SelfDistillation._one_step
+    take_step = Trainer.take_step
 
-    def with_signal(self: SelfDistillation) -> None:
+    def with_signal(self: Trainer) -> None:
         if self.step + 1 == 3:
             os.kill(os.getpid(), signal.SIGTERM)
-        one_step(self)
+        take_step(self)
 
     with monkeypatch.context() as patch:
-        patch.setattr(SelfDistillation, "_one_step", with_signal)
+        patch.setattr(Trainer, "take_step", with_signal)
         assert self_distill(config) == 75
     assert not (tmp_path / "run" / "final").exists()
     assert self_distill(undisturbed) == 0
@@ -139,8 +140,8 @@ def test_a_checkpoint_without_a_part_of_the_state_is_found_out(
 ) -> None:
     """The negative control: what is not restored on resumption shows."""
     _, config = interrupted
-    state = SelfDistillation._state
-    monkeypatch.setattr(SelfDistillation, "_state", lambda self: {k: v for k, v in state(self).items() if k != omitted})
+    state = Trainer.state
+    monkeypatch.setattr(Trainer, "state", lambda self: {k: v for k, v in state(self).items() if k != omitted})
     assert self_distill(config) == 0
     losses = [[r["loss"] for r in read_records(c.folder / "metrics.jsonl")] for c in interrupted]
     assert losses[0][:3] == losses[1][:3]

@@ -13,9 +13,9 @@ from checksums import sha256_of
 from mai_thinking.config.distillation import DistillConfig
 from mai_thinking.data import prepare
 from mai_thinking.errors import UsageError
+from mai_thinking.rl.trace_packing import IGNORED, Batches, trace_row
+from mai_thinking.rl.trace_selection import Example, select
 from mai_thinking.rl.traces import Trace
-from mai_thinking.trace_packing import IGNORED, Batches, trace_row
-from mai_thinking.trace_selection import Example, select
 from mai_thinking.training.text_loss import TextLoss
 from tiny_models import tiny_learner, tiny_model
 

@@ -11,8 +11,8 @@ import pytest
 from mai_thinking.config.distillation import DistillConfig, ReframeSection
 from mai_thinking.config.tasks import TemplateSection
 from mai_thinking.data.tokenizer import train_tokenizer
+from mai_thinking.rl.trace_selection import Selection, move, select
 from mai_thinking.rl.traces import Trace
-from mai_thinking.trace_selection import Selection, move, select
 
 
 def prompts_of(selection: Selection, tokenizer: Any, source: int = 0) -> list[str]:

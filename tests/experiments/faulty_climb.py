@@ -14,7 +14,7 @@ from typing import Any
 
 from mai_thinking.experiments.plan import ClimbPlan
 from mai_thinking.training.goodput import GoodputLedger
-from mai_thinking.training.session import Session
+from mai_thinking.training.trainer import Trainer
 
 FAULTS = [tuple(fault) for fault in json.loads(os.environ["FAULTS"])]
 MARKS = Path(os.environ["MARKS"])
@@ -39,13 +39,13 @@ def patch(owner: Any, name: str, after: Any) -> None:
     setattr(owner, name, patched)
 
 
-def at_save(session: Session, step: int, *_: Any) -> None:
-    if step == session.config.steps:
-        strike("end", session.config.name, step)
+def at_save(trainer: Trainer) -> None:
+    if trainer.step == trainer.config.steps:
+        strike("end", trainer.config.name, trainer.step)
 
 
 patch(GoodputLedger, "step", lambda ledger, step, *_: strike("step", ledger.path.parent.name, step))
 patch(ClimbPlan, "remember_inputs", lambda _, stage: strike("begin", stage.name, 0))
-patch(Session, "save", at_save)
+patch(Trainer, "save", at_save)
 
 runpy.run_path(str(Path(__file__).parents[2] / "scripts" / "climb.py"), run_name="__main__")

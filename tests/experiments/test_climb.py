@@ -23,9 +23,9 @@ from mai_thinking.config.pretraining import PretrainConfig
 from mai_thinking.errors import RunError, UsageError
 from mai_thinking.experiments.climb import run_climb
 from mai_thinking.experiments.plan import ClimbPlan
-from mai_thinking.pretraining import Pretraining
 from mai_thinking.provenance.lineage import require_own
 from mai_thinking.provenance.record import read_lineage
+from mai_thinking.recipes.pretrain import PretrainRecipe
 from mai_thinking.rl.collapse import CollapseDetector, Verdict
 from mai_thinking.training.goodput import account_of
 from mai_thinking.training.metrics import read_records
@@ -216,15 +216,15 @@ def test_a_signal_at_the_end_of_a_stage_stops_the_climb(
     make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """When the stage itself does not ask any more."""
-    samples = Pretraining._samples  # after the last evaluation
+    report = PretrainRecipe.report  # after the last evaluation
 
-    def with_signal(self: Pretraining, model: Any) -> Any:
+    def with_signal(self: PretrainRecipe, *arguments: Any) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
-        return samples(self, model)
+        report(self, *arguments)
 
     before = signal.getsignal(signal.SIGTERM)
     with monkeypatch.context() as patch:
-        patch.setattr(Pretraining, "_samples", with_signal)
+        patch.setattr(PretrainRecipe, "report", with_signal)
         assert run_climb(make(tmp_path / "x")) == 75
     assert signal.getsignal(signal.SIGTERM) == before
     assert states(ClimbPlan(make(tmp_path / "x"))) == {

@@ -14,10 +14,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from mai_thinking.pretraining import Pretraining
 from mai_thinking.training import learner
 from mai_thinking.training.checkpoint_storage import CheckpointWriter, step_folder, visible_steps
 from mai_thinking.training.text_loss import TextLoss
+from mai_thinking.training.trainer import Trainer
 
 FAULTS = json.loads(os.environ.get("FAULTS", "[]"))
 RANK = int(os.environ.get("RANK", "0"))
@@ -60,7 +60,7 @@ def patch(owner: Any, name: str, before: Any) -> None:
     setattr(owner, name, patched)
 
 
-def at_train(run: Pretraining, *_: Any) -> None:
+def at_step(run: Trainer) -> None:
     now.update(step=run.step + 1, forwards=0, folder=Path(run.folder.path))
 
 
@@ -75,12 +75,12 @@ def at_write(writer: CheckpointWriter, name: str, *_: Any) -> None:
         strike("save", writer.step)
 
 
-patch(Pretraining, "_train", at_train)
+patch(Trainer, "take_step", at_step)
 patch(TextLoss, "forward", at_forward)
 patch(learner, "clip_gradients", lambda *_: strike("update", now["step"]))
 patch(CheckpointWriter, "_write_file", at_write)
 if omitted := os.environ.get("OMIT"):
-    state = Pretraining._state
-    Pretraining._state = lambda run: {name: value for name, value in state(run).items() if name != omitted}  # type: ignore[method-assign]
+    state = Trainer.state
+    Trainer.state = lambda run: {name: value for name, value in state(run).items() if name != omitted}  # type: ignore[method-assign]
 
 runpy.run_path(str(Path(__file__).parents[2] / "scripts" / "pretrain.py"), run_name="__main__")

@@ -58,7 +58,7 @@ def test_whole_chunks_go_past_the_page_cache_and_the_rest_through_it(tmp_path, w
     assert written == [(chunk, direct), (sum(map(len, BLOCKS)) - chunk, False)]
 
 
-def test_a_rank_that_saves_alone_does_not_wait_for_the_disk(tmp_path, written, monkeypatch):
+def test_a_rank_that_can_save_jit_does_not_wait_for_the_disk(tmp_path, written, monkeypatch):
     synchronised = []
     monkeypatch.setattr(os, "fsync", synchronised.append)
     write_blocks(tmp_path, alone=True)

@@ -46,10 +46,10 @@ class Job:
         omit: str = "",
         hang_seconds: float = 60,
         nproc: int = 2,
-        survivor_seconds: float = 60,
+        jit_seconds: float = 60,
     ) -> "subprocess.Popen[str]":
         options = [f"--nproc={nproc}", "--restarts=100", f"--hang-seconds={hang_seconds}"]
-        options.append(f"--survivor-seconds={survivor_seconds}")
+        options.append(f"--jit-seconds={jit_seconds}")
         command = [sys.executable, str(ROOT / "scripts" / "launch.py"), *options]
         return subprocess.Popen(
             [*command, str(HERE / "faulty_pretrain.py"), str(self.config)],
@@ -118,7 +118,7 @@ def test_every_kind_of_fault(
         fault(14, "update", 0, "kill" if survivors_save else "tear"),
         fault(17, "between", 1, "hang"),
     ]
-    process = job.start(faults, hang_seconds=6, survivor_seconds=60 if survivors_save else 0)
+    process = job.start(faults, hang_seconds=6, jit_seconds=60 if survivors_save else 0)
     job.wait_for(18)
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=120)
@@ -165,16 +165,16 @@ def test_a_checkpoint_without_a_part_of_the_state_is_found_out(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("survivor_seconds", [60, 0])
+@pytest.mark.parametrize("jit_seconds", [60, 0])
 def test_25_random_kill_points(
-    undisturbed: dict[str, Any], tmp_path: Path, tiny_config: Callable[..., Any], survivor_seconds: float
+    undisturbed: dict[str, Any], tmp_path: Path, tiny_config: Callable[..., Any], jit_seconds: float
 ) -> None:
     draw = random.Random(2024)
     places = [("between", step) for step in range(1, STEPS + 1)] + [("update", step) for step in range(1, STEPS + 1)]
     places += [("save", step) for step in range(EVERY, STEPS + 1, EVERY)]
     job = Job(tmp_path / "job", tiny_config)
     faults = [fault(step, place, draw.randrange(2)) for place, step in draw.sample(places, 25)]
-    code, output = job.finish(faults, survivor_seconds=survivor_seconds)
+    code, output = job.finish(faults, jit_seconds=jit_seconds)
     assert code == 0, output
     assert len(list(tmp_path.glob("job/struck-*"))) == 25, output
     assert job.trace() == undisturbed

@@ -175,5 +175,5 @@ def test_table_and_timeline(tmp_path):
     report(tmp_path, console)
     text = console.export_text()
     assert "recomputation" in text
-    assert "1 restarts, 0 of them from a survivor's save, 7.00 s each" in text
+    assert "1 restarts, 0 of them from a just-in-time checkpoint, 7.00 s each" in text
     assert (tmp_path / "report" / "goodput.png").stat().st_size > 5000

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from test_faults import Job, fault
 
-from mai_thinking.pretraining import pretrain
+from mai_thinking.recipes.pretrain import pretrain
 from mai_thinking.training.metrics import read_records
 
 Make = Callable[..., Any]

@@ -18,7 +18,7 @@ from mai_thinking.config.distillation import DistillConfig
 from mai_thinking.data import Loader, PreparedData
 from mai_thinking.data.mixture import Mixture
 from mai_thinking.errors import UsageError
-from mai_thinking.trace_selection import ChosenTraces, Example, Selection
+from mai_thinking.rl.trace_selection import ChosenTraces, Example, Selection
 from mai_thinking.training.text_loss import MicroBatch
 
 IGNORED = -100
@@ -32,7 +32,6 @@ class Batch:
 
     micro_batches: list[MicroBatch]
     """Each with `input_ids`, `labels`, `position_ids` [rows, T] int64 and `token_mask` [rows, T] bool."""
-    traces: int
     response_tokens: int
     text_rows: int
 
@@ -83,10 +82,14 @@ class Batches:
         size = self.micro_batch
         return Batch(
             [_stack(made[begin : begin + size]) for begin in range(0, share, size)],
-            traces=sum(map(len, layout)),
             response_tokens=sum(len(example.response_ids) for row in layout for example in row),
             text_rows=kinds.count(TEXT),
         )
+
+    @property
+    def traces_dealt(self) -> int:
+        """Since the run began."""
+        return sum(self._dealt.rows.values())
 
     def state_dict(self) -> dict[str, Any]:
         """Plain JSON: the position behind the last batch, and what it is a position in."""

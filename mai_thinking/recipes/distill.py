@@ -6,32 +6,27 @@ hacks behind, and makes several specialists one model (§3.5). The traces are th
 
 import functools
 import time
-from contextlib import ExitStack
 from typing import Any
-
-from accelerate import Accelerator
-from accelerate.utils import set_seed
-from transformers import PreTrainedTokenizerFast
 
 from mai_thinking.config.data import TokenizerSection
 from mai_thinking.config.distillation import DistillConfig
 from mai_thinking.config.storage import atomic_file
 from mai_thinking.data import PreparedData, prepare
 from mai_thinking.data.tokenizer import load_tokenizer
-from mai_thinking.model import MaiThinkingConfig
+from mai_thinking.model import MaiThinkingConfig, MaiThinkingForCausalLM
 from mai_thinking.provenance.lineage import require_own
 from mai_thinking.rl.policy_model import policy_model
-from mai_thinking.trace_packing import Batch, Batches, epochs
-from mai_thinking.trace_selection import Selection, select, trace_folder
+from mai_thinking.rl.trace_packing import Batches, epochs
+from mai_thinking.rl.trace_selection import Selection, select, trace_folder
+from mai_thinking.training.context import RunContext
 from mai_thinking.training.learner import Learner
 from mai_thinking.training.metrics import read_records
 from mai_thinking.training.model_files import load_model_config
 from mai_thinking.training.plan import Plan, quantity
 from mai_thinking.training.report import draw_loss, pyplot
 from mai_thinking.training.run_folder import RunFolder
-from mai_thinking.training.session import Session, run_in_folder
-from mai_thinking.training.state import PerRank, RandomState
 from mai_thinking.training.text_loss import TextLoss
+from mai_thinking.training.trainer import Recipe, Step, run_recipe
 
 
 def self_distill(config: DistillConfig, *, dry_run: bool = False) -> int:
@@ -41,7 +36,7 @@ def self_distill(config: DistillConfig, *, dry_run: bool = False) -> int:
         architecture = student_config(config)
         print(describe(config, architecture, select(config, load_tokenizer(config.init_from))))
         return 0
-    return run_in_folder(config, functools.partial(SelfDistillation, config))
+    return run_recipe(config, functools.partial(DistillRecipe, config))
 
 
 def student_config(config: DistillConfig) -> MaiThinkingConfig:
@@ -55,89 +50,51 @@ def student_config(config: DistillConfig) -> MaiThinkingConfig:
     return architecture
 
 
-class SelfDistillation:
-    """One run in progress: its parts, built in the order in which they depend on each other."""
+class DistillRecipe(Recipe):
+    """Chosen traces, and text between them → packed rows → cross-entropy of the responses → update."""
 
-    def __init__(self, config: DistillConfig, folder: RunFolder, accelerator: Accelerator, stack: ExitStack) -> None:
-        self.config, self.folder, self.accelerator = config, folder, accelerator
-        rank, ranks = accelerator.process_index, accelerator.num_processes
+    exact = ("loss", "grad_norm", "traces")
+
+    def __init__(self, config: DistillConfig, context: RunContext) -> None:
+        self.config, self.context = config, context
         self.architecture = student_config(config)
-        self.tokenizer: PreTrainedTokenizerFast = load_tokenizer(config.init_from)
+        self.tokenizer = load_tokenizer(config.init_from)
         traces = [
             require_own(trace_folder(source, f"traces.{number}"), allow_third_party=config.allow_third_party)
             for number, source in enumerate(config.traces)
         ]
         self.selection = select(config, self.tokenizer)
         text = self._prepare_text()
-        self.batches = Batches(self.selection, text, config, rank=rank, ranks=ranks)
+        self.data = text or ()
+        self.batches = Batches(self.selection, text, config, rank=context.rank, ranks=context.ranks)
         model, parent = policy_model(config, self.architecture)
-        self.session = Session(config, folder, accelerator, stack, parent=parent, data=text or (), traces=traces)
+        self.parents = [parent, *traces]
+        self.loss = TextLoss()
         self.learner = Learner(
-            model, config, accelerator, balance=config.balance, z=self.architecture.router_z_loss_coef
+            model, config, context.accelerator, balance=config.balance, z=self.architecture.router_z_loss_coef
         )
-        # From here on random numbers are drawn by dropout alone; every rank has its own.
-        set_seed(config.seed + 1_000_003 * (1 + rank))
-        self.progress = {"step": 0, "tokens": 0, "traces": 0}
-        state = self._state()
-        self.step = self.session.resume(state)
-        self.progress = state["progress"]
 
-    def run(self) -> int:
-        """Train to the last step, write the report, save `final/`. Or, when asked to stop, save and stop."""
-        session = self.session
-        session.save_architecture(self.architecture, self.tokenizer)
-        session.say(f"{self.config.name} in {self.folder.path}\n")
-        session.say(describe(self.config, self.architecture, self.selection) + "\n")
-        self.learner.model.train()
-        with session.line:
-            while self.step < self.config.steps:
-                self._one_step()
-                if session.stop_after(self.step, self._state):
-                    return session.end_interrupted(self.step)
-        session.save(self.step, self._state(), synchronous=True)
-        self._finish()
-        session.ledger.end("done")
-        return 0
+    def describe(self) -> str:
+        """What it costs, and what the rules leave."""
+        return describe(self.config, self.architecture, self.selection)
 
-    def _one_step(self) -> None:
+    def state(self) -> dict[str, Any]:
+        """The place in the traces and the text."""
+        return {"batches": self.batches}
+
+    def step(self, step: int) -> Step:
+        """Make a global batch, learn from it."""
         begin = time.perf_counter()
         batch = next(self.batches)
         made = time.perf_counter()
-        step = self.step + 1
-        metrics = self.learner.update(batch.micro_batches, TextLoss(), step)
-        seconds = time.perf_counter() - begin
-        self.step = step
-        self.progress = {
-            "step": step,
-            "tokens": self.progress["tokens"] + self.config.batch.tokens_per_step,
-            "traces": self.progress["traces"] + batch.traces,
-        }
-        self.session.ledger.step(step, seconds, data_wait=made - begin)
-        self._record(batch, metrics, seconds)
+        seen = self.batches.traces_dealt
+        metrics = self.learner.update(batch.micro_batches, self.loss, step)
+        counts = {"traces": seen, "response_tokens": batch.response_tokens, "text_rows": batch.text_rows}
+        return Step(metrics | counts, self.config.batch.tokens_per_step, f"{seen:,} traces", made - begin)
 
-    def _record(self, batch: Batch, metrics: dict[str, Any], seconds: float) -> None:
-        tokens = self.progress["tokens"]
-        record = {
-            "step": self.step,
-            "tokens": tokens,
-            **metrics,
-            "traces": self.progress["traces"],
-            "response_tokens": batch.response_tokens,
-            "text_rows": batch.text_rows,
-            "tokens_per_second": self.config.batch.tokens_per_step / seconds,
-            "seconds": seconds,
-        }
-        self.session.record(record, exact=("loss", "grad_norm", "traces"))
-        self.session.line.update(self.step, tokens, metrics["loss"], f"{self.progress['traces']:,} traces")
-
-    def _state(self) -> dict[str, Any]:
-        return {
-            **self.learner.state(),
-            "batches": self.batches,
-            "random": PerRank(RandomState()),
-            "progress": self.progress,
-            "ledger": self.session.ledger,
-        }
+    def report(self, model: MaiThinkingForCausalLM, evaluation: dict[str, Any]) -> None:
+        """The page."""
+        write_report(self.context.folder, self.config, self.architecture, self.selection)
 
     def _prepare_text(self) -> PreparedData | None:
         """What is mixed in, in the tokens of `init_from`."""
@@ -145,18 +102,7 @@ class SelfDistillation:
         if section is None:
             return None
         tokenizer = TokenizerSection(path=self.config.init_from)
-        return prepare(section.data.model_copy(update={"tokenizer": tokenizer}), log=self._say)
-
-    def _say(self, text: str) -> None:
-        if self.accelerator.process_index == 0:
-            print(text, flush=True)
-
-    def _finish(self) -> None:
-        model = self.learner.unwrap()
-        if self.session.rank == 0:
-            write_report(self.folder, self.config, self.architecture, self.selection)
-            self.session.save_final(model, self.tokenizer, self.step)
-        self.accelerator.wait_for_everyone()
+        return prepare(section.data.model_copy(update={"tokenizer": tokenizer}), log=self.context.log)
 
 
 def describe(config: DistillConfig, architecture: MaiThinkingConfig, selection: Selection) -> str:

@@ -1,0 +1,171 @@
+"""Pre-training and mid-training (MAI-Thinking-1 report §2): text in, a Hugging Face folder out.
+
+Mid-training is the same with `init_from`, another context and another mixture.
+"""
+
+import functools
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import asdict
+from typing import Any
+
+from mai_thinking.config.pretraining import PretrainConfig
+from mai_thinking.data import Batch, Loader, PreparedData, prepare
+from mai_thinking.model import MaiThinkingForCausalLM
+from mai_thinking.training.context import RunContext
+from mai_thinking.training.evaluation import Likelihood, evaluate_texts, summarize
+from mai_thinking.training.goodput import EVALUATION
+from mai_thinking.training.learner import Learner
+from mai_thinking.training.metrics import MetricsLog, read_records
+from mai_thinking.training.model_files import build_model, model_config, starting_point
+from mai_thinking.training.plan import Plan
+from mai_thinking.training.report import write_report
+from mai_thinking.training.sampling import sample_text
+from mai_thinking.training.text_loss import TextLoss
+from mai_thinking.training.trainer import Recipe, Step, run_recipe
+
+
+def pretrain(config: PretrainConfig, *, dry_run: bool = False) -> int:
+    """Run `config`, or go on with it where it was; returns the exit code. `dry_run` prints what it costs and stops."""
+    architecture = model_config(config)
+    if dry_run:
+        print(Plan.of(config, architecture).text())
+        return 0
+    return run_recipe(config, functools.partial(PretrainRecipe, config))
+
+
+class PretrainRecipe(Recipe):
+    """Documents → packed rows → cross-entropy and router losses → update; likelihood of held-out text."""
+
+    data: PreparedData
+    exact_evaluation = ("bits_per_byte",)
+
+    def __init__(self, config: PretrainConfig, context: RunContext) -> None:
+        self.config, self.context = config, context
+        self.data = prepare(config.data, log=context.log)
+        self.tokenizer = self.data.tokenizer
+        self.architecture = model_config(config, self.tokenizer)
+        self.parents = [starting_point(config, self.architecture)]
+        model = build_model(config, self.architecture, skip_init=context.resuming)
+        batch = config.batch
+        self.loader = context.stack.enter_context(
+            Loader(
+                self.data,
+                context_length=batch.context_length,
+                micro_batch_size=min(batch.micro_batch_size, max(1, batch.global_batch_size // context.ranks)),
+                rows_per_step=batch.global_batch_size,
+                rank=context.rank,
+                world_size=context.ranks,
+                seed=config.seed,
+            )
+        )
+        self.loss = TextLoss()
+        self.learner = Learner(
+            model,
+            config,
+            context.accelerator,
+            balance=self.architecture.router_aux_loss_coef,
+            z=self.architecture.router_z_loss_coef,
+        )
+        self.evaluate_every = config.evaluation.every
+        self._documents: MetricsLog | None = None
+
+    def describe(self) -> str:
+        """What it costs, and what it reads how often."""
+        table = self.data.mixture_table(self.config.steps * self.config.batch.tokens_per_step)
+        return f"{Plan.of(self.config, self.architecture).text()}\n\n{table.markdown()}"
+
+    def state(self) -> dict[str, Any]:
+        """The place in the data."""
+        return {"loader": self.loader}
+
+    def step(self, step: int) -> Step:
+        """Read a global batch, learn from it."""
+        batch = next(self.loader)
+        self._note_documents(step, batch)
+        metrics = self.learner.update(batch.micro_batches, self.loss, step)
+        wait = self.loader.wait_seconds
+        note = f"violation {metrics['violation_max']:.2f}"
+        return Step({**metrics, "data_wait": wait}, self.config.batch.tokens_per_step, note, wait)
+
+    def evaluate(self, step: int, *, last: bool) -> dict[str, Any] | None:
+        """Held-out likelihood by category, each rank its share of the documents: of the first `max_bytes`, at the end
+        of all. That takes long enough to be struck by a fault or asked to stop, and goes on with the category where it
+        was."""
+        limit = None if last else self.config.evaluation.max_bytes
+        known = self._evaluated(step) if last else {}
+        model = self.learner.unwrap()
+        results: dict[str, Likelihood] = {}
+        for category, documents in self.data.held_out.items():
+            if not documents:
+                continue
+            if last and self.context.stop_requested():
+                return None
+            results[category] = known.get(category) or self._likelihood(
+                model, _first_bytes([document.text for document in documents], limit)
+            )
+            if last and category not in known and self.context.rank == 0:
+                with closing(MetricsLog(self.context.folder.evaluations)) as log:
+                    log.append({"step": step, "kind": category, **asdict(results[category])})
+        metrics = summarize(results)
+        self.context.log(f"step {step}: held-out bits per byte {_spell_bits(metrics)}")
+        return metrics
+
+    def report(self, model: MaiThinkingForCausalLM, evaluation: dict[str, Any]) -> None:
+        """The page, and what the model says."""
+        section = self.config.evaluation
+        samples = {
+            prompt: sample_text(model, self.tokenizer, prompt, tokens=section.sample_tokens, seed=self.config.seed)
+            for prompt in section.sample_prompts
+        }
+        write_report(self.context.folder, self.config, self.architecture, self.data, evaluation, samples)
+        for prompt, text in samples.items():
+            self.context.log(f"\n── {prompt!r}\n{prompt}{text}")
+
+    def _likelihood(self, model: MaiThinkingForCausalLM, texts: Sequence[str]) -> Likelihood:
+        context = self.context
+        assert context.ledger is not None
+        with context.ledger.span(EVALUATION), context.accelerator.autocast():
+            mine = evaluate_texts(
+                model,
+                self.tokenizer,
+                texts[context.rank :: context.ranks],
+                context_length=self.config.batch.context_length,
+                batch_size=self.config.evaluation.batch_size,
+                heartbeat=context.heartbeat,
+            )
+            sums = context.sum(asdict(mine))
+        return Likelihood(sums["nats"], round(sums["tokens"]), round(sums["bytes"]))
+
+    def _evaluated(self, step: int) -> dict[str, Likelihood]:
+        """What an earlier attempt at the last evaluation has done of it. All ranks read before one writes."""
+        records = [part for part in read_records(self.context.folder.evaluations) if part["step"] == step]
+        self.context.accelerator.wait_for_everyone()
+        return {part["kind"]: Likelihood(part["nats"], part["tokens"], part["bytes"]) for part in records}
+
+    def _note_documents(self, step: int, batch: Batch) -> None:
+        """For tracing a spike to its text."""
+        if not self.config.tracking.documents:
+            return
+        if self._documents is None:
+            self._documents = MetricsLog(self.context.folder.documents(self.context.rank, self.context.ranks))
+            self.context.stack.callback(self._documents.close)
+        self._documents.append({"step": step, "documents": batch.document_ids}, exact=("documents",))
+
+
+def _first_bytes(texts: Sequence[str], limit: int | None) -> list[str]:
+    """Whole texts from the front until `limit` bytes are reached; at least one."""
+    taken: list[str] = []
+    size = 0
+    for text in texts:
+        size += len(text.encode())
+        if limit is not None and size > limit and taken:
+            break
+        taken.append(text)
+    return taken
+
+
+def _spell_bits(metrics: dict[str, Any]) -> str:
+    prefix = "bits_per_byte/"
+    parts = [f"{name.removeprefix(prefix)} {value:.3f}" for name, value in metrics.items() if name.startswith(prefix)]
+    return f"{', '.join(parts)}; weighted {metrics['bits_per_byte']:.3f}"

@@ -1,0 +1,153 @@
+"""Just-in-time checkpoints: when a rank has died, a replica that is left saves the run (Gupta et al., EuroSys 2024).
+
+Nothing is computed twice then, and checkpoints on a schedule, which are there for the death of all ranks at once, can
+be far apart. Between two updates every replica has the weights and the optimiser's state after the first of them, and
+remembers what else all ranks have alike. What a rank has of its own, such as its generators, it writes to a file before
+each update's last reduction: whoever gets through that knows that every rank has written. A dead rank's file stays.
+"""
+
+import contextlib
+import copy
+import json
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from mai_thinking.errors import RunError
+from mai_thinking.training.checkpoint import Checkpointer, State
+from mai_thinking.training.state import ModelState, OptimizerState, PerRank, join_tree, split_tree
+
+
+@runtime_checkable
+class Queue(Protocol):
+    """A rank's own state that is too large to write at each update: it grows now and then, and is taken from."""
+
+    grown: int
+    """How often."""
+    taken: int
+    """How much in all."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that is in it."""
+
+    @staticmethod
+    def after_taking(state: dict[str, Any], count: int) -> dict[str, Any]:
+        """`state` when so much more has been taken."""
+
+
+class JitCheckpoint:
+    """Keeps ready, from update to update, what it takes to save the state of all ranks from this one.
+
+    For replicated models on several ranks. `announce(True)` is called when this rank could save, `announce(False)` at
+    the end of the steps, however they ended: in between the launcher waits for it.
+    """
+
+    def __init__(
+        self,
+        checkpointer: Checkpointer,
+        optimizer: torch.optim.Optimizer,
+        state: Callable[[], State],
+        folder: Path,
+        announce: Callable[[bool], None],
+    ) -> None:
+        """`state` as for `Checkpointer.save`; `folder` is for the ranks' files."""
+        self._checkpointer, self._state, self._folder, self._announce = checkpointer, state, folder, announce
+        self._shared: tuple[int, dict[str, Any]] | None = None  # the last complete step, and what all ranks have alike
+        self._updating = False
+        self._grown: dict[str, tuple[int, int]] = {}  # of each queue, as it was last written
+        optimizer.register_step_pre_hook(lambda *_: setattr(self, "_updating", True))
+
+    def before_reduction(self, step: int) -> None:
+        """Write what this rank has of its own after `step`. Its weights are not yet updated; all the rest is."""
+        own = {name: value.state for name, value in self._state().items() if isinstance(value, PerRank)}
+        trees = {name: self._queue(name, s) if isinstance(s, Queue) else s.state_dict() for name, s in own.items()}
+        self._folder.mkdir(exist_ok=True)
+        _write(self._file(self._checkpointer.rank, step), {"step": step, "own": trees})
+
+    def completed(self, step: int) -> None:
+        """The update of `step` is done, and all that goes with it."""
+        state = self._state().items()
+        shared = {name: _copy(value) for name, value in state if not isinstance(value, PerRank) and not _is_live(value)}
+        if self._shared is None:
+            self._announce(True)
+        self._shared, self._updating = (step, shared), False
+
+    @contextlib.contextmanager
+    def watching(self, saved: Callable[[int], None]) -> Iterator[None]:
+        """Around the steps. An error inside, such as a peer's end in mid-reduction, goes on its way when the state is
+        saved and `saved(step)` was called."""
+        try:
+            yield
+        except RunError:  # the run itself is at fault, not a rank
+            raise
+        except RuntimeError:
+            if self._shared is not None and not self._updating:
+                self._save(*self._shared, saved)
+            raise
+        finally:
+            if self._shared is not None:
+                self._announce(False)
+
+    def remove_files(self) -> None:
+        """Of all ranks, when the run is over."""
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _save(self, step: int, shared: dict[str, Any], saved: Callable[[int], None]) -> None:
+        live = {name: value for name, value in self._state().items() if _is_live(value)}
+        try:
+            own = [self._read(rank, step) for rank in range(self._checkpointer.world)]
+            if self._checkpointer.save_jit(step, live | shared, own):
+                saved(step)
+        except Exception as problem:  # there is an older checkpoint, and the first error is the one to tell
+            print(f"this rank could not save just in time: {problem}", file=sys.stderr, flush=True)
+
+    def _queue(self, name: str, queue: Queue) -> dict[str, int]:
+        """Write what is in it if that has grown since; → which file that is, and how much was taken since."""
+        if self._grown.get(name, (-1, 0))[0] != queue.grown:
+            self._grown[name] = queue.grown, queue.taken
+            _write(self._file(self._checkpointer.rank, queue.grown, name), queue.state_dict())
+        return {"grown": queue.grown, "taken": queue.taken - self._grown[name][1]}
+
+    def _read(self, rank: int, step: int) -> dict[str, Any]:
+        """What `rank` had of its own after `step`."""
+        written = _read(self._file(rank, step))
+        if written["step"] != step:
+            raise RuntimeError(f"rank {rank} left its state of step {written['step']}, not of {step}")
+        own: dict[str, Any] = written["own"]
+        for name, value in self._state().items():
+            if isinstance(value, PerRank) and isinstance(value.state, Queue):
+                content = _read(self._file(rank, own[name]["grown"], name))
+                own[name] = value.state.after_taking(content, own[name]["taken"])
+        return own
+
+    def _file(self, rank: int, number: int, name: str = "own") -> Path:
+        """Two of each take turns: while one is written, the one before may be needed."""
+        return self._folder / f"rank-{rank:05d}-{name}-{number % 2}.safetensors"
+
+
+def _write(path: Path, tree: dict[str, Any]) -> None:
+    """A process died, which the page cache outlives: no waiting for the disk."""
+    tensors: dict[str, torch.Tensor] = {}
+    skeleton = split_tree(tree, "", tensors)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, {"tree": json.dumps(skeleton)})
+
+
+def _read(path: Path) -> dict[str, Any]:
+    with safe_open(path, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+        tree: dict[str, Any] = join_tree(json.loads(file.metadata()["tree"]), tensors)
+    return tree
+
+
+def _is_live(value: Any) -> bool:
+    return isinstance(value, ModelState | OptimizerState)
+
+
+def _copy(value: Any) -> Any:
+    return copy.deepcopy(value.state_dict() if hasattr(value, "state_dict") else value)

@@ -1,0 +1,360 @@
+"""One run of any recipe: its folder, resume, the loop, evaluation, checkpoints, requests to stop, and the end.
+
+Everything that decides what comes next is in a checkpoint, so that a run that was killed anywhere ends as the
+undisturbed one does, bit for bit (MAI-Thinking-1 report §2.8).
+"""
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, closing, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils import set_seed
+from transformers import PreTrainedTokenizerBase
+
+from mai_thinking.config.command import EXIT_INTERRUPTED
+from mai_thinking.config.run import TrainingConfig
+from mai_thinking.config.storage import atomic_folder
+from mai_thinking.data import PreparedData
+from mai_thinking.errors import RunError
+from mai_thinking.model import MaiThinkingConfig, MaiThinkingForCausalLM
+from mai_thinking.provenance.lineage import (
+    CodeVersion,
+    Lineage,
+    Source,
+    record_checkpoint,
+    record_model,
+    record_traces,
+    resuming_from,
+)
+from mai_thinking.training.allocator import keep_freed_memory
+from mai_thinking.training.checkpoint import Checkpointer
+from mai_thinking.training.checkpoint_storage import step_folder
+from mai_thinking.training.context import RunContext
+from mai_thinking.training.goodput import CHECKPOINT, GoodputLedger
+from mai_thinking.training.jit_checkpoint import JitCheckpoint
+from mai_thinking.training.learner import Learner
+from mai_thinking.training.metrics import MetricsLog, Record, read_records
+from mai_thinking.training.model_files import save_model
+from mai_thinking.training.progress import ProgressLine
+from mai_thinking.training.run_folder import RunFolder
+from mai_thinking.training.state import PerRank, RandomState
+from mai_thinking.training.worker import StopRequest
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a recipe reports of an update."""
+
+    metrics: dict[str, Any]
+    """For metrics.jsonl."""
+    tokens: int
+    """That it learned from, over all ranks."""
+    note: str = ""
+    """For the progress line."""
+    data_wait: float = 0.0
+    """Seconds."""
+
+
+@dataclass(frozen=True)
+class Ending:
+    """Why a run ends before its last step."""
+
+    reason: str
+    how: str = "done"
+    """As the goodput ledger has it."""
+    exit_code: int = 0
+    """Other than 0: the run leaves no model."""
+
+
+class Recipe(ABC):
+    """What is special about a kind of run. Its parts are built when it is made, in the order in which they depend on
+    each other, and everything that can be wrong with the config shows then: no folder is claimed before."""
+
+    context: RunContext
+    learner: Learner
+    architecture: MaiThinkingConfig
+    tokenizer: PreTrainedTokenizerBase
+    parents: Sequence[Lineage]
+    """Where the first weights come from, then what else is learned from, if it has a record."""
+    data: PreparedData | Sequence[Source]
+    exact: tuple[str, ...] = ("loss", "grad_norm")
+    """Metrics of a step that must come out alike when it is computed again."""
+    exact_evaluation: tuple[str, ...] = ()
+    """The same of an evaluation."""
+    evaluate_every: int | None = None
+    """Steps from one evaluation to the next."""
+    evaluate_first: bool = False
+    """Whether there is one before the first step."""
+    traces: Path | None = None
+    """A folder of traces that the run adds to."""
+    ending: Ending | None = None
+    """Set by the recipe when the run is to end."""
+
+    @abstractmethod
+    def describe(self) -> str:
+        """What the run is and costs, for its beginning."""
+
+    @abstractmethod
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds besides the learner and the generators; see `training.checkpoint.State`."""
+
+    @abstractmethod
+    def step(self, step: int) -> Step | None:
+        """Make update `step`; None if there is nothing to learn from and `ending` says why. No rank talks to another
+        after the weights have changed. Collective."""
+
+    def progress(self) -> dict[str, Any]:
+        """JSON values that a checkpoint holds beside the number of steps and tokens."""
+        return {}
+
+    def load_progress(self, progress: dict[str, Any]) -> None:  # noqa: B027 - most have none
+        """Go on from `progress()`; what is missing is from before it was kept."""
+
+    def evaluate(self, step: int, *, last: bool) -> dict[str, Any] | None:
+        """Metrics on what was held out; `last` at the end of the run. None if it was asked to stop. Collective."""
+        return {}
+
+    @abstractmethod
+    def report(self, model: MaiThinkingForCausalLM, evaluation: dict[str, Any]) -> None:
+        """Write what the run has to show. On rank 0, when all traces are written."""
+
+
+def run_recipe(config: TrainingConfig, make: Callable[[RunContext], Recipe]) -> int:
+    """Run in the config's folder, or go on where it was; the exit code. A finished run is left alone."""
+    keep_freed_memory()
+    folder = RunFolder(config.folder)
+    folder.check(config)
+    if folder.finished:
+        print(f"{folder.path} is finished: see {folder.report}/summary.md. Another name or seed makes another run.")
+        return 0
+    with ExitStack() as stack:
+        return Trainer(config, make(RunContext(config, stack))).run()
+
+
+class Trainer:
+    """One process of a run, from the claim on its folder to its end. Constructing one is collective, and resumes."""
+
+    def __init__(self, config: TrainingConfig, recipe: Recipe) -> None:
+        self.config, self.recipe, self.context, self.learner = config, recipe, recipe.context, recipe.learner
+        context = self.context
+        self.folder = context.folder
+        self.is_main = context.rank == 0
+        if self.is_main:
+            context.stack.enter_context(self.folder.claim(config))
+        self.ledger = context.ledger = GoodputLedger(self.folder.events, enabled=self.is_main)
+        self.stop = context.stop = StopRequest()
+        self.checkpointer = Checkpointer(
+            self.folder.checkpoints, config.checkpoint, lambda path: record_checkpoint(path, **self._origin())
+        )
+        self._parents: list[Lineage] = list(recipe.parents)
+        self._earlier_code: tuple[CodeVersion, ...] = ()
+        self._metrics: MetricsLog | None = None
+        self._last_record: Record | None = None
+        context.stack.callback(self._close)
+        # Dropout alone draws from the global generators; every rank has its own. Python's and NumPy's too, for whoever
+        # adds something that draws from them.
+        set_seed(config.seed + 1_000_003 * (1 + context.rank))
+        self.step = self.tokens = 0
+        self._resume()
+        # Read before anybody writes to them, so that all ranks know the same.
+        self._evaluated = {r["step"] for r in read_records(self.folder.metrics) if r.get("kind") == "evaluation"}
+        self._jit: JitCheckpoint | None = None
+        if context.ranks > 1 and config.execution.parallel == "ddp":
+            self._jit = JitCheckpoint(
+                self.checkpointer, self.learner.optimizer, self.state, self.folder.ranks, self.ledger.announce
+            )
+            jit = self._jit
+            self.learner.before_reduction = lambda: jit.before_reduction(self.step + 1)
+
+    def run(self) -> int:
+        """Train to the last step, or until the recipe ends the run; evaluate, report, save `final/`. Or, when asked to
+        stop, save and stop. The exit code."""
+        self._save_architecture()
+        self.context.log(f"{self.config.name} in {self.folder.path}\n\n{self.recipe.describe()}\n")
+        self.learner.model.train()
+        with self.line, self._jit.watching(self._record_for_the_dead) if self._jit else nullcontext():
+            self._evaluate_if_due()  # a rank that died took it along
+            while self.step < self.config.steps and self.recipe.ending is None:
+                self.take_step()
+                if self.recipe.ending is None:
+                    self._evaluate_if_due()
+                    if self._stop_after_step():
+                        return self._end_interrupted()
+        self.save(synchronous=True)
+        return self._finish()
+
+    def take_step(self) -> None:
+        """One update, its records and what is remembered of it."""
+        begin = time.perf_counter()
+        done = self.recipe.step(self.step + 1)
+        if done is None:
+            return
+        seconds = time.perf_counter() - begin
+        self.step, self.tokens = self.step + 1, self.tokens + done.tokens
+        self.ledger.step(self.step, seconds, data_wait=done.data_wait)
+        speed = {"tokens_per_second": done.tokens / seconds, "seconds": seconds}
+        self._record({"step": self.step, "tokens": self.tokens, **done.metrics, **speed}, self.recipe.exact)
+        if self._jit is not None:
+            self._jit.completed(self.step)
+        self.line.update(self.step, self.tokens, done.metrics["loss"], done.note)
+
+    def save(self, *, synchronous: bool = False) -> float:
+        """Save a checkpoint; the seconds for which that held up the run. Collective."""
+        if self._metrics is not None:
+            self._metrics.synchronise()
+        with self.ledger.span(CHECKPOINT):
+            return self.checkpointer.save(self.step, self.state(), synchronous=synchronous)
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds."""
+        return {
+            **self.learner.state(),
+            **self.recipe.state(),
+            "random": PerRank(RandomState()),
+            "progress": {"step": self.step, "tokens": self.tokens, **self.recipe.progress()},
+            "ledger": self.ledger,
+        }
+
+    @property
+    def line(self) -> ProgressLine:
+        """The progress line."""
+        assert self.context.line is not None
+        return self.context.line
+
+    # ------------------------------------------------------------------------------------------- begin and resume
+
+    def _resume(self) -> None:
+        """Load the newest good checkpoint, if there is one, and open the logs."""
+        state = self.state()
+        step = self.checkpointer.load_latest(state) or 0
+        if self.context.resuming and not step:
+            raise RunError(f"{self.folder.checkpoints}: the checkpoints have gone while the run was starting; rerun")
+        self.step, self.tokens = step, state["progress"]["tokens"]
+        self.recipe.load_progress(state["progress"])
+        if self.is_main:
+            # Another number of ranks adds in another order.
+            same_ranks = self.checkpointer.loaded_world in (None, self.context.ranks)
+            self._metrics = MetricsLog(self.folder.metrics, tolerance=0.0 if same_ranks else 1e-3)
+        tracking = self.config.tracking
+        self.context.line = ProgressLine(self.config.steps, done=step, every=tracking.print_every, show=self.is_main)
+        if tracking.trackers:
+            about = {"name": self.config.name, "seed": self.config.seed}
+            self.context.accelerator.init_trackers(self.config.name, config=about)
+        if step:
+            checkpoint = step_folder(self.folder.checkpoints, step)
+            self._parents, self._earlier_code = resuming_from(checkpoint, self._parents)
+            self.context.log(f"going on after step {step}")
+
+    def _save_architecture(self) -> None:
+        """What the run's checkpoints need to be read as models."""
+        if self.is_main and not self.folder.architecture.exists():
+            with atomic_folder(self.folder.architecture) as path:
+                self.recipe.architecture.save_pretrained(path)
+                self.recipe.tokenizer.save_pretrained(path)
+
+    # ------------------------------------------------------------------------------------------------ in the loop
+
+    def _evaluate_if_due(self) -> None:
+        every = self.recipe.evaluate_every
+        first = self.step == 0 and self.recipe.evaluate_first
+        due = every is not None and self.step % every == 0 and (first or 0 < self.step < self.config.steps)
+        if due and self.step not in self._evaluated:
+            self._evaluate(last=False)
+            self._evaluated.add(self.step)
+
+    def _evaluate(self, *, last: bool) -> dict[str, Any] | None:
+        metrics = self.recipe.evaluate(self.step, last=last)
+        if not metrics:
+            return metrics
+        record = {"kind": "evaluation", "step": self.step, "tokens": self.tokens, **metrics}
+        self._record(record, self.recipe.exact_evaluation)
+        return record
+
+    def _stop_after_step(self) -> bool:
+        """Save if a checkpoint is due or the run was asked to stop; whether it is to stop now, saved."""
+        stopping = self.stop.agreed()
+        if self.checkpointer.due(self.step) or stopping:
+            self.save(synchronous=stopping)
+        return stopping
+
+    def _record(self, record: Record, exact: tuple[str, ...]) -> None:
+        """To metrics.jsonl and the trackers; `exact` fields must come out alike when a step is computed again."""
+        self._last_record = record
+        if self._metrics is not None:
+            self._metrics.append(record, exact=exact)
+        if self.config.tracking.trackers:
+            numbers: dict[str, Any] = {k: v for k, v in record.items() if isinstance(v, int | float)}
+            self.context.accelerator.log(numbers, step=record["step"])
+
+    def _record_for_the_dead(self, step: int) -> None:
+        """Rank 0 may have died between an update and its record: write what it would have written of `step`."""
+        record = self._last_record
+        if record is not None and record["step"] == step:
+            exact = self.recipe.exact_evaluation if "kind" in record else self.recipe.exact
+            with closing(MetricsLog(self.folder.metrics)) as log:
+                log.append(record, exact=exact)
+
+    # -------------------------------------------------------------------------------------------------------- end
+
+    def _finish(self) -> int:
+        """Evaluate, report, and save the model folder last of all: a run with this folder is finished."""
+        evaluation = self._evaluate(last=True)
+        if evaluation is None:
+            return self._end_interrupted()
+        ending = self.recipe.ending or Ending("")
+        model = self.learner.unwrap()
+        self._record_traces()
+        if self.is_main:
+            self.recipe.report(model, evaluation)
+            if self._jit is not None:
+                self._jit.remove_files()
+            if ending.exit_code == 0:
+                origin = self._origin()
+                tokenizer = self.recipe.tokenizer
+                save_model(model, tokenizer, self.folder.final, lambda f: record_model(f, **origin, steps=self.step))
+                self.context.log(f"\nmodel in {self.folder.final}, report in {self.folder.report}/summary.md")
+        self.context.accelerator.wait_for_everyone()
+        if ending.reason:
+            self.context.log(ending.reason)
+        self.ledger.end(ending.how)
+        return ending.exit_code
+
+    def _end_interrupted(self) -> int:
+        """Stopped on request; all is saved."""
+        self._record_traces()  # whoever gives the run up here can still learn from them
+        self.context.log(f"stopped after step {self.step}, which is saved; the same command goes on with it")
+        self.ledger.end("interrupted")
+        return EXIT_INTERRUPTED
+
+    def _record_traces(self) -> None:
+        """Say where the run's traces come from, when all ranks have written theirs."""
+        if self.recipe.traces is not None:
+            self.context.accelerator.wait_for_everyone()
+            if self.is_main:
+                origin = self._origin()
+                (parent,) = origin.pop("parents")
+                record_traces(self.recipe.traces, parent=parent, **origin, steps=self.step)
+
+    def _origin(self) -> dict[str, Any]:
+        """What the records of this run's checkpoints, traces and model have in common."""
+        return {
+            "parents": self._parents,
+            "config": self.folder.config,
+            "data": self.recipe.data,
+            "seed": self.config.seed,
+            "code": self._earlier_code,
+        }
+
+    def _close(self) -> None:
+        """Leave no thread and no half-written file behind."""
+        self.stop.close()
+        self.checkpointer.close()
+        if self._metrics is not None:
+            self._metrics.close()
+        # Accelerate's `end_training` would also take the ranks' connection from the next run of this process.
+        for tracker in self.context.accelerator.trackers:
+            tracker.finish()
