@@ -5,7 +5,7 @@ size."""
 
 from pathlib import Path
 
-from mai_thinking.config.base import Count
+from mai_thinking.config.base import Count, Share
 from mai_thinking.config.command import Parser, exit_with, option
 
 
@@ -14,12 +14,13 @@ def main() -> None:
     parser = Parser(__doc__)
     parser.add_argument("runs", nargs="+", type=Path, help="folders of RL runs that differ in their seed alone")
     parser.add_argument("--out", type=Path, required=True, help="the folder to write to")
+    parser.add_argument("--p-cot", type=option(Share), nargs="+", help="the runs are of these p_cot, one each")
     parser.add_argument("--beyond", type=option(Count), default=12, help="least size beyond the base's worked text")
     options = parser.parse_args()
 
     from mai_thinking.report.thinking import write
 
-    write(options.runs, options.out, options.beyond)
+    write(options.runs, options.out, options.beyond, options.p_cot)
     print(f"{options.out}/summary.md")
 
 

@@ -44,8 +44,8 @@ def atomic_file(path: Path, *, durable: bool = False) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """A new folder to fill; it takes `path`'s place when the block ends, or nothing changes. Its files' modes follow the
-    umask, as the folder's does, also where a library wrote them through private temporary ones."""
+    """A new folder to fill; it takes `path`'s place when the block ends, or nothing changes. Its files' modes follow
+    the umask, as the folder's does, also where a library wrote them through private temporary ones."""
     temporary = _beside(path, secrets.token_hex(4))
     temporary.mkdir(parents=True)
     try:

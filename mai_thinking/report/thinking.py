@@ -106,14 +106,20 @@ class ThinkingRun:
         return sxy * sxy / (sxx * syy)
 
 
-def write(folders: Sequence[Path], out: Path, beyond: int) -> None:
-    """`summary.md`, `summary.json`, with the `plots` extra `thinking.png`, and each run's config and metrics."""
+def write(folders: Sequence[Path], out: Path, beyond: int, sweep: Sequence[float] | None = None) -> None:
+    """`summary.md`, `summary.json`, with the `plots` extra `thinking.png`, and each run's config and metrics. The
+    runs are seeds, or with `sweep` the runs of these values of p_cot, which get a figure of their own, `sweep.png`."""
     runs = [ThinkingRun(folder, beyond) for folder in folders]
     out.mkdir(parents=True, exist_ok=True)
     seeds = [run.summary() for run in runs]
+    if sweep is not None:
+        seeds = [{"p_cot": value, **seed} for value, seed in zip(sweep, seeds, strict=True)]
     with atomic_file(out / "summary.json") as path:
-        path.write_text(json.dumps({"beyond": beyond, "seeds": seeds}, indent=1) + "\n")
+        key = "seeds" if sweep is None else "sweep"
+        path.write_text(json.dumps({"beyond": beyond, key: seeds}, indent=1) + "\n")
     figures = ["![pass@1 and length](thinking.png)"] if _draw(runs, out / "thinking.png") else []
+    if sweep is not None and _draw_sweep(seeds, out / "sweep.png"):
+        figures.insert(0, "![before and after, by p_cot](sweep.png)")
     page = [f"# {out.name}", _table(seeds), *figures, "## The same problems then, midway and now", *_samples(runs[0])]
     with atomic_file(out / "summary.md") as path:
         path.write_text("\n\n".join(page) + "\n")
@@ -190,5 +196,24 @@ def _draw(runs: Sequence[ThinkingRun], path: Path) -> bool:
         axes.grid(alpha=0.3)
         if axes.get_legend_handles_labels()[1]:
             axes.legend()
+    save_figure(figure, path)
+    return True
+
+
+def _draw_sweep(rows: Sequence[dict[str, Any]], path: Path) -> bool:
+    plt = pyplot()
+    if plt is None:
+        return False
+    figure, panels = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
+    titles = {"thought_share": "share of responses with a thought", "length": "tokens", "greedy": "greedy pass@1"}
+    places = range(len(rows))
+    for axes, (name, title) in zip(panels, titles.items(), strict=True):
+        for when, style in (("before", "o--"), ("after", "o-")):
+            axes.plot(places, [row[f"{name}_{when}"] for row in rows], style, label=f"{when} RL")
+        axes.set(title=title, xlabel="p_cot: share of worked texts", xticks=list(places))
+        axes.set_xticklabels([f"{row['p_cot']:g}" for row in rows])
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.3)
+        axes.legend()
     save_figure(figure, path)
     return True

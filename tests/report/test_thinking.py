@@ -75,3 +75,11 @@ def test_page_and_json_have_the_same_numbers(tmp_path: Path) -> None:
 def test_another_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="name the output_dir of one"):
         ThinkingRun(tmp_path, 12)
+
+
+def test_a_sweep_has_its_values(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / "one"), make_run(tmp_path / "two", rate=0.05)]
+    write(runs, tmp_path / "out", 12, [0.0, 0.4])
+    rows = json.loads((tmp_path / "out" / "summary.json").read_text())["sweep"]
+    assert [row["p_cot"] for row in rows] == [0.0, 0.4]
+    assert rows[0]["greedy_after"] > rows[1]["greedy_after"]
