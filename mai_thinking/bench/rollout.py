@@ -24,10 +24,10 @@ from mai_thinking.bench.train import CONFIG
 from mai_thinking.config.loading import load_config
 from mai_thinking.config.pretraining import PretrainConfig
 from mai_thinking.model import MaiThinkingConfig, MaiThinkingForCausalLM
+from mai_thinking.rl.engine import BatchedEngine, inference_copy
 from mai_thinking.rl.packing import pack
 from mai_thinking.rl.policy import response_logprobs
 from mai_thinking.rl.rollout import Rollout
-from mai_thinking.rl.rollouts import BatchedEngine, inference_copy
 from mai_thinking.training.model_files import build_model, load_model, model_config
 
 TOP_P = 0.97
@@ -115,7 +115,7 @@ def compare_on_gpu(
     engine = _engine(model, slots, dtype=dtype)
     sides = {
         "engine": _ours(engine, asked),
-        "no graphs": _ours(_engine(model, slots, dtype=dtype, how="static"), asked),
+        "no graphs": _ours(_engine(model, slots, dtype=dtype, backend="static"), asked),
         "generate": _theirs(peer, slots, asked, kind),
     }
     turns = alternate(sides, rounds=max(2, options.rounds // 4), clock=_clock)

@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from mai_thinking.model.latent_moe import Routing
 from mai_thinking.model.loss import CHUNK_ELEMENTS, head_gradient, logits_product
-from mai_thinking.rl.nucleus import packed_tokens, unpack_bits
+from mai_thinking.rl.engine.nucleus import packed_tokens, unpack_bits
 from mai_thinking.rl.packing import MicroBatch
 
 NARROW = 1 / 128

@@ -12,12 +12,12 @@ from transformers import PreTrainedTokenizerBase
 from mai_thinking.config.grpo import GrpoConfig
 from mai_thinking.data.tokenizer import Encoder
 from mai_thinking.errors import RunError
+from mai_thinking.rl.engine import Engine
 from mai_thinking.rl.grading import GradingPool
 from mai_thinking.rl.objective import group_advantages
 from mai_thinking.rl.problem_filter import FilterCounts, ProblemFilter
 from mai_thinking.rl.rewards import reward_group
 from mai_thinking.rl.rollout import Group, Rollout, Verdict
-from mai_thinking.rl.rollouts import Engine
 from mai_thinking.rl.tasks import Grade, Problem, TaskMix
 from mai_thinking.rl.template import Template
 from mai_thinking.rl.traces import TraceStore, trace_rows

@@ -29,6 +29,7 @@ from mai_thinking.errors import UsageError
 from mai_thinking.provenance.lineage import Source, hash_file
 from mai_thinking.rl.buffer import RolloutBuffer
 from mai_thinking.rl.collapse import COLLAPSE, CollapseDetector, is_repetitive
+from mai_thinking.rl.engine import BatchedEngine
 from mai_thinking.rl.evaluation import HeldOut, one_of_each, samples_record
 from mai_thinking.rl.grading import GradingPool
 from mai_thinking.rl.length_curriculum import LengthCurriculum
@@ -41,7 +42,6 @@ from mai_thinking.rl.report import write_report
 from mai_thinking.rl.rewards import TERMS
 from mai_thinking.rl.rollout import Group, Rollout
 from mai_thinking.rl.rollout_worker import Responder, RolloutWorker
-from mai_thinking.rl.rollouts import BatchedEngine
 from mai_thinking.rl.tasks import TaskMix
 from mai_thinking.rl.template import Template
 from mai_thinking.rl.traces import FOLDER, TraceStore

@@ -12,7 +12,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
-from mai_thinking.rl.rollouts import BatchedEngine
+from mai_thinking.rl.engine import BatchedEngine
 from mai_thinking.rl.traces import TraceStore
 from mai_thinking.training import learner
 

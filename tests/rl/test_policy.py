@@ -7,11 +7,11 @@ import torch
 import mai_thinking.rl.policy as policy_module
 from mai_thinking.model import MaiThinkingForCausalLM
 from mai_thinking.model.latent_moe import balance_loss
-from mai_thinking.rl.nucleus import pack_bits
+from mai_thinking.rl.engine import BatchedEngine
+from mai_thinking.rl.engine.nucleus import pack_bits
 from mai_thinking.rl.packing import pack
 from mai_thinking.rl.policy import response_logprobs, token_logprobs
 from mai_thinking.rl.rollout import Rollout
-from mai_thinking.rl.rollouts import BatchedEngine
 from tiny_models import tiny_model
 
 

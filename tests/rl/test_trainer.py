@@ -20,12 +20,12 @@ from mai_thinking.config.loading import load_config, save_config
 from mai_thinking.config.objective import ObjectiveSection
 from mai_thinking.errors import RunError, UsageError
 from mai_thinking.provenance.lineage import require_own
+from mai_thinking.rl.engine import BatchedEngine
 from mai_thinking.rl.objective import Objective
 from mai_thinking.rl.packing import pack
 from mai_thinking.rl.policy_loss import PolicyLoss
 from mai_thinking.rl.rollout import Group, Rollout, Verdict
 from mai_thinking.rl.rollout_worker import Responder
-from mai_thinking.rl.rollouts import BatchedEngine
 from mai_thinking.rl.tasks import Grade
 from mai_thinking.rl.traces import FOLDER, TraceStore
 from mai_thinking.rl.trainer import Climb, climb

@@ -8,14 +8,14 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-import mai_thinking.rl.rollouts as rollouts_module
-import mai_thinking.rl.steps as steps_module
+import mai_thinking.rl.engine.decode_backends as backends_module
+import mai_thinking.rl.engine.engine as engine_module
 from mai_thinking.errors import RunError, UsageError
 from mai_thinking.model import MaiThinkingForCausalLM
+from mai_thinking.rl.engine import BatchedEngine
 from mai_thinking.rl.packing import pack
 from mai_thinking.rl.policy import response_logprobs
 from mai_thinking.rl.rollout import Rollout
-from mai_thinking.rl.rollouts import BatchedEngine
 from tiny_models import tiny_model
 
 
@@ -109,13 +109,13 @@ def test_shapes_and_contents() -> None:
 
 def test_a_shared_prompt_goes_through_the_model_once(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[int, ...]] = []
-    prefill = rollouts_module.prefill
+    prefill = engine_module.prefill
 
     def counting(model: MaiThinkingForCausalLM, prompts: Sequence[Sequence[int]]) -> Any:
         seen.extend(tuple(prompt) for prompt in prompts)
         return prefill(model, prompts)
 
-    monkeypatch.setattr(rollouts_module, "prefill", counting)
+    monkeypatch.setattr(engine_module, "prefill", counting)
     wanted = requests(groups=3, size=8)
     engine(tiny_model(), slots=3).generate(wanted)
     assert sorted(seen) == sorted({tuple(request.prompt_ids) for request in wanted})
@@ -174,20 +174,20 @@ def test_weights_are_those_of_the_last_update() -> None:
 def test_each_call_may_have_another_temperature() -> None:
     """As an evaluation has between two fillings of the buffer: what comes before and after is not disturbed."""
     model, wanted = tiny_model(), requests()
-    for how in ("plain", "static"):
-        mine = engine(model, how=how)
+    for backend in ("eager", "static"):
+        mine = engine(model, backend=backend)
         for temperature in (None, 0.0, 1.3, None):
-            own = engine(model, how=how, temperature=0.8 if temperature is None else temperature).generate(wanted)
+            own = engine(model, backend=backend, temperature=0.8 if temperature is None else temperature)
             asked = mine.generate(wanted, temperature)
             assert all(
                 same(*pair) and np.array_equal(pair[0].logprobs, pair[1].logprobs)
-                for pair in zip(own, asked, strict=True)
+                for pair in zip(own.generate(wanted), asked, strict=True)
             )
 
 
 def failing(times: int, error: Exception | None) -> Callable[..., Any]:
     """`decode` that, from its tenth call on, `times` times raises or returns NaN."""
-    decode, calls = steps_module.decode, [0]
+    decode, calls = backends_module.decode, [0]
 
     def faulty(*arguments: Any) -> Any:
         calls[0] += 1
@@ -206,7 +206,7 @@ def failing(times: int, error: Exception | None) -> Callable[..., Any]:
 def test_a_failed_generation_is_retried(error: Exception | None, monkeypatch: pytest.MonkeyPatch) -> None:
     model, wanted = tiny_model(), requests()
     undisturbed = engine(model).generate(wanted)
-    monkeypatch.setattr(steps_module, "decode", failing(2, error))
+    monkeypatch.setattr(backends_module, "decode", failing(2, error))
     retried = engine(model).generate(wanted)
     assert all(same(*pair) for pair in zip(undisturbed, retried, strict=True))
 
@@ -217,7 +217,7 @@ def test_a_failed_generation_is_retried(error: Exception | None, monkeypatch: py
 def test_a_generation_that_keeps_failing_is_an_error(
     error: Exception | None, named: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(steps_module, "decode", failing(10**9, error))
+    monkeypatch.setattr(backends_module, "decode", failing(10**9, error))
     with pytest.raises(RunError, match=f"failed 3 times.*{named}") as raised:
         engine(tiny_model()).generate(requests())
     assert "\n" not in str(raised.value)

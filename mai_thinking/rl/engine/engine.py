@@ -26,22 +26,30 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from mai_thinking.errors import RunError, UsageError
 from mai_thinking.model import MaiThinkingForCausalLM
 from mai_thinking.model.latent_moe import Experts as ExpertNetworks
-from mai_thinking.rl.decoding import SLOT_ATTENTION, Prompt, SlotCache, prefill
-from mai_thinking.rl.nucleus import uniforms
+from mai_thinking.rl.engine.decode_backends import (
+    CudaGraphBackend,
+    DecodeBackend,
+    EagerBackend,
+    NotFiniteError,
+    Sampler,
+    StaticBackend,
+    padded_keys,
+)
+from mai_thinking.rl.engine.kv_cache import SLOT_ATTENTION, Prompt, SlotCache, prefill
+from mai_thinking.rl.engine.nucleus import uniforms
 from mai_thinking.rl.rollout import Experts, Rollout
-from mai_thinking.rl.steps import CapturedSteps, NotFiniteError, PlainSteps, Sampler, StaticSteps, Steps, padded_keys
 
 ATTEMPTS = 3
 """How often a generation that fails is tried."""
 PREFILL_TOKENS = 4096
 """Tokens, padding included, of prompts that go through the model together."""
 
-How = Literal["plain", "static", "captured"]
-"""See `mai_thinking.rl.steps`."""
-_STEPS: dict[How, type[PlainSteps | StaticSteps]] = {
-    "plain": PlainSteps,
-    "static": StaticSteps,
-    "captured": CapturedSteps,
+Backend = Literal["eager", "static", "cuda_graph"]
+"""See `mai_thinking.rl.engine.decode_backends`."""
+_BACKENDS: dict[Backend, type[EagerBackend | StaticBackend]] = {
+    "eager": EagerBackend,
+    "static": StaticBackend,
+    "cuda_graph": CudaGraphBackend,
 }
 
 logger = logging.getLogger(__name__)
@@ -90,7 +98,7 @@ class BatchedEngine:
     """Our own engine, on a copy of the model. `temperature` 0 is greedy; `end_of_text` None never ends by itself.
 
     `dtype` is that of autocast in the learner: what autocast would cast, the copy holds in it. None: all in the
-    weights' own. `how` it steps is left to the device unless given: captured in bf16 on a GPU.
+    weights' own. The decode `backend` is left to the device unless given: CUDA graphs in bf16 on a GPU.
 
     On a CPU, many slots pay: a step reads the experts' weights once for all of them.
     """
@@ -105,7 +113,7 @@ class BatchedEngine:
         seed: int,
         end_of_text: int | None,
         dtype: torch.dtype | None = None,
-        how: How | None = None,
+        backend: Backend | None = None,
     ) -> None:
         if slots < 1 or temperature < 0.0 or not 0.0 < top_p <= 1.0:
             raise UsageError(
@@ -116,15 +124,15 @@ class BatchedEngine:
         self._model = inference_copy(model, dtype)
         on_gpu = self._model.device.type == "cuda"
         # The library's grouped products in fp32 ask the host for sizes, which no graph can.
-        fastest: How = "captured" if dtype is torch.bfloat16 else "static"
-        self._how: How = how or (fastest if on_gpu else "plain")
+        fastest: Backend = "cuda_graph" if dtype is torch.bfloat16 else "static"
+        self._kind: Backend = backend or (fastest if on_gpu else "eager")
         # Both take the decoding step's masks.
-        self._model.set_attn_implementation("sdpa" if self._how == "plain" else SLOT_ATTENTION)
+        self._model.set_attn_implementation("sdpa" if self._kind == "eager" else SLOT_ATTENTION)
         head_VD = self._model.lm_head.weight.detach()
         head_dtype = dtype if dtype and on_gpu else head_VD.dtype  # as in the learner: see `half_precision`
         self._sampler = Sampler(head_VD.to(head_dtype), top_p)
         self._cache: SlotCache | None = None
-        self._steps: Steps | None = None
+        self._backend: DecodeBackend | None = None
 
     def update_weights(self, model: MaiThinkingForCausalLM) -> None:
         """Copy `model`'s weights. Until then, rollouts come from those of the last call, whatever the learner does."""
@@ -161,18 +169,18 @@ class BatchedEngine:
         """Generate all into `done`."""
         if not asked:
             return
-        cache, steps = self._room(max(len(one.prompt_ids) + one.max_new_tokens for one in asked))
+        cache, backend = self._room(max(len(one.prompt_ids) + one.max_new_tokens for one in asked))
         waiting = _Waiting(self._model, asked)
         running: list[_Running] = []
         hidden_AD = self._model.lm_head.weight.new_empty(0, self._model.config.hidden_size)
         experts_aMK = torch.zeros(0, *_experts_shape(self._model), dtype=torch.long, device=hidden_AD.device)
         while waiting or running:
             hidden_AD = torch.cat((hidden_AD, *self._admit(waiting, running, cache)))
-            self._draw(steps, hidden_AD, experts_aMK, running, temperature)
+            self._draw(backend, hidden_AD, experts_aMK, running, temperature)
             running = self._retire(running, cache, done)
             if running:
                 positions_A = np.array([one.position for one in running])
-                hidden_AD, experts_aMK = steps.decode([one.tokens[-1] for one in running], positions_A)
+                hidden_AD, experts_aMK = backend.decode([one.tokens[-1] for one in running], positions_A)
             else:
                 hidden_AD, experts_aMK = hidden_AD[:0], experts_aMK[:0]
 
@@ -182,15 +190,15 @@ class BatchedEngine:
             return nullcontext()
         return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
 
-    def _room(self, length: int) -> tuple[SlotCache, Steps]:
+    def _room(self, length: int) -> tuple[SlotCache, DecodeBackend]:
         """A cache for sequences of `length` tokens, and what works on it; the last ones, if large enough."""
-        if self._cache is None or self._steps is None or self._cache.length < length:
-            self._cache = self._steps = None  # before there is a second one
+        if self._cache is None or self._backend is None or self._cache.length < length:
+            self._cache = self._backend = None  # before there is a second one
             first: Any = self._model.model.layers[0]
-            room = length if self._how == "plain" else padded_keys(length, sys.maxsize)
+            room = length if self._kind == "eager" else padded_keys(length, sys.maxsize)
             self._cache = SlotCache(self._model.config, self.slots, room, first.attention.v_proj.weight)
-            self._steps = _STEPS[self._how](self._model, self._cache, self._sampler)
-        return self._cache, self._steps
+            self._backend = _BACKENDS[self._kind](self._model, self._cache, self._sampler)
+        return self._cache, self._backend
 
     def _admit(self, waiting: "_Waiting", running: list[_Running], cache: SlotCache) -> list[torch.Tensor]:
         """Fill the free slots, behind those in use; → the hidden states [n, D] that predict their first tokens."""
@@ -204,7 +212,7 @@ class BatchedEngine:
 
     def _draw(
         self,
-        steps: Steps,
+        backend: DecodeBackend,
         hidden_AD: torch.Tensor,
         experts_aMK: torch.Tensor,
         running: list[_Running],
@@ -214,7 +222,7 @@ class BatchedEngine:
         ids_A = np.array([one.asked.id for one in running])
         positions_A = np.array([one.position + 1 for one in running])
         try:
-            drawn = steps.draw(hidden_AD, experts_aMK, uniforms(self.seed, ids_A, positions_A), temperature)
+            drawn = backend.draw(hidden_AD, experts_aMK, uniforms(self.seed, ids_A, positions_A), temperature)
         except NotFiniteError as error:
             one = running[error.row]
             raise FloatingPointError(

@@ -101,7 +101,7 @@ def least_likely(p_AV: torch.Tensor, top_p: float) -> torch.Tensor:
     less work on a GPU than a sort.
     """
     if p_AV.is_cuda:
-        from mai_thinking.rl import nucleus_kernel  # brings Triton, which only builds for a GPU have
+        from mai_thinking.rl.engine import nucleus_kernel  # brings Triton, which only builds for a GPU have
 
         return nucleus_kernel.least_likely(p_AV, top_p)
     bits_AV = p_AV.view(torch.int32)

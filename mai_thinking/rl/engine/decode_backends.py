@@ -1,9 +1,9 @@
 """The engine's two kinds of work, done for all slots in use: a token of each through the model, and the next one drawn.
 
-`PlainSteps` do it as it comes, for a CPU. `StaticSteps` are for a GPU: they pad the slots in use, and the keys that are
-looked at, to one of few sizes, read and write buffers that stay where they are, and wait for the device once a token,
-for all that was drawn. So `CapturedSteps` can record each size once as a CUDA graph, and start it as a whole: else the
-host takes longer to start a step's kernels than the device to run them.
+`EagerBackend` is for a CPU: one operation after another. `StaticBackend` is for a GPU. It pads the slots in use, and
+the keys that are looked at, to one of few sizes, reads and writes buffers that stay where they are, and waits for the
+device once a token. So `CudaGraphBackend` can record each size once as a CUDA graph and start it as a whole: otherwise
+the host takes longer to start a step's kernels than the device to run them.
 
 Shapes: S slots, A of them in use, a of which were decoded (the others' first token is yet to be drawn), R after
 padding; D hidden size, V vocabulary, M MoE layers, K experts chosen per token.
@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 
 from mai_thinking.model import MaiThinkingForCausalLM
 from mai_thinking.model.loss import logits_product
-from mai_thinking.rl.decoding import SlotCache, decode
-from mai_thinking.rl.nucleus import draw, draw_unbranched, pack_bits, pack_bits_there
+from mai_thinking.rl.engine.kv_cache import SlotCache, decode
+from mai_thinking.rl.engine.nucleus import draw, draw_unbranched, pack_bits, pack_bits_there
 from mai_thinking.rl.rollout import Experts
 
 FEWEST_KEYS = 128
@@ -57,7 +57,7 @@ class NotFiniteError(Exception):
         self.row = row
 
 
-class Steps(Protocol):
+class DecodeBackend(Protocol):
     """How the engine works, on a model and a cache given before."""
 
     def decode(self, tokens: Sequence[int], positions_A: NDArray[np.int64]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -70,7 +70,7 @@ class Steps(Protocol):
         """The next token of each slot in use. Raises NotFiniteError."""
 
 
-class PlainSteps:
+class EagerBackend:
     """One operation after another, of the sizes that there are."""
 
     def __init__(self, model: MaiThinkingForCausalLM, cache: SlotCache, sampler: Sampler) -> None:
@@ -94,7 +94,7 @@ class PlainSteps:
         return Drawn(draws.tokens_A.tolist(), draws.logprobs_A.tolist(), pack_bits(draws.nucleus_AV), experts)
 
 
-class StaticSteps:
+class StaticBackend:
     """The same at few different sizes. Slots that only pad are decoded as if at position 0, where they write what the
     next prompt in them, or the next slot moved there, overwrites first of all."""
 
@@ -163,7 +163,7 @@ class StaticSteps:
         self._drawn_Sb[:R].copy_(torch.cat(bytes_R, dim=1))
 
 
-class CapturedSteps(StaticSteps):
+class CudaGraphBackend(StaticBackend):
     """The same, each size recorded when it first occurs, and from then on started as one.
 
     Graphs share their scratch memory, and may since nothing in it outlives a graph: results are in our buffers. They

@@ -5,7 +5,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from mai_thinking.rl.nucleus import (
+from mai_thinking.rl.engine.nucleus import (
     draw,
     draw_unbranched,
     least_likely,

@@ -1,4 +1,4 @@
-"""Steps of static shapes against plain ones, in fp32 and as autocast computes, and on a GPU recorded ones too."""
+"""Static shapes against the eager backend, in fp32 and as autocast computes, and on a GPU recorded ones too."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,14 +8,14 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import mai_thinking.rl.steps as steps_module
+import mai_thinking.rl.engine.decode_backends as backends_module
 from mai_thinking.bench.rollout import differences
 from mai_thinking.errors import RunError
 from mai_thinking.model import MaiThinkingForCausalLM
-from mai_thinking.rl.nucleus import draw
+from mai_thinking.rl.engine import BatchedEngine
+from mai_thinking.rl.engine.decode_backends import CudaGraphBackend, StaticBackend, padded_keys, padded_slots
+from mai_thinking.rl.engine.nucleus import draw
 from mai_thinking.rl.rollout import Rollout
-from mai_thinking.rl.rollouts import BatchedEngine
-from mai_thinking.rl.steps import CapturedSteps, StaticSteps, padded_keys, padded_slots
 from tiny_models import tiny_model
 
 GPU_SIZES: dict[str, Any] = {
@@ -79,8 +79,8 @@ def test_static_steps_generate_what_plain_ones_do(temperature: float, monkeypatc
     model, wanted = tiny_model(), requests()
     plain = engine(model, temperature=temperature).generate(wanted)
     for slots, keys in ((1, 128), (7, 8), (64, 128)):
-        monkeypatch.setattr(steps_module, "FEWEST_KEYS", keys)
-        static = engine(model, temperature=temperature, slots=slots, how="static").generate(wanted)
+        monkeypatch.setattr(backends_module, "FEWEST_KEYS", keys)
+        static = engine(model, temperature=temperature, slots=slots, backend="static").generate(wanted)
         assert all(same(*pair, tolerance=1e-5) for pair in zip(plain, static, strict=True))
 
 
@@ -88,16 +88,16 @@ def test_slots_that_pad_disturb_nothing(monkeypatch: pytest.MonkeyPatch) -> None
     """All slots decoded at every step, most of them before their prompt comes."""
     model, wanted = tiny_model(), requests()
     plain = engine(model, slots=16).generate(wanted)
-    monkeypatch.setattr(steps_module, "padded_slots", lambda in_use, slots: slots)
-    static = engine(model, slots=16, how="static").generate(wanted)
+    monkeypatch.setattr(backends_module, "padded_slots", lambda in_use, slots: slots)
+    static = engine(model, slots=16, backend="static").generate(wanted)
     assert all(same(*pair, tolerance=1e-5) for pair in zip(plain, static, strict=True))
 
 
 def test_longer_sequences_get_new_steps_and_new_weights_do_not() -> None:
     model = tiny_model()
-    mine = engine(model, how="static")
+    mine = engine(model, backend="static")
     mine.generate(requests(longest=30))
-    first = mine._steps
+    first = mine._backend
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(1.1)
@@ -105,12 +105,12 @@ def test_longer_sequences_get_new_steps_and_new_weights_do_not() -> None:
     mine.update_weights(model)
     after = mine.generate(requests(longest=30))
     assert addresses == [parameter.data_ptr() for parameter in mine._model.parameters()]
-    assert mine._steps is first
+    assert mine._backend is first
     assert all(
         same(*pair, tolerance=1e-5) for pair in zip(after, engine(model).generate(requests(longest=30)), strict=True)
     )
     mine.generate([Rollout(1, [5] * 5, 200)])
-    assert mine._steps is not first
+    assert mine._backend is not first
 
 
 class Operations(TorchDispatchMode):
@@ -134,12 +134,12 @@ def test_no_recorded_operation_waits_for_the_host(monkeypatch: pytest.MonkeyPatc
     model = tiny_model(experts="grouped_mm")
     operations = Operations()
 
-    def watched(self: StaticSteps, size: Any, work: Callable[[], None]) -> None:
+    def watched(self: StaticBackend, size: Any, work: Callable[[], None]) -> None:
         with operations:
             work()
 
-    monkeypatch.setattr(StaticSteps, "_launch", watched)
-    engine(model, how="static").generate(requests(groups=1))
+    monkeypatch.setattr(StaticBackend, "_launch", watched)
+    engine(model, backend="static").generate(requests(groups=1))
     assert {"embedding", "searchsorted", "scaled_dot_product_attention", "_grouped_mm"} <= operations.names
     assert not operations.names & WAITING
     with Operations() as others:  # the draw that may wait does so
@@ -152,15 +152,15 @@ def test_static_steps_name_what_is_not_finite() -> None:
     with torch.no_grad():
         model.model.norm.weight.fill_(float("nan"))
     with pytest.raises(RunError, match="rollout 100: the logits of response token 0 are not finite"):
-        engine(model, how="static").generate(requests())
+        engine(model, backend="static").generate(requests())
 
 
-@pytest.mark.parametrize("how", ["plain", "static"])
-def test_a_copy_in_bf16_computes_what_autocast_does(how: Any) -> None:
+@pytest.mark.parametrize("backend", ["eager", "static"])
+def test_a_copy_in_bf16_computes_what_autocast_does(backend: Any) -> None:
     """Far closer than the same weights in fp32 come to it."""
     model = tiny_model(**GPU_SIZES)
     wanted = requests()
-    cast = engine(model, dtype=torch.bfloat16, how=how)
+    cast = engine(model, dtype=torch.bfloat16, backend=backend)
     assert cast._model.lm_head.weight.dtype == torch.float32
     assert {p.dtype for name, p in cast._model.named_parameters() if "norm" in name or "router" in name} == {
         torch.float32
@@ -168,8 +168,8 @@ def test_a_copy_in_bf16_computes_what_autocast_does(how: Any) -> None:
     assert {p.dtype for name, p in cast._model.named_parameters() if "proj" in name} == {torch.bfloat16}
     figures = {
         "both bf16": mismatch(model, cast.generate(wanted), autocast=True),
-        "learner alone": mismatch(model, engine(model, how=how).generate(wanted), autocast=True),
-        "both fp32": mismatch(model, engine(model, how=how).generate(wanted), autocast=False),
+        "learner alone": mismatch(model, engine(model, backend=backend).generate(wanted), autocast=True),
+        "both fp32": mismatch(model, engine(model, backend=backend).generate(wanted), autocast=False),
     }
     print("max and mean |Δ log p|, learner against engine:", figures)
     assert figures["both fp32"][0] < 1e-4
@@ -182,14 +182,14 @@ def test_recorded_steps_generate_what_they_do_unrecorded(temperature: float) -> 
     """The same kernels at the same sizes: bit for bit but for what sums by atomics, hence a tolerance."""
     model, wanted = tiny_model(**GPU_SIZES).cuda(), requests(longest=150)
     settings: dict[str, Any] = {"temperature": temperature, "dtype": torch.bfloat16, "slots": 16}
-    unrecorded = engine(model, how="static", **settings).generate(wanted)
+    unrecorded = engine(model, backend="static", **settings).generate(wanted)
     mine = engine(model, **settings)
     for _ in range(2):  # recording, and then from the records
         recorded = mine.generate(wanted)
         alike = [same(*pair, tolerance=1e-3) for pair in zip(unrecorded, recorded, strict=True)]
         assert sum(alike) >= 0.9 * len(alike)
-    assert isinstance(mine._steps, CapturedSteps)
-    assert {size[0] for size in mine._steps._graphs} == {"decode", "draw"}
+    assert isinstance(mine._backend, CudaGraphBackend)
+    assert {size[0] for size in mine._backend._graphs} == {"decode", "draw"}
 
 
 @pytest.mark.gpu
