@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import errno
 import hashlib
+import importlib.util
 import io
 import os
 import sys
@@ -74,6 +75,11 @@ def parse_run_command(
     config = load_config(kind, path, overrides)
     if isinstance(config, TrainingConfig):
         config.check_ranks(int(os.environ.get("WORLD_SIZE", "1")))
+        for tracker in config.tracking.trackers:
+            if importlib.util.find_spec(tracker) is None:
+                raise UsageError(
+                    f"tracking.trackers: {tracker} is not installed: pip install 'mai_thinking[trackers]', or remove it"
+                )
     return config, options.dry_run
 
 

@@ -1,6 +1,6 @@
 """What a run reads: sources with a licence and a provenance, cleaning, the held-out split, the tokenizer.
 
-Importable without torch. MAI-Thinking-1 report §2.3–2.4.
+Importable without torch. MAI-Thinking-1 report §2.4.
 """
 
 import difflib
@@ -191,7 +191,7 @@ class DataSection(Section):
         return self
 
     def check_for_pretraining(self) -> None:
-        """Raise ValueError if a source may not be pre-trained on. For a pre-training config's validator (§2.3)."""
+        """Raise ValueError if a source may not be pre-trained on. For a pre-training config's validator (§2.4)."""
         for source in self.sources:
             if source.provenance == "own-model":
                 raise ValueError(

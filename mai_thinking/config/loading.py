@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from mai_thinking.config.base import Section
-from mai_thinking.config.names import nearest_name
+from mai_thinking.config.names import RENAMED, nearest_name
 from mai_thinking.config.shipped import find_config
 from mai_thinking.errors import UsageError
 
@@ -167,6 +167,8 @@ def _explain(kind: type[BaseModel], detail: ErrorDetails) -> str:
     # Pydantic adds the name of a union's member to the path; a reader wants only keys of the file.
     key = ".".join(str(part) for part in location if not str(part).startswith(("function-", "tagged-")))
     if detail["type"] == "extra_forbidden":
+        if (new := RENAMED.get(str(location[-1]))) is not None:
+            return f"unknown key {key!r}; it is called {new!r} now"
         names = _fields_at(kind, location[:-1])
         return f"unknown key {key!r}; {nearest_name(str(location[-1]), names)}"
     if detail["type"] == "missing":

@@ -1,7 +1,10 @@
-"""Suggestions for mistyped names."""
+"""Suggestions for names that are mistyped or of an earlier version."""
 
 import difflib
 from collections.abc import Iterable
+
+RENAMED = {"cut_off_share": "long_share", "survivor_seconds": "jit_seconds"}
+"""The last part of a config key of before → what it is called now."""
 
 
 def nearest_name(name: str, known: Iterable[str]) -> str:

@@ -24,7 +24,7 @@ class EvaluationSection(Section):
 
 
 class PretrainConfig(TrainingConfig):
-    """A run over text. Mid-training is the same with `init_from`, another context and another mixture (§2.4)."""
+    """A run over text. Mid-training is the same with `init_from`, another context and another mixture (§2.6)."""
 
     init_from: str | None = None
     """A model folder to start from (a run's `final/`), instead of fresh weights."""

@@ -29,7 +29,7 @@ class RunConfig(Section):
 
 
 class OptimizerSection(Section):
-    """AdamW with the report's parameter groups (§2.4); the values are the report's for pre-training."""
+    """AdamW with the report's parameter groups (§2.6); the values are the report's for pre-training."""
 
     learning_rate: float = Field(2e-4, gt=0, le=100)
     """At the top of the schedule."""

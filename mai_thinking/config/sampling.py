@@ -1,7 +1,7 @@
 """Which problems RL learns from, and how long a response may be."""
 
 import math
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -74,15 +74,6 @@ class CurriculumSection(Section):
     """Steps after which a stage ends in any case; null for no limit."""
     penalty_in_last_stage: bool = False
     """Charge for length in the last stage too. The report stops there; a run of one stage has only that one."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _refuse_old_words(cls, fields: Any) -> Any:
-        if isinstance(fields, dict) and "cut_off_share" in fields:
-            raise ValueError(
-                "curriculum.cut_off_share: is `long_share` now, the share of responses longer than half of the limit"
-            )
-        return fields
 
     @model_validator(mode="after")
     def _check(self) -> Self:

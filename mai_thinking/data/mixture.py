@@ -1,4 +1,4 @@
-"""Which source gives the next row, and the report's table of the mixture (MAI-Thinking-1 report §2.3)."""
+"""Which source gives the next row, and the report's table of the mixture (MAI-Thinking-1 report §2.4)."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

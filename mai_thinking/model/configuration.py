@@ -93,7 +93,7 @@ class MaiThinkingConfig(PretrainedConfig):
     rms_norm_eps: float = 1e-6
     initializer_range: float = 0.02
     zero_init_attention: bool = True
-    """Attention's output gains start at 0, so that the model begins as a stack of feed-forward layers (§2.6.3)."""
+    """Attention's output gains start at 0, so that the model begins as a stack of feed-forward layers (§2.6.2)."""
     dropout: float = 0.15
     """On each sublayer's output, before the residual add; in pre-training too."""
     document_masking: bool = True

@@ -1,13 +1,13 @@
 """Held-out likelihood: bits per byte by category, the report's weighted score, and compressors as a yardstick.
 
-MAI-Thinking-1 report §2.5: NLL per category, weighted; bits per byte where tokenizers differ.
+MAI-Thinking-1 report §2.3: NLL per category, weighted; bits per byte where tokenizers differ.
 """
 
 import gzip
 import lzma
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -170,10 +170,6 @@ class Yardstick:
 
     gzip: float
     xz: float
-
-    def as_dict(self) -> dict[str, float]:
-        """{"gzip": …, "xz": …}"""
-        return asdict(self)
 
 
 def compressors(texts: Sequence[str]) -> Yardstick:

@@ -9,7 +9,7 @@ from mai_thinking.config.run import OptimizerSection, ScheduleSection
 
 
 def build_optimizer(model: nn.Module, section: OptimizerSection) -> torch.optim.AdamW:
-    """AdamW over all trainable parameters, weight decay by kind (MAI-Thinking-1 report §2.4).
+    """AdamW over all trainable parameters, weight decay by kind (MAI-Thinking-1 report §2.6).
 
     Three groups: attention (everything inside an attention sublayer), embeddings (with the tied head), and the rest.
     The report exempts nothing else, so norm gains decay like what they belong to.

@@ -8,7 +8,7 @@ import torch
 from mai_thinking.config.distillation import DistillConfig
 from mai_thinking.config.pretraining import PretrainConfig
 from mai_thinking.config.run import PlanSection
-from mai_thinking.model import MaiThinkingConfig, MaiThinkingForCausalLM
+from mai_thinking.model import MaiThinkingConfig
 from mai_thinking.model.loss import CHUNK_ELEMENTS
 
 WEIGHT, GRADIENT, MOMENTS = 4, 4, 8
@@ -151,13 +151,6 @@ class Plan:
             *((f"  {name}", f"{value / 2**30:,.2f} GiB") for name, value in parts.items()),
         ]
         return "\n".join(f"{name:<12}  {value}" for name, value in rows)
-
-
-def count_on_meta(architecture: MaiThinkingConfig) -> int:
-    """Parameters of the real modules, built without memory for them; what `parameter_counts` reckons in closed form."""
-    with torch.device("meta"):
-        model = MaiThinkingForCausalLM._from_config(architecture)
-    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def quantity(value: float) -> str:

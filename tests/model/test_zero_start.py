@@ -1,4 +1,4 @@
-"""Attention's output gains start at zero (report §2.6.3): the model begins as a stack of feed-forward layers."""
+"""Attention's output gains start at zero (report §2.6.2): the model begins as a stack of feed-forward layers."""
 
 import torch
 

@@ -116,8 +116,3 @@ def test_the_curriculum_resumes_exactly():
 def test_settings_without_sense_are_refused(changes, message):
     with pytest.raises(ValidationError, match=message):
         CurriculumSection(**changes)
-
-
-def test_the_old_word_for_the_rule_is_told():
-    with pytest.raises(ValidationError, match="cut_off_share: is `long_share` now"):
-        CurriculumSection(cut_off_share=0.1)

@@ -121,7 +121,7 @@ class PointSet(Section):
 
 
 def report_weights(categories: Sequence[str]) -> Mapping[str, float]:
-    """The report's weights (§2.5), or equal ones where a category is not the report's."""
+    """The report's weights (§2.3), or equal ones where a category is not the report's."""
     from mai_thinking.training.evaluation import CATEGORY_WEIGHTS  # brings torch
 
     if set(categories) <= set(CATEGORY_WEIGHTS):
