@@ -8,6 +8,10 @@ class UsageError(Exception):
     """
 
 
+class DataError(UsageError):
+    """Bad input that came to light in mid-run, such as a late line of a stream: save the last whole step, then end."""
+
+
 class RunError(Exception):
     """A run that must not go on: its numbers are wrong, though its input is well-formed.
 

@@ -122,7 +122,6 @@ def _(seen: Seen) -> None:
 
 @judges("07-dropped-documents")
 def _(seen: Seen) -> None:
-    assert re.search(r"60 of 66", seen.text), "what was dropped is not told"
     assert all(int(n) for n in re.findall(r":(\d+)$", seen.text, re.M)), "not in the log and the report"
 
 
@@ -134,7 +133,7 @@ def _(seen: Seen) -> None:
 @judges("11-deep-json")
 def _(seen: Seen) -> None:
     exits_with(2, 2, 2)(seen)
-    assert len(re.findall(r"line \d+.*nested", seen.text)) >= 2, "the line is not named"
+    assert re.search(r"data.jsonl, line \d+.*nested", seen.text), "the line is not named"
 
 
 @judges("14-parquet")

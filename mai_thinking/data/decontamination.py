@@ -16,7 +16,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from mai_thinking.data.jsonl import parse_json, read_jsonl, read_text, shown
+from mai_thinking.data.jsonl import read_json, read_jsonl, read_text
 
 Hashes = NDArray[np.uint64]
 
@@ -145,10 +145,10 @@ def read_benchmark(path: Path) -> list[list[str]]:
     name = path.name.lower().removesuffix(".gz")
     if name.endswith((".jsonl", ".ndjson")):
         return [list(_strings(line.value)) for line in read_jsonl(path)]
-    text = read_text(path)
     if name.endswith(".json"):
-        tree = parse_json(text.encode(), shown(path))
+        tree = read_json(path)
         return [list(_strings(record)) for record in (tree if isinstance(tree, list) else [tree])]
+    text = read_text(path)
     return [[text, *text.splitlines()]]
 
 

@@ -42,7 +42,12 @@ def read_jsonl(path: Path, *, byte: int = 0, number: int = 0) -> Iterator[Line]:
                 start, byte, number = byte, byte + len(raw), number + 1
                 content = raw.removeprefix(_BYTE_ORDER_MARK) if start == 0 else raw
                 if content.strip():
-                    yield Line(number, byte, parse_json(content, f"{shown(path)}, line {number}"))
+                    where = f"{shown(path)}, line {number}"
+                    try:
+                        text = content.decode("utf-8")
+                    except UnicodeDecodeError:
+                        raise UsageError(f"{where}: not UTF-8; convert the file") from None
+                    yield Line(number, byte, _parse(text, where, "repair or delete the line"))
     except _UNREADABLE as error:
         raise _unreadable(path, error) from None
 
@@ -58,18 +63,21 @@ def read_text(path: Path) -> str:
         raise _unreadable(path, error) from None
 
 
-def parse_json(content: bytes, where: str) -> Any:
-    """A JSON value; UsageError with `where` and the fix if it is none."""
+def read_json(path: Path) -> Any:
+    """The value in a JSON file; UsageError as above."""
+    return _parse(read_text(path), shown(path), "repair the file")
+
+
+def _parse(text: str, where: str, fix: str) -> Any:
     try:
-        return json.loads(content.decode("utf-8"))
-    except UnicodeDecodeError:
-        problem = "not UTF-8; convert the file"
+        return json.loads(text)
     except RecursionError:
-        problem = "nested too deeply; repair or delete the line"
+        problem = "nested too deeply"
+    except json.JSONDecodeError as error:
+        problem = f"not valid JSON ({error.msg}{f', line {error.lineno}' if error.lineno > 1 else ''})"
     except ValueError as error:
-        reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error).splitlines()[0]
-        problem = f"not valid JSON ({reason}); repair or delete the line"
-    raise UsageError(f"{where}: {problem}")
+        problem = f"not valid JSON ({str(error).splitlines()[0]})"
+    raise UsageError(f"{where}: {problem}; {fix}")
 
 
 def check_text(text: str, where: str) -> str:

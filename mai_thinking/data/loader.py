@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from mai_thinking.config.data import SourceSection
+from mai_thinking.data.accounting import LeftOut
 from mai_thinking.data.mixture import Mixture
 from mai_thinking.data.packing import PreparedRows, Row, positions
 from mai_thinking.data.prepared import PreparedData
 from mai_thinking.data.readers import open_reader
 from mai_thinking.data.streaming import StreamCleaner, StreamedRows
-from mai_thinking.errors import UsageError
+from mai_thinking.errors import DataError, UsageError
 
 
 class Batch(NamedTuple):
@@ -57,8 +58,8 @@ class Loader:
         """`rows_per_step` is the global batch, over all ranks and accumulation steps; 0 `prefetch` means no thread."""
         if rows_per_step % (world_size * micro_batch_size):
             raise UsageError(
-                f"{rows_per_step} rows per step cannot be divided over {world_size} ranks × micro-batches of "
-                f"{micro_batch_size}; make it a multiple of {world_size * micro_batch_size}"
+                f"batch.global_batch_size: {rows_per_step} rows cannot be divided over {world_size} ranks × "
+                f"micro-batches of {micro_batch_size}; make it a multiple of {world_size * micro_batch_size}"
             )
         # A thread that was stopped keeps its row maker: in mid-read it may not be interrupted, so it is not reused.
         self._new_rows = functools.partial(_RowMaker, prepared, context_length=context_length, seed=seed)
@@ -75,12 +76,15 @@ class Loader:
 
     def __next__(self) -> Batch:
         begin = time.perf_counter()
-        if self._prefetch == 0:
-            step, self._state = _make_step(self._rows, *self._shape)
-        else:
-            if self._worker is None:
-                self._worker = _Worker(self._rows, self._shape, self._prefetch)
-            step, self._state = self._worker.get()
+        try:
+            if self._prefetch == 0:
+                step, self._state = _make_step(self._rows, *self._shape)
+            else:
+                if self._worker is None:
+                    self._worker = _Worker(self._rows, self._shape, self._prefetch)
+                step, self._state = self._worker.get()
+        except UsageError as error:
+            raise DataError(str(error)) from None
         self.wait_seconds = time.perf_counter() - begin
         return step
 
@@ -95,6 +99,14 @@ class Loader:
         rows.restore(state)
         self.close()
         self._rows, self._state = rows, rows.state()
+
+    def left_out(self) -> list[LeftOut]:
+        """What the streams have dropped so far, repeated passes included."""
+        return [
+            LeftOut(name, f"{rule} dropped {dropped:,} of {stream['read']:,} documents streamed so far")
+            for name, stream in self._state["streams"].items()
+            for rule, dropped in stream["dropped"].items()
+        ]
 
     def close(self) -> None:
         """Stop the thread. Iterating again goes on behind the last step delivered."""

@@ -118,7 +118,8 @@ class PretrainRecipe(Recipe):
             prompt: sample_text(model, self.tokenizer, prompt, tokens=section.sample_tokens, seed=self.config.seed)
             for prompt in section.sample_prompts
         }
-        write_report(self.context.folder, self.config, self.architecture, self.data, evaluation, samples)
+        left_out = [*self.data.left_out, *self.loader.left_out()]
+        write_report(self.context.folder, self.config, self.architecture, self.data, left_out, evaluation, samples)
         for prompt, text in samples.items():
             self.context.log(f"\n── {prompt!r}\n{prompt}{text}")
 

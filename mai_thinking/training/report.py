@@ -7,6 +7,7 @@ from typing import Any
 from mai_thinking.config.pretraining import PretrainConfig
 from mai_thinking.config.storage import atomic_file
 from mai_thinking.data import PreparedData
+from mai_thinking.data.accounting import LeftOut, left_out_table
 from mai_thinking.model import MaiThinkingConfig
 from mai_thinking.training.evaluation import Yardstick, compressors
 from mai_thinking.training.metrics import read_records
@@ -22,6 +23,7 @@ def write_report(
     config: PretrainConfig,
     architecture: MaiThinkingConfig,
     data: PreparedData,
+    left_out: Sequence[LeftOut],
     evaluation: Mapping[str, Any],
     samples: Mapping[str, str],
 ) -> None:
@@ -40,6 +42,7 @@ def write_report(
             "```\n" + Plan.of(config, architecture).text() + "\n```",
             "## Held-out bits per byte\n\n" + evaluation_table(evaluation, yardsticks),
             "## Mixture\n\n" + mixture.markdown(),
+            "## Left out\n\n" + left_out_table(left_out),
             *(f"![{name}]({name}.png)" for name in figures),
             "## Samples\n\n" + "\n\n".join(fenced(prompt + text) for prompt, text in samples.items()),
         ]

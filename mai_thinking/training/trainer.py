@@ -19,7 +19,7 @@ from mai_thinking.config.command import EXIT_INTERRUPTED
 from mai_thinking.config.run import TrainingConfig
 from mai_thinking.config.storage import atomic_folder
 from mai_thinking.data import PreparedData
-from mai_thinking.errors import RunError
+from mai_thinking.errors import DataError, RunError
 from mai_thinking.model import MaiThinkingConfig, MaiThinkingForCausalLM
 from mai_thinking.provenance.lineage import (
     CodeVersion,
@@ -190,7 +190,11 @@ class Trainer:
     def take_step(self) -> None:
         """One update, its records and what is remembered of it."""
         begin = time.perf_counter()
-        done = self.recipe.step(self.step + 1)
+        try:
+            done = self.recipe.step(self.step + 1)
+        except DataError:  # on all ranks, which read the same
+            self.save(synchronous=True)
+            raise
         if done is None:
             return
         seconds = time.perf_counter() - begin

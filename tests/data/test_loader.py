@@ -178,7 +178,9 @@ def test_waiting_is_measured(two_sources: PreparedData, monkeypatch: pytest.Monk
 
 
 def test_bad_requests_are_refused(two_sources: PreparedData) -> None:
-    with pytest.raises(UsageError, match="8 rows per step cannot be divided over 3 ranks × micro-batches of 2"):
+    with pytest.raises(
+        UsageError, match=r"global_batch_size: 8 rows cannot be divided over 3 ranks × micro-batches of 2"
+    ):
         make(two_sources, world_size=3)
     with pytest.raises(UsageError, match="too few for a row of context_length 1000000; shorten context_length"):
         make(two_sources, context_length=1_000_000)

@@ -1,6 +1,5 @@
 """Points of a ladder: what a run cost and what loss it came to, from our own runs or from any program's."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -10,6 +9,7 @@ from pydantic import Field, model_validator
 from mai_thinking.config.base import Section
 from mai_thinking.config.loading import validate
 from mai_thinking.config.names import nearest_name
+from mai_thinking.data.jsonl import read_json
 from mai_thinking.errors import UsageError
 
 WEIGHTED = "weighted"
@@ -134,12 +134,7 @@ def read_points(path: Path, baseline: str | None) -> PointSet:
 
     Raises `UsageError` with the key that is wrong.
     """
-    try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be read: {error.strerror}") from None
-    except ValueError as error:
-        raise UsageError(f"{path}: not valid JSON: {error}") from None
+    tree = read_json(path)
     if isinstance(tree, list):
         tree = {"points": tree}
     if not isinstance(tree, dict):
