@@ -56,10 +56,10 @@ def words_of(text: str) -> list[str]:
 
 
 class WordHashes(dict[str, int]):
-    """Word → 64-bit hash of its lower case; a dictionary, because words repeat and hashing each once is faster."""
+    """Word → 64-bit hash, whatever its case; a dictionary, because words repeat and hashing each once is faster."""
 
     def __missing__(self, word: str) -> int:
-        value = self[word] = xxhash.xxh3_64_intdigest(word.lower().encode())
+        value = self[word] = xxhash.xxh3_64_intdigest(word.casefold().encode())
         return value
 
     def of(self, text: str) -> Hashes:
