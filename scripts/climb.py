@@ -17,8 +17,10 @@ def main() -> int:
         print(ClimbPlan(config).text())
         return 0
     from mai_thinking.experiments.climb import run_climb  # after the config, so that a mistake in it is told at once
+    from mai_thinking.report import write_summary
+    from mai_thinking.report.climb import write_report
 
-    return run_climb(config)
+    return run_climb(config, report=write_report, report_stage=write_summary)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,11 @@ def main() -> int:
     config, dry_run = parse_run_command(GrpoConfig, "configs/nano-grpo.yaml", __doc__ or "")
     from mai_thinking.rl.trainer import climb  # after the config, so that a mistake in it is told at once
 
-    return climb(config, dry_run=dry_run)
+    if dry_run:
+        return climb(config, dry_run=True)
+    from mai_thinking.report import conclude
+
+    return conclude(climb(config), config.folder)
 
 
 if __name__ == "__main__":

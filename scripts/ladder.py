@@ -19,8 +19,9 @@ def main() -> int:
         return fit(sys.argv[2:])
     ladder, dry_run = parse_run_command(LadderConfig, DEFAULT, __doc__ or "")
     from mai_thinking.experiments.ladder import run_ladder  # after the config, so that a mistake in it is told at once
+    from mai_thinking.report.ladder import write_report
 
-    return run_ladder(ladder, dry_run=dry_run)
+    return run_ladder(ladder, dry_run=dry_run, report=write_report)
 
 
 def fit(arguments: list[str]) -> int:

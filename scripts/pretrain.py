@@ -9,7 +9,11 @@ def main() -> int:
     config, dry_run = parse_run_command(PretrainConfig, "configs/nano.yaml", __doc__ or "")
     from mai_thinking.recipes.pretrain import pretrain  # after the config, so that a mistake in it is told at once
 
-    return pretrain(config, dry_run=dry_run)
+    if dry_run:
+        return pretrain(config, dry_run=True)
+    from mai_thinking.report import conclude
+
+    return conclude(pretrain(config), config.folder)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,11 @@ def main() -> int:
     config, dry_run = parse_run_command(DistillConfig, "configs/nano-distill.yaml", __doc__ or "")
     from mai_thinking.recipes.distill import self_distill  # after the config, so that a mistake in it is told at once
 
-    return self_distill(config, dry_run=dry_run)
+    if dry_run:
+        return self_distill(config, dry_run=True)
+    from mai_thinking.report import conclude
+
+    return conclude(self_distill(config), config.folder)
 
 
 if __name__ == "__main__":

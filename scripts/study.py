@@ -17,9 +17,10 @@ def main() -> int:
         print(ClimbPlan(config.as_climb()).text())
         return 0
     from mai_thinking.experiments.climb import run_climb  # after the config, so that a mistake in it is told at once
+    from mai_thinking.report import write_summary
     from mai_thinking.report.study import write_report
 
-    return run_climb(config.as_climb(), lambda plan: write_report(config, plan))
+    return run_climb(config.as_climb(), report=lambda plan: write_report(config, plan), report_stage=write_summary)
 
 
 if __name__ == "__main__":

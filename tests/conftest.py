@@ -10,6 +10,7 @@ import torch
 from mai_thinking.config.loading import load_config
 from mai_thinking.config.pretraining import PretrainConfig
 from mai_thinking.recipes.pretrain import pretrain
+from mai_thinking.report import conclude
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -30,7 +31,7 @@ def tiny_config(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pretr
 def tiny_run(tmp_path_factory: pytest.TempPathFactory, tiny_config: Callable[..., Any]) -> Path:
     """The folder of a finished run of configs/tiny.yaml."""
     folder = tmp_path_factory.mktemp("runs") / "tiny"
-    assert pretrain(tiny_config(folder)) == 0
+    assert conclude(pretrain(tiny_config(folder)), folder) == 0
     return folder
 
 

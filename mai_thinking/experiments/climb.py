@@ -12,11 +12,10 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal
 
 from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list
-from filelock import FileLock, Timeout
 
 from mai_thinking.config.climb import ClimbConfig
 from mai_thinking.config.command import EXIT_COLLAPSED, EXIT_INTERRUPTED
@@ -27,123 +26,90 @@ from mai_thinking.config.pretraining import PretrainConfig
 from mai_thinking.config.storage import atomic_file
 from mai_thinking.errors import RunError
 from mai_thinking.experiments.plan import ClimbPlan, Stage
+from mai_thinking.experiments.queue import WorkQueue
 from mai_thinking.recipes.distill import self_distill
 from mai_thinking.recipes.pretrain import pretrain
-from mai_thinking.report.climb import write_report
 from mai_thinking.rl.trainer import climb
 from mai_thinking.training.context import init_distributed
 from mai_thinking.training.goodput import CAUSE_VARIABLE, LAUNCHED_VARIABLE
 from mai_thinking.training.worker import StopRequest
 
-WAIT = "wait"
 POLL_SECONDS = 2.0
 
 
-def run_climb(config: ClimbConfig, report: Callable[[ClimbPlan], None] = write_report) -> int:
-    """Run what `config` still lacks, stage by stage, then write the page of results with `report`; the exit code.
+def run_climb(
+    config: ClimbConfig,
+    *,
+    report: Callable[[ClimbPlan], object] | None = None,
+    report_stage: Callable[[Path], object] | None = None,
+) -> int:
+    """Run what `config` still lacks, stage by stage; the exit code.
 
     Several processes may do so at once, on any machine that sees the folder: each takes a stage whose inputs are there.
-    A stage that collapses is answered as `config.reset` says; RunError if that is not allowed any more.
+    A stage that collapses is answered as `config.reset` says; RunError if that is not allowed any more. `report_stage`
+    writes the page of a stage that has ended, from its folder, and `report` that of the whole climb; both on rank 0.
     """
     with ExitStack() as stack:
         accelerator = init_distributed()
-        rank = accelerator.process_index
         stop = StopRequest()
         stack.callback(stop.close)
-        desk = stack.enter_context(_Desk(config)) if rank == 0 else None
-        while (stage := _next_stage(desk)) is not None:
-            if isinstance(stage, str):
+        queue = stack.enter_context(WorkQueue(config.folder)) if accelerator.process_index == 0 else None
+        if queue is not None:
+            with queue.planning(), atomic_file(config.folder / "config.yaml") as path:
+                save_config(config, path)
+        while (stage := _from_rank_0(_next_stage, queue, config)) is not None:
+            if stage == "wait":
                 time.sleep(POLL_SECONDS)
             else:
                 _clear_memory()
                 code = _run(stage)
                 if code not in (0, EXIT_COLLAPSED):
                     return code
+                if queue is not None and report_stage is not None:
+                    report_stage(stage.folder.path)
             if stop.agreed():
-                _say(rank, "stopped between two stages; the same command goes on with the next")
+                if queue is not None:
+                    print("stopped between two stages; the same command goes on with the next", flush=True)
                 return EXIT_INTERRUPTED
             _begin_anew()
-        if desk is not None:
-            desk.conclude(report)
+        if queue is not None and report is not None:
+            # Each process does, one after the other: none can know that it is the last.
+            with queue.planning():
+                report(ClimbPlan(config))
+                print(f"{config.name} is finished: see {config.folder / 'report' / 'summary.md'}", flush=True)
         accelerator.wait_for_everyone()
     return 0
 
 
-def _next_stage(desk: "_Desk | None") -> Stage | str | None:
-    """What rank 0 gets from the desk, for all ranks."""
-    found: list[Any] = [desk.take() if desk is not None else None]
+def _from_rank_0(ask: Callable[[WorkQueue, ClimbConfig], Any], queue: WorkQueue | None, config: ClimbConfig) -> Any:
+    """What `ask` gives rank 0, which alone has the queue, for all ranks."""
+    found = [None if queue is None else ask(queue, config)]
     broadcast_object_list(found)
-    stage: Stage | str | None = found[0]
-    return stage
+    return found[0]
 
 
-class _Desk:
-    """Where the processes that work on a climb take its stages: one of them looks at the plan at a time, and a stage is
-    whose lock it holds (`claims/NAME.lock`). The system takes back the lock of a process that died."""
-
-    def __init__(self, config: ClimbConfig) -> None:
-        self.config = config
-        self._claims = config.folder / "claims"
-        self._claims.mkdir(parents=True, exist_ok=True)
-        self._looking = FileLock(self._claims / ".plan.lock")
-        self._mine: tuple[str, FileLock] | None = None  # the stage that is this process's, and its lock
-        self._said: set[str] = set()
-
-    def __enter__(self) -> Self:
-        with self._looking, atomic_file(self.config.folder / "config.yaml") as path:
-            save_config(self.config, path)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._let_go()
-
-    def take(self) -> Stage | str | None:
-        """Let go of the last stage and take the next, ready to run: its folder is free, or its own. `WAIT` if all that
-        could be run is others'; None when all is done."""
-        with self._looking:
-            mine = self._let_go()
-            plan = ClimbPlan(self.config)
-            self._say_once(plan.text() + "\n", "plan")
-            for stage in plan.ready:
-                claim = FileLock(self._claims / f"{stage.name}.lock")
-                try:
-                    claim.acquire(timeout=0)
-                except Timeout:
-                    continue
-                self._mine = stage.name, claim
-                if stage.name == mine:
-                    raise RunError(f"stage {mine} ended and is not finished: {stage.state} {stage.why}".rstrip())
-                if stage.state == "changed":
-                    aside = _move_aside(stage.folder.path)
-                    print(f"stage {stage.name} is run again ({stage.why}); what it was is in {aside}", flush=True)
-                plan.remember_inputs(stage)
-                print(f"── stage {stage.name}\n", flush=True)
-                return stage
-            if not plan.ready:
-                return None
-            others = ", ".join(stage.name for stage in plan.ready)
-            self._say_once(f"waiting for other processes, which run {others}", others)
-            return WAIT
-
-    def conclude(self, report: Callable[[ClimbPlan], None]) -> None:
-        """Write the page of results. Each process does, one after the other: none can know that it is the last."""
-        with self._looking:
-            report(ClimbPlan(self.config))
-            page = self.config.folder / "report" / "summary.md"
-            print(f"{self.config.name} is finished: see {page}", flush=True)
-
-    def _let_go(self) -> str:
-        """Give back the stage that was this process's; its name, or nothing."""
-        if self._mine is None:
-            return ""
-        (name, claim), self._mine = self._mine, None
-        claim.release()
-        return name
-
-    def _say_once(self, text: str, key: str) -> None:
-        if key not in self._said:
-            self._said.add(key)
-            print(text, flush=True)
+def _next_stage(queue: WorkQueue, config: ClimbConfig) -> Stage | Literal["wait"] | None:
+    """The next stage, ready to run: its folder is free, or its own. "wait" if all that could be run is others'; None
+    when all is done."""
+    with queue.planning():
+        last = queue.release()
+        plan = ClimbPlan(config)
+        queue.log_once(plan.text() + "\n", "plan")
+        ready = {stage.name: stage for stage in plan.ready}
+        name = queue.take(ready)
+        if name is None:
+            if ready:
+                queue.log_once(f"waiting for other processes, which run {', '.join(ready)}")
+            return "wait" if ready else None
+        stage = ready[name]
+        if name == last:
+            raise RunError(f"stage {name} ended and is not finished: {stage.state} {stage.why}".rstrip())
+        if stage.state == "changed":
+            aside = _move_aside(stage.folder.path)
+            print(f"stage {name} is run again ({stage.why}); what it was is in {aside}", flush=True)
+        plan.remember_inputs(stage)
+        print(f"── stage {name}\n", flush=True)
+        return stage
 
 
 def _run(stage: Stage) -> int:
@@ -177,8 +143,3 @@ def _move_aside(folder: Path) -> Path:
         number += 1
     folder.rename(aside)
     return aside
-
-
-def _say(rank: int, text: str) -> None:
-    if rank == 0:
-        print(text, flush=True)

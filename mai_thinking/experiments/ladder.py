@@ -10,12 +10,13 @@ import os
 import shutil
 import signal
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Callable, Sequence
+from contextlib import closing, redirect_stdout
+from pathlib import Path
 from statistics import median
 
 import xxhash
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
 from mai_thinking.config.command import EXIT_FAILED, EXIT_INTERRUPTED
 from mai_thinking.config.data import DataSection
@@ -24,20 +25,24 @@ from mai_thinking.config.loading import save_config
 from mai_thinking.config.storage import atomic_file, atomic_folder
 from mai_thinking.data import PreparedData, prepare
 from mai_thinking.errors import RunError, UsageError
-from mai_thinking.experiments.ladder_plan import PlannedRun, StepTimer, plan_runs, plan_table
+from mai_thinking.experiments.ladder_plan import PlannedRun, StepTime, StepTimer, plan_runs, plan_table
+from mai_thinking.experiments.queue import WorkQueue
 from mai_thinking.experiments.scaling.points import Point, PointSet
 from mai_thinking.recipes.pretrain import pretrain
-from mai_thinking.report.ladder import write_report
 from mai_thinking.training.goodput import account_of
 from mai_thinking.training.metrics import read_records
 from mai_thinking.training.model_files import load_model_config
 from mai_thinking.training.worker import StopRequest
 
 BITS = "bits_per_byte/"
+Timer = Callable[[PlannedRun], StepTime]
 
 
-def run_ladder(ladder: LadderConfig, *, dry_run: bool = False) -> int:
-    """Work on `ladder` until nothing is left to take or the budget is spent, and conclude; returns the exit code."""
+def run_ladder(
+    ladder: LadderConfig, *, dry_run: bool = False, report: Callable[[PointSet, Path, str], str] | None = None
+) -> int:
+    """Work on `ladder` until nothing is left to take or the budget is spent; returns the exit code. `report` concludes
+    from the points, writes its page into a folder and returns it."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UsageError(
             "a ladder's workers are single processes: start scripts/ladder.py several times, without a launcher"
@@ -47,65 +52,52 @@ def run_ladder(ladder: LadderConfig, *, dry_run: bool = False) -> int:
     if dry_run:
         print(plan_table(runs, {run.name: timer(run) for run in runs}))
         return 0
-    for name in ("claims", "logs", "runs"):
-        (ladder.folder / name).mkdir(parents=True, exist_ok=True)
+    worker = Worker(ladder, runs, timer)
     with atomic_file(ladder.folder / "ladder.yaml") as path:
         save_config(ladder, path)
-    runs = with_one_yardstick(ladder, runs)
-    worker = Worker(ladder, runs, timer)
+    worker.runs = with_one_yardstick(ladder, runs)
     code = worker.work()
     points = collect(ladder, runs)
     if points is None:
         print("no run of the baseline is finished: nothing to conclude yet")
-    else:
-        print(write_report(points, ladder.folder / "report", ladder.name))
+    elif report is not None:
+        print(report(points, ladder.folder / "report", ladder.name))
     return code
 
 
 class Worker:
     """One process that takes runs from a ladder, the cheapest first."""
 
-    def __init__(self, ladder: LadderConfig, runs: Sequence[PlannedRun], timer: StepTimer) -> None:
+    def __init__(self, ladder: LadderConfig, runs: Sequence[PlannedRun], timer: Timer) -> None:
         self.ladder, self.runs, self.timer = ladder, runs, timer
+        self.queue = WorkQueue(ladder.folder)
+        for name in ("logs", "runs"):
+            (ladder.folder / name).mkdir(exist_ok=True)
         self.failed: set[str] = set()
         self._spent: dict[str, tuple[float, float]] = {}
 
     def work(self) -> int:
         """Train what nobody has trained or is training; returns the exit code."""
         stop = StopRequest()
-        try:
+        with self.queue, closing(stop):
             while not stop.requested:
-                with self._claim_next() as run:
-                    if run is None:
-                        return EXIT_FAILED if self.failed else 0
-                    if not self._affordable(run):
-                        print(f"the budget does not reach for {run.name}; stopping with what there is")
-                        return 0
-                    if self._train(run) == EXIT_INTERRUPTED:
-                        break
-            # What stopped it is the budget's alarm, or somebody outside.
-            return EXIT_INTERRUPTED if self._in_budget() else 0
-        finally:
-            stop.close()
+                run = self._take()
+                if run is None:
+                    return EXIT_FAILED if self.failed else 0
+                if not self._affordable(run):
+                    print(f"the budget does not reach for {run.name}; stopping with what there is")
+                    return 0
+                if self._train(run) == EXIT_INTERRUPTED:
+                    break
+        # What stopped it is the budget's alarm, or somebody outside.
+        return EXIT_INTERRUPTED if self._in_budget() else 0
 
-    @contextmanager
-    def _claim_next(self) -> Iterator[PlannedRun | None]:
-        """The first run that is neither finished nor somebody else's, while the block lasts; None if all are."""
-        for run in self.runs:
-            if run.folder.finished or run.name in self.failed:
-                continue
-            lock = FileLock(self.ladder.folder / "claims" / f"{run.name}.lock")
-            try:
-                lock.acquire(timeout=0)
-            except Timeout:
-                continue
-            try:
-                if not run.folder.finished:  # by whoever had it until a moment ago
-                    yield run
-                    return
-            finally:
-                lock.release()
-        yield None
+    def _take(self) -> PlannedRun | None:
+        """The first run that is neither finished nor somebody else's; None if all are."""
+        with self.queue.planning():
+            left = {run.name: run for run in self.runs if not run.folder.finished and run.name not in self.failed}
+            name = self.queue.take(left)
+        return None if name is None else left[name]
 
     def _train(self, run: PlannedRun) -> int:
         log = self.ladder.folder / "logs" / f"{run.name}.txt"

@@ -35,7 +35,7 @@ CONFIGS: dict[StageKind, type[StageConfig]] = {
     "self_distill": DistillConfig,
 }
 INPUTS = "stages.json"
-"""In the climb's folder: the ids of the records that each stage began with."""
+"""In the climb's folder: the ids of the lineage records that each stage began with."""
 LATE = 0.5
 """Traces of the later half of the steps before a collapse: of the earliest ones the report says that they hurt."""
 

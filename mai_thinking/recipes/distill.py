@@ -10,7 +10,6 @@ from typing import Any
 
 from mai_thinking.config.data import TokenizerSection
 from mai_thinking.config.distillation import DistillConfig
-from mai_thinking.config.storage import atomic_file
 from mai_thinking.data import PreparedData, prepare
 from mai_thinking.data.tokenizer import load_tokenizer
 from mai_thinking.model import MaiThinkingConfig, MaiThinkingForCausalLM
@@ -20,11 +19,8 @@ from mai_thinking.rl.trace_packing import Batches, epochs
 from mai_thinking.rl.trace_selection import Selection, select, trace_folder
 from mai_thinking.training.context import RunContext
 from mai_thinking.training.learner import Learner
-from mai_thinking.training.metrics import read_records
 from mai_thinking.training.model_files import load_model_config
 from mai_thinking.training.plan import Plan, quantity
-from mai_thinking.training.report import draw_loss, pyplot
-from mai_thinking.training.run_folder import RunFolder
 from mai_thinking.training.text_loss import TextLoss
 from mai_thinking.training.trainer import Recipe, Step, run_recipe
 
@@ -93,8 +89,9 @@ class DistillRecipe(Recipe):
         return Step(metrics | counts, self.config.batch.tokens_per_step, f"{seen:,} traces", made - begin)
 
     def report(self, model: MaiThinkingForCausalLM, evaluation: dict[str, Any]) -> None:
-        """The page."""
-        write_report(self.context.folder, self.config, self.architecture, self.selection)
+        """For the page of results: the plan, and the traces that the rules left."""
+        plan, _, table = describe(self.config, self.architecture, self.selection).partition("\n\n")
+        self.context.folder.note(plan=plan, traces=table)
 
     def _prepare_text(self) -> PreparedData | None:
         """What is mixed in, in the tokens of `init_from`."""
@@ -128,19 +125,3 @@ def describe(config: DistillConfig, architecture: MaiThinkingConfig, selection: 
         )
     lines = [Plan.of(config, architecture).text(), *(f"{name:<12}  {value}" for name, value in rows)]
     return "\n".join(lines) + "\n\n" + selection.markdown()
-
-
-def write_report(
-    folder: RunFolder, config: DistillConfig, architecture: MaiThinkingConfig, selection: Selection
-) -> None:
-    """`report/summary.md`, and with the `plots` extra `loss.png`."""
-    folder.report.mkdir(exist_ok=True)
-    plan, _, table = describe(config, architecture, selection).partition("\n\n")
-    steps = [record for record in read_records(folder.metrics) if "kind" not in record]
-    page = [f"# {config.name}", f"From `{config.init_from}`.", f"```\n{plan}\n```", f"## Traces\n\n{table}"]
-    page.append(f"Loss {steps[0]['loss']:.4f} at the first step, {steps[-1]['loss']:.4f} at the last.")
-    if (plt := pyplot()) is not None:
-        draw_loss(plt, folder.report / "loss.png", steps)
-        page.append("![loss](loss.png)")
-    with atomic_file(folder.report / "summary.md") as path:
-        path.write_text("\n\n".join(page) + "\n")

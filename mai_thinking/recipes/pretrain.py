@@ -11,15 +11,15 @@ from typing import Any
 
 from mai_thinking.config.pretraining import PretrainConfig
 from mai_thinking.data import Batch, Loader, PreparedData, prepare
+from mai_thinking.data.accounting import left_out_table
 from mai_thinking.model import MaiThinkingForCausalLM
 from mai_thinking.training.context import RunContext
-from mai_thinking.training.evaluation import Likelihood, evaluate_texts, summarize
+from mai_thinking.training.evaluation import Likelihood, compressors, evaluate_texts, summarize
 from mai_thinking.training.goodput import EVALUATION
 from mai_thinking.training.learner import Learner
 from mai_thinking.training.metrics import MetricsLog, read_records
 from mai_thinking.training.model_files import build_model, model_config, starting_point
 from mai_thinking.training.plan import Plan
-from mai_thinking.training.report import write_report
 from mai_thinking.training.sampling import sample_text
 from mai_thinking.training.text_loss import TextLoss
 from mai_thinking.training.trainer import Recipe, Step, run_recipe
@@ -112,14 +112,23 @@ class PretrainRecipe(Recipe):
         return metrics
 
     def report(self, model: MaiThinkingForCausalLM, evaluation: dict[str, Any]) -> None:
-        """The page, and what the model says."""
+        """For the page of results: plan, mixture, what `gzip -9` and `xz -9e` make of the held-out text, and what the
+        model writes."""
         section = self.config.evaluation
         samples = {
             prompt: sample_text(model, self.tokenizer, prompt, tokens=section.sample_tokens, seed=self.config.seed)
             for prompt in section.sample_prompts
         }
-        left_out = [*self.data.left_out, *self.loader.left_out()]
-        write_report(self.context.folder, self.config, self.architecture, self.data, left_out, evaluation, samples)
+        texts = {
+            category: [d.text for d in documents] for category, documents in self.data.held_out.items() if documents
+        }
+        self.context.folder.note(
+            plan=Plan.of(self.config, self.architecture).text(),
+            mixture=self.data.mixture_table(self.config.steps * self.config.batch.tokens_per_step).markdown(),
+            left_out=left_out_table([*self.data.left_out, *self.loader.left_out()]),
+            compressors={category: asdict(compressors(found)) for category, found in texts.items()},
+            written=samples,
+        )
         for prompt, text in samples.items():
             self.context.log(f"\n── {prompt!r}\n{prompt}{text}")
 

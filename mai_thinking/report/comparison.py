@@ -3,11 +3,11 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 from mai_thinking.errors import UsageError
+from mai_thinking.report.document import Cell, Interval, Table
+from mai_thinking.report.figures import Figure, Panel, Series, save, smooth
 from mai_thinking.training.metrics import Record, read_records
-from mai_thinking.training.report import pyplot, save_figure, smooth
 
 Curves = list[list[tuple[int, float]]]
 """Of each run of a group: (step, value)."""
@@ -22,12 +22,15 @@ def compare(groups: Mapping[str, Sequence[Path]], metrics: Sequence[str], figure
     curves = {
         metric: {label: [_curve(run, metric) for run in runs] for label, runs in groups.items()} for metric in metrics
     }
-    _draw(curves, figure)
-    lines = ["| runs | " + " | ".join(metrics) + " |", "|---" * (len(metrics) + 1) + "|"]
-    for label in groups:
-        cells = [spread([curve[-1][1] for curve in curves[metric][label]]) for metric in metrics]
-        lines.append(f"| {label} ({len(groups[label])}) | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    panels = [
+        Panel(metric, [_mean(label, runs) for label, runs in by_label.items()]) for metric, by_label in curves.items()
+    ]
+    save(Figure(figure.stem, panels, columns=3, size=(5, 3.6)), figure)
+    rows: list[list[Cell]] = [
+        [f"{label} ({len(runs)})", *(spread([curve[-1][1] for curve in curves[m][label]]) for m in metrics)]
+        for label, runs in groups.items()
+    ]
+    return Table(["runs", *metrics], rows).markdown()
 
 
 def parse_groups(arguments: Sequence[str]) -> dict[str, list[Path]]:
@@ -41,6 +44,11 @@ def parse_groups(arguments: Sequence[str]) -> dict[str, list[Path]]:
     return groups
 
 
+def spread(values: Sequence[float]) -> Interval | float:
+    """The mean of several runs' values, with the least and the most."""
+    return Interval(fmean(values), min(values), max(values)) if len(values) > 1 else values[0]
+
+
 def _curve(run: Path, metric: str) -> list[tuple[int, float]]:
     records = read_records(run / "metrics.jsonl")
     if not records:
@@ -50,7 +58,8 @@ def _curve(run: Path, metric: str) -> list[tuple[int, float]]:
     having = [record for record in having if "kind" not in record] or having
     curve = [(record["step"], float(record[metric])) for record in having]
     if not curve:
-        raise UsageError(f"{run}: no metric {metric!r}; there are {', '.join(_numbers(records))}")
+        names = sorted({name for record in records for name in record if _number(record, name)})
+        raise UsageError(f"{run}: no metric {metric!r}; there are {', '.join(names)}")
     return curve
 
 
@@ -58,43 +67,12 @@ def _number(record: Record, metric: str) -> bool:
     return isinstance(record.get(metric), int | float)
 
 
-def _numbers(records: Sequence[Record]) -> list[str]:
-    return sorted({name for record in records for name in record if _number(record, name)})
-
-
-def spread(values: Sequence[float]) -> str:
-    """The mean of several runs' values, with the least and the most."""
-    return f"{fmean(values):.3f} ({min(values):.3f}–{max(values):.3f})" if len(values) > 1 else f"{values[0]:.3f}"
-
-
-def _draw(curves: Mapping[str, Mapping[str, Curves]], path: Path) -> None:
-    plt = pyplot()
-    if plt is None:
-        return
-    columns = min(3, len(curves))
-    rows = -(-len(curves) // columns)
-    size = (5 * columns, 3.6 * rows)
-    figure, grid = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
-    for axes, (metric, groups) in zip(grid.flat, curves.items(), strict=False):
-        for index, (label, runs) in enumerate(groups.items()):
-            _draw_group(axes, label, runs, f"C{index}")
-        axes.set(title=metric, xlabel="step")
-        axes.grid(alpha=0.3)
-    grid.flat[0].legend(fontsize=8)
-    for axes in list(grid.flat)[len(curves) :]:
-        axes.axis("off")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_figure(figure, path)
-
-
-def _draw_group(axes: Any, label: str, runs: Curves, color: str) -> None:
+def _mean(label: str, runs: Curves) -> Series:
     """Mean and span at the steps that all runs have; a dense curve is smoothed first."""
     shared = sorted(set.intersection(*({step for step, _ in run} for run in runs)))
     by_run = [[value for step, value in run if step in set(shared)] for run in runs]
     if len(shared) > 60:
-        by_run = [smooth(values, keep=0.9) for values in by_run]
+        by_run = [smooth(values) for values in by_run]
     columns = list(zip(*by_run, strict=True))
-    axes.plot(shared, [fmean(column) for column in columns], color=color, label=label)
-    if len(runs) > 1:
-        low, high = ([pick(column) for column in columns] for pick in (min, max))
-        axes.fill_between(shared, low, high, color=color, alpha=0.2, linewidth=0)
+    low, high = ([pick(column) for column in columns] if len(runs) > 1 else [] for pick in (min, max))
+    return Series(label, shared, [fmean(column) for column in columns], low, high)

@@ -9,26 +9,20 @@ from rich.console import Console
 from rich.table import Table
 
 from mai_thinking.errors import UsageError
+from mai_thinking.report.figures import Figure, Grid, Panel, condensed, save
 from mai_thinking.report.projection import Costs, measure, once_a_period, projection, simulate
-from mai_thinking.training.goodput import (
-    CATEGORIES,
-    CHECKPOINT,
-    DATA,
-    EVALUATION,
-    OTHER,
-    PRODUCTIVE,
-    RECOMPUTATION,
-    RESTART,
-    SLOW,
-    START_UP,
-    Account,
-    account_of,
-)
+from mai_thinking.report.reading import durations
+from mai_thinking.training.goodput import CATEGORIES, EVALUATION, PRODUCTIVE, SLOW, Account, account_of
 
-_COLOURS = {
-    PRODUCTIVE: "#2a9d5c", SLOW: "#b5d99c", EVALUATION: "#3a7ebf", START_UP: "#e9c46a", RESTART: "#d1495b",
-    RECOMPUTATION: "#f4845f", CHECKPOINT: "#8e6bbf", DATA: "#5b6770", OTHER: "#c9ccd1",
-}  # fmt: skip
+COLOURS = dict(
+    zip(
+        CATEGORIES,
+        ("#2a9d5c", "#a9cf8d", "#3a7ebf", "#e0b548", "#c93f50", "#ec7c4c", "#8560bb", "#56626c", "#b8b9c6"),
+        strict=True,
+    )
+)
+_STRETCHES = 500
+"""Of the timeline; each shows what filled it most."""
 
 
 def report(run: Path, console: Console) -> None:
@@ -38,9 +32,9 @@ def report(run: Path, console: Console) -> None:
     result = account_of(run)
     console.print(table(result, str(run)))
     console.print(summary(result))
-    figure = run / "report" / "goodput.png"
-    draw(result, figure)
-    console.print(f"timeline: {figure}")
+    file = run / "report" / "goodput.png"
+    if result.segments and save(figure(result), file):
+        console.print(f"timeline: {file}")
 
 
 def report_projection(run: Path, failures_per_gpu_hour: float, console: Console) -> None:
@@ -66,18 +60,6 @@ def report_prediction(run: Path, period: float, steps: int | None, console: Cons
     console.print(
         f"{steps:,} steps, one kill in every {period:g} s: goodput {mean(outcomes):.2%} "
         f"(200 simulated runs from {min(outcomes):.2%} to {max(outcomes):.2%})"
-    )
-
-
-def _saves_every(run: Path) -> int:
-    return int(yaml.safe_load((run / "config.yaml").read_text())["checkpoint"]["every"])
-
-
-def _spell_costs(costs: Costs) -> str:
-    return (
-        f"step {costs.step:.4f} s (best {costs.ideal_step:.4f}), evaluation {costs.evaluation:.4f} s a step, "
-        f"save {costs.stall:.3f} s + {costs.commit:.2f} s in the background, restart {costs.restart:.2f} s "
-        f"({costs.rescued:.0%} of them without a lost step), start-up {costs.start_up:.1f} s"
     )
 
 
@@ -116,34 +98,39 @@ def summary(result: Account) -> str:
     return "\n".join(lines)
 
 
-def draw(result: Account, path: Path) -> None:
-    """The timeline, and below it every kept step's seconds, as a PNG."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise UsageError("the timeline needs matplotlib: pip install 'mai_thinking[plots]'") from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+def figure(result: Account) -> Figure:
+    """The timeline, and below it every kept step's seconds."""
+    ends = [end - result.begin for end, _ in result.step_seconds]
+    steps = condensed("seconds", ends, [taken for _, taken in result.step_seconds], style="dots")
+    best = [(result.best_step_seconds, None)] if result.step_seconds else []
+    panel = Panel("seconds a step (dashed: the best)", [steps], x_name="seconds since the start", guides=best)
+    return Figure("goodput", [timeline(result), panel], columns=1, size=(11, 2.6), heights=(1, 3))
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure, (bars, steps) = plt.subplots(2, 1, figsize=(11, 4.5), sharex=True, height_ratios=[1, 2])
-    for category in CATEGORIES:
-        spans = [
-            (segment.begin - result.begin, segment.end - segment.begin)
-            for segment in result.segments
-            if segment.category == category
-        ]
-        share = result.seconds[category] / max(result.wall_clock, 1e-9)
-        bars.broken_barh(spans, (0, 1), color=_COLOURS[category], linewidth=0, label=f"{category} {share:.1%}")
-    bars.set_yticks([])
-    bars.legend(ncols=5, fontsize=7, loc="lower center", bbox_to_anchor=(0.5, 1.22), frameon=False)
-    bars.set_title(
-        f"goodput {result.report_goodput:.1%} (the report's), {result.common_goodput:.1%} (common)", fontsize=9
+
+def timeline(result: Account) -> Grid:
+    """What filled each stretch of the run, without the time in which it was stopped on request."""
+    total = sum(segment.end - segment.begin for segment in result.segments)
+    ends = [total * (index + 1) / _STRETCHES for index in range(_STRETCHES)]
+    shares = [(category, result.seconds[category] / max(result.wall_clock, 1e-9)) for category in CATEGORIES]
+    return Grid(
+        f"goodput {result.report_goodput:.1%} (the report's), {result.common_goodput:.1%} (common)",
+        [""],
+        ends,
+        [[category] for category in durations(result, _STRETCHES)],
+        colours=COLOURS,
+        x_name="seconds",
+        height=84.0,
+        legend=[(f"{category} {share:.1%}", COLOURS[category]) for category, share in shares if share > 0],
     )
-    steps.plot([end - result.begin for end, _ in result.step_seconds], [taken for _, taken in result.step_seconds], ".")
-    steps.axhline(result.best_step_seconds, color="grey", linewidth=0.8)
-    steps.set_ylabel("seconds a step")
-    steps.set_xlabel("seconds since the start")
-    steps.set_ylim(bottom=0)
-    figure.savefig(path, dpi=130, bbox_inches="tight")
-    plt.close(figure)
+
+
+def _saves_every(run: Path) -> int:
+    return int(yaml.safe_load((run / "config.yaml").read_text())["checkpoint"]["every"])
+
+
+def _spell_costs(costs: Costs) -> str:
+    return (
+        f"step {costs.step:.4f} s (best {costs.ideal_step:.4f}), evaluation {costs.evaluation:.4f} s a step, "
+        f"save {costs.stall:.3f} s + {costs.commit:.2f} s in the background, restart {costs.restart:.2f} s "
+        f"({costs.rescued:.0%} of them without a lost step), start-up {costs.start_up:.1f} s"
+    )

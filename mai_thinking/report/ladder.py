@@ -1,54 +1,49 @@
-"""A ladder's page: Markdown, figures and JSON of one analysis."""
+"""A ladder's page: tables, figures and JSON of one analysis."""
 
-import json
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from mai_thinking.config.storage import atomic_file
+import numpy as np
+
 from mai_thinking.experiments.scaling.analysis import Analysis, analyse, as_json
 from mai_thinking.experiments.scaling.bootstrap import BootstrapFit, interval
 from mai_thinking.experiments.scaling.crossings import HORIZON, Crossing
-from mai_thinking.experiments.scaling.efficiency import RULE, Efficiency, Gain
+from mai_thinking.experiments.scaling.efficiency import RULE, Efficiency, Gain, gain_at, gain_replicates, next_cost
 from mai_thinking.experiments.scaling.points import PointSet
-from mai_thinking.report.ladder_figures import draw
+from mai_thinking.report.document import Cell, Document, Table
+from mai_thinking.report.figures import Figure, Panel, Series
 
 UNITS = {"flops": "FLOPs", "seconds": "seconds"}
 GAINS = {"flops": "EG_FLOPs", "seconds": "EG_Time"}
+_GRID = 60
+_SHOWN = 0.05, 20.0
+"""Gains outside are drawn at these ends."""
 
 
 def write_report(points: PointSet, folder: Path, title: str) -> str:
-    """Analyse `points`; write `summary.md`, `ladder.json` and the figures into `folder`; return the page."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Analyse `points`; write `summary.md`, `summary.json` and the figures into `folder`; return the page."""
     analysis = analyse(points)
-    text = page(analysis, title, draw(analysis, folder))
-    with atomic_file(folder / "summary.md") as path:
-        path.write_text(text)
-    with atomic_file(folder / "ladder.json") as path:
-        path.write_text(json.dumps(as_json(analysis), indent=1) + "\n")
-    return text
-
-
-def page(analysis: Analysis, title: str, figures: list[str]) -> str:
-    """The page as Markdown, `figures` by file name."""
-    points = analysis.points
-    sections = [
-        f"# {title}",
-        f"Baseline `{points.baseline}`; {len(points.points)} runs of {len(points.configs)} configs. Intervals: 95 %.",
-        verdicts(analysis),
-        *(f"![{name.removesuffix('.png')}]({name})" for name in figures),
-        "## Efficiency gain\n\n" + "\n\n".join(gains_table(analysis, candidate) for candidate in analysis.candidates),
-        "## Order and crossings\n\n" + crossings_table(analysis),
-        "## Fits of L = A·C^−α + E\n\n" + fits_table(list(analysis.fits.values())),
-        "## Runs\n\n" + runs_table(points),
-    ]
-    return "\n\n".join(sections) + "\n"
+    page = Document(title)
+    page.facts |= as_json(analysis)
+    runs = f"{len(points.points)} runs of {len(points.configs)} configs"
+    page.add(f"Baseline `{points.baseline}`; {runs}. Intervals: 95 %.")
+    page.add(verdicts(analysis))
+    page.add_figures(figures(analysis))
+    page.add(*(gains_table(analysis, candidate) for candidate in analysis.candidates), heading="Efficiency gain")
+    page.add(crossings_table(analysis), heading="Order and crossings")
+    page.add(fits_table(list(analysis.fits.values())), heading="Fits of L = A·C^−α + E")
+    page.add(runs_table(points), heading="Runs")
+    return page.write(folder)
 
 
 def verdicts(analysis: Analysis) -> str:
     """One line for each candidate, and the rule."""
-    score = analysis.points.headline
     lines = ["## Verdict", ""]
     for candidate in analysis.candidates:
-        reasons = "; ".join(f"{GAINS[e.cost]}: {e.verdict[1]}" for e in analysis.gains(candidate, score))
+        gains = analysis.gains(candidate, analysis.points.headline)
+        reasons = "; ".join(f"{GAINS[e.cost]}: {e.verdict[1]}" for e in gains)
         lines.append(f"- **{candidate}: {analysis.verdict(candidate)}** ({reasons})")
     return "\n".join([*lines, "", f"Rule: {RULE}"])
 
@@ -57,10 +52,8 @@ def gains_table(analysis: Analysis, candidate: str) -> str:
     """EG by score and cost, for each kind of cost."""
     parts = []
     for cost in analysis.points.costs:
-        efficiencies = [e for e in analysis.efficiencies if e.candidate == candidate and e.cost == cost]
-        parts.append(
-            f"`{candidate}`, {GAINS[cost]} [interval]; by the rung's own mean loss\n\n" + _gain_rows(efficiencies)
-        )
+        found = [e for e in analysis.efficiencies if e.candidate == candidate and e.cost == cost]
+        parts.append(f"`{candidate}`, {GAINS[cost]} [interval]; by the rung's own mean loss\n\n" + _gain_rows(found))
     return "\n\n".join(parts)
 
 
@@ -68,11 +61,10 @@ def _gain_rows(efficiencies: list[Efficiency]) -> str:
     told = [e for e in efficiencies if e.problem is None]
     lines = [f"- {e.score}: no gain to tell. {e.problem}." for e in efficiencies if e.problem is not None]
     if told:
-        lines += ["", f"| {UNITS[told[0].cost]} | " + " | ".join(e.score for e in told) + " |"]
-        lines.append("|---:|" + "---:|" * len(told))
-        for gains in zip(*(e.gains for e in told), strict=True):
-            lines.append(f"| {gains[0].cost:.3g} | " + " | ".join(_spell_gain(gain) for gain in gains) + " |")
-        lines += ["", "\\* beyond what was measured: the curves are continued"]
+        by_rung = zip(*(e.gains for e in told), strict=True)
+        rows = [[f"{gains[0].cost:.3g}", *map(_spell_gain, gains)] for gains in by_rung]
+        table = Table([UNITS[told[0].cost], *(e.score for e in told)], rows)
+        lines += ["", table.markdown(), "", "\\* beyond what was measured: the curves are continued"]
     return "\n".join(lines).strip()
 
 
@@ -88,58 +80,115 @@ def _number(value: float) -> str:
 
 def crossings_table(analysis: Analysis) -> str:
     """A row for each pair, score and kind of cost."""
-    lines = [
+    columns = ["pair", "score", "cost", "better at each rung", "", "crossing [interval]", "a rung that would settle it"]
+    return (
         f"Followed to {HORIZON:g} times the largest cost. Better at each rung, cheapest first; = is a tie within two "
-        "standard errors.",
-        "",
-        "| pair | score | cost | better at each rung | | crossing [interval] | a rung that would settle it |",
-        "|---|---|---|---|---|---:|---:|",
-    ]
-    return "\n".join(lines + [_crossing_row(crossing) for crossing in analysis.crossings])
+        f"standard errors.\n\n{Table(columns, [_crossing_row(crossing) for crossing in analysis.crossings]).markdown()}"
+    )
 
 
-def _crossing_row(c: Crossing) -> str:
+def _crossing_row(c: Crossing) -> list[str]:
     better = " ".join(rung.better or "=" for rung in c.rungs)
-    at = "–"
+    at = settled = "–"
     if c.at is not None and c.low is not None and c.high is not None:
         ends = ("none" if abs(end) == float("inf") else f"{end:.3g}" for end in (c.low, c.high))
         at = f"{c.at:.3g} [{', '.join(ends)}], below it {c.better_below}"
-    settled = (
-        "–" if c.settled_by is None else f"{c.settled_by:.3g}" + (f" (L{c.settled_depth})" if c.settled_depth else "")
-    )
-    status = f"{c.status} ({c.method})"
-    return f"| {c.first}, {c.second} | {c.score} | {UNITS[c.cost]} | {better} | {status} | {at} | {settled} |"
+    if c.settled_by is not None:
+        settled = f"{c.settled_by:.3g}" + (f" (L{c.settled_depth})" if c.settled_depth else "")
+    return [f"{c.first}, {c.second}", c.score, UNITS[c.cost], better, f"{c.status} ({c.method})", at, settled]
 
 
-def fits_table(fits: list[BootstrapFit]) -> str:
+def fits_table(fits: Sequence[BootstrapFit]) -> str:
     """Parameters with their intervals, or what is in the way of a fit."""
-    lines = ["| config | score | cost | rungs, runs | A | α | E | |", "|---|---|---|---|---:|---:|---:|---|"]
+    rows = []
     for fit in fits:
-        curve = fit.curve
-        head = f"| {curve.config} | {curve.score} | {UNITS[curve.cost]} | {len(curve.costs_R)}, {curve.runs} "
+        curve, law, many = fit.curve, fit.law, fit.replicates
+        row = [curve.config, curve.score, UNITS[curve.cost], f"{len(curve.costs_R)}, {curve.runs}"]
         if fit.problem is not None:
-            lines.append(head + f"| – | – | – | no fit: {fit.problem} |")
+            rows.append([*row, "–", "–", "–", f"no fit: {fit.problem}"])
             continue
-        law, many = fit.law, fit.replicates
-        cells = [(law.A, many.A), (law.alpha, many.alpha), (law.floor, many.floor)]
-        told = " | ".join(
-            f"{float(value):.3g} [{low:.3g}, {high:.3g}]"
-            for value, (low, high) in ((value, interval(values)) for value, values in cells)
-        )
-        note = "the rungs miss the law by more than the seeds explain" if fit.lack_of_fit else ""
-        lines.append(head + f"| {told} | {note} |")
-    return "\n".join(lines)
+        for value, values in ((law.A, many.A), (law.alpha, many.alpha), (law.floor, many.floor)):
+            low, high = interval(values)
+            row.append(f"{float(value):.3g} [{low:.3g}, {high:.3g}]")
+        rows.append([*row, "the rungs miss the law by more than the seeds explain" if fit.lack_of_fit else ""])
+    return Table(["config", "score", "cost", "rungs, runs", "A", "α", "E", ""], rows).markdown()
 
 
 def runs_table(points: PointSet) -> str:
     """Every point."""
-    lines = ["| config | rung | seed | FLOPs | seconds | " + " | ".join(points.scores) + " |"]
-    lines.append("|---|---:|---:|---:|---:|" + "---:|" * len(points.scores))
-    for config in points.configs:
-        for rung in points.rungs(config):
-            for point in sorted(rung, key=lambda point: point.seed):
-                depth = "–" if point.rung is None else f"L{point.rung}"
-                seconds = "–" if point.seconds is None else f"{point.seconds:.4g}"
-                losses = " | ".join(f"{points.score(point, score):.4f}" for score in points.scores)
-                lines.append(f"| {config} | {depth} | {point.seed} | {point.flops:.4g} | {seconds} | {losses} |")
-    return "\n".join(lines)
+    rows: list[list[Cell]] = []
+    for rung in (rung for config in points.configs for rung in points.rungs(config)):
+        for point in sorted(rung, key=lambda point: point.seed):
+            depth = "–" if point.rung is None else f"L{point.rung}"
+            seconds = "–" if point.seconds is None else f"{point.seconds:.4g}"
+            losses = [points.score(point, score) for score in points.scores]
+            rows.append([point.config, depth, point.seed, f"{point.flops:.4g}", seconds, *losses])
+    return Table(["config", "rung", "seed", "FLOPs", "seconds", *points.scores], rows, digits=4).markdown()
+
+
+# ----------------------------------------------------------------------------------------------------------- figures
+
+
+def figures(analysis: Analysis) -> list[Figure]:
+    """Loss against cost with the fits, efficiency gain against cost, rank by rung."""
+    found = []
+    scores, size = analysis.points.scores, (5.0, 4.0)
+    for cost in analysis.points.costs:
+        losses = [_losses(analysis, score, cost) for score in scores]
+        found.append(Figure(f"loss-{cost}", losses, columns=len(scores), size=size))
+        if any(e.problem is None for e in analysis.efficiencies if e.cost == cost):
+            gains = [_gains(analysis, score, cost) for score in scores]
+            found.append(Figure(f"gain-{cost}", gains, columns=len(scores), size=size))
+    return [*found, Figure("rank", [_ranks(analysis)], size=(6, 3.5))]
+
+
+def _losses(analysis: Analysis, score: str, cost: str) -> Panel:
+    fits = [analysis.fits[config, score, cost] for config in analysis.points.configs]
+    costs = _costs(fits)
+    lines = []
+    for place, fit in enumerate(fits):
+        x, y = fit.curve.flat
+        lines.append(Series("", x.tolist(), y.tolist(), style="dots", colour=place))
+        line = Series(fit.curve.config, [], [], colour=place)
+        if fit.problem is None:
+            low, high = zip(*(interval(fit.replicates.loss(x)) for x in costs), strict=True)
+            line = replace(line, x=costs.tolist(), y=fit.law.loss(costs).tolist(), low=low, high=high)
+        lines.append(line)
+    return Panel(f"{score}: held-out loss", lines, x_name=f"training {UNITS[cost]}", log_x=True, log_y=True)
+
+
+def _gains(analysis: Analysis, score: str, cost: str) -> Panel:
+    baseline = analysis.fits[analysis.points.baseline, score, cost]
+    lines, largest = [], []
+    for place, config in enumerate(analysis.candidates, start=1):
+        candidate = analysis.fits[config, score, cost]
+        if baseline.problem is not None or candidate.problem is not None:
+            continue
+        costs, measured = _costs([candidate]), candidate.curve.costs_R
+        ends = np.array([interval(gain_replicates(baseline, candidate, x)) for x in costs])
+        low, high = np.clip(ends.T, *_SHOWN).tolist()
+        gains = np.clip(gain_at(baseline, candidate, costs), *_SHOWN).tolist()
+        lines.append(Series(config, costs.tolist(), gains, low, high, colour=place))
+        own = baseline.law.cost(np.exp(candidate.curve.log_means_R)) / measured
+        lines.append(Series("", measured.tolist(), np.clip(own, *_SHOWN).tolist(), style="dots", colour=place))
+        largest.append((float(measured[-1]), ""))
+    labels: dict[str, Any] = {"x_name": f"training {UNITS[cost]}", "log_x": True, "log_y": True}
+    return Panel(f"{score}: efficiency gain", lines, guides=[(1.0, None)], marks=largest, **labels)
+
+
+def _ranks(analysis: Analysis) -> Panel:
+    """The place of each config at each rung, 1 being the lowest mean loss."""
+    points = analysis.points
+    fits = [analysis.fits[config, points.headline, "flops"] for config in points.configs]
+    rungs = min(len(fit.curve.costs_R) for fit in fits)
+    places = np.array([fit.curve.log_means_R[:rungs] for fit in fits]).argsort(0).argsort(0) + 1
+    costs = [fit.curve.costs_R[:rungs].tolist() for fit in fits]
+    lines = [Series(fit.curve.config, costs[i], places[i].tolist()) for i, fit in enumerate(fits)]
+    span = (len(fits) + 0.3, 0.7)
+    return Panel(f"{points.headline}: rank (1 is best)", lines, x_name="training FLOPs", log_x=True, span=span)
+
+
+def _costs(fits: Sequence[BootstrapFit]) -> Any:
+    smallest = min(fit.curve.costs_R[0] for fit in fits)
+    largest = max(next_cost(f.curve.costs_R) if len(f.curve.costs_R) > 1 else f.curve.costs_R[0] for f in fits)
+    return np.geomspace(smallest, largest, _GRID)

@@ -39,13 +39,13 @@ function pointAtLines(chart, x, pointer) {
     if (at === null || Math.abs(place - x) < Math.abs(at - x)) at = place;
   }
   const told = [];
-  pointer.append(shape("line", { x1: at, x2: at, y1: 8, y2: 186 }));
+  pointer.append(shape("line", { x1: at, x2: at, y1: chart.top, y2: chart.bottom }));
   for (const line of chart.lines) {
     const index = nearest(line.x, at);
     if (Math.abs(line.x[index] - at) > 0.2) continue;
     if (!told.length) told.push(chart.x + " " + line.at[index]);
     told.push((chart.lines.length > 1 ? line.name + " " : "") + line.value[index]);
-    pointer.append(shape("circle", { class: "c" + line.c, cx: at, cy: line.y[index], r: 4 }));
+    pointer.append(shape("circle", { style: "fill: " + line.colour, cx: at, cy: line.y[index], r: 4 }));
   }
   return told;
 }

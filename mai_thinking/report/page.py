@@ -1,4 +1,4 @@
-"""The page itself: one file, nothing fetched, every word from outside escaped."""
+"""A run's folder as one HTML page (`scripts/view.py`): one file, nothing fetched, every word from outside escaped."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,16 +11,15 @@ import yaml
 
 from mai_thinking.config.storage import atomic_file
 from mai_thinking.provenance.record import Lineage
-from mai_thinking.report import panels
-from mai_thinking.report.charts import COLOURS, Chart, line_chart, number, strip
-from mai_thinking.report.reading import Climb, Run, read
+from mai_thinking.report.figures import MISSING, Figure, Grid, Panel, number, to_svg
+from mai_thinking.report.goodput import COLOURS, timeline
+from mai_thinking.report.panels import curves, held_out, load, over_stages
+from mai_thinking.report.reading import Climb, Run, read, then_and_now
 from mai_thinking.rl.rewards import TERMS
 from mai_thinking.rl.trace_report import printable
 from mai_thinking.training.goodput import CATEGORIES, Account
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
-_STRETCHES = 250
-"""Of the goodput timeline."""
 _LOAD = (
     "Violation rate: the busiest expert's load over the mean load, less 1. Experts and entropy: over all MoE layers."
 )
@@ -63,11 +62,11 @@ class Page:
 
     def climb(self, climb: Climb) -> str:
         """A climb: its stages in a table and on one clock, then each as a run that opens."""
-        minutes = [stage.account.wall_clock / 60 for stage in climb.stages]
         rows = [
             f'<tr><td><a href="#stage-{index}">{text(stage.name)}</a></td><td>{stage.kind}</td>'
-            f'<td class="n">{stage.steps_done:,}</td><td class="n">{took:,.1f}</td><td>{_chip(stage.status)}</td></tr>'
-            for index, (stage, took) in enumerate(zip(climb.stages, minutes, strict=True))
+            f'<td class="n">{stage.steps_done:,}</td><td class="n">{stage.minutes:,.1f}</td>'
+            f"<td>{_chip(stage.status)}</td></tr>"
+            for index, stage in enumerate(climb.stages)
         ]
         heads = "<tr><th>stage</th><th>run</th><th class=n>steps</th><th class=n>minutes</th><th>state</th></tr>"
         stages = [
@@ -78,16 +77,16 @@ class Page:
         done = sum(stage.status == "finished" for stage in climb.stages)
         tiles = [
             ("stages", f"{done} of {len(climb.stages)} finished"),
-            ("minutes", number(sum(minutes))),
+            ("minutes", number(sum(stage.minutes for stage in climb.stages))),
             *_best_now(climb.stages),
         ]
         return "\n".join(
             [
                 f"<header><h1>{text(climb.name)}</h1><p>a whole climb · {text(climb.path)}</p>{_tiles(tiles)}</header>",
                 *[_collapse(stage) for stage in climb.stages],
-                f'<section><h2>Stages</h2><div class="wide"><table>{heads}{"".join(rows)}</table></div></section>',
-                self._section("The climb", self._charts(_over_stages(climb.stages, minutes))),
-                _section_of("Where it came from", _lineage(climb.stages[-1].lineage)),
+                _section("Stages", f'<div class="wide"><table>{heads}{"".join(rows)}</table></div>'),
+                _section("The climb", self._charts(over_stages(climb)[:1])),
+                _section("Where it came from", _lineage(climb.stages[-1].lineage)),
                 *stages,
             ]
         )
@@ -95,54 +94,75 @@ class Page:
     def run(self, run: Run) -> str:
         """A single run."""
         total = run.config.get("steps")
-        account = run.account
         tiles = [
             ("state", run.status),
             ("steps", f"{run.steps_done:,}" + (f" of {total:,}" if isinstance(total, int) else "")),
             *([("tokens", number(run.steps[-1]["tokens"]))] if run.steps and "tokens" in run.steps[-1] else []),
             *_best_now([run]),
-            ("wall-clock", _duration(account.wall_clock)),
-            ("goodput", f"{account.report_goodput:.1%}"),
+            ("wall-clock", _duration(run.account.wall_clock)),
+            ("goodput", f"{run.account.report_goodput:.1%}"),
         ]
         head = f"<header><h1>{text(run.name)}</h1><p>{run.kind} · {text(run.path)}</p>{_tiles(tiles)}</header>"
         return head + _collapse(run) + self._sections(run)
 
     def _sections(self, run: Run, heading: str = "h2") -> str:
+        experts = self._charts(load(run))
         parts = [
-            self._section("Curves", self._charts([*panels.held_out(run), *panels.curves(run)]), heading),
-            self._section("Expert load", _said(_LOAD, self._charts(panels.load(run))), heading),
-            self._section("Samples", _samples(run), heading),
-            self._section("Goodput", _goodput(run.account), heading),
-            self._section("Where it came from", _lineage(run.lineage), heading),
+            _section("Curves", self._charts([*held_out(run), curves(run)]), heading),
+            _section("Expert load", experts and f'<p class="note">{text(_LOAD)}</p>{experts}', heading),
+            _section("The same problem, from the first evaluation to the last", _stories(run), heading),
+            _section("Samples", _samples(run), heading),
+            _section("Goodput", self._goodput(run.account), heading),
+            _section("Where it came from", _lineage(run.lineage), heading),
         ]
         config = text(yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True))
         return "\n".join(parts) + f"<details><summary>config.yaml</summary><pre>{config}</pre></details>"
 
-    def _section(self, title: str, body: str, heading: str = "h2") -> str:
-        return _section_of(title, body, heading) if body else ""
-
-    def _charts(self, charts: Iterable[Chart]) -> str:
-        cards = []
-        for chart in charts:
-            name = f"k{len(self._data)}"
-            self._data[name] = chart.data
-            keys = "".join(
-                f'<span class="key c{index % COLOURS}">{text(entry)}</span>' for index, entry in enumerate(chart.legend)
-            )
-            now = f"<b>{text(chart.now)}</b>" if chart.now else ""
-            cards.append(
-                f'<figure data-chart="{name}"><figcaption>{text(chart.title)}{now}</figcaption>'
-                f"{f'<p class=keys>{keys}</p>' if keys else ''}{chart.svg}</figure>"
-            )
+    def _charts(self, figures: Iterable[Figure]) -> str:
+        cards = [self._chart(panel) for figure in figures for panel in figure.panels]
+        if cards and not any(cards):
+            return f'<p class="note">{MISSING}</p>'
         return f'<div class="charts">{"".join(cards)}</div>' if cards else ""
 
+    def _chart(self, panel: Panel | Grid) -> str:
+        drawn = to_svg(panel)
+        if drawn is None:
+            return ""
+        name = f"k{len(self._data)}"
+        svg, self._data[name] = drawn
+        keys = "".join(
+            f'<span class="key" style="--own: {colour}">{text(entry)}</span>' for entry, colour in panel.legend
+        )
+        last = f"<b>{text(panel.last)}</b>" if panel.last else ""
+        return (
+            f'<figure data-chart="{name}"><figcaption>{text(panel.title)}{last}</figcaption>'
+            f"{f'<p class=keys>{keys}</p>' if keys else ''}{svg}</figure>"
+        )
 
-def _section_of(title: str, body: str, heading: str = "h2") -> str:
-    return f"<section><{heading}>{title}</{heading}>{body}</section>"
+    def _goodput(self, account: Account) -> str:
+        if not account.segments:
+            return ""
+        keys = "".join(
+            f'<tr><td><span class="key" style="--own: {COLOURS[category]}">{category}</span></td>'
+            f'<td class="n">{_duration(account.seconds[category])}</td>'
+            f'<td class="n">{account.seconds[category] / max(account.wall_clock, 1e-9):.1%}</td></tr>'
+            for category in CATEGORIES
+            if account.seconds[category] > 0
+        )
+        facts = (
+            f"{account.steps:,} steps kept, {account.recomputed_steps:,} computed again, {account.attempts} attempts"
+        )
+        if account.stopped:
+            facts += f"; stopped on request for {_duration(account.stopped)}, not counted"
+        return (
+            f'<div class="strip">{self._chart(timeline(account))}</div>'
+            f'<div class="wide"><table class="small">{keys}</table></div><p class="note">{text(facts)}</p>'
+            '<p class="note">Slow steps are spread over the productive ones; slivers are left out of the picture.</p>'
+        )
 
 
-def _said(note: str, body: str) -> str:
-    return f'<p class="note">{text(note)}</p>{body}' if body else ""
+def _section(title: str, body: str, heading: str = "h2") -> str:
+    return f"<section><{heading}>{title}</{heading}>{body}</section>" if body else ""
 
 
 def _chip(status: str) -> str:
@@ -151,11 +171,8 @@ def _chip(status: str) -> str:
 
 
 def _tiles(tiles: Sequence[tuple[str, str]]) -> str:
-    return (
-        '<dl class="tiles">'
-        + "".join(f"<div><dt>{text(name)}</dt><dd>{text(value)}</dd></div>" for name, value in tiles)
-        + "</dl>"
-    )
+    shown = "".join(f"<div><dt>{text(name)}</dt><dd>{text(value)}</dd></div>" for name, value in tiles)
+    return f'<dl class="tiles">{shown}</dl>'
 
 
 def _best_now(runs: Sequence[Run]) -> list[tuple[str, str]]:
@@ -168,38 +185,31 @@ def _best_now(runs: Sequence[Run]) -> list[tuple[str, str]]:
     return []
 
 
-def _over_stages(stages: Sequence[Run], minutes: Sequence[float]) -> list[Chart]:
-    """pass@1 on the climb's clock; a stage's time is taken as even over its steps."""
-    records, places, marks, begin = [], [], [], 0.0
-    for stage, took in zip(stages, minutes, strict=True):
-        marks.append((begin, stage.path.name))
-        last = max(1, stage.steps_done)
-        for record in stage.evaluations:
-            if "pass@1" in record:
-                records.append(record)
-                places.append(begin + took * record["step"] / last)
-        begin += took
-    chart = line_chart(
-        "Held-out pass@1, with 95 % intervals",
-        panels.pass_series(records, places),
-        x_name="minute",
-        span=(0, 1),
-        marks=[(x, name) for x, name in marks if places and places[0] <= x <= places[-1]],
-    )
-    return [chart] if chart else []
-
-
 def _collapse(run: Run) -> str:
     if run.collapse is None:
         return ""
     return f'<p class="alarm"><b>{text(run.name)}</b> {text(run.collapse)}</p>'
 
 
+def _stories(run: Run) -> str:
+    cards = []
+    for story in then_and_now(run.samples):
+        first = story[0]
+        told = "".join(
+            f'<p class="head"><b>after {sample["step"]:,} steps</b>{_mark(sample["passed"])}</p>'
+            f"<pre>{text(sample['response'])}</pre>"
+            for sample in story
+        )
+        answer = f'<p class="answer">{text(first["task"])}; the answer is {text(first["answer"])}</p>'
+        cards.append(f'<article><pre class="prompt">{text(first["question"])}</pre>{answer}{told}</article>')
+    return f'<div class="samples">{"".join(cards)}</div>' if cards else ""
+
+
 def _samples(run: Run) -> str:
     weights = run.config.get("reward", {})
     parts = []
-    for title, traces in run.samples.items():
-        cards = "".join(_sample(trace, weights) for trace in traces)
+    for title, traces in run.rollouts().items():
+        cards = "".join(_sample(trace) for trace in traces)
         parts.append(f'<h4>{title}</h4><div class="samples">{cards}</div>')
     if not parts:
         return ""
@@ -208,8 +218,7 @@ def _samples(run: Run) -> str:
     return f'<p class="note">{text(rule)}</p>' + "".join(parts)
 
 
-def _sample(trace: Mapping[str, Any], weights: Mapping[str, Any]) -> str:
-    right = trace["passed"]
+def _sample(trace: Mapping[str, Any]) -> str:
     answer = "no answer" if trace["answer"] is None else f"answer {trace['answer']!r}"
     facts = [
         f"step {trace['step']}",
@@ -221,12 +230,15 @@ def _sample(trace: Mapping[str, Any], weights: Mapping[str, Any]) -> str:
         _bar(name, trace[f"reward_{name}" if name != "reward" else name]) for name in ("task", *TERMS, "reward")
     )
     return (
-        f'<article><p class="head"><b>{text(trace["task"])}</b>'
-        f'<span class="chip {"good" if right else "bad"}">{"right" if right else "wrong"}</span></p>'
+        f'<article><p class="head"><b>{text(trace["task"])}</b>{_mark(trace["passed"])}</p>'
         f'<pre><span class="prompt">{text(trace["prompt"])}</span>{text(trace["response"])}</pre>'
         f'<p class="answer">{text(answer)}, reference {text(repr(trace["reference"]))}</p>'
         f'<div class="parts">{bars}</div><p class="note">{text(" · ".join(facts))}</p></article>'
     )
+
+
+def _mark(right: bool) -> str:
+    return f'<span class="chip {"good" if right else "bad"}">{"right" if right else "wrong"}</span>'
 
 
 def _bar(name: str, value: float) -> str:
@@ -239,68 +251,12 @@ def _bar(name: str, value: float) -> str:
     )
 
 
-def _goodput(account: Account) -> str:
-    if not account.segments:
-        return ""
-    shown = [category for category in CATEGORIES if account.seconds[category] > 0]
-    keys = "".join(
-        f'<tr><td><span class="key s{CATEGORIES.index(category)}">{category}</span></td>'
-        f'<td class="n">{_duration(account.seconds[category])}</td>'
-        f'<td class="n">{account.seconds[category] / max(account.wall_clock, 1e-9):.1%}</td></tr>'
-        for category in shown
-    )
-    facts = [
-        f"goodput {account.report_goodput:.1%} (the report's), {account.common_goodput:.1%} (common)",
-        f"{account.steps:,} steps kept, {account.recomputed_steps:,} computed again, attempts: {account.attempts}",
-    ]
-    facts += [f"stopped on request for {_duration(account.stopped)}, not counted"] if account.stopped else []
-    return (
-        f"{strip('timeline of the run by category', _timeline(account))}"
-        f'<p class="ends"><span>start</span><span>{_duration(account.wall_clock)}</span></p>'
-        f'<div class="wide"><table class="small">{keys}</table></div><p class="note">{text("; ".join(facts))}</p>'
-        '<p class="note">Slow steps are spread over the productive ones; slivers are left out of the picture.</p>'
-    )
-
-
-def _timeline(account: Account) -> list[tuple[float, float, int, str]]:
-    """Stretches of equal time, each divided among its categories; neighbours of one category become one."""
-    total = sum(segment.end - segment.begin for segment in account.segments)
-    width = max(total, 1e-9) / _STRETCHES
-    shares: list[dict[str, float]] = [{} for _ in range(_STRETCHES)]
-    place = 0.0
-    for segment in account.segments:
-        left = segment.end - segment.begin
-        while left > 1e-9 * width:
-            index = min(_STRETCHES - 1, int(place / width + 1e-9))
-            part = min(left, max((index + 1) * width - place, 1e-6 * width))
-            shares[index][segment.category] = shares[index].get(segment.category, 0.0) + part
-            place, left = place + part, left - part
-    spans: list[tuple[float, float, int, str]] = []
-    cursor = 0.0
-    for share in shares:
-        # Slivers would only blur the picture: they go to what fills their stretch.
-        slivers = {category: seconds for category, seconds in share.items() if seconds < 0.03 * sum(share.values())}
-        largest = max(share, key=lambda category: share[category], default="")
-        share = {category: seconds for category, seconds in share.items() if category not in slivers}
-        if slivers:
-            share[largest] += sum(slivers.values())
-        for category in share:  # in the order of their beginnings
-            colour, end = CATEGORIES.index(category), cursor + share[category] / max(total, 1e-9)
-            begin = spans.pop()[0] if spans and spans[-1][2] == colour else cursor
-            told = f"{category}: {_duration(begin * total)} to {_duration(end * total)}"
-            spans.append((begin, end, colour, told))
-            cursor = end
-    return spans
-
-
 def _lineage(lineage: Lineage | str) -> str:
     if isinstance(lineage, str):
         return f'<p class="note">{text(lineage)}</p>'
-    drawn: set[str] = set()
-    tree = _ancestors(lineage, lineage.id, drawn)
     return (
-        f'<ul class="tree">{tree}</ul><p class="note">As recorded; <code>python scripts/lineage.py</code> '
-        "checks every file against its hash.</p>"
+        f'<ul class="tree">{_ancestors(lineage, lineage.id, set())}</ul><p class="note">As recorded; '
+        "<code>python scripts/lineage.py</code> checks every file against its hash.</p>"
     )
 
 

@@ -1,22 +1,29 @@
-"""What a page shows of a run, read from its folder while it runs or afterwards."""
+"""What a run's folder says, read without touching it: the newest whole state, also while the run is being written.
+
+A file that is torn, not there yet or just being replaced counts as not there. Needs no torch.
+"""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from mai_thinking.errors import UsageError
-from mai_thinking.experiments.plan import INPUTS
 from mai_thinking.provenance.record import RECORD, Lineage, read_lineage
 from mai_thinking.rl.collapse import COLLAPSE, Verdict, read_verdict
 from mai_thinking.rl.trace_report import Order, choose
 from mai_thinking.rl.traces import FOLDER, TraceStore
-from mai_thinking.training.goodput import Account, account
+from mai_thinking.training.goodput import RESTART, Account, account
 from mai_thinking.training.metrics import Record, read_records
+from mai_thinking.training.run_folder import NOTES, SAMPLES
 
-SAMPLES: tuple[tuple[str, Order], ...] = (
+STAGES = "stages.json"
+"""In a climb's folder: the ids of the lineage records that each stage began with."""
+CHOICES: tuple[tuple[str, Order], ...] = (
     ("Newest", "newest"),
     ("Highest reward", "best"),
     ("Lowest reward", "worst"),
@@ -38,8 +45,11 @@ class Run:
     """Its training steps, in order."""
     evaluations: list[Record]
     account: Account
-    samples: dict[str, list[dict[str, Any]]]
-    """By choice, rollouts as rows of the trace store; empty for a run without traces."""
+    notes: dict[str, Any]
+    """What the recipe noted for its page (`RunFolder.note`)."""
+    samples: list[Record]
+    """A response to each held-out problem at each evaluation (`samples.jsonl`): fields of `rl.evaluation.Sample`, and
+    the step."""
     lineage: Lineage | str
     """Of its model, or what it has so far; or why there is none."""
     collapse: Verdict | None
@@ -52,6 +62,22 @@ class Run:
     def steps_done(self) -> int:
         return int(self.steps[-1]["step"]) if self.steps else 0
 
+    @property
+    def minutes(self) -> float:
+        """What it took, without the time in which nobody ran it."""
+        return (self.account.wall_clock - self.account.seconds[RESTART]) / 60
+
+    def rollouts(self) -> dict[str, list[dict[str, Any]]]:
+        """By choice, rollouts as rows of the trace store; empty for a run without traces."""
+        store = TraceStore(self.path / FOLDER)
+        found = {}
+        for title, order in CHOICES:
+            try:
+                found[title] = _of_different_problems(choose(store, order, _LOOKED_AT))
+            except UsageError:  # none yet, or none whole
+                return {}
+        return found
+
 
 @dataclass(frozen=True)
 class Climb:
@@ -62,23 +88,27 @@ class Climb:
     stages: list[Run]
     """Those that have begun, in the climb's order."""
 
+    @property
+    def begins(self) -> list[float]:
+        """When each stage began, in minutes of work."""
+        return [sum(stage.minutes for stage in self.stages[:index]) for index in range(len(self.stages))]
+
 
 def read(path: Path) -> Run | Climb:
     """The run or the climb in the folder `path`. UsageError if there is neither."""
-    if (path / INPUTS).is_file():
-        names = json.loads((path / INPUTS).read_text())
+    names = read_json(path / STAGES)
+    if names is not None:
         stages = [read_run(path / name) for name in names if (path / name / "config.yaml").is_file()]
         if stages:
-            config = yaml.safe_load((path / "config.yaml").read_text())
-            return Climb(path, str(config.get("name") or path.name), stages)
+            return Climb(path, str(_read_config(path).get("name") or path.name), stages)
     if not (path / "config.yaml").is_file() or not (path / "metrics.jsonl").is_file():
         raise UsageError(f"{path}: no run; name a run's output_dir, such as runs/nano, once its first step is done")
     return read_run(path)
 
 
 def read_run(path: Path) -> Run:
-    """The run in the folder `path`, which has a config.yaml and perhaps no more."""
-    config = yaml.safe_load((path / "config.yaml").read_text())
+    """The run in the folder `path`, which has a config.yaml and perhaps no more. UsageError for a damaged config."""
+    config = _read_config(path)
     records, events = read_records(path / "metrics.jsonl"), read_records(path / "events.jsonl")
     return Run(
         path=path,
@@ -88,10 +118,72 @@ def read_run(path: Path) -> Run:
         steps=[record for record in records if "kind" not in record],
         evaluations=[record for record in records if record.get("kind") == "evaluation"],
         account=account(events),
-        samples=_samples(path),
+        notes=read_json(path / NOTES) or {},
+        samples=read_samples(path),
         lineage=_lineage(path),
-        collapse=read_verdict(path),
+        collapse=read_verdict(path) if read_json(path / COLLAPSE) else None,
     )
+
+
+def read_samples(path: Path) -> list[Record]:
+    """A response to each held-out problem at each evaluation of the RL run in the folder `path`."""
+    records = read_records(path / SAMPLES)
+    return [{**sample, "step": record["step"]} for record in records for sample in record["samples"]]
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The object in a JSON file; None if there is no whole one."""
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def then_and_now(samples: Sequence[Record], shown: int = 2) -> list[list[Record]]:
+    """Of each task, up to `shown` held-out problems with their responses at the first evaluation, in the middle and at
+    the last: those that were learned on the way first, the larger before the smaller."""
+    steps = sorted({sample["step"] for sample in samples})
+    picked = list(dict.fromkeys((steps[0], steps[len(steps) // 2], steps[-1]))) if steps else []
+    by_problem: dict[tuple[str, str], dict[int, Record]] = {}
+    for sample in samples:
+        by_problem.setdefault((sample["task"], sample["question"]), {}).setdefault(sample["step"], sample)
+    stories = [[found[step] for step in picked] for found in by_problem.values() if set(picked) <= set(found)]
+    stories.sort(key=lambda story: (story[-1]["passed"] and not story[0]["passed"], story[-1].get("size") or 0))
+    kept: dict[str, list[list[Record]]] = {}
+    for story in reversed(stories):
+        of_task = kept.setdefault(story[0]["task"], [])
+        if len(of_task) < shown:
+            of_task.append(story)
+    return [story for task in sorted(kept) for story in kept[task]]
+
+
+def durations(account_: Account, stretches: int) -> list[str]:
+    """The category that fills each of so many equal stretches of the wall-clock most."""
+    total = sum(segment.end - segment.begin for segment in account_.segments)
+    shares: list[dict[str, float]] = [{} for _ in range(stretches)]
+    place = 0.0
+    for segment in account_.segments:
+        end = place + (segment.end - segment.begin) / max(total, 1e-9) * stretches
+        edges = [place, *range(int(place) + 1, min(stretches, int(end) + 1)), end]
+        for low, high in pairwise(edges):
+            share = shares[min(stretches - 1, int(low))]
+            share[segment.category] = share.get(segment.category, 0.0) + high - low
+        place = end
+    found: list[str] = []
+    for share in shares:
+        found.append(max(share, key=lambda category: share[category]) if share else found[-1])
+    return found
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UsageError(f"{path / 'config.yaml'}: cannot be read: {' '.join(str(error).split())[:150]}") from None
+    if not isinstance(config, dict):
+        raise UsageError(f"{path / 'config.yaml'}: is not the config of a run")
+    return config
 
 
 def _kind(config: dict[str, Any]) -> str:
@@ -110,24 +202,19 @@ def _status(path: Path, events: list[Record]) -> str:
     return "under way, or killed"
 
 
-def _samples(path: Path) -> dict[str, list[dict[str, Any]]]:
-    if not any((path / FOLDER).glob("*.parquet")):
-        return {}
-    store = TraceStore(path / FOLDER)
-    return {title: _of_different_problems(choose(store, order, _LOOKED_AT)) for title, order in SAMPLES}
-
-
 def _of_different_problems(traces: list[dict[str, Any]]) -> list[dict[str, Any]]:
     first = {trace["group_id"]: trace for trace in reversed(traces)}
     return list(reversed(first.values()))[:SHOWN]
 
 
 def _lineage(path: Path) -> Lineage | str:
+    """The newest that can be read: a run under way removes its older checkpoints."""
+    problem = "nothing here has a record of where it comes from yet"
     checkpoints = sorted((path / "checkpoints").glob("step-" + "[0-9]" * 8), reverse=True)
     for folder in (path / "final", *checkpoints, path / FOLDER):
-        if (folder / RECORD).is_file():
-            try:
+        try:
+            if (folder / RECORD).is_file():
                 return read_lineage(folder)
-            except ValueError as error:
-                return f"{folder}: {error}"
-    return "nothing here has a record of where it comes from yet"
+        except (ValueError, OSError) as error:
+            problem = f"{folder}: {error}"
+    return problem

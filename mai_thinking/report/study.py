@@ -2,16 +2,16 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import fmean, stdev
 
-from mai_thinking.config.storage import atomic_file
 from mai_thinking.config.study import StudyConfig
 from mai_thinking.errors import RunError
 from mai_thinking.experiments.plan import ClimbPlan
 from mai_thinking.report.comparison import spread
+from mai_thinking.report.document import Cell, Difference, Document, Table
+from mai_thinking.report.figures import Figure, Panel, Series
+from mai_thinking.report.summary import best_of
 from mai_thinking.training.metrics import Record, read_records
-from mai_thinking.training.report import pyplot, save_figure
 
 WHEN = ("at first", "at last")
 
@@ -27,23 +27,19 @@ class Measurement:
 
 
 def write_report(config: StudyConfig, plan: ClimbPlan) -> None:
-    """`report/summary.md`, and with the `plots` extra `arms.png`, of a study that is done."""
-    folder = plan.path / "report"
-    folder.mkdir(exist_ok=True)
+    """`report/summary.md` and `summary.json`, and with the `plots` extra `arms.png`, of a study that is done."""
     measured = measure(config, plan)
     minutes = sum(stage.seconds for stage in plan.stages) / 60
-    page = [
-        f"# {config.name}",
-        f"{len(config.arms)} arms, seeds {', '.join(map(str, config.seeds))}, {minutes:.0f} minutes of work.",
-        table(config, measured),
+    page = Document(config.name)
+    page.add(f"{len(config.arms)} arms, seeds {', '.join(map(str, config.seeds))}, {minutes:.0f} minutes of work.")
+    page.add_table("arms", table(config, measured))
+    page.add(
         f"Held-out problems at the first and the last evaluation of `{config.measured}`: mean (least–most) over seeds. "
-        f"The difference from `{config.arms[0].name}` is taken seed by seed; ± is its standard error.",
-    ]
-    page += collapses(config, plan)
-    if _draw(config, measured, folder / "arms.png"):
-        page.append("![pass@1 by arm](arms.png)")
-    with atomic_file(folder / "summary.md") as path:
-        path.write_text("\n\n".join(page) + "\n")
+        f"The difference from `{config.arms[0].name}` is taken seed by seed; ± is its standard error."
+    )
+    page.add(*collapses(config, plan))
+    page.add_figures([_figure(config, measured)])
+    page.write(plan.path / "report")
 
 
 def measure(config: StudyConfig, plan: ClimbPlan) -> dict[str, Measurement]:
@@ -51,7 +47,7 @@ def measure(config: StudyConfig, plan: ClimbPlan) -> dict[str, Measurement]:
     found: dict[str, Measurement] = {}
     for arm in config.arms:
         ends = [_ends(plan, config.measured_stage(arm.name, seed)) for seed in config.seeds]
-        k = next(name for name in ends[0][0] if name.startswith("pass@") and "/" not in name and name != "pass@1")
+        k = best_of(ends[0][0])
         by_time = [list(records) for records in zip(*ends, strict=True)]
         pass_1, pass_k = (
             {when: [record[name] for record in records] for when, records in zip(WHEN, by_time, strict=True)}
@@ -76,41 +72,36 @@ def collapses(config: StudyConfig, plan: ClimbPlan) -> list[str]:
     return [f"`{stage.name}` (its last evaluation is of then) {stage.collapse}." for stage in ended]
 
 
-def table(config: StudyConfig, measured: dict[str, Measurement]) -> str:
-    """In Markdown, an arm a row."""
+def table(config: StudyConfig, measured: dict[str, Measurement]) -> Table:
+    """An arm a row."""
     first = measured[config.arms[0].name]
-    columns = [f"{name} {when}" for when in WHEN for name in ("pass@1", "difference", first.k)]
-    lines = ["| arm | | " + " | ".join(columns) + " |", "|---|---|" + "---:|" * len(columns)]
+    columns = ["arm", "about", *(f"{name} {when}" for when in WHEN for name in ("pass@1", "difference", first.k))]
+    rows: list[list[Cell]] = []
     for arm in config.arms:
-        cells = []
+        rows.append([arm.name, arm.about])
         for when in WHEN:
             own, other = measured[arm.name].pass_1[when], first.pass_1[when]
-            cells += [spread(own), "" if own is other else difference(own, other)]
-            cells.append(spread(measured[arm.name].pass_k[when]))
-        lines.append(f"| {arm.name} | {arm.about} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+            away = None if own is other else difference(own, other)
+            rows[-1] += [spread(own), away, spread(measured[arm.name].pass_k[when])]
+    return Table(columns, rows)
 
 
-def difference(own: Sequence[float], other: Sequence[float]) -> str:
+def difference(own: Sequence[float], other: Sequence[float]) -> Difference:
     """The mean of the differences, seed by seed, with its standard error where there are several."""
     differences = [a - b for a, b in zip(own, other, strict=True)]
-    error = f" ± {stdev(differences) / len(differences) ** 0.5:.3f}" if len(differences) > 1 else ""
-    return f"{fmean(differences):+.3f}{error}"
+    error = stdev(differences) / len(differences) ** 0.5 if len(differences) > 1 else None
+    return Difference(fmean(differences), error)
 
 
-def _draw(config: StudyConfig, measured: dict[str, Measurement], path: Path) -> bool:
-    plt = pyplot()
-    if plt is None:
-        return False
-    figure, axes = plt.subplots(figsize=(1.5 + 1.2 * len(config.arms), 4), layout="constrained")
+def _figure(config: StudyConfig, measured: dict[str, Measurement]) -> Figure:
+    lines = []
     for index, when in enumerate(WHEN):
-        for place, arm in enumerate(config.arms):
-            values, x = measured[arm.name].pass_1[when], place + 0.2 * (index - 0.5)
-            label = f"{config.measured}, {when}" if place == 0 else None
-            axes.plot([x] * len(values), values, "o", color=f"C{index}", alpha=0.5, markersize=4)
-            axes.plot([x - 0.08, x + 0.08], [fmean(values)] * 2, color=f"C{index}", linewidth=2, label=label)
-    axes.set(ylabel="held-out pass@1", xticks=range(len(config.arms)), xticklabels=[arm.name for arm in config.arms])
-    axes.grid(alpha=0.3, axis="y")
-    axes.legend(fontsize=8)
-    save_figure(figure, path)
-    return True
+        values_of = [measured[arm.name].pass_1[when] for arm in config.arms]
+        by_arm = [(place + 0.2 * (index - 0.5), values) for place, values in enumerate(values_of)]
+        for x, values in by_arm:
+            lines.append(Series("", [x] * len(values), values, style="dots", colour=index))
+        for place, (x, values) in enumerate(by_arm):
+            name = f"{config.measured}, {when}" if place == 0 else ""
+            lines.append(Series(name, [x - 0.08, x + 0.08], [fmean(values)] * 2, colour=index))
+    panel = Panel("held-out pass@1", lines, x_name="", names=[arm.name for arm in config.arms])
+    return Figure("arms", [panel], size=(2 + 1.2 * len(config.arms), 4))

@@ -4,7 +4,6 @@ The numbers are those of the first and the last evaluation: how a policy does wi
 of another problem and with half of its own; how often and how long it thinks; how it does beyond the sizes of its text.
 """
 
-import json
 import math
 import shutil
 from collections.abc import Sequence
@@ -12,17 +11,18 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from mai_thinking.config.storage import atomic_file
 from mai_thinking.errors import UsageError
+from mai_thinking.report.document import Cell, Document, Table
+from mai_thinking.report.figures import Figure, Panel, Series
+from mai_thinking.report.panels import THOUGHTS
+from mai_thinking.report.reading import read_samples, then_and_now
+from mai_thinking.report.summary import tell
 from mai_thinking.training.metrics import Record, read_records
-from mai_thinking.training.report import fenced, pyplot, save_figure
 
 SIZE = "pass@1_size/"
 CLIMBED = 0.95
 """The climbing part of a run goes from its first evaluation after step 0 to the first that has this share of the best
 pass@1 of all. Fixed before any run was looked at."""
-_WAYS = (("pass@1", "its own thought"), ("pass@1_half_thought", "half of it"),
-         ("pass@1_other_thought", "another problem's"), ("pass@1_emptied", "none"))  # fmt: skip
 
 
 class ThinkingRun:
@@ -71,6 +71,11 @@ class ThinkingRun:
                 found.setdefault(int(name.rpartition("/")[2]), []).append(value)
         return {size: fmean(values) for size, values in sorted(found.items())}
 
+    def series(self, field: str, name: str, colour: int) -> Series:
+        """A metric of the evaluations."""
+        x, y = [record["step"] for record in self.evaluations], [record[field] for record in self.evaluations]
+        return Series(name, x, y, colour=colour)
+
     def _beyond(self, record: Record) -> float | None:
         values = [value for size, value in self.by_size(record).items() if size >= self.beyond]
         return fmean(values) if values else None
@@ -110,110 +115,64 @@ def write(folders: Sequence[Path], out: Path, beyond: int, sweep: Sequence[float
     """`summary.md`, `summary.json`, with the `plots` extra `thinking.png`, and each run's config and metrics. The
     runs are seeds, or with `sweep` the runs of these values of p_cot, which get a figure of their own, `sweep.png`."""
     runs = [ThinkingRun(folder, beyond) for folder in folders]
-    out.mkdir(parents=True, exist_ok=True)
     seeds = [run.summary() for run in runs]
+    page = Document(out.name)
     if sweep is not None:
         seeds = [{"p_cot": value, **seed} for value, seed in zip(sweep, seeds, strict=True)]
-    with atomic_file(out / "summary.json") as path:
-        key = "seeds" if sweep is None else "sweep"
-        path.write_text(json.dumps({"beyond": beyond, key: seeds}, indent=1) + "\n")
-    figures = ["![pass@1 and length](thinking.png)"] if _draw(runs, out / "thinking.png") else []
-    if sweep is not None and _draw_sweep(seeds, out / "sweep.png"):
-        figures.insert(0, "![before and after, by p_cot](sweep.png)")
-    page = [f"# {out.name}", _table(seeds), *figures, "## The same problems then, midway and now", *_samples(runs[0])]
-    with atomic_file(out / "summary.md") as path:
-        path.write_text("\n\n".join(page) + "\n")
+        page.add_figures([_sweep(seeds)])
+    page.facts |= {"beyond": beyond, "seeds" if sweep is None else "sweep": seeds}
+    page.add(_table(seeds).markdown())
+    page.add_figures([_figure(runs)])
+    stories = then_and_now(read_samples(folders[0]))
+    page.add(*map(tell, stories), heading="The same problems then, midway and now")
+    page.write(out)
     for run in runs:
         for name in ("config.yaml", "metrics.jsonl"):
             shutil.copyfile(run.folder / name, out / f"{run.folder.name}-{name}")
 
 
-def _table(seeds: Sequence[dict[str, Any]]) -> str:
-    rows = [name for name in seeds[0] if name != "run"]
-    lines = ["| | " + " | ".join(seed["run"] for seed in seeds) + " |", "|---|" + "---:|" * len(seeds)]
-    for name in rows:
-        lines.append(f"| {name.replace('_', ' ')} | " + " | ".join(_spell(seed[name]) for seed in seeds) + " |")
-    return "\n".join(lines)
+def _table(seeds: Sequence[dict[str, Any]]) -> Table:
+    names = [name for name in seeds[0] if name != "run"]
+    rows = [[name.replace("_", " "), *(_spell(seed[name]) for seed in seeds)] for name in names]
+    return Table(["", *(seed["run"] for seed in seeds)], rows)
 
 
-def _spell(value: Any) -> str:
+def _spell(value: Any) -> Cell:
     if isinstance(value, list):
         return " → ".join(map(str, value))
-    return "–" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
+    return "–" if value is None else value
 
 
-def _samples(run: ThinkingRun, count: int = 3) -> list[str]:
-    """What the run wrote to the same problems at its first, middle and last evaluation."""
-    records = read_records(run.folder / "samples.jsonl")
-    if not records:
-        return []
-    chosen = [records[0], records[len(records) // 2], records[-1]]
-    largest: dict[str, int] = {}
-    for index, sample in enumerate(records[0]["samples"]):
-        if sample["task"] not in largest or sample["size"] > records[0]["samples"][largest[sample["task"]]]["size"]:
-            largest[sample["task"]] = index
-    parts = []
-    for index in list(largest.values())[:count]:
-        sample = records[0]["samples"][index]
-        parts.append(f"**{sample['question']}** (it is {sample['answer']})")
-        for record in chosen:
-            said = record["samples"][index]
-            mark = "right" if said["passed"] else "wrong"
-            parts.append(f"step {record['step']} ({mark})\n\n{fenced(said['response'].rstrip())}")
-    return parts
+def _figure(runs: Sequence[ThinkingRun]) -> Figure:
+    """The seeds share a colour; their names stand at the first."""
+    ways, lengths, shares = list[Series](), list[Series](), list[Series]()
+    for place, run in enumerate(runs):
+        for colour, (field, title) in enumerate(THOUGHTS.items()):
+            ways.append(run.series(field, "" if place else title, colour))
+        lengths.append(run.series("response_length", "" if place else "mean response", 0))
+        steps, limits = zip(*((record["step"], record["max_length"]) for record in run.steps), strict=True)
+        lengths.append(Series("" if place else "limit", steps, limits, colour=7))
+        shares.append(run.series("thought_share", "", 0))
+    marks = runs[0].evaluations
+    sizes = []
+    for place, record in enumerate((marks[0], marks[len(marks) // 2], marks[-1])):
+        by_size = runs[0].by_size(record)
+        sizes.append(Series(f"step {record['step']}", list(by_size), list(by_size.values()), shade=place / 2))
+    panels = [
+        Panel("held-out pass@1, by the thought before the answer", ways, span=(0, 1)),
+        Panel("tokens", lengths, log_y=True),
+        Panel("share of responses with a thought", shares, span=(0, 1.02)),
+        Panel("pass@1 by size (first seed)", sizes, x_name="items", span=(0, 1.02), marks=[(runs[0].beyond - 0.5, "")]),
+    ]
+    return Figure("thinking", panels)
 
 
-def _draw(runs: Sequence[ThinkingRun], path: Path) -> bool:
-    plt = pyplot()
-    if plt is None:
-        return False
-    figure, grid = plt.subplots(2, 2, figsize=(12, 8), layout="constrained")
-    for index, run in enumerate(runs):
-        steps = [record["step"] for record in run.evaluations]
-        style = {"linewidth": 1.8 if index == 0 else 0.9, "alpha": 1.0 if index == 0 else 0.6}
-        for colour, (name, label) in enumerate(_WAYS):
-            grid[0, 0].plot(steps, [record[name] for record in run.evaluations], color=f"C{colour}",
-                            label=label if index == 0 else None, **style)  # fmt: skip
-        grid[0, 1].plot(steps, [record["response_length"] for record in run.evaluations], color="C0",
-                        label="mean response" if index == 0 else None, **style)  # fmt: skip
-        grid[0, 1].step([record["step"] for record in run.steps], [record["max_length"] for record in run.steps],
-                        where="post", color="grey", linestyle="--", label="limit" if index == 0 else None,
-                        **style)  # fmt: skip
-        grid[1, 0].plot(steps, [record["thought_share"] for record in run.evaluations], color="C0", **style)
-    grid[0, 0].set(title="held-out pass@1, by the thought before the answer", ylim=(0, 1), xlabel="gradient step")
-    grid[0, 1].set(title="tokens", xlabel="gradient step", yscale="log")
-    grid[1, 0].set(title="share of responses with a thought", ylim=(0, 1.02), xlabel="gradient step")
-    evaluations = runs[0].evaluations
-    for record, shade in zip(
-        (evaluations[0], evaluations[len(evaluations) // 2], evaluations[-1]), (0.35, 0.65, 1.0), strict=True
-    ):
-        sizes = runs[0].by_size(record)
-        grid[1, 1].plot(list(sizes), list(sizes.values()), "o-", markersize=3, color="C0", alpha=shade,
-                        label=f"step {record['step']}")  # fmt: skip
-    grid[1, 1].axvline(runs[0].beyond - 0.5, color="grey", linestyle="--", linewidth=0.8)
-    grid[1, 1].set(title="pass@1 by problem size (first seed)", ylim=(0, 1.02), xlabel="items")
-    for axes in grid.flat:
-        axes.grid(alpha=0.3)
-        if axes.get_legend_handles_labels()[1]:
-            axes.legend()
-    save_figure(figure, path)
-    return True
-
-
-def _draw_sweep(rows: Sequence[dict[str, Any]], path: Path) -> bool:
-    plt = pyplot()
-    if plt is None:
-        return False
-    figure, panels = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
+def _sweep(rows: Sequence[dict[str, Any]]) -> Figure:
     titles = {"thought_share": "share of responses with a thought", "length": "tokens", "greedy": "greedy pass@1"}
-    places = range(len(rows))
-    for axes, (name, title) in zip(panels, titles.items(), strict=True):
-        for when, style in (("before", "o--"), ("after", "o-")):
-            axes.plot(places, [row[f"{name}_{when}"] for row in rows], style, label=f"{when} RL")
-        axes.set(title=title, xlabel="p_cot: share of worked texts", xticks=list(places))
-        axes.set_xticklabels([f"{row['p_cot']:g}" for row in rows])
-        axes.set_ylim(bottom=0)
-        axes.grid(alpha=0.3)
-        axes.legend()
-    save_figure(figure, path)
-    return True
+    panels = []
+    for name, title in titles.items():
+        ends = {when: [row[f"{name}_{when}"] for row in rows] for when in ("before", "after")}
+        lines = [Series(f"{when} RL", range(len(rows)), values) for when, values in ends.items()]
+        names = [f"{row['p_cot']:g}" for row in rows]
+        panels.append(Panel(title, lines, x_name="p_cot: share of worked texts", names=names))
+    return Figure("sweep", panels, columns=3, size=(4.5, 4))

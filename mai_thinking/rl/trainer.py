@@ -38,9 +38,8 @@ from mai_thinking.rl.packing import pack
 from mai_thinking.rl.policy_loss import PolicyLoss
 from mai_thinking.rl.policy_model import check_lengths, describe, policy_config, policy_model
 from mai_thinking.rl.problem_filter import FilterCounts
-from mai_thinking.rl.report import write_report
 from mai_thinking.rl.rewards import TERMS
-from mai_thinking.rl.rollout import Group, Rollout
+from mai_thinking.rl.rollout import Group
 from mai_thinking.rl.rollout_worker import Responder, RolloutWorker
 from mai_thinking.rl.tasks import TaskMix
 from mai_thinking.rl.template import Template
@@ -287,7 +286,7 @@ class Climb:
             dtype=torch.bfloat16 if casts else None,
         )
 
-    def _evaluate(self) -> tuple[dict[str, Any], list[Rollout]]:
+    def _evaluate(self) -> None:
         with self.session.ledger.span(EVALUATION):
             self.engine.update_weights(self.learner.unwrap())  # as every refill does before it generates
             metrics, samples = self.held_out.evaluate(self.responder, self.curriculum.max_length)
@@ -298,11 +297,9 @@ class Climb:
         if self.session.rank == 0:
             with closing(MetricsLog(self.folder.samples)) as log:
                 log.append(samples_record(self.step, samples), exact=())
-        shown = one_of_each(samples, self.config.evaluation.show)
-        for sample in shown:
+        for sample in one_of_each(samples, self.config.evaluation.show):
             mark = "right" if sample.grade.passed else f"wrong, it is {sample.problem.answer}"
             self.session.say(f"    {sample.problem.question} → {sample.text!r} ({mark})")
-        return record, shown
 
     def _state(self) -> dict[str, Any]:
         return {
@@ -319,13 +316,12 @@ class Climb:
     # --------------------------------------------------------------------------------------------- begin and end
 
     def _finish(self) -> None:
-        """Evaluate, write the report, save the model folder."""
-        evaluation, samples = self._evaluate()
+        """Evaluate, save the model folder."""
+        self._evaluate()
         self.accelerator.wait_for_everyone()  # all traces are written
         model = self.learner.unwrap()
         if self.session.rank == 0:
             self.session.record_traces(self.folder.path / FOLDER, self.step)
-            write_report(self.folder, self.config, evaluation, samples)
             self.session.save_final(model, self.tokenizer, self.step)
         self.accelerator.wait_for_everyone()
 

@@ -94,12 +94,22 @@ def cut_torn_line(path: Path) -> None:
 
 
 def read_records(path: Path | str) -> list[Record]:
-    """All whole records of a metrics or events file, in order; [] if there is none. A torn last line is left out."""
-    path = Path(path)
-    if not path.exists():
+    """All whole records of a metrics or events file, in order; [] if there is none. A torn last line is left out, as is
+    one that a machine's death damaged: that is told on stderr."""
+    try:
+        lines = Path(path).read_bytes().split(b"\n")
+    except FileNotFoundError:
         return []
-    lines = path.read_bytes().split(b"\n")
-    return [json.loads(line) for line in lines[:-1] if line]
+    records = []
+    for number, line in enumerate(lines[:-1], start=1):
+        try:
+            record = json.loads(line) if line else None
+        except ValueError:
+            print(f"{path}: line {number} is damaged; left out", file=sys.stderr, flush=True)
+            continue
+        if isinstance(record, dict):
+            records.append(record)
+    return records
 
 
 def _identity(record: Record) -> tuple[str, int]:

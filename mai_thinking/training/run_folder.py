@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import json
 import os
 import tempfile
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from mai_thinking.config.run import RunConfig
 from mai_thinking.config.storage import atomic_file
 from mai_thinking.errors import UsageError
 
+NOTES, SAMPLES = "notes.json", "samples.jsonl"
 FREE_TO_CHANGE = ("output_dir", "tracking", "checkpoint", "launch", "plan", "collapse", "data.cache_dir")
 """Keys that a run may be resumed with other values of: they do not change what is computed."""
 
@@ -23,9 +25,9 @@ FREE_TO_CHANGE = ("output_dir", "tracking", "checkpoint", "launch", "plan", "col
 class RunFolder:
     """`config.yaml`, `metrics.jsonl`, `events.jsonl`, `checkpoints/`, `final/`, `report/` under one path.
 
-    `evaluations.jsonl` holds the parts of the last evaluation, so that it can go on where it was; `samples.jsonl`
-    what a policy wrote at each evaluation of an RL run. `architecture/` holds
-    what a checkpoint needs to be read as a model: the model's config and the tokenizer.
+    `evaluations.jsonl` holds the parts of the last evaluation, so that it can go on where it was; `samples.jsonl` what
+    a policy wrote at each evaluation of an RL run; `notes.json` what the page of results tells beside the records.
+    `architecture/` holds what a checkpoint needs to be read as a model: the model's config and the tokenizer.
     """
 
     def __init__(self, path: Path) -> None:
@@ -33,8 +35,9 @@ class RunFolder:
         self.config = path / "config.yaml"
         self.metrics = path / "metrics.jsonl"
         self.evaluations = path / "evaluations.jsonl"
-        self.samples = path / "samples.jsonl"
         self.events = path / "events.jsonl"
+        self.notes = path / NOTES
+        self.samples = path / SAMPLES
         self.checkpoints = path / "checkpoints"
         self.architecture = path / "architecture"
         self.final = path / "final"
@@ -45,6 +48,12 @@ class RunFolder:
     def documents(self, rank: int, ranks: int) -> Path:
         """The record of what one of so many ranks has read, step by step."""
         return self.path / "documents" / f"rank-{rank}-of-{ranks}.jsonl"
+
+    def note(self, **facts: Any) -> None:
+        """Keep `facts` (JSON) for the page of results, which is made from the folder alone. On rank 0."""
+        before = json.loads(self.notes.read_bytes()) if self.notes.is_file() else {}
+        with atomic_file(self.notes) as path:
+            path.write_text(json.dumps(before | facts, indent=1) + "\n")
 
     @property
     def finished(self) -> bool:

@@ -17,6 +17,7 @@ from mai_thinking.config.loading import validate
 from mai_thinking.errors import RunError, UsageError
 from mai_thinking.provenance.lineage import record_traces, require_own
 from mai_thinking.recipes.distill import self_distill
+from mai_thinking.report import write_summary
 from mai_thinking.report.lineage import report
 from mai_thinking.rl.trace_packing import IGNORED, trace_row
 from mai_thinking.rl.trace_selection import Example, select
@@ -82,6 +83,7 @@ def test_it_learns_and_says_where_it_comes_from(
     assert list(lineage.record.parents) == wanted
     assert [parent.record.kind for parent in lineage.parents] == ["model", "traces", "traces"]
     assert report(tmp_path / "run", Console(quiet=True))
+    write_summary(tmp_path / "run")
     page = (tmp_path / "run" / "report" / "summary.md").read_text()
     assert "| removed: wrong | 40 | 20 |" in page
     assert self_distill(config) == 0  # nothing more to do

@@ -26,6 +26,8 @@ from mai_thinking.experiments.plan import ClimbPlan
 from mai_thinking.provenance.lineage import require_own
 from mai_thinking.provenance.record import read_lineage
 from mai_thinking.recipes.pretrain import PretrainRecipe
+from mai_thinking.report import write_summary
+from mai_thinking.report.climb import write_report
 from mai_thinking.rl.collapse import CollapseDetector, Verdict
 from mai_thinking.training.goodput import account_of
 from mai_thinking.training.metrics import read_records
@@ -69,7 +71,7 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Make:
 def climbed(make: Make, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a finished, undisturbed climb."""
     folder = tmp_path_factory.mktemp("climb") / "short"
-    assert run_climb(make(folder)) == 0
+    assert run_climb(make(folder), report=write_report, report_stage=write_summary) == 0
     return folder
 
 
@@ -158,6 +160,11 @@ def test_it_leaves_a_page(climbed: Path) -> None:
     assert "files are as they were recorded" in page
     assert "**then** (first, after 0 steps)" in page
     assert "**now** (last, after 0 steps)" in page
+    numbers = json.loads((climbed / "report" / "summary.json").read_text())
+    last = read_records(climbed / "last" / "metrics.jsonl")[-1]
+    assert [row["at last"]["value"] for row in numbers["held_out"]] == [
+        last[f"pass@1/{row['task']}"] for row in numbers["held_out"]
+    ]
     for name in ("climb", "training"):
         assert (climbed / "report" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     kinds = [
@@ -294,7 +301,7 @@ def test_a_collapse_is_answered(make: Make, tmp_path: Path, monkeypatch: pytest.
     """`first` has four steps and collapses at the third; `first-on` and `last` have two."""
     collapse_at(monkeypatch, 3)
     config = make(tmp_path / "x", RESET)
-    assert run_climb(config) == 0
+    assert run_climb(config, report=write_report) == 0
     plan = ClimbPlan(config)
     assert [stage.name for stage in plan.stages] == ["pretrain", "first", "first-reset", "first-on", "self", "last"]
     assert states(plan)["first"] == "collapsed"

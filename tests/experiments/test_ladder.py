@@ -20,6 +20,7 @@ from mai_thinking.experiments import ladder as ladder_module
 from mai_thinking.experiments.ladder import Worker, run_ladder, with_one_yardstick
 from mai_thinking.experiments.ladder_plan import PlannedRun, StepTime, plan_runs
 from mai_thinking.experiments.scaling.points import Point
+from mai_thinking.report.ladder import write_report
 from mai_thinking.training.metrics import read_records
 from mai_thinking.training.worker import StopRequest
 
@@ -89,7 +90,7 @@ def test_the_reports_rule_where_nothing_is_scaled(tmp_path: Path) -> None:
         ("scale.hidden_size=7.5", "7.5 × 1 layers is not a whole number"),
         ("rungs=[2, 2]", "rungs: .* has one twice"),
         ("candidates.0.name=fast", "candidates: .* has one twice"),
-        ("rungs=[0]", "rungs: 0 is no depth"),
+        ("rungs=[0]", "rungs.0: input should be greater than or equal to 1"),
         ("bugdet.seconds=5", "did you mean 'budget'"),
     ],
 )
@@ -294,7 +295,7 @@ def test_killed_and_started_again_it_spends_nothing_twice(tmp_path: Path, capsys
     before = {name: (ladder.folder / "runs" / name / "events.jsonl").read_bytes() for name in finished(ladder)}
 
     planned = {run.name: run for run in plan_runs(ladder)}
-    assert run_ladder(ladder) == 0
+    assert run_ladder(ladder, report=write_report) == 0
     for name, events in before.items():
         assert (ladder.folder / "runs" / name / "events.jsonl").read_bytes() == events
     events = read_records(third / "events.jsonl")

@@ -77,7 +77,7 @@ def test_what_does_not_fit_is_refused(make: Make, tmp_path: Path, override: str,
 def test_it_runs_once_and_leaves_its_page(make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = make(tmp_path / "x", "seeds=[3]")
     for _ in range(2):
-        assert run_climb(config.as_climb(), lambda plan: write_report(config, plan)) == 0
+        assert run_climb(config.as_climb(), report=lambda plan: write_report(config, plan)) == 0
     assert capsys.readouterr().out.count("── stage") == 5
     page = (tmp_path / "x" / "report" / "summary.md").read_text()
     assert "2 arms, seeds 3" in page
@@ -120,7 +120,7 @@ def test_an_arm_that_starves_is_an_outcome(
     collapsing("late-climb-3")
     config = make(tmp_path / "x", "seeds=[3]")
     for _ in range(2):
-        assert run_climb(config.as_climb(), lambda plan: write_report(config, plan)) == 0
+        assert run_climb(config.as_climb(), report=lambda plan: write_report(config, plan)) == 0
     assert capsys.readouterr().out.count("── stage") == 5
     assert evaluated(tmp_path / "x" / "late-climb-3") == [0, 1]
     assert evaluated(tmp_path / "x" / "no-dropout-climb-3") == [0, 2]
@@ -152,9 +152,9 @@ def test_the_table_goes_by_seeds(make: Make, tmp_path: Path) -> None:
                 {"kind": "evaluation", "step": s, "pass@1": v, "pass@4": 2 * v} for s, v in ((0, 0.1), (9, number))
             ]
             (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(mark)}\n" for mark in marks))
-    rows = table(config, measure(config, ClimbPlan(config.as_climb()))).splitlines()
+    rows = table(config, measure(config, ClimbPlan(config.as_climb()))).markdown().splitlines()
     assert rows[0].endswith("| pass@1 at last | difference at last | pass@4 at last |")
     assert "| 0.400 (0.200–0.600) |  | 0.800 (0.400–1.200) |" in rows[2]
     # Differences 0.1, 0 and 0.2: mean 0.1, standard deviation 0.1.
     assert "| 0.500 (0.300–0.800) | +0.100 ± 0.058 | 1.000 (0.600–1.600) |" in rows[3]
-    assert difference([0.5], [0.75]) == "-0.250"
+    assert difference([0.5], [0.75]) == (-0.25, None)

@@ -20,6 +20,7 @@ from mai_thinking.config.loading import load_config, save_config
 from mai_thinking.config.objective import ObjectiveSection
 from mai_thinking.errors import RunError, UsageError
 from mai_thinking.provenance.lineage import require_own
+from mai_thinking.report import conclude
 from mai_thinking.rl.engine import BatchedEngine
 from mai_thinking.rl.objective import Objective
 from mai_thinking.rl.packing import pack
@@ -57,7 +58,7 @@ def make(tiny_run: Path) -> Make:
 def climbed(make: Make, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a finished, undisturbed climb."""
     folder = tmp_path_factory.mktemp("climb") / "run"
-    assert climb(make(folder)) == 0
+    assert conclude(climb(make(folder)), folder) == 0
     return folder
 
 

@@ -89,7 +89,7 @@ def test_the_script_writes_page_figures_and_json(
     for name in ("loss-flops", "loss-seconds", "gain-flops", "gain-seconds", "rank"):
         assert f"({name}.png)" in page
         assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
-    tree = json.loads((folder / "ladder.json").read_text())
+    tree = json.loads((folder / "summary.json").read_text())
     assert tree["verdicts"] == {"new": "adopt"}
     fit = next(f for f in tree["fits"] if f["config"] == "base" and f["cost"] == "flops")
     assert fit["alpha"]["low"] <= 0.15 <= fit["alpha"]["high"]

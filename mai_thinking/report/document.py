@@ -1,0 +1,122 @@
+"""A page of results under construction: Markdown for people, the same numbers as JSON for programs, and its figures."""
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mai_thinking.config.storage import atomic_file
+from mai_thinking.report.figures import Figure, save
+
+
+class Interval(NamedTuple):
+    """A value with the ends of its interval, or the least and the most of several."""
+
+    value: float
+    low: float
+    high: float
+
+
+class Difference(NamedTuple):
+    """A difference with its standard error; None where it has none."""
+
+    value: float
+    error: float | None
+
+
+Cell = str | int | float | Interval | Difference | None
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of cells under named columns."""
+
+    columns: Sequence[str]
+    rows: Sequence[Sequence[Cell]]
+    digits: int = 3
+
+    def markdown(self) -> str:
+        """Columns of numbers are aligned to the right."""
+        numeric = [any(not isinstance(row[i], str | None) for row in self.rows) for i in range(len(self.columns))]
+        lines = [self.columns, ["---:" if right else "---" for right in numeric]]
+        lines += [[self._spell(cell) for cell in row] for row in self.rows]
+        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+    def records(self) -> list[dict[str, Any]]:
+        """The same as JSON, an object a row."""
+        return [
+            {name: cell._asdict() if isinstance(cell, Interval | Difference) else cell for name, cell in pairs}
+            for pairs in (zip(self.columns, row, strict=True) for row in self.rows)
+        ]
+
+    def _spell(self, cell: Cell) -> str:
+        match cell:
+            case None:
+                return ""
+            case Interval(value, low, high):
+                return f"{value:.{self.digits}f} ({low:.{self.digits}f}–{high:.{self.digits}f})"
+            case Difference(value, error):
+                return f"{value:+.{self.digits}f}" + ("" if error is None else f" ± {error:.{self.digits}f}")
+            case str():
+                return cell.replace("|", "\\|").replace("\n", " ")
+            case int():
+                return f"{cell:,}"
+        return "–" if math.isnan(cell) else f"{cell:.{self.digits}f}"
+
+
+class Document:
+    """Parts of a page, in the order in which they are added."""
+
+    def __init__(self, title: str) -> None:
+        self._parts = [f"# {title}"]
+        self._figures: list[Figure] = []
+        self.facts: dict[str, Any] = {"name": title}
+        """The content of summary.json."""
+
+    def add(self, *parts: str, heading: str | None = None) -> None:
+        """Markdown, below a heading if there is one."""
+        self._parts += [*([f"## {heading}"] if heading else []), *parts]
+
+    def add_table(self, key: str, table: Table, heading: str | None = None) -> None:
+        """A table, and its numbers as `key`."""
+        self.facts[key] = table.records()
+        self.add(table.markdown(), heading=heading)
+
+    def add_figures(self, figures: Iterable[Figure]) -> None:
+        """Figures, one below the other."""
+        for figure in figures:
+            if figure.panels:
+                self._figures.append(figure)
+                self._parts.append(f"![{figure.name}]({figure.name}.png)")
+
+    def write(self, folder: Path) -> str:
+        """`summary.md`, `summary.json` and the figures; returns the page."""
+        folder.mkdir(parents=True, exist_ok=True)
+        parts = self._parts
+        drawn = [save(figure, folder / f"{figure.name}.png") for figure in self._figures]
+        if not all(drawn):
+            parts = [part for part in parts if not part.startswith("![")]
+        text = "\n\n".join(parts) + "\n"
+        for name, content in (("summary.md", text), ("summary.json", json.dumps(plain(self.facts), indent=1) + "\n")):
+            with atomic_file(folder / name) as path:
+                path.write_text(content, encoding="utf-8")
+        return text
+
+
+def plain(tree: Any) -> Any:
+    """`tree` as JSON has it: what is infinite or no number is null."""
+    if isinstance(tree, Mapping):
+        return {key: plain(value) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return [plain(value) for value in tree]
+    return None if isinstance(tree, float) and not math.isfinite(tree) else tree
+
+
+def fenced(text: str) -> str:
+    """`text` as a Markdown code block, whatever backticks it has."""
+    fence = "```"
+    while fence in text:
+        fence += "`"
+    return f"{fence}\n{text}\n{fence}"
