@@ -4,6 +4,7 @@ import json
 import math
 import os
 import runpy
+import shutil
 import signal
 import sys
 from collections.abc import Callable
@@ -282,3 +283,25 @@ def test_dry_run_of_the_full_model(tmp_path: Path, capsys: pytest.CaptureFixture
     printed = {line.split()[0]: float(line.split()[1].replace(",", "")) for line in out.splitlines() if " GiB" in line}
     assert printed["weights"] == pytest.approx(weights, rel=0.01)
     assert printed["optimiser"] == pytest.approx(optimizer, rel=0.05)
+
+
+def test_a_run_under_way_is_sampled_from_its_newest_whole_checkpoint(
+    tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its newest is torn, another is being written; an older one is whole."""
+    shutil.copytree(tiny_run, tmp_path / "run", ignore=shutil.ignore_patterns("final"))
+    checkpoints = tmp_path / "run" / "checkpoints"
+    *_, older, newest = sorted(checkpoints.glob("step-*"))
+    (checkpoints / "step-00000099.tmp").mkdir()
+    (weights,) = newest.glob("*.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-100])
+    model, _ = load_model_and_tokenizer(tmp_path / "run")
+    saved = CheckpointReader(older).read("model")
+    assert all(torch.equal(value, saved[name]) for name, value in model.state_dict().items())
+    told = capsys.readouterr().err
+    assert f"{newest}: {weights.name} has" in told
+    assert told.count("an older checkpoint is taken") == 1
+    for path in set(checkpoints.glob("step-*")) - {newest}:
+        shutil.rmtree(path)
+    with pytest.raises(UsageError, match="no model here"):
+        load_model_and_tokenizer(tmp_path / "run")

@@ -4,14 +4,13 @@ import random
 from pathlib import Path
 from statistics import mean
 
-import yaml
 from rich.console import Console
 from rich.table import Table
 
 from mai_thinking.errors import UsageError
 from mai_thinking.report.figures import Figure, Grid, Panel, condensed, save
 from mai_thinking.report.projection import Costs, measure, once_a_period, projection, simulate
-from mai_thinking.report.reading import durations
+from mai_thinking.report.reading import durations, read_config
 from mai_thinking.training.goodput import CATEGORIES, EVALUATION, PRODUCTIVE, SLOW, Account, account_of
 
 COLOURS = dict(
@@ -125,7 +124,7 @@ def timeline(result: Account) -> Grid:
 
 
 def _saves_every(run: Path) -> int:
-    return int(yaml.safe_load((run / "config.yaml").read_text())["checkpoint"]["every"])
+    return int(read_config(run)["checkpoint"]["every"])
 
 
 def _spell_costs(costs: Costs) -> str:

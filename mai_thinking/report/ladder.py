@@ -24,11 +24,16 @@ _SHOWN = 0.05, 20.0
 
 def write_report(points: PointSet, folder: Path, title: str) -> str:
     """Analyse `points`; write `summary.md`, `summary.json` and the figures into `folder`; return the page."""
+    points, again = points.once_each()
     analysis = analyse(points)
     page = Document(title)
-    page.facts |= as_json(analysis)
+    page.facts |= as_json(analysis) | {"given_twice": len(again)}
     runs = f"{len(points.points)} runs of {len(points.configs)} configs"
     page.add(f"Baseline `{points.baseline}`; {runs}. Intervals: 95 %.")
+    if again:
+        told = ", ".join(f"{point.config} seed {point.seed} at {point.flops:.3g} FLOPs" for point in again[:3])
+        rest = f" and {len(again) - 3} more" if len(again) > 3 else ""
+        page.add(f"Given twice, of which the first counts: {told}{rest}.")
     page.add(verdicts(analysis))
     page.add_figures(figures(analysis))
     page.add(*(gains_table(analysis, candidate) for candidate in analysis.candidates), heading="Efficiency gain")

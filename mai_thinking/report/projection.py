@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import mean
 
 from mai_thinking.errors import UsageError
-from mai_thinking.training.checkpoint_storage import MANIFEST, read_manifest
+from mai_thinking.training.checkpoint_storage import MANIFEST, read_manifest, step_folder, visible_steps
 from mai_thinking.training.goodput import CHECKPOINT, DATA, EVALUATION, OTHER, PRODUCTIVE, SLOW, START_UP, account
 from mai_thinking.training.metrics import read_records
 
@@ -82,11 +82,14 @@ def _commit_seconds(run: Path, events: list[dict]) -> float:
     not saved by a rank that was left: those belong to no stall."""
     ends = [event["time"] for event in events if event.get("category") == CHECKPOINT]
     delays = []
-    for path in (run / "checkpoints").glob("step-*"):
-        manifest = read_manifest(path)
+    for step in visible_steps(run / "checkpoints"):
+        path = step_folder(run / "checkpoints", step)
+        try:
+            manifest, written = read_manifest(path), (path / MANIFEST).stat().st_mtime
+        except (ValueError, OSError):  # damaged, or removed by a run under way
+            continue
         writers = sum(name.endswith(".safetensors") for name in manifest["files"])
         if writers == manifest["world_size"]:
-            written = (path / MANIFEST).stat().st_mtime
             delays.append(written - max((end for end in ends if end <= written), default=written))
     return mean(delays) if delays else 0.0
 

@@ -5,6 +5,7 @@ A file that is torn, not there yet or just being replaced counts as not there. N
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -98,9 +99,12 @@ def read(path: Path) -> Run | Climb:
     """The run or the climb in the folder `path`. UsageError if there is neither."""
     names = read_json(path / STAGES)
     if names is not None:
-        stages = [read_run(path / name) for name in names if (path / name / "config.yaml").is_file()]
+        stages = []
+        for name in names:
+            with suppress(UsageError):  # not begun, or being moved aside
+                stages.append(read_run(path / name))
         if stages:
-            return Climb(path, str(_read_config(path).get("name") or path.name), stages)
+            return Climb(path, str(read_config(path).get("name") or path.name), stages)
     if not (path / "config.yaml").is_file() or not (path / "metrics.jsonl").is_file():
         raise UsageError(f"{path}: no run; name a run's output_dir, such as runs/nano, once its first step is done")
     return read_run(path)
@@ -108,7 +112,7 @@ def read(path: Path) -> Run | Climb:
 
 def read_run(path: Path) -> Run:
     """The run in the folder `path`, which has a config.yaml and perhaps no more. UsageError for a damaged config."""
-    config = _read_config(path)
+    config = read_config(path)
     records, events = read_records(path / "metrics.jsonl"), read_records(path / "events.jsonl")
     return Run(
         path=path,
@@ -176,7 +180,8 @@ def durations(account_: Account, stretches: int) -> list[str]:
     return found
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def read_config(path: Path) -> dict[str, Any]:
+    """The config of the run or climb in the folder `path`. UsageError if there is no whole one."""
     try:
         config = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:

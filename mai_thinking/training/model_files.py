@@ -1,10 +1,12 @@
 """Where a run's model comes from, fresh weights of its seed or a model folder, and where it goes."""
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
+from torch.distributed.checkpoint.api import CheckpointException
 from transformers import PreTrainedTokenizerBase
 from transformers.initialization import no_init_weights
 from transformers.utils import logging
@@ -16,6 +18,7 @@ from mai_thinking.errors import UsageError
 from mai_thinking.model import MaiThinkingConfig, MaiThinkingForCausalLM
 from mai_thinking.provenance.lineage import Lineage, random_weights, require_own
 from mai_thinking.training.checkpoint import CheckpointReader
+from mai_thinking.training.checkpoint_storage import find_damage, step_folder, visible_steps
 
 _DEFAULT_HINT = "`python scripts/pretrain.py` makes runs/nano/final"
 MAY_CHANGE = {
@@ -111,6 +114,8 @@ def load_model(folder: str | Path, **changes: object) -> MaiThinkingForCausalLM:
     """The weights of a model folder or checkpoint in fp32; keywords as `from_pretrained` takes them."""
     config = load_model_config(folder)
     if is_checkpoint(folder):
+        if (damage := find_damage(Path(folder).expanduser())) is not None:
+            raise UsageError(f"{folder}: {damage}")
         model = _unfilled(changes.pop("config", config), dtype=torch.float32, **changes)
         model.load_state_dict(CheckpointReader(Path(folder).expanduser()).read("model"))
         return model
@@ -130,8 +135,8 @@ def load_model_and_tokenizer(path: str | Path) -> tuple[MaiThinkingForCausalLM, 
         model, tokenizer = load_model(path), load_tokenizer(path)
     elif (path / "final" / "config.json").is_file():
         return load_model_and_tokenizer(path / "final")
-    elif checkpoints := sorted((path / "checkpoints").glob("step-*")):
-        return load_model_and_tokenizer(checkpoints[-1])
+    elif (found := _load_newest_checkpoint(path / "checkpoints")) is not None:
+        return found
     else:
         hint = "" if path.exists() else " (no such folder); `python scripts/pretrain.py` makes runs/nano"
         raise UsageError(f"{path}: no model here{hint}")
@@ -143,6 +148,20 @@ def load_model_and_tokenizer(path: str | Path) -> tuple[MaiThinkingForCausalLM, 
     if torch.cuda.is_available():
         model.to("cuda")
     return model, tokenizer
+
+
+def _load_newest_checkpoint(
+    folder: Path,
+) -> tuple[MaiThinkingForCausalLM, PreTrainedTokenizerBase] | None:
+    """The newest that is whole; None if there is none. A run under way may remove what was just listed: look again."""
+    for _ in range(3):
+        for step in reversed(visible_steps(folder)):
+            try:
+                return load_model_and_tokenizer(step_folder(folder, step))
+            except (UsageError, OSError, CheckpointException) as error:
+                if step_folder(folder, step).is_dir():
+                    print(f"{' '.join(str(error).split())}; an older checkpoint is taken", file=sys.stderr, flush=True)
+    return None
 
 
 def starting_point(config: PretrainConfig, architecture: MaiThinkingConfig) -> Lineage:

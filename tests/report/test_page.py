@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from mai_thinking.errors import UsageError
-from mai_thinking.report import write_page
+from mai_thinking.report import write_page, write_summary
 from mai_thinking.rl.traces import FOLDER, Trace, TraceStore
 from mai_thinking.training.metrics import read_records
 
@@ -191,6 +191,76 @@ def test_a_collapse_is_told_first(tmp_path: Path) -> None:
     text = Parsed(page_of(folder, tmp_path / "page.html")).text
     assert "solved 0.02 where 0.5 is usual, since step 290. Last good step: 288" in text
     assert text.index("Last good step") < text.index("Curves")
+
+
+def think(folder: Path) -> Path:
+    """Add what an RL run's evaluations say of its thoughts, and a response to each held-out problem."""
+    records = read_records(folder / "metrics.jsonl")
+    for record in records:
+        if record.get("kind") == "evaluation":
+            share = record["step"] / 300
+            record |= {"pass@1_emptied": 0.1, "pass@1_other_thought": 0.11, "pass@1_half_thought": 0.2 + share / 10}
+            record |= {"thought_share": share, "pass@1": record["pass@1"]}
+            for size in (2, 12):
+                record |= {f"pass@1_size/sums/{size}": share / size, f"response_length_size/sums/{size}": size * share}
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    lines = []
+    for step in (0, 100, 200, 300):
+        samples = [
+            {"task": "sums", "size": size, "question": f"sum of {size}?", "answer": "7", "passed": step > 100,
+             "response": f"{HOSTILE} after {step} steps of {size}"}
+            for size in (2, 12)
+        ]  # fmt: skip
+        lines.append(json.dumps({"kind": "samples", "step": step, "samples": samples}) + "\n")
+    (folder / "samples.jsonl").write_text("".join(lines))
+    return folder
+
+
+def test_what_the_thoughts_are_worth(tmp_path: Path) -> None:
+    folder = think(rl_run(tmp_path / "run"))
+    page = page_of(folder, tmp_path / "page.html")
+    parsed = assert_of_one_piece(page)
+    lines = {line["name"]: line for chart in charts_of(page) if "lines" in chart for line in chart["lines"]}
+    assert lines["its thought emptied"]["value"] == ["0.1"] * 4
+    assert lines["half of its thought"]["value"][-1] == "0.3"
+    assert lines["all"]["value"][-1] == "1"  # the share of responses with a thought
+    sizes = [line["value"][-1] for chart in charts_of(page) for line in chart.get("lines", ()) if line["name"] == "12"]
+    assert sizes == ["0.0833", "12"]  # pass@1, then tokens
+    assert len({line["colour"] for line in lines.values() if line["name"] in ("2", "12")}) == 2
+    for step in (0, 200, 300):
+        assert f"after {step} steps of 12" in parsed.text
+    assert "after 100 steps of 12" not in parsed.text  # at first, in the middle and at last
+    write_summary(folder)
+    summary = (folder / "report" / "summary.md").read_text()
+    for figure in ("climb", "thought", "size", "training"):
+        assert f"({figure}.png)" in summary
+    assert "after 200 steps of 12" in summary
+    assert "\x1b" not in summary
+    numbers = json.loads((folder / "report" / "summary.json").read_text())
+    assert numbers["last_evaluation"]["pass@1_emptied"] == 0.1
+
+
+def test_a_run_that_is_written_torn_or_moved_is_shown_as_far_as_it_is_whole(tmp_path: Path) -> None:
+    """What a kill, a full disk or a reader at the wrong moment leaves; and nothing there is touched."""
+    folder = think(rl_run(tmp_path / "climb" / "run"))
+    for name in ("metrics.jsonl", "events.jsonl", "samples.jsonl"):
+        lines = (folder / name).read_bytes().split(b"\n")
+        lines[1] = b"\0" * 40  # a page that the disk never got
+        (folder / name).write_bytes(b"\n".join(lines)[:-20])
+    for name in ("collapse.json", "notes.json", "final.lineage", "../stages.json"):
+        (folder / name).write_text('{"run": ')
+    (folder / "checkpoints" / "step-00000300").mkdir(parents=True)
+    (folder / "checkpoints" / "step-00000300" / "lineage.json").write_text("{")
+    (folder / "checkpoints" / "step-00000400.tmp").mkdir()
+    (part,) = (folder / FOLDER).glob("*.parquet")
+    part.write_bytes(part.read_bytes()[:-40])
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    text = Parsed(page_of(folder, tmp_path / "page.html")).text
+    assert "298 of 300" in text or "299 of 300" in text
+    assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    (folder / "config.yaml").write_text("name: [")
+    with pytest.raises(UsageError, match=r"config\.yaml: cannot be read"):
+        write_page(folder, tmp_path / "page.html")
 
 
 def climb_of(folder: Path) -> Path:

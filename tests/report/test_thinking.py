@@ -69,7 +69,7 @@ def test_page_and_json_have_the_same_numbers(tmp_path: Path) -> None:
     page = (tmp_path / "out" / "summary.md").read_text()
     for name in ("with_thought", "emptied", "beyond_after"):
         assert " | ".join(f"{seed[name]:.3f}" for seed in seeds) in page
-    assert "step 8 (right)" in page
+    assert "after 8 steps (right)" in page
 
 
 def test_another_folder_is_refused(tmp_path: Path) -> None:

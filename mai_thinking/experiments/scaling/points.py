@@ -75,6 +75,12 @@ class PointSet(Section):
             raise ValueError(f"weights: give each of {sorted(self.categories)} a positive weight")
         return self
 
+    def once_each(self) -> tuple["PointSet", list[Point]]:
+        """The first point of each config, seed and FLOPs, and those that give the same again."""
+        first: dict[tuple[str, int, float], Point] = {}
+        again = [p for p in self.points if first.setdefault((p.config, p.seed, p.flops), p) is not p]
+        return self.model_copy(update={"points": tuple(first.values())}), again
+
     @property
     def configs(self) -> list[str]:
         """Names, in the order in which they come, the baseline first."""

@@ -12,6 +12,7 @@ from synthetic import law, points_of, times
 
 from mai_thinking.errors import UsageError
 from mai_thinking.experiments.scaling.points import Point, PointSet, read_points
+from mai_thinking.report.ladder import write_report
 from mai_thinking.training.evaluation import CATEGORY_WEIGHTS
 
 SCRIPT = Path(__file__).parents[3] / "scripts" / "ladder.py"
@@ -40,6 +41,15 @@ def test_the_report_weighs_its_own_categories_and_others_count_alike() -> None:
     assert PointSet(baseline="a", points=(foreign,)).score(foreign, "weighted") == pytest.approx(1.5)
     weighed = PointSet(baseline="a", points=(foreign,), weights={"law": 3, "code": 1})
     assert weighed.score(foreign, "weighted") == pytest.approx(1.25)
+
+
+def test_what_is_given_twice_counts_once_and_is_told(tmp_path: Path) -> None:
+    again = [POINT, POINT | {"loss": 9.0}, POINT | {"seed": 1}]
+    points = read_points(written(tmp_path, [*again, POINT | {"config": "b"}]), "a")
+    page = write_report(points, tmp_path / "report", "x")
+    assert "Given twice, of which the first counts: a seed 0 at 1e+12 FLOPs.\n" in page
+    assert "9.0000" not in page
+    assert "3 runs of 2 configs" in page
 
 
 def test_runs_of_nearly_equal_flops_stand_on_one_rung() -> None:
