@@ -9,7 +9,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from mai_thinking.config.base import Section
-from mai_thinking.config.tasks import SERIAL, SerialFamily
+from mai_thinking.config.tasks import SerialFamily
 
 Category = Literal["code", "stem", "maths", "general", "multilingual"]
 Provenance = Literal["human", "procedural", "own-model", "third-party-model"]
@@ -21,7 +21,7 @@ EMBEDDED_CORPORA = ("stdlib", "stdlib-tests", "scientific", "manuals", "docstrin
 class SerialSection(Section):
     """`serial:` of the embedded corpus `serial`: exercises that need a step of work for each item."""
 
-    families: tuple[SerialFamily, ...] = Field(default=SERIAL, min_length=1)
+    families: tuple[SerialFamily, ...] = Field(default=("tally", "running", "cups", "chain"), min_length=1)
     """Each as likely as the others."""
     sizes: tuple[int, int] = (2, 8)
     """Fewest and most items, from 1 to 30; each number as likely as the others."""

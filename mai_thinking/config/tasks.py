@@ -10,8 +10,8 @@ from pydantic import Field, field_validator, model_validator
 
 from mai_thinking.config.base import Coefficient, Name, Seconds, Section, Weight
 
-SerialFamily = Literal["tally", "running", "cups", "chain"]
-"""The families of `mai_thinking.data.serial`, whose problems need a step of work for each item."""
+SerialFamily = Literal["tally", "running", "cups", "chain", "repeat"]
+"""The families of `mai_thinking.data.serial`, whose problems need a step of work for each item; `repeat` needs none."""
 
 Family = Literal["sum", "difference", "largest", "count", "position", "sort", "next"]
 """The procedural families of `mai_thinking.rl.tasks.procedural`, beside the serial ones."""

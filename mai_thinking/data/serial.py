@@ -29,7 +29,7 @@ _ENDS = 10
 
 @dataclass(frozen=True)
 class SerialProblem:
-    """A question, the steps of its working in order, and the answer."""
+    """A question, the steps of its working in order (none for what takes none), and the answer."""
 
     question: str
     steps: tuple[str, ...]
@@ -37,7 +37,7 @@ class SerialProblem:
 
     def text(self, *, worked: bool) -> str:
         """The exercise as a document, with its working or with the bare answer."""
-        working = f"{STEPS} {', '.join(self.steps)}.\n" if worked else ""
+        working = f"{STEPS} {', '.join(self.steps)}.\n" if worked and self.steps else ""
         return f"Question: {self.question}\n{working}Answer: {self.answer}\n"
 
 
@@ -78,6 +78,8 @@ def solve(question: str) -> str | None:
         for _ in links:
             place = links.get(place, place)
         return place
+    if found := _asked(r"Repeat {}\.", r"[A-Za-z](?:\d|[+-]\d|[1-5][1-5])", question):
+        return _listed(found[-1])
     return None
 
 
@@ -142,6 +144,17 @@ def _chain(rng: random.Random, size: int) -> SerialProblem:
     return SerialProblem(f"Links {_listed(links)}. Follow {start} to its end.", tuple(path), path[-1])
 
 
+def _repeat(rng: random.Random, size: int) -> SerialProblem:
+    """The items of any of the other families, once more. It takes no working: it is there to be read, so that a base
+    can look items up in longer questions than any whose working it has seen."""
+    kind = rng.randrange(3)
+    items = []
+    for name in rng.sample(_NAMES, size):
+        number = rng.choice([n for n in range(-9, 10) if n])
+        items.append(name + (str(abs(number)), f"{number:+d}", "".join(sorted(rng.sample(_CUPS, 2))))[kind])
+    return SerialProblem(f"Repeat {_listed(items)}.", (), _listed(items))
+
+
 def _listed(items: Iterator[str] | list[str]) -> str:
     return ", ".join(items)
 
@@ -151,4 +164,5 @@ _DRAWS: dict[SerialFamily, Callable[[random.Random, int], SerialProblem]] = {
     "running": _running,
     "cups": _cups,
     "chain": _chain,
+    "repeat": _repeat,
 }
