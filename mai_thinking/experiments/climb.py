@@ -75,7 +75,11 @@ def run_climb(
         if queue is not None and report is not None:
             # Each process does, one after the other: none can know that it is the last.
             with queue.planning():
-                report(ClimbPlan(config))
+                plan = ClimbPlan(config)
+                for stage in plan.stages:
+                    if report_stage is not None and not (stage.folder.report / "summary.md").exists():
+                        report_stage(stage.folder.path)  # whoever ran it died before
+                report(plan)
                 print(f"{config.name} is finished: see {config.folder / 'report' / 'summary.md'}", flush=True)
         accelerator.wait_for_everyone()
     return 0

@@ -1,8 +1,7 @@
 """What a whole climb leaves for people: one page with figures in the climb's `report/`."""
 
 import io
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 from rich.console import Console
 
@@ -13,7 +12,6 @@ from mai_thinking.report.panels import PASS, over_stages
 from mai_thinking.report.reading import Climb, Run, read_run
 from mai_thinking.report.summary import best_of, interval_of
 from mai_thinking.rl.trace_report import printable
-from mai_thinking.rl.traces import FOLDER, TraceStore
 from mai_thinking.training.metrics import Record
 
 SHOWN = 2
@@ -85,29 +83,16 @@ def _outcome(run: Run) -> str:
 
 
 def _then_and_now(climbing: Sequence[Run]) -> Iterator[str]:
-    """Of each task: rollouts of the first stage that has it before its first step, and of the last at its end."""
+    """Of each task: responses of the first stage that has it at its first evaluation, and of the last at its last."""
     for task in _tasks(climbing):
-        steps = {run.path: _steps_with(run, task) for run in climbing}
-        having = [run for run in climbing if steps[run.path]]
+        told = [(run, [sample for sample in run.samples if sample["task"] == task]) for run in climbing]
+        having = [(run, samples) for run, samples in told if samples]
         if not having:
             continue
         yield f"### {printable(task)}"
-        for when, run, pick in (("then", having[0], min), ("now", having[-1], max)):
-            step = pick(steps[run.path])
+        for when, (run, samples), place in (("then", having[0], 0), ("now", having[-1], -1)):
+            step = samples[place]["step"]
             yield f"**{when}** ({run.name}, after {step} steps)"
-            for row in _rollouts(run, task, step):
-                mark = "right" if row["passed"] else f"wrong: it is {row['reference']}"
-                yield f"{fenced(printable(row['prompt'] + row['response']))}\n({mark})"
-
-
-def _steps_with(run: Run, task: str) -> set[int]:
-    return set(TraceStore(run.path / FOLDER).read(tasks={task}, columns=["step"])["step"].to_pylist())
-
-
-def _rollouts(run: Run, task: str, step: int) -> list[Mapping[str, Any]]:
-    """The first of each of the step's first groups."""
-    columns = ["group_id", "prompt", "response", "reference", "passed"]
-    found: dict[int, Mapping[str, Any]] = {}
-    for row in TraceStore(run.path / FOLDER).read(steps={step}, tasks={task}, columns=columns).to_pylist():
-        found.setdefault(row["group_id"], row)
-    return list(found.values())[:SHOWN]
+            for sample in [sample for sample in samples if sample["step"] == step][:SHOWN]:
+                mark = "right" if sample["passed"] else f"wrong: it is {printable(str(sample['answer']))}"
+                yield f"{fenced(printable(sample['question'] + chr(10) + sample['response']))}\n({mark})"

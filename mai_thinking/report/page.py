@@ -12,7 +12,7 @@ import yaml
 from mai_thinking.config.storage import atomic_file
 from mai_thinking.provenance.record import Lineage
 from mai_thinking.report.figures import MISSING, Figure, Grid, Panel, number, to_svg
-from mai_thinking.report.goodput import COLOURS, timeline
+from mai_thinking.report.goodput import COLOURS, summary, timeline
 from mai_thinking.report.panels import curves, held_out, load, over_stages
 from mai_thinking.report.reading import Climb, Run, read, then_and_now
 from mai_thinking.rl.rewards import TERMS
@@ -149,11 +149,7 @@ class Page:
             for category in CATEGORIES
             if account.seconds[category] > 0
         )
-        facts = (
-            f"{account.steps:,} steps kept, {account.recomputed_steps:,} computed again, {account.attempts} attempts"
-        )
-        if account.stopped:
-            facts += f"; stopped on request for {_duration(account.stopped)}, not counted"
+        facts = summary(account).replace("\n", "; ")
         return (
             f'<div class="strip">{self._chart(timeline(account))}</div>'
             f'<div class="wide"><table class="small">{keys}</table></div><p class="note">{text(facts)}</p>'

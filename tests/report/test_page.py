@@ -4,6 +4,7 @@ import base64
 import json
 import shutil
 import subprocess
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -282,6 +283,21 @@ def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no run"):
         write_page(tmp_path, tmp_path / "page.html")
     assert not (tmp_path / "page.html").exists()
+
+
+def test_without_matplotlib_one_line_says_so(tmp_path: Path) -> None:
+    folder = rl_run(tmp_path / "run")
+    program = (
+        "import sys; sys.modules['matplotlib'] = None\n"
+        "from pathlib import Path; from mai_thinking.report import write_page, write_summary\n"
+        "write_summary(Path(sys.argv[1])); write_page(Path(sys.argv[1]), Path(sys.argv[1], 'page.html'))"
+    )
+    ended = subprocess.run([sys.executable, "-c", program, str(folder)], capture_output=True, text=True, check=True)
+    assert ended.stdout == "no figures: install matplotlib, or mai_thinking[plots]\n"
+    assert "![" not in (folder / "report" / "summary.md").read_text()
+    parsed = assert_of_one_piece((folder / "page.html").read_text(encoding="utf-8"))
+    assert "no figures: install matplotlib" in parsed.text
+    assert "Goodput" in parsed.text
 
 
 # ------------------------------------------------------------------------------------------------------ in a browser

@@ -65,9 +65,9 @@ def analyse(points: PointSet, *, seed: int = 0, replicates: int = REPLICATES) ->
 
 
 def as_json(analysis: Analysis) -> dict[str, Any]:
-    """The analysis as plain JSON; what is infinite or unknown is null."""
+    """The analysis as a tree of plain values; some may be infinite."""
     points = analysis.points
-    tree = {
+    return {
         "baseline": points.baseline,
         "rule": RULE,
         "weights": dict(points.weights or report_weights(points.categories)) if len(points.scores) > 1 else {},
@@ -77,8 +77,6 @@ def as_json(analysis: Analysis) -> dict[str, Any]:
         "verdicts": {candidate: analysis.verdict(candidate) for candidate in analysis.candidates},
         "crossings": [asdict(c) | {"same_at_every_rung": c.same_at_every_rung} for c in analysis.crossings],
     }
-    cleaned: dict[str, Any] = _finite(tree)
-    return cleaned
 
 
 def _fit_as_json(fit: BootstrapFit) -> dict[str, Any]:
@@ -103,11 +101,3 @@ def _fit_as_json(fit: BootstrapFit) -> dict[str, Any]:
             low, high = interval(many)
             result[name] = {"value": float(value), "low": low, "high": high}
     return result
-
-
-def _finite(tree: Any) -> Any:
-    if isinstance(tree, dict):
-        return {key: _finite(value) for key, value in tree.items()}
-    if isinstance(tree, list | tuple):
-        return [_finite(value) for value in tree]
-    return None if isinstance(tree, float) and not math.isfinite(tree) else tree
