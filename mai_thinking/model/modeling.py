@@ -178,7 +178,10 @@ operands are to be rounded to (`half_precision`) → scores."""
 class MaiThinkingModel(MaiThinkingPreTrainedModel):
     """Embeddings, decoder layers, final norm."""
 
-    _keep_in_fp32_modules_strict: ClassVar = ["embed_tokens", r"\w*norm", "router"]
+    _keep_in_fp32_modules_strict: ClassVar = [
+        "embed_tokens", "attention_in_norm", "q_norm", "k_norm", "attention_out_norm", "feed_forward_in_norm", "router",
+        "feed_forward_out_norm", "norm",
+    ]  # fmt: skip
 
     def __init__(self, config: MaiThinkingConfig) -> None:
         super().__init__(config)
@@ -398,16 +401,20 @@ class MaiThinkingForCausalLM(MaiThinkingPreTrainedModel, GenerationMixin):
         return F.cross_entropy(self._logits(hidden_BTD).flatten(0, 1), labels_BT.flatten(), reduction="sum")
 
 
-class MaiThinkingForSequenceClassification(GenericForSequenceClassification, MaiThinkingPreTrainedModel):
+class _Classifier(MaiThinkingPreTrainedModel):
+    _keep_in_fp32_modules_strict: ClassVar = ["score"]
+
+    def __init__(self, config: MaiThinkingConfig) -> None:
+        super().__init__(config)
+        self.score.register_forward_pre_hook(lambda score, inputs: inputs[0].to(weight_dtype(score, config)))
+
+
+class MaiThinkingForSequenceClassification(_Classifier, GenericForSequenceClassification, MaiThinkingPreTrainedModel):
     """A label for a text: what reward models are to other trainers."""
 
-    _keep_in_fp32_modules_strict: ClassVar = ["score"]
 
-
-class MaiThinkingForTokenClassification(GenericForTokenClassification, MaiThinkingPreTrainedModel):
+class MaiThinkingForTokenClassification(_Classifier, GenericForTokenClassification, MaiThinkingPreTrainedModel):
     """A label for each token."""
-
-    _keep_in_fp32_modules_strict: ClassVar = ["score"]
 
 
 def _token_mask(attention_mask: Any, x_BTD: torch.Tensor) -> torch.Tensor | None:
