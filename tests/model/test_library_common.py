@@ -36,6 +36,7 @@ def source(tmp_path: Path) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 @pytest.mark.skipif(importlib.util.find_spec("parameterized") is None, reason="needs `pip install parameterized`")
 def test_the_librarys_common_tests(source: Path, tmp_path: Path) -> None:
     package = tmp_path / "package" / "tests"
