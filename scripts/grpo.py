@@ -7,13 +7,13 @@ from mai_thinking.config.grpo import GrpoConfig
 def main() -> int:
     """Parse, build, run."""
     config, dry_run = parse_run_command(GrpoConfig, "configs/nano-grpo.yaml", __doc__ or "")
-    from mai_thinking.rl.trainer import climb  # after the config, so that a mistake in it is told at once
+    from mai_thinking.recipes.grpo import grpo  # after the config, so that a mistake in it is told at once
 
     if dry_run:
-        return climb(config, dry_run=True)
+        return grpo(config, dry_run=True)
     from mai_thinking.report import conclude
 
-    return conclude(climb(config), config.folder)
+    return conclude(grpo(config), config.folder)
 
 
 if __name__ == "__main__":

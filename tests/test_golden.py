@@ -34,8 +34,8 @@ from mai_thinking.config.grpo import GrpoConfig
 from mai_thinking.config.loading import load_config
 from mai_thinking.config.pretraining import PretrainConfig
 from mai_thinking.recipes.distill import self_distill
+from mai_thinking.recipes.grpo import grpo
 from mai_thinking.recipes.pretrain import pretrain
-from mai_thinking.rl.trainer import climb
 from mai_thinking.training.metrics import MetricsLog, read_records
 from mai_thinking.training.model_files import load_model
 from ranks import run_ranks
@@ -91,7 +91,7 @@ def runs(folder: Path, base: Path, climbed: Path) -> dict[str, Callable[[], int]
     return {
         "pretrain": start(pretrain, PretrainConfig, "tiny.yaml", "pretrain", *data),
         "midtrain": start(pretrain, PretrainConfig, "tiny.yaml", "midtrain", *learned),
-        "grpo": start(climb, GrpoConfig, "tiny-grpo.yaml", "grpo", origin, "steps=4"),
+        "grpo": start(grpo, GrpoConfig, "tiny-grpo.yaml", "grpo", origin, "steps=4"),
         "distill": start(self_distill, DistillConfig, "tiny-distill.yaml", "distill", origin, traces, "steps=4"),
     }
 

@@ -8,8 +8,8 @@ import pytest
 
 from mai_thinking.config.grpo import GrpoConfig
 from mai_thinking.config.loading import load_config
+from mai_thinking.recipes.grpo import grpo
 from mai_thinking.recipes.pretrain import pretrain
-from mai_thinking.rl.trainer import climb
 from mai_thinking.training.metrics import read_records
 
 CLIMB = Path(__file__).parents[1] / "configs" / "tiny-grpo.yaml"
@@ -23,9 +23,7 @@ def test_from_nothing_to_a_climb(tiny_config: Callable[..., Any], tmp_path: Path
     assert len(losses) == 20
     assert losses[-1] < losses[0] - 1
     assert len(list((run / "checkpoints").iterdir())) == 2  # of four that were saved
-    assert (
-        climb(load_config(GrpoConfig, CLIMB, [f"output_dir={tmp_path / 'climb'}", f"init_from={run / 'final'}"])) == 0
-    )
+    assert grpo(load_config(GrpoConfig, CLIMB, [f"output_dir={tmp_path / 'climb'}", f"init_from={run / 'final'}"])) == 0
     records = read_records(tmp_path / "climb" / "metrics.jsonl")
     assert max(record["step"] for record in records) == 6
     assert max(record["mismatch"] for record in records if "mismatch" in record) < 0.1

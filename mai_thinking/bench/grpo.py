@@ -19,14 +19,14 @@ from mai_thinking.bench.timing import Figure, Turn, ratio
 from mai_thinking.config.grpo import GrpoConfig
 from mai_thinking.config.loading import load_config
 from mai_thinking.errors import UsageError
+from mai_thinking.recipes.grpo import GrpoRecipe
 from mai_thinking.rl.rewards import reward_group
 from mai_thinking.rl.rollout import Group, Rollout
 from mai_thinking.rl.tasks import Grade
-from mai_thinking.rl.trainer import Climb
+from mai_thinking.training.context import RunContext
 from mai_thinking.training.metrics import read_records
 from mai_thinking.training.model_files import load_model, load_model_config
-from mai_thinking.training.run_folder import RunFolder
-from mai_thinking.training.session import make_accelerator
+from mai_thinking.training.trainer import Trainer
 
 CONFIG = "configs/nano-grpo.yaml"
 PROFILED_STEPS = 2
@@ -42,18 +42,18 @@ def measure(options: Options) -> Result:
         changes = ["rollouts.steps_per_update=1", "sampling.final_range=null", "optimizer.learning_rate=1e-6"]
         places = [f"output_dir={name}/run", f"init_from={options.model}", "tracking.print_every=1e9"]
         config = load_config(GrpoConfig, CONFIG, [*changes, *places])
-        folder = RunFolder(config.folder)
-        climb = Climb(config, folder, make_accelerator(config, folder), stack)
-        climb.learner.model.train()
-        trainer, theirs = _trl_trainer(climb, steps, f"{name}/trl")
+        recipe = GrpoRecipe(config, RunContext(config, stack))
+        ours_trainer = Trainer(config, recipe)
+        recipe.learner.model.train()
+        trainer, theirs = _trl_trainer(ours_trainer, recipe, steps, f"{name}/trl")
         trainer.train()
         rollouts = config.groups_per_step * config.sampling.full_size
-        records = read_records(folder.metrics)
+        records = read_records(recipe.context.folder.metrics)
         ours = [(r["seconds"], r["rollout_seconds"], r["response_length"] * rollouts) for r in records]
 
         def profiled() -> None:
             for _ in range(PROFILED_STEPS):
-                climb._one_step()
+                ours_trainer.take_step()
 
         profile = profile_rows(profiled)
     rows = [_row(side, taken[1:steps]) for side, taken in (("ours", ours), ("TRL", theirs))]
@@ -75,8 +75,8 @@ def _row(side: str, steps: Sequence[Seconds]) -> Row:
     )
 
 
-def _trl_trainer(climb: Climb, steps: int, folder: str) -> tuple[Any, list[Seconds]]:
-    """TRL's trainer of the climb's first model on its problems, which lets the climb make a step after each of its own;
+def _trl_trainer(ours: Trainer, recipe: GrpoRecipe, steps: int, folder: str) -> tuple[Any, list[Seconds]]:
+    """TRL's trainer of the run's first model on its problems, which lets the run make a step after each of its own;
     and where it will leave, for each step, the seconds, those of them up to the last reward, and response tokens."""
     try:
         from datasets import Dataset
@@ -85,16 +85,16 @@ def _trl_trainer(climb: Climb, steps: int, folder: str) -> tuple[Any, list[Secon
     except ImportError:
         raise UsageError("bench grpo compares with TRL; `pip install mai_thinking[company]` brings it") from None
 
-    config, mix, group = climb.config, climb.worker.mix, climb.config.sampling.full_size
+    config, mix, group = recipe.config, recipe.worker.mix, recipe.config.sampling.full_size
     problems = [mix.problem("train", number) for number in range(steps * config.groups_per_step)]
-    opening, template = climb.tokenizer.eos_token, climb.worker.responder.template
+    opening, template = recipe.tokenizer.eos_token, recipe.worker.responder.template
     rows: list[Seconds] = []
     now = time.perf_counter
     began, rewarded, tokens = 0.0, 0.0, 0
 
     def reward(completions: list[str], completion_ids: list[list[int]], number: list[int], **_: Any) -> list[float]:
         nonlocal rewarded, tokens
-        rewards = _rewards(climb, [problems[i] for i in number], completions)
+        rewards = _rewards(recipe, [problems[i] for i in number], completions)
         rewarded, tokens = now(), sum(map(len, completion_ids))
         return rewards
 
@@ -105,7 +105,7 @@ def _trl_trainer(climb: Climb, steps: int, folder: str) -> tuple[Any, list[Secon
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
             rows.append((now() - began, rewarded - began, tokens))
-            climb._one_step()
+            ours.take_step()
 
     arguments = GRPOConfig(
         folder, max_steps=steps, per_device_train_batch_size=config.groups_per_step * group, num_generations=group,
@@ -117,19 +117,19 @@ def _trl_trainer(climb: Climb, steps: int, folder: str) -> tuple[Any, list[Secon
     prompts = [opening + template.prompt(problem.question) for problem in problems]
     data = Dataset.from_dict({"prompt": prompts, "number": list(range(len(prompts)))})
     model = load_model(config.init_from)
-    trainer = GRPOTrainer(model, reward, arguments, data, None, climb.tokenizer, callbacks=[InTurn()])
+    trainer = GRPOTrainer(model, reward, arguments, data, None, recipe.tokenizer, callbacks=[InTurn()])
     trainer.remove_callback(PrinterCallback)
     return trainer, rows
 
 
-def _rewards(climb: Climb, problems: Any, responses: list[str]) -> list[float]:
+def _rewards(recipe: GrpoRecipe, problems: Any, responses: list[str]) -> list[float]:
     """What a climb of one stage gives for responses, each to its problem, computed here and now."""
-    mix, template = climb.worker.mix, climb.worker.responder.template
+    mix, template = recipe.worker.mix, recipe.worker.responder.template
     rollouts = []
     for problem, text in zip(problems, responses, strict=True):
         thought, answer = template.parse(text)
         right = answer is not None and mix.task(problem.task).verify(problem, answer) == 1
         rollouts.append(Rollout(0, [], 1, thought=thought, grade=Grade(float(right), right)))
     # Nothing is charged for length.
-    reward_group(Group(0, 0, rollouts=rollouts), climb.config.reward.model_copy(update={"w_length": 0.0}))
+    reward_group(Group(0, 0, rollouts=rollouts), recipe.config.reward.model_copy(update={"w_length": 0.0}))
     return [rollout.reward for rollout in rollouts]

@@ -28,8 +28,8 @@ from mai_thinking.errors import RunError
 from mai_thinking.experiments.plan import ClimbPlan, Stage
 from mai_thinking.experiments.queue import WorkQueue
 from mai_thinking.recipes.distill import self_distill
+from mai_thinking.recipes.grpo import grpo
 from mai_thinking.recipes.pretrain import pretrain
-from mai_thinking.rl.trainer import climb
 from mai_thinking.training.context import init_distributed
 from mai_thinking.training.goodput import CAUSE_VARIABLE, LAUNCHED_VARIABLE
 from mai_thinking.training.worker import StopRequest
@@ -122,7 +122,7 @@ def _run(stage: Stage) -> int:
         case PretrainConfig():
             return pretrain(stage.config)
         case GrpoConfig():
-            return climb(stage.config)
+            return grpo(stage.config)
         case DistillConfig():
             return self_distill(stage.config)
 

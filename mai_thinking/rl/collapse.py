@@ -30,6 +30,7 @@ from typing import Any
 import numpy as np
 
 from mai_thinking.config.collapse import CollapseSection
+from mai_thinking.config.storage import atomic_file
 from mai_thinking.rl.problem_filter import FilterCounts
 
 _LARGEST_EXCESS, _DRIFT = 6.0, 1.0
@@ -100,6 +101,13 @@ def read_verdict(run: Path) -> Verdict | None:
     """Of the run in folder `run`, if it has collapsed."""
     path = run / COLLAPSE
     return Verdict(**json.loads(path.read_text())) if path.is_file() else None
+
+
+def write_verdict(run: Path, verdict: Verdict | None) -> None:
+    """Into the run's folder, where the next stage looks for it."""
+    assert verdict is not None
+    with atomic_file(run / COLLAPSE) as path:
+        path.write_text(json.dumps(asdict(verdict), indent=2) + "\n")
 
 
 class CollapseDetector:

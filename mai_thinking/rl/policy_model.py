@@ -1,14 +1,23 @@
-"""The model that a climb starts from, and what the climb will cost."""
+"""What an RL run is made from, and what it will cost."""
+
+import hashlib
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedTokenizerBase
 
 from mai_thinking.config.distillation import DistillConfig
 from mai_thinking.config.grpo import GrpoConfig
+from mai_thinking.config.tasks import TaskSection
 from mai_thinking.data.tokenizer import Encoder, load_tokenizer
 from mai_thinking.errors import UsageError
 from mai_thinking.model import MaiThinkingConfig, MaiThinkingForCausalLM
-from mai_thinking.provenance.lineage import Lineage, require_own
+from mai_thinking.provenance.lineage import Lineage, Source, hash_file, require_own
+from mai_thinking.rl.engine import BatchedEngine
 from mai_thinking.rl.length_curriculum import LengthCurriculum
 from mai_thinking.rl.tasks import TaskMix
 from mai_thinking.rl.template import Template
+from mai_thinking.training.context import RunContext
 from mai_thinking.training.model_files import load_model, load_model_config
 from mai_thinking.training.plan import GRADIENT, MOMENTS, WEIGHT, quantity
 
@@ -33,6 +42,30 @@ def policy_model(
         experts_implementation=execution.experts,
     )
     return model, lineage
+
+
+def make_engine(
+    model: MaiThinkingForCausalLM, config: GrpoConfig, context: RunContext, tokenizer: PreTrainedTokenizerBase
+) -> BatchedEngine:
+    """What generates rollouts, also the evaluation's. On a CPU it stays in fp32, whose products are the faster ones
+    there."""
+    casts = context.accelerator.mixed_precision == "bf16" and context.device.type == "cuda"
+    return BatchedEngine(
+        model,
+        slots=config.rollouts.slots,
+        temperature=config.rollouts.temperature,
+        top_p=config.rollouts.top_p,
+        seed=config.seed,
+        end_of_text=tokenizer.eos_token_id,
+        dtype=torch.bfloat16 if casts else None,
+    )
+
+
+def source_of(task: TaskSection) -> Source:
+    """A task as a record of lineage names it: by its section, and a file by its content."""
+    content = task.model_dump_json() + (hash_file(Path(task.path)).sha256 if task.path else "")
+    made = "procedural" if task.path is None else "human"
+    return Source(name=task.name, licence="", provenance=made, content=hashlib.sha256(content.encode()).hexdigest())
 
 
 def check_lengths(config: GrpoConfig, mix: TaskMix) -> None:
@@ -77,4 +110,6 @@ def describe(config: GrpoConfig) -> str:
             f"{total * weights / 2**30:,.2f} GiB per rank for weights, gradients, optimiser and the engine's copy",
         ),
     ]
+    if dropout := load_model_config(config.init_from).dropout:
+        rows.append(("dropout", f"off, which {config.init_from} was trained with at {dropout}"))
     return "\n".join(f"{name:<12}  {value}" for name, value in rows)

@@ -12,7 +12,7 @@ from mai_thinking.config.grpo import GrpoConfig
 from mai_thinking.config.loading import load_config
 from mai_thinking.config.study import StudyConfig
 from mai_thinking.errors import RunError, UsageError
-from mai_thinking.experiments.climb import climb, run_climb
+from mai_thinking.experiments.climb import run_climb
 from mai_thinking.experiments.plan import ClimbPlan
 from mai_thinking.report.study import difference, measure, table, write_report
 from mai_thinking.rl.collapse import CollapseDetector, Verdict
@@ -102,9 +102,9 @@ def collapsing(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
             with monkeypatch.context() as patch:
                 if config.name == stage:
                     patch.setattr(CollapseDetector, "update", give_up)
-                return climb(config)
+                return grpo(config)
 
-        monkeypatch.setattr("mai_thinking.experiments.climb.climb", climb_of)
+        monkeypatch.setattr("mai_thinking.experiments.climb.grpo", climb_of)
 
     def give_up(self: CollapseDetector, record: dict[str, Any]) -> Verdict:
         sign = {"value": 0.1, "usual": 0.9, "since": 1}

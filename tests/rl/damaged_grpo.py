@@ -11,29 +11,30 @@ from pathlib import Path
 
 import torch
 
-from mai_thinking.rl.trainer import Climb
+from mai_thinking.training.trainer import Trainer
 
 AT = 10  # the engine is given these weights at once, so that no gradient is taken of what others had drawn
 
 
-def damage(climb: Climb) -> None:
+def damage(trainer: Trainer) -> None:
     """Silence the tokens that are rewarded, and make the others so loud that none of them is drawn by chance."""
-    embedding = climb.learner.unwrap().get_input_embeddings().weight
-    rewarded = [bool(re.search("[a-m]", climb.tokenizer.decode([token]))) for token in range(len(climb.tokenizer))]
+    tokenizer = trainer.recipe.tokenizer
+    embedding = trainer.learner.unwrap().get_input_embeddings().weight
+    rewarded = [bool(re.search("[a-m]", tokenizer.decode([token]))) for token in range(len(tokenizer))]
     with torch.no_grad():
         embedding *= 50
         embedding[: len(rewarded)][torch.tensor(rewarded)] = 0
 
 
-def damaged_step(climb: Climb) -> None:
-    """In the place of `Climb._one_step`."""
-    if climb.step + 1 == AT:
-        damage(climb)
-    one_step(climb)
+def damaged_step(trainer: Trainer) -> None:
+    """In the place of `Trainer.take_step`."""
+    if trainer.step + 1 == AT:
+        damage(trainer)
+    take_step(trainer)
 
 
-one_step = Climb._one_step
+take_step = Trainer.take_step
 
 if __name__ == "__main__":
-    Climb._one_step = damaged_step  # type: ignore[method-assign]
+    Trainer.take_step = damaged_step  # type: ignore[method-assign]
     runpy.run_path(str(Path(__file__).parents[2] / "scripts" / "grpo.py"), run_name="__main__")

@@ -19,11 +19,12 @@ from mai_thinking.config.collapse import CollapseSection
 from mai_thinking.config.grpo import GrpoConfig
 from mai_thinking.config.loading import load_config, save_config
 from mai_thinking.provenance.lineage import require_own
-from mai_thinking.rl.collapse import CollapseDetector, Verdict, is_repetitive
+from mai_thinking.recipes.grpo import GrpoRecipe, grpo
+from mai_thinking.rl.collapse import COLLAPSE, CollapseDetector, Verdict, is_repetitive
 from mai_thinking.rl.problem_filter import FilterCounts
 from mai_thinking.rl.traces import FOLDER
-from mai_thinking.rl.trainer import COLLAPSE, Climb, climb
 from mai_thinking.training.metrics import read_records
+from mai_thinking.training.trainer import Trainer
 
 ROOT = Path(__file__).parents[2]
 REAL = json.loads((Path(__file__).parent / "real_climbs.json").read_text())
@@ -217,8 +218,8 @@ def make(tiny_run: Path) -> Callable[..., GrpoConfig]:
 def collapsed(make: Callable[..., GrpoConfig], tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("collapse") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Climb, "_one_step", damaged_step)
-        assert climb(make(folder)) == 3
+        patch.setattr(Trainer, "take_step", damaged_step)
+        assert grpo(make(folder)) == 3
     return folder
 
 
@@ -242,7 +243,7 @@ def test_a_collapse_ends_the_run(
     require_own(collapsed / FOLDER, allow_third_party=False)
     before = {path: path.stat().st_mtime_ns for path in collapsed.rglob("*")}
     capsys.readouterr()
-    assert climb(make(collapsed)) == 3
+    assert grpo(make(collapsed)) == 3
     assert "has collapsed" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in collapsed.rglob("*")} == before
 
@@ -251,16 +252,16 @@ def test_a_run_that_died_before_the_verdict_was_written_comes_to_it_again(
     collapsed: Path, make: Callable[..., GrpoConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
 
-    def with_signal(self: Climb) -> None:
+    def with_signal(self: Trainer) -> None:
         if self.step + 1 == 4:
             os.kill(os.getpid(), signal.SIGTERM)
         damaged_step(self)
 
-    monkeypatch.setattr(Climb, "_one_step", with_signal)
-    assert climb(make(tmp_path / "run")) == 75
-    monkeypatch.setattr(Climb, "_one_step", damaged_step)
+    monkeypatch.setattr(Trainer, "take_step", with_signal)
+    assert grpo(make(tmp_path / "run")) == 75
+    monkeypatch.setattr(Trainer, "take_step", damaged_step)
     for _ in range(2):
-        assert climb(make(tmp_path / "run")) == 3
+        assert grpo(make(tmp_path / "run")) == 3
         written = (tmp_path / "run" / COLLAPSE).read_text()
         assert json.loads(written) == json.loads((collapsed / COLLAPSE).read_text())
         (tmp_path / "run" / COLLAPSE).unlink()
@@ -269,12 +270,12 @@ def test_a_run_that_died_before_the_verdict_was_written_comes_to_it_again(
 def test_switched_off_it_lets_a_collapsed_run_go_on(
     collapsed: Path, make: Callable[..., GrpoConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def stop(self: Climb) -> None:
+    def stop(self: Trainer) -> None:
         raise InterruptedError
 
-    monkeypatch.setattr(Climb, "_one_step", stop)
+    monkeypatch.setattr(Trainer, "take_step", stop)
     with pytest.raises(InterruptedError):
-        climb(make(collapsed, "collapse.enabled=false"))
+        grpo(make(collapsed, "collapse.enabled=false"))
 
 
 def test_all_ranks_come_to_the_verdict_and_the_launcher_passes_it_on(
@@ -293,19 +294,19 @@ def test_a_run_from_before_the_detector_goes_on(
     make: Callable[..., GrpoConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Neither its config nor its checkpoints know of one."""
-    state, one_step = Climb._state, Climb._one_step
+    take_step = Trainer.take_step
 
-    def with_signal(self: Climb) -> None:
+    def with_signal(self: Trainer) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
-        one_step(self)
+        take_step(self)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Climb, "_state", lambda self: state(self) | {"progress": self.progress})
-        patch.setattr(Climb, "_one_step", with_signal)
-        assert climb(make(tmp_path / "run", "steps=2")) == 75
+        patch.setattr(GrpoRecipe, "progress", lambda self: {})
+        patch.setattr(Trainer, "take_step", with_signal)
+        assert grpo(make(tmp_path / "run", "steps=2")) == 75
     path = tmp_path / "run" / "config.yaml"
     config = yaml.safe_load(path.read_text())
     del config["collapse"]
     path.write_text(yaml.safe_dump(config))
-    assert climb(make(tmp_path / "run", "steps=2")) == 0
+    assert grpo(make(tmp_path / "run", "steps=2")) == 0
     assert steps_of(tmp_path / "run") == 2

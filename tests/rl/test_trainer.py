@@ -20,20 +20,21 @@ from mai_thinking.config.loading import load_config, save_config
 from mai_thinking.config.objective import ObjectiveSection
 from mai_thinking.errors import RunError, UsageError
 from mai_thinking.provenance.lineage import require_own
+from mai_thinking.recipes.grpo import grpo
 from mai_thinking.report import conclude
 from mai_thinking.rl.engine import BatchedEngine
 from mai_thinking.rl.objective import Objective
 from mai_thinking.rl.packing import pack
 from mai_thinking.rl.policy_loss import PolicyLoss
 from mai_thinking.rl.rollout import Group, Rollout, Verdict
-from mai_thinking.rl.rollout_worker import Responder
+from mai_thinking.rl.rollout_worker import Responder, RolloutWorker
 from mai_thinking.rl.tasks import Grade
 from mai_thinking.rl.traces import FOLDER, TraceStore
-from mai_thinking.rl.trainer import Climb, climb
 from mai_thinking.training.checkpoint import CheckpointReader
 from mai_thinking.training.goodput import account_of
 from mai_thinking.training.metrics import read_records
 from mai_thinking.training.model_files import load_model
+from mai_thinking.training.trainer import Trainer
 from ranks import run_ranks
 from tiny_models import tiny_learner, tiny_model
 
@@ -58,7 +59,7 @@ def make(tiny_run: Path) -> Make:
 def climbed(make: Make, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a finished, undisturbed climb."""
     folder = tmp_path_factory.mktemp("climb") / "run"
-    assert conclude(climb(make(folder)), folder) == 0
+    assert conclude(grpo(make(folder)), folder) == 0
     return folder
 
 
@@ -79,7 +80,7 @@ def trace(folder: Path) -> dict[str, Any]:
 def test_it_climbs(make: Make, tmp_path: Path) -> None:
     """Half of the grade is for the first letter of the last word: within reach of some steps."""
     longer = ["steps=18", "curriculum.max_steps=100", "evaluation.every=18", "evaluation.problems=32"]
-    assert climb(make(tmp_path / "run", *longer)) == 0
+    assert grpo(make(tmp_path / "run", *longer)) == 0
     rates = [r["pass@1"] for r in read_records(tmp_path / "run" / "metrics.jsonl") if r.get("kind") == "evaluation"]
     assert rates[-1] > rates[0] + 0.1
 
@@ -125,17 +126,17 @@ def test_stopped_and_gone_on_with_is_the_same_climb(
     climbed: Path, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
 ) -> None:
     """After step 2 the buffer holds pending rollouts; after step 3 an evaluation and a new update follow."""
-    one_step = Climb._one_step
+    take_step = Trainer.take_step
 
-    def with_signal(self: Climb) -> None:
+    def with_signal(self: Trainer) -> None:
         if self.step + 1 == step:
             os.kill(os.getpid(), signal.SIGTERM)
-        one_step(self)
+        take_step(self)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Climb, "_one_step", with_signal)
-        assert climb(make(tmp_path / "run")) == 75
-    assert climb(make(tmp_path / "run")) == 0
+        patch.setattr(Trainer, "take_step", with_signal)
+        assert grpo(make(tmp_path / "run")) == 75
+    assert grpo(make(tmp_path / "run")) == 0
     assert trace(tmp_path / "run") == trace(climbed)
 
 
@@ -174,19 +175,19 @@ def test_a_checkpoint_without_a_part_of_the_state_is_found_out(
     climbed: Path, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, omitted: str
 ) -> None:
     """The negative control of the tests of resumption."""
-    state, one_step = Climb._state, Climb._one_step
+    state, take_step = Trainer.state, Trainer.take_step
 
-    def with_signal(self: Climb) -> None:
+    def with_signal(self: Trainer) -> None:
         if self.step + 1 == 2:
             os.kill(os.getpid(), signal.SIGTERM)
-        one_step(self)
+        take_step(self)
 
-    monkeypatch.setattr(Climb, "_state", lambda self: {k: v for k, v in state(self).items() if k != omitted})
+    monkeypatch.setattr(Trainer, "state", lambda self: {k: v for k, v in state(self).items() if k != omitted})
     with monkeypatch.context() as patch:
-        patch.setattr(Climb, "_one_step", with_signal)
-        assert climb(make(tmp_path / "run")) == 75
+        patch.setattr(Trainer, "take_step", with_signal)
+        assert grpo(make(tmp_path / "run")) == 75
     try:
-        assert climb(make(tmp_path / "run")) == 0
+        assert grpo(make(tmp_path / "run")) == 0
     except (IndexError, RunError):
         return  # no rollouts where there should be some, or other ones than the first time
     assert read_losses(tmp_path / "run") != read_losses(climbed)
@@ -196,12 +197,11 @@ def test_a_climb_ends_when_its_tasks_are_solved(
     make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """From the second filling on every response is right: then no group is left to learn from."""
-    respond, fillings = Responder.respond, []
-    refill = Climb._refill
+    respond, collect, fillings = Responder.respond, RolloutWorker.collect, []
 
-    def counted(self: Climb) -> Any:
-        fillings.append(self.step)
-        return refill(self)
+    def counted(self: RolloutWorker, *arguments: Any, **settings: Any) -> Any:
+        fillings.append(self.next_batch)
+        return collect(self, *arguments, **settings)
 
     def all_right(self: Responder, asked: Any, temperature: Any = None) -> Any:
         rollouts = respond(self, asked, temperature)
@@ -209,10 +209,10 @@ def test_a_climb_ends_when_its_tasks_are_solved(
             rollout.grade = Grade(1.0, True)
         return rollouts
 
-    monkeypatch.setattr(Climb, "_refill", counted)
+    monkeypatch.setattr(RolloutWorker, "collect", counted)
     monkeypatch.setattr(Responder, "respond", all_right)
     config = make(tmp_path / "run", "evaluation.every=2")
-    assert climb(config) == 0
+    assert grpo(config) == 0
     assert "the tasks are solved" in capsys.readouterr().out
     steps = [record["step"] for record in read_records(tmp_path / "run" / "metrics.jsonl") if "kind" not in record]
     assert len(steps) == config.rollouts.steps_per_update < config.steps
@@ -306,6 +306,6 @@ def test_accumulation_and_ranks_do_not_change_the_gradients() -> None:
 )
 def test_what_does_not_fit_is_refused(make: Make, tmp_path: Path, overrides: list[str], message: str) -> None:
     with pytest.raises(UsageError, match=message) as caught:
-        climb(make(tmp_path / "run", *overrides))
+        grpo(make(tmp_path / "run", *overrides))
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "run").exists()

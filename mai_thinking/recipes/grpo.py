@@ -1,0 +1,200 @@
+"""Reinforcement learning (MAI-Thinking-1 report §3): GRPO from a base that has seen no reasoning.
+
+New weights go to the engine, the engine fills the buffer, `steps_per_update` gradient steps empty it. What is in the
+buffer is in a checkpoint too.
+"""
+
+import functools
+import time
+from contextlib import closing
+from dataclasses import asdict
+from typing import Any
+
+from mai_thinking.config.command import EXIT_COLLAPSED
+from mai_thinking.config.grpo import GrpoConfig
+from mai_thinking.data.tokenizer import load_tokenizer
+from mai_thinking.errors import UsageError
+from mai_thinking.model import MaiThinkingForCausalLM
+from mai_thinking.rl.buffer import RolloutBuffer
+from mai_thinking.rl.collapse import COLLAPSE, CollapseDetector, write_verdict
+from mai_thinking.rl.evaluation import HeldOut, one_of_each, samples_record
+from mai_thinking.rl.grading import GradingPool
+from mai_thinking.rl.length_curriculum import LengthCurriculum
+from mai_thinking.rl.metrics import rollout_metrics
+from mai_thinking.rl.objective import Objective
+from mai_thinking.rl.packing import pack
+from mai_thinking.rl.policy_loss import PolicyLoss
+from mai_thinking.rl.policy_model import check_lengths, describe, make_engine, policy_config, policy_model, source_of
+from mai_thinking.rl.problem_filter import FilterCounts
+from mai_thinking.rl.rollout import Rollout
+from mai_thinking.rl.rollout_worker import Responder, RolloutWorker
+from mai_thinking.rl.tasks import TaskMix
+from mai_thinking.rl.template import Template
+from mai_thinking.rl.traces import FOLDER, TraceStore
+from mai_thinking.training.context import RunContext
+from mai_thinking.training.goodput import EVALUATION
+from mai_thinking.training.learner import Learner
+from mai_thinking.training.metrics import MetricsLog
+from mai_thinking.training.run_folder import RunFolder
+from mai_thinking.training.state import PerRank
+from mai_thinking.training.trainer import Ending, Recipe, Step, run_recipe
+
+
+def grpo(config: GrpoConfig, *, dry_run: bool = False) -> int:
+    """Run `config`, or go on with it where it was; returns the exit code. `dry_run` prints what it costs and stops."""
+    if dry_run:
+        print(describe(config))
+        return 0
+    if config.collapse.enabled and (config.folder / COLLAPSE).exists():
+        RunFolder(config.folder).check(config)
+        print(f"{config.folder} has collapsed: see its {COLLAPSE}. collapse.enabled=false goes on with it all the same")
+        return EXIT_COLLAPSED
+    return run_recipe(config, functools.partial(GrpoRecipe, config))
+
+
+class GrpoRecipe(Recipe):
+    """Problems → rollouts → grades → advantages → packed rows → update → entropy control; pass@1 on held-out ones."""
+
+    exact, exact_evaluation = ("loss", "grad_norm", "reward"), ("pass@1",)
+    evaluate_first = True
+
+    def __init__(self, config: GrpoConfig, context: RunContext) -> None:
+        self.config, self.context = config, context
+        rank, ranks = context.rank, context.ranks
+        if config.groups_per_step % ranks:
+            raise UsageError(f"groups_per_step: {config.groups_per_step} groups cannot be divided over {ranks} ranks")
+        self.groups_per_step = config.groups_per_step // ranks
+        mix = TaskMix(config.tasks, config.seed)
+        self.data = [source_of(task) for task in config.tasks]
+        self.architecture = policy_config(config)
+        check_lengths(config, mix)
+        self.tokenizer = load_tokenizer(config.init_from)
+        model, parent = policy_model(config, self.architecture)
+        self.parents = [parent]
+        grading = config.grading
+        pool = context.stack.enter_context(
+            GradingPool(config.tasks, workers=grading.workers, seconds=grading.seconds, megabytes=grading.megabytes)
+        )
+        self.learner = Learner(model, config, context.accelerator, balance=config.balance)
+        self.engine = make_engine(self.learner.unwrap(), config, context, self.tokenizer)
+        self.responder = Responder(self.engine, pool, Template(config.template), self.tokenizer)
+        self.traces = context.folder.path / FOLDER
+        store = TraceStore(self.traces, rank)
+        self.worker = RolloutWorker(config, mix, self.responder, store, rank=rank, ranks=ranks)
+        self.held_out = HeldOut(mix, config.evaluation, rank=rank, ranks=ranks)
+        self.evaluate_every = config.evaluation.every
+        self.buffer = RolloutBuffer()
+        self.objective = Objective(config.objective)
+        self.curriculum = LengthCurriculum(config.curriculum)
+        self.detector = CollapseDetector(config.collapse)
+        self._shown: list[Rollout] = []
+
+    def describe(self) -> str:
+        """What it costs."""
+        return describe(self.config)
+
+    def state(self) -> dict[str, Any]:
+        """k, the length's stage, what waits to be learned from, and which problem comes next."""
+        own = {"buffer": PerRank(self.buffer), "collector": PerRank(self.worker)}
+        return {"objective": self.objective, "curriculum": self.curriculum, **own}
+
+    def progress(self) -> dict[str, Any]:
+        """What the collapse detector has seen."""
+        return {"collapse": self.detector.state_dict()}
+
+    def load_progress(self, progress: dict[str, Any]) -> None:
+        """Older checkpoints have no such history."""
+        if history := progress.get("collapse"):
+            self.detector.load_state_dict(history)
+            self._end_if_collapsed()
+
+    def step(self, step: int) -> Step | None:
+        """One gradient step; before the first of each `steps_per_update` the buffer is filled."""
+        begin = time.perf_counter()
+        version, in_turn = divmod(step - 1, self.config.rollouts.steps_per_update)
+        # Problems → rollouts → grades → rewards → advantages (§3.1).
+        drawn, counts = self._fill(step - 1, version) if in_turn == 0 else ({}, FilterCounts())
+        if self.ending is not None:
+            return None
+        generated = time.perf_counter()
+        groups = self.buffer.take(self.groups_per_step)
+        rollouts = [rollout for group in groups for rollout in group.rollouts]
+        summary = rollout_metrics(groups, version, self.context)
+        # Packed rows → gradient step: replay of nucleus and experts, trust region, outer clip (§3.1).
+        packing, experts = self.config.packing, self.architecture.num_experts
+        rows = pack(rollouts, row_length=packing.row_length, rows=packing.rows, num_experts=experts)
+        loss = PolicyLoss(self.objective, self.config.rollouts, [r.advantage for r in rollouts], experts)
+        metrics = self.learner.update(rows, loss, step)
+        if not loss.signal:
+            self.context.log(f"step {step}: in each group all rewards are equal; the weights stay what they are")
+        # Entropy control: k ← clip(k + δ·sign(H* − Ĥ), 0, k_max), for the next step (§3.1).
+        k = self.objective.clip_relaxation
+        self.objective.after_step(metrics["entropy"])
+        # Only from weights that are the engine's own is the difference a mismatch; later it is what was learned.
+        if in_turn or summary["staleness"]:
+            del metrics["mismatch"]
+        tokens = round(summary.pop("tokens"))
+        metrics |= {"clip_relaxation": k, **summary, "max_length": self.curriculum.max_length, **drawn}
+        self.detector.update({"step": step, **metrics})
+        self._end_if_collapsed()
+        # Longer responses when many of this stage are long (§3.4).
+        if self.curriculum.update(counts.long, counts.rollouts):
+            self.context.log(f"step {step}: responses may be {self.curriculum.max_length} tokens long from here on")
+        note = f"pass rate {summary['pass_rate']:.2f}  entropy {metrics['entropy']:.2f}  k {k:g}"
+        return Step(metrics | {"rollout_seconds": generated - begin}, tokens, note)
+
+    def evaluate(self, step: int, *, last: bool) -> dict[str, Any] | None:
+        """pass@1 and pass@k on the held-out problems, with the newest weights."""
+        assert self.context.ledger is not None
+        with self.context.ledger.span(EVALUATION):
+            self.engine.update_weights(self.learner.unwrap())
+            metrics, samples = self.held_out.evaluate(self.responder, self.curriculum.max_length)
+        if self.context.rank == 0:
+            with closing(MetricsLog(self.context.folder.samples)) as log:
+                log.append(samples_record(step, samples), exact=())
+        by_task = "  ".join(f"{family} {metrics[f'pass@1/{family}']:.3f}" for family in self.held_out.problems)
+        self.context.log(f"step {step}: held-out pass@1 {metrics['pass@1']:.3f}  ({by_task})")
+        self._shown = one_of_each(samples, self.config.evaluation.show)
+        for sample in self._shown:
+            mark = "right" if sample.grade.passed else f"wrong, it is {sample.problem.answer}"
+            self.context.log(f"    {sample.problem.question} → {sample.text!r} ({mark})")
+        return metrics
+
+    def report(self, model: MaiThinkingForCausalLM, evaluation: dict[str, Any]) -> None:
+        """Of a collapsed run the verdict with its evidence, where the next stage looks for it."""
+        if self.ending is not None and self.ending.exit_code:
+            write_verdict(self.context.folder.path, self.detector.verdict)
+
+    def _fill(self, done: int, version: int) -> tuple[dict[str, float], FilterCounts]:
+        """Give the engine the learner's weights, and the buffer what the steps up to the next time take; → metrics, and
+        what became of the problems of all ranks."""
+        rollouts = self.config.rollouts
+        self.engine.update_weights(self.learner.unwrap())
+        stale = self.buffer.drop_stale(version - rollouts.max_staleness)
+        wanted = self.groups_per_step * rollouts.steps_per_update * (1 + rollouts.lead)
+        self.buffer.add(
+            self.worker.collect(
+                wanted - len(self.buffer),
+                step=done,
+                version=version,
+                max_length=self.curriculum.max_length,
+                penalise_length=self.curriculum.penalises_length,
+                checkpoint=f"{self.config.name}/step-{done:08d}",
+                beat=self.context.heartbeat,
+                hopeless=lambda counts: self.config.collapse.enabled and self.detector.hopeless(counts),
+            )
+        )
+        mine = asdict(self.worker.take_counts()) | {"missing": max(0, wanted - len(self.buffer))}
+        sums = {name: round(value) for name, value in self.context.sum(mine).items()}
+        missing, counts = sums.pop("missing"), FilterCounts(**sums)
+        # A rank gives up because all is too easy, or too hard; what all of them drew tells which.
+        if missing and counts.early_too_easy + counts.too_easy >= 9 * (counts.early_too_hard + counts.too_hard):
+            self.ending = Ending(f"after step {done} hardly a problem is left to learn from: the tasks are solved")
+        elif missing:
+            self.detector.starve(done, counts)
+            self._end_if_collapsed()
+        return {"groups_stale": stale, **counts.metrics()}, counts
+
+    def _end_if_collapsed(self) -> None:
+        if self.config.collapse.enabled and self.detector.verdict is not None:
+            self.ending = Ending(str(self.detector.verdict), "collapsed", EXIT_COLLAPSED)

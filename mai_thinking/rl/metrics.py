@@ -1,0 +1,28 @@
+"""What the rollouts of a gradient step were like."""
+
+from collections.abc import Sequence
+
+from mai_thinking.rl.collapse import is_repetitive
+from mai_thinking.rl.rewards import TERMS
+from mai_thinking.rl.rollout import Group
+from mai_thinking.training.context import RunContext
+
+
+def rollout_metrics(groups: Sequence[Group], version: int, context: RunContext) -> dict[str, float]:
+    """Means over all ranks' rollouts, and `tokens`, the number of all their response tokens; `version` is that of the
+    engine's newest weights. Collective."""
+    rollouts = [rollout for group in groups for rollout in group.rollouts]
+    sums = context.sum(
+        {
+            "reward": sum(rollout.reward for rollout in rollouts),
+            **{f"reward/{name}": sum(rollout.rewards[name] for rollout in rollouts) for name in ("task", *TERMS)},
+            "pass_rate": sum(group.pass_rate * len(group.rollouts) for group in groups),
+            "response_length": sum(len(rollout.response_ids) for rollout in rollouts),
+            "cut_off": sum(not rollout.finished for rollout in rollouts),
+            "repetition": sum(is_repetitive(rollout.response_ids) for rollout in rollouts),
+            "staleness": sum((version - group.version) * len(group.rollouts) for group in groups),
+            "count": len(rollouts),
+        }
+    )
+    count = sums.pop("count")
+    return {name: total / count for name, total in sums.items()} | {"tokens": sums["response_length"]}
