@@ -13,7 +13,7 @@ from mai_thinking.config.launch import LaunchSection
 from mai_thinking.config.loading import validate
 from mai_thinking.config.shipped import find_script
 from mai_thinking.errors import UsageError
-from mai_thinking.training.standby import start_standby
+from mai_thinking.launch.warm_workers import start_warm_workers
 
 
 def parse(arguments: list[str] | None = None) -> tuple[LaunchSection, Path, list[str]]:
@@ -33,15 +33,15 @@ def parse(arguments: list[str] | None = None) -> tuple[LaunchSection, Path, list
 
 
 def main() -> int:
-    """Parse, warm the standby up, run."""
+    """Parse, start the warm workers, run."""
     section, script, arguments = parse()
     # More threads than cores make every rank wait for the others.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // section.nproc)))
     if os.path.exists("/sys/class/net/lo"):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # all ranks are here; no name to look up
-    start_standby(script)
-    # Only now, beside the standby's own imports: this one brings torch.
-    from mai_thinking.training.launch import launch
+    start_warm_workers(script)
+    # Only now, beside their own imports: this one brings torch.
+    from mai_thinking.launch.launcher import launch
 
     return launch(section, script, arguments)
 

@@ -21,7 +21,7 @@ BENCHES = {
     "grpo": "a whole step of the climb against one of TRL's GRPOTrainer",
     "growth": "tokens per second against experts, context, batch and workers",
     "checkpoint": "what saving costs the loop, asynchronously and synchronously",
-    "recovery": "from a worker's death to the next step, from the warm standby and from a cold start",
+    "recovery": "from a worker's death to the next step, from warm workers and from a cold start",
     "zero-start": "expert load at initialisation, attention's output gains ordinary or zero",
 }
 

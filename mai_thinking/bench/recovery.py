@@ -1,4 +1,4 @@
-"""From a worker's death to the next step: from the warm standby, and from a cold start of the same run."""
+"""From a worker's death to the next step: from warm workers, and from a cold start of the same run."""
 
 import os
 import signal

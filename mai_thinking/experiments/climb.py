@@ -31,8 +31,8 @@ from mai_thinking.recipes.distill import self_distill
 from mai_thinking.recipes.grpo import grpo
 from mai_thinking.recipes.pretrain import pretrain
 from mai_thinking.training.context import init_distributed
-from mai_thinking.training.goodput import CAUSE_VARIABLE, LAUNCHED_VARIABLE
-from mai_thinking.training.worker import StopRequest
+from mai_thinking.training.ledger import CAUSE_VARIABLE, LAUNCHED_VARIABLE
+from mai_thinking.training.stop import StopRequest
 
 POLL_SECONDS = 2.0
 

@@ -28,11 +28,11 @@ from mai_thinking.errors import RunError, UsageError
 from mai_thinking.experiments.ladder_plan import PlannedRun, StepTime, StepTimer, plan_runs, plan_table
 from mai_thinking.experiments.queue import WorkQueue
 from mai_thinking.experiments.scaling.points import Point, PointSet
+from mai_thinking.launch.goodput import account_of
 from mai_thinking.recipes.pretrain import pretrain
-from mai_thinking.training.goodput import account_of
 from mai_thinking.training.metrics import read_records
 from mai_thinking.training.model_files import load_model_config
-from mai_thinking.training.worker import StopRequest
+from mai_thinking.training.stop import StopRequest
 
 BITS = "bits_per_byte/"
 Timer = Callable[[PlannedRun], StepTime]

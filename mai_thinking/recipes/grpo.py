@@ -32,8 +32,8 @@ from mai_thinking.rl.tasks import TaskMix
 from mai_thinking.rl.template import Template
 from mai_thinking.rl.traces import FOLDER, TraceStore
 from mai_thinking.training.context import RunContext
-from mai_thinking.training.goodput import EVALUATION
 from mai_thinking.training.learner import Learner
+from mai_thinking.training.ledger import EVALUATION
 from mai_thinking.training.metrics import MetricsLog
 from mai_thinking.training.run_folder import RunFolder
 from mai_thinking.training.state import PerRank

@@ -15,8 +15,8 @@ from mai_thinking.data.accounting import left_out_table
 from mai_thinking.model import MaiThinkingForCausalLM
 from mai_thinking.training.context import RunContext
 from mai_thinking.training.evaluation import Likelihood, compressors, evaluate_texts, summarize
-from mai_thinking.training.goodput import EVALUATION
 from mai_thinking.training.learner import Learner
+from mai_thinking.training.ledger import EVALUATION
 from mai_thinking.training.metrics import MetricsLog, read_records
 from mai_thinking.training.model_files import build_model, model_config, starting_point
 from mai_thinking.training.plan import Plan

@@ -8,10 +8,11 @@ from rich.console import Console
 from rich.table import Table
 
 from mai_thinking.errors import UsageError
+from mai_thinking.launch.goodput import Account, account_of
 from mai_thinking.report.figures import Figure, Grid, Panel, condensed, save
 from mai_thinking.report.projection import Costs, measure, once_a_period, projection, simulate
 from mai_thinking.report.reading import durations, read_config
-from mai_thinking.training.goodput import CATEGORIES, EVALUATION, PRODUCTIVE, SLOW, Account, account_of
+from mai_thinking.training.ledger import CATEGORIES, EVALUATION, PRODUCTIVE, SLOW
 
 COLOURS = dict(
     zip(

@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from mai_thinking.config.storage import atomic_file
+from mai_thinking.launch.goodput import Account
 from mai_thinking.provenance.record import Lineage
 from mai_thinking.report.figures import MISSING, Figure, Grid, Panel, number, to_svg
 from mai_thinking.report.goodput import COLOURS, summary, timeline
@@ -17,7 +18,7 @@ from mai_thinking.report.panels import curves, held_out, load, over_stages
 from mai_thinking.report.reading import Climb, Run, read, then_and_now
 from mai_thinking.rl.rewards import TERMS
 from mai_thinking.rl.trace_report import printable
-from mai_thinking.training.goodput import CATEGORIES, Account
+from mai_thinking.training.ledger import CATEGORIES
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
 _LOAD = (

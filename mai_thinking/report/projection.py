@@ -15,8 +15,9 @@ from pathlib import Path
 from statistics import mean
 
 from mai_thinking.errors import UsageError
+from mai_thinking.launch.goodput import account
 from mai_thinking.training.checkpoint_storage import MANIFEST, read_manifest, step_folder, visible_steps
-from mai_thinking.training.goodput import CHECKPOINT, DATA, EVALUATION, OTHER, PRODUCTIVE, SLOW, START_UP, account
+from mai_thinking.training.ledger import CHECKPOINT, DATA, EVALUATION, OTHER, PRODUCTIVE, SLOW, START_UP
 from mai_thinking.training.metrics import read_records
 
 FAILURES_PER_GPU_HOUR = 419 / (54 * 24 * 16_384)

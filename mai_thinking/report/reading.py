@@ -14,11 +14,12 @@ from typing import Any
 import yaml
 
 from mai_thinking.errors import UsageError
+from mai_thinking.launch.goodput import Account, account
 from mai_thinking.provenance.record import RECORD, Lineage, read_lineage
 from mai_thinking.rl.collapse import COLLAPSE, Verdict, read_verdict
 from mai_thinking.rl.trace_report import Order, choose
 from mai_thinking.rl.traces import FOLDER, TraceStore
-from mai_thinking.training.goodput import RESTART, Account, account
+from mai_thinking.training.ledger import RESTART
 from mai_thinking.training.metrics import Record, read_records
 from mai_thinking.training.run_folder import NOTES, SAMPLES
 

@@ -10,10 +10,10 @@ from accelerate import Accelerator
 
 from mai_thinking.config.run import TrainingConfig
 from mai_thinking.training.checkpoint_storage import visible_steps
-from mai_thinking.training.goodput import GoodputLedger
+from mai_thinking.training.ledger import GoodputLedger
 from mai_thinking.training.progress import ProgressLine
 from mai_thinking.training.run_folder import RunFolder
-from mai_thinking.training.worker import StopRequest, wait_for_savers
+from mai_thinking.training.stop import StopRequest, wait_for_savers
 
 
 def init_distributed(**options: Any) -> Accelerator:

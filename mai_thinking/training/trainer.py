@@ -34,15 +34,15 @@ from mai_thinking.training.allocator import keep_freed_memory
 from mai_thinking.training.checkpoint import Checkpointer
 from mai_thinking.training.checkpoint_storage import step_folder
 from mai_thinking.training.context import RunContext
-from mai_thinking.training.goodput import CHECKPOINT, GoodputLedger
 from mai_thinking.training.jit_checkpoint import JitCheckpoint
 from mai_thinking.training.learner import Learner
+from mai_thinking.training.ledger import CHECKPOINT, GoodputLedger
 from mai_thinking.training.metrics import MetricsLog, Record, read_records
 from mai_thinking.training.model_files import save_model
 from mai_thinking.training.progress import ProgressLine
 from mai_thinking.training.run_folder import RunFolder
 from mai_thinking.training.state import PerRank, RandomState
-from mai_thinking.training.worker import StopRequest
+from mai_thinking.training.stop import StopRequest
 
 
 @dataclass(frozen=True)

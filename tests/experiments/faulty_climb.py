@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mai_thinking.experiments.plan import ClimbPlan
-from mai_thinking.training.goodput import GoodputLedger
+from mai_thinking.training.ledger import GoodputLedger
 from mai_thinking.training.trainer import Trainer
 
 FAULTS = [tuple(fault) for fault in json.loads(os.environ["FAULTS"])]

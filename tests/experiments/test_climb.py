@@ -23,13 +23,13 @@ from mai_thinking.config.pretraining import PretrainConfig
 from mai_thinking.errors import RunError, UsageError
 from mai_thinking.experiments.climb import run_climb
 from mai_thinking.experiments.plan import ClimbPlan
+from mai_thinking.launch.goodput import account_of
 from mai_thinking.provenance.lineage import require_own
 from mai_thinking.provenance.record import read_lineage
 from mai_thinking.recipes.pretrain import PretrainRecipe
 from mai_thinking.report import write_summary
 from mai_thinking.report.climb import write_report
 from mai_thinking.rl.collapse import CollapseDetector, Verdict
-from mai_thinking.training.goodput import account_of
 from mai_thinking.training.metrics import read_records
 from mai_thinking.training.model_files import load_model
 

@@ -22,7 +22,7 @@ from mai_thinking.experiments.ladder_plan import PlannedRun, StepTime, plan_runs
 from mai_thinking.experiments.scaling.points import Point
 from mai_thinking.report.ladder import write_report
 from mai_thinking.training.metrics import read_records
-from mai_thinking.training.worker import StopRequest
+from mai_thinking.training.stop import StopRequest
 
 ROOT = Path(__file__).parents[2]
 LADDERS = ROOT / "configs" / "ladders"

@@ -14,6 +14,7 @@ from mai_thinking.config.study import StudyConfig
 from mai_thinking.errors import RunError, UsageError
 from mai_thinking.experiments.climb import run_climb
 from mai_thinking.experiments.plan import ClimbPlan
+from mai_thinking.recipes.grpo import grpo
 from mai_thinking.report.study import difference, measure, table, write_report
 from mai_thinking.rl.collapse import CollapseDetector, Verdict
 from mai_thinking.training.metrics import read_records

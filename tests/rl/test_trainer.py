@@ -19,6 +19,7 @@ from mai_thinking.config.grpo import GrpoConfig, RolloutSection
 from mai_thinking.config.loading import load_config, save_config
 from mai_thinking.config.objective import ObjectiveSection
 from mai_thinking.errors import RunError, UsageError
+from mai_thinking.launch.goodput import account_of
 from mai_thinking.provenance.lineage import require_own
 from mai_thinking.recipes.grpo import grpo
 from mai_thinking.report import conclude
@@ -31,7 +32,6 @@ from mai_thinking.rl.rollout_worker import Responder, RolloutWorker
 from mai_thinking.rl.tasks import Grade
 from mai_thinking.rl.traces import FOLDER, TraceStore
 from mai_thinking.training.checkpoint import CheckpointReader
-from mai_thinking.training.goodput import account_of
 from mai_thinking.training.metrics import read_records
 from mai_thinking.training.model_files import load_model
 from mai_thinking.training.trainer import Trainer

@@ -15,8 +15,8 @@ import pytest
 
 from checksums import sha256_of
 from mai_thinking.config.loading import save_config
+from mai_thinking.launch.goodput import account_of
 from mai_thinking.training.checkpoint import CheckpointReader
-from mai_thinking.training.goodput import account_of
 from mai_thinking.training.metrics import read_records
 
 HERE = Path(__file__).parent

@@ -10,9 +10,9 @@ import time
 import pytest
 from rich.console import Console
 
+from mai_thinking.launch.goodput import Account, account, account_of
 from mai_thinking.report.goodput import report
-from mai_thinking.training import goodput
-from mai_thinking.training.goodput import Account, GoodputLedger, account, account_of
+from mai_thinking.training.ledger import EVALUATION, GoodputLedger
 
 
 def attempt(start: float, cause: str | None = None) -> dict:
@@ -112,7 +112,7 @@ def test_ledger_on_disk(tmp_path):
     for number in range(1, 4):
         time.sleep(0.02)
         ledger.step(number, 0.02)
-    with ledger.span(goodput.EVALUATION):
+    with ledger.span(EVALUATION):
         time.sleep(0.05)
     ledger.end("done")
     lived = time.perf_counter() - begin
@@ -132,7 +132,7 @@ def test_another_rank_writes_nothing(tmp_path):
 
 KILLED = """
 import sys, time
-from mai_thinking.training.goodput import GoodputLedger
+from mai_thinking.training.ledger import GoodputLedger
 ledger = GoodputLedger(sys.argv[1])
 for step in range(1, 10**6):
     ledger.step(step, 0.001)

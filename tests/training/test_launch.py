@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from mai_thinking.launch.goodput import account_of
 from mai_thinking.training.checkpoint_storage import read_manifest
-from mai_thinking.training.goodput import account_of
 from mai_thinking.training.metrics import read_records
 
 HERE = Path(__file__).parent

@@ -16,12 +16,11 @@ from torch import nn
 from mai_thinking.config.checkpoint import CheckpointSection
 from mai_thinking.config.command import EXIT_INTERRUPTED, exit_with
 from mai_thinking.errors import UsageError
-from mai_thinking.training import goodput
 from mai_thinking.training.checkpoint import Checkpointer
-from mai_thinking.training.goodput import GoodputLedger
+from mai_thinking.training.ledger import CHECKPOINT, GoodputLedger
 from mai_thinking.training.metrics import MetricsLog
 from mai_thinking.training.state import ModelState, OptimizerState, PerRank, RandomState
-from mai_thinking.training.worker import StopRequest
+from mai_thinking.training.stop import StopRequest
 
 
 class Loader:
@@ -95,7 +94,7 @@ def main() -> int:
         ledger.step(step, time.perf_counter() - begin)
         stopping = stop.agreed()
         if checkpointer.due(step) or stopping:
-            with ledger.span(goodput.CHECKPOINT):
+            with ledger.span(CHECKPOINT):
                 checkpointer.save(step, state, synchronous=stopping)
         if stopping:
             checkpointer.close()

@@ -1,8 +1,8 @@
-"""The warm standby: a fork server that has already imported what the workers need (MAI-Thinking-1 report §2.8).
+"""Warm workers: a fork server that has already imported what the workers need (MAI-Thinking-1 report §2.8).
 
 Importing torch, transformers and datasets takes longer than anything else in a restart. A worker that is forked from
-the standby has them from the start. The standby itself computes nothing, opens no device and starts no thread, so that
-it is safe to fork. This module imports nothing heavy: the standby warms up while the launcher is still importing torch.
+it has them from the start. The server itself computes nothing, opens no device and starts no thread, so that
+it is safe to fork. This module imports nothing heavy: it warms up while the launcher is still importing torch.
 """
 
 import ast
@@ -11,15 +11,15 @@ from multiprocessing import forkserver
 from pathlib import Path
 
 _ALWAYS = (
-    "mai_thinking.training.standby_process",  # first, so that the standby dies with its launcher from the start
+    "mai_thinking.launch.warm_process",  # first, so that the server dies with its launcher from the start
     "torch",
     "torch.distributed",
     "torch.distributed.elastic.multiprocessing",
-    "mai_thinking.training.worker",
+    "mai_thinking.launch.worker",
 )
 
 
-def start_standby(script: Path) -> None:
+def start_warm_workers(script: Path) -> None:
     """Start the fork server of this process, with everything imported that `script` imports."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([*_ALWAYS, *imports_of(script)])

@@ -1,7 +1,7 @@
 """Starts a script as several ranks on this machine, watches them, and restarts them when one dies or hangs.
 
 The work is torch elastic's (`LocalElasticAgent`), which also gives the ranks the environment that torch.distributed and
-Accelerate read. What is ours: workers are forked from a warm standby; a rank that is left behind is killed at once and
+Accelerate read. What is ours: workers are forked warm; a rank that is left behind is killed at once and
 not asked to leave, unless it can save the run, which it does while its successors start; restarts are budgeted per
 time; a job that is alive but does not move is restarted too; exit codes mean something. Several machines: the same
 script under `torchrun --nnodes`.
@@ -30,10 +30,11 @@ from torch.distributed.elastic.rendezvous.static_tcp_rendezvous import StaticTCP
 from mai_thinking.config.command import EXIT_COLLAPSED, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, TOLD_VARIABLE
 from mai_thinking.config.faults import parse_faults
 from mai_thinking.config.launch import LaunchSection
-from mai_thinking.training.chaos import Chaos
-from mai_thinking.training.goodput import CAUSE_VARIABLE, LAUNCHED_VARIABLE, seconds_since_process_start
+from mai_thinking.launch.chaos import Chaos
+from mai_thinking.launch.worker import run_script
 from mai_thinking.training.heartbeat import HEARTBEAT_VARIABLE, can_save_jit, heartbeat_path, read_heartbeat
-from mai_thinking.training.worker import SAVERS_VARIABLE, run_script
+from mai_thinking.training.ledger import CAUSE_VARIABLE, LAUNCHED_VARIABLE, seconds_since_process_start
+from mai_thinking.training.stop import SAVERS_VARIABLE
 
 _POLL_SECONDS = 0.05
 
@@ -291,7 +292,7 @@ class Agent(LocalElasticAgent):
 
     def _set_savers_aside(self) -> None:
         """Workers that are left and can save without the others (`JitCheckpoint`) do so while their successors
-        start: those wait for them before they touch the run (`training.worker.wait_for_savers`)."""
+        start: those wait for them before they touch the run (`training.stop.wait_for_savers`)."""
         beats: dict[int, BinaryIO] = {}
         for rank, pid in self.live_workers().items() if self.section.jit_seconds else ():
             with contextlib.suppress(FileNotFoundError):  # it has not beaten yet

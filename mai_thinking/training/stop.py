@@ -1,47 +1,16 @@
-"""A worker's side of the launcher: how a script is run as a rank, and how it is asked to stop."""
+"""How a run is asked to stop, and how it waits for the one before."""
 
 import os
-import runpy
 import signal
-import sys
 import time
-from pathlib import Path
 from types import FrameType
-from typing import TextIO, cast
 
 import torch
 import torch.distributed as dist
 
-from mai_thinking.training.orphans import die_with_parent
-
 SAVERS_VARIABLE = "MAI_SAVERS"
 """The launcher tells a restarted worker in this environment variable which processes of the attempt before still save
 the run; it ends them when they have."""
-
-
-def run_script(script: str, arguments: list[str], environment: dict[str, str]) -> None:
-    """Run `script` as `__main__` in this process, forked from the standby, as one rank of a job.
-
-    The process gets a group of its own: a Ctrl-C at the terminal goes to the launcher alone, which passes it on once,
-    and the launcher can kill a rank together with all that it started.
-    """
-    die_with_parent()
-    os.setpgrp()
-    # The standby ignores both; a script that wants to save first installs a `StopRequest`.
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    os.environ.update(environment)
-    for stream in (sys.stdout, sys.stderr):
-        cast(TextIO, stream).reconfigure(line_buffering=True)  # type: ignore[attr-defined]
-    sys.argv = [script, *arguments]
-    sys.path[0] = str(Path(script).resolve().parent)
-    try:
-        runpy.run_path(script, run_name="__main__")
-    except KeyboardInterrupt:
-        sys.exit(128 + signal.SIGINT)
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
 
 
 def wait_for_savers() -> None:

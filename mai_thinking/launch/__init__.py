@@ -1,0 +1,1 @@
+"""Starting a run as several ranks, watching and restarting it, and what it cost."""

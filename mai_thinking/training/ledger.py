@@ -1,0 +1,109 @@
+"""A run's diary, `events.jsonl`, which outlives every crash: from it `launch.goodput` tells where the time went."""
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from mai_thinking.training.heartbeat import Heartbeat
+from mai_thinking.training.metrics import cut_torn_line
+
+PRODUCTIVE = "productive steps"
+SLOW = "slow steps"
+EVALUATION = "evaluation"
+START_UP = "start-up"
+RESTART = "restart"
+RECOMPUTATION = "recomputation"
+CHECKPOINT = "checkpoint stall"
+DATA = "data stall"
+OTHER = "other"
+CATEGORIES = (PRODUCTIVE, SLOW, EVALUATION, START_UP, RESTART, RECOMPUTATION, CHECKPOINT, DATA, OTHER)
+"""In the order in which tables and figures show them; every second of the wall-clock is in exactly one."""
+
+CAUSE_VARIABLE = "MAI_RESTART_CAUSE"
+"""The launcher tells a restarted worker in this environment variable why."""
+
+LAUNCHED_VARIABLE = "MAI_LAUNCHED_AT"
+"""The launcher tells the first attempt's workers in this environment variable when itself was started, in Unix time."""
+
+
+class GoodputLedger:
+    """Appends what a run does to `events.jsonl`, a line each, with the operating system when the call returns.
+
+    Spans and steps follow one another and do not overlap; what lies between them is accounted as `other`. A call costs
+    some ten microseconds. Only rank 0 keeps the ledger; elsewhere (`enabled=False`) nothing is written. On every rank
+    each call also beats for the launcher's watchdog.
+    """
+
+    def __init__(self, path: Path | str, *, enabled: bool = True):
+        """Opens the ledger and begins an attempt, dated back to the start of this process, or of its launcher."""
+        self.path = Path(path)
+        self.enabled = enabled
+        self._heartbeat = Heartbeat(self.path.parent)
+        if not enabled:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        cut_torn_line(self.path)
+        self._descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        # Within an attempt the monotonic clock counts: nobody sets it.
+        self._offset = time.time() - time.monotonic()
+        started = float(os.environ.get(LAUNCHED_VARIABLE) or time.time() - seconds_since_process_start())
+        world = int(os.environ.get("WORLD_SIZE", 1))
+        self._write("attempt", time=started, world=world, cause=os.environ.get(CAUSE_VARIABLE))
+
+    def step(self, step: int, seconds: float, *, data_wait: float = 0.0) -> None:
+        """A training step has just ended that took `seconds`, `data_wait` of them waiting for its data."""
+        self._heartbeat.beat(step)
+        self._write("step", step=step, seconds=round(seconds, 6), data_wait=round(data_wait, 6))
+
+    @contextmanager
+    def span(self, category: str) -> Iterator[None]:
+        """The time inside belongs to `category`: `EVALUATION`, `CHECKPOINT` or `OTHER`."""
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._heartbeat.beat()
+            self._write("span", category=category, seconds=round(time.perf_counter() - begin, 6))
+
+    def heartbeat(self) -> None:
+        """Tell the launcher that this rank moves on within a long step."""
+        self._heartbeat.beat()
+
+    def announce(self, can_save_jit: bool) -> None:
+        """Tell the launcher whether this rank would save alone if another died (`JitCheckpoint`)."""
+        self._heartbeat.can_save_jit = can_save_jit
+        self._heartbeat.beat()
+
+    def end(self, how: str) -> None:
+        """The attempt ends in an orderly way: `done` or `interrupted` (saved on request)."""
+        self._write("end", how=how)
+
+    def state_dict(self) -> dict[str, int]:
+        """How long the ledger is: what a checkpoint remembers of it."""
+        return {"bytes": os.fstat(self._descriptor).st_size if self.enabled else 0}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Say in the ledger itself if it is shorter than when the checkpoint was saved."""
+        if self.enabled and (missing := state["bytes"] - os.fstat(self._descriptor).st_size) > 0:
+            self._write("note", text=f"{missing} bytes of this ledger, written before the checkpoint, are missing")
+
+    def _write(self, event: str, **values: Any) -> None:
+        if self.enabled:
+            record = {"event": event, "time": time.monotonic() + self._offset, **values}
+            record["time"] = round(record["time"], 6)
+            os.write(self._descriptor, (json.dumps(record) + "\n").encode())
+
+
+def seconds_since_process_start() -> float:
+    """Wall-clock seconds since the kernel started this process; 0 where /proc does not tell."""
+    try:
+        # The second field, the program's name, may hold spaces; the 22nd is the start in clock ticks since boot.
+        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+        uptime = float(Path("/proc/uptime").read_text().split()[0])
+    except OSError:
+        return 0.0
+    return max(0.0, uptime - ticks / os.sysconf("SC_CLK_TCK"))
