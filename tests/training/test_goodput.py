@@ -32,7 +32,7 @@ def nonzero(result: Account) -> dict[str, float]:
 
 
 def test_every_category_by_hand(monkeypatch):
-    monkeypatch.setattr(goodput, "BEST_WINDOW", 2)
+    monkeypatch.setattr("mai_thinking.launch.goodput.BEST_WINDOW", 2)
     events = [
         attempt(100),
         step(1, 106, 2.0),  # 4 s start-up, then a first step with 1 s of excess
