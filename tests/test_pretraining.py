@@ -107,14 +107,19 @@ def test_one_seed_gives_the_same_digits_and_another_others(tiny_run: Path, tmp_p
     assert untimed(tmp_path / "other") != untimed(tiny_run)
 
 
-@pytest.mark.parametrize("step", [3, 10])
+@pytest.mark.parametrize(("step", "name"), [(3, signal.SIGHUP), (10, signal.SIGTERM)])
 def test_stopped_and_gone_on_with_is_the_same_run(
-    tiny_run: Path, tmp_path: Path, tiny_config: Make, monkeypatch: pytest.MonkeyPatch, step: int
+    tiny_run: Path,
+    tmp_path: Path,
+    tiny_config: Make,
+    monkeypatch: pytest.MonkeyPatch,
+    step: int,
+    name: signal.Signals,
 ) -> None:
     """Dropout is on, so the generators matter; step 10 has an evaluation and a checkpoint of its own."""
     config = tiny_config(tmp_path / "run")
     with monkeypatch.context() as patch:
-        stop_at(step, patch)
+        stop_at(step, patch, name)
         assert pretrain(config) == 75
     assert not (tmp_path / "run" / "final").exists()
     assert pretrain(config) == 0
@@ -123,6 +128,41 @@ def test_stopped_and_gone_on_with_is_the_same_run(
     assert {name: sha256_of(part) for name, part in again.items()} == {
         name: sha256_of(part) for name, part in before.items()
     }
+
+
+def test_more_accumulation_after_a_stop(
+    tiny_run: Path, tmp_path: Path, tiny_config: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after a run that died of memory."""
+    with monkeypatch.context() as patch:
+        stop_at(3, patch)
+        assert pretrain(tiny_config(tmp_path / "run")) == 75
+    less = ["batch.micro_batch_size=1", "execution.activation_checkpointing=true", "evaluation.every=7"]
+    assert pretrain(tiny_config(tmp_path / "run", *less)) == 0
+    losses = [
+        [r["loss"] for r in read_records(f / "metrics.jsonl") if "loss" in r] for f in (tmp_path / "run", tiny_run)
+    ]
+    assert losses[0][:3] == losses[1][:3]
+    assert losses[0] == pytest.approx(losses[1], rel=0.05)
+
+
+def test_what_decides_is_what_the_data_are_not_where(
+    tmp_path: Path, tiny_config: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = "\n".join(json.dumps({"text": f"The {n}th line of {n * n} words is here. " * 9}) for n in range(90))
+    source = "{name: mine, kind: jsonl, category: general, licence: MIT, provenance: human, weight: 1"
+    config = {}
+    for name, content in (("old", text), ("moved", text), ("other", text.replace("here", "gone"))):
+        (tmp_path / f"{name}.jsonl").write_text(content + "\n")
+        config[name] = tiny_config(
+            tmp_path / "run", f"data.sources=[{source}, path: {tmp_path / name}.jsonl}}]", "steps=4"
+        )
+    with monkeypatch.context() as patch:
+        stop_at(2, patch)
+        assert pretrain(config["old"]) == 75
+    with pytest.raises(UsageError):
+        pretrain(config["other"])
+    assert pretrain(config["moved"]) == 0
 
 
 def test_a_last_checkpoint_out_of_turn_is_at_the_last_step(tmp_path: Path, tiny_config: Make) -> None:

@@ -1,7 +1,7 @@
 """Imported by the fork server alone, for what it does to that process; nothing else may import it.
 
 The server dies with the launcher, and its workers with it, so that no orphan is left even by a SIGKILL; and a SIGTERM
-that a scheduler sends to every process of a job does not take the server, and so the workers, before they have saved.
+or SIGHUP that every process of a job gets does not take the server, and so the workers, before they have saved.
 """
 
 import signal
@@ -10,3 +10,4 @@ from mai_thinking.training.orphans import die_with_parent
 
 die_with_parent()
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
+signal.signal(signal.SIGHUP, signal.SIG_IGN)

@@ -18,8 +18,9 @@ def run_script(script: str, arguments: list[str], environment: dict[str, str]) -
     """
     die_with_parent()
     os.setpgrp()
-    # The warm process ignores both; a script that wants to save first installs a `StopRequest`.
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    # The warm process ignores them; a script that wants to save first installs a `StopRequest`.
+    for name in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(name, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.update(environment)
     for stream in (sys.stdout, sys.stderr):

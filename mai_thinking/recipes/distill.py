@@ -13,10 +13,9 @@ from mai_thinking.config.distillation import DistillConfig
 from mai_thinking.data import PreparedData, prepare
 from mai_thinking.data.tokenizer import load_tokenizer
 from mai_thinking.model import MaiThinkingConfig, MaiThinkingForCausalLM
-from mai_thinking.provenance.lineage import require_own
 from mai_thinking.rl.policy_model import policy_model
 from mai_thinking.rl.trace_packing import Batches, epochs
-from mai_thinking.rl.trace_selection import Selection, select, trace_folder
+from mai_thinking.rl.trace_selection import Selection, own_traces, select, trace_folder
 from mai_thinking.training.context import RunContext
 from mai_thinking.training.learner import Learner
 from mai_thinking.training.model_files import load_model_config
@@ -56,7 +55,7 @@ class DistillRecipe(Recipe):
         self.architecture = student_config(config)
         self.tokenizer = load_tokenizer(config.init_from)
         traces = [
-            require_own(trace_folder(source, f"traces.{number}"), allow_third_party=config.allow_third_party)
+            own_traces(trace_folder(source, f"traces.{number}"), allow_third_party=config.allow_third_party)
             for number, source in enumerate(config.traces)
         ]
         self.selection = select(config, self.tokenizer)

@@ -6,7 +6,6 @@ buffer is in a checkpoint too.
 
 import functools
 import time
-from contextlib import closing
 from dataclasses import asdict
 from typing import Any
 
@@ -17,24 +16,24 @@ from mai_thinking.errors import UsageError
 from mai_thinking.model import MaiThinkingForCausalLM
 from mai_thinking.rl.buffer import RolloutBuffer
 from mai_thinking.rl.collapse import COLLAPSE, CollapseDetector, write_verdict
-from mai_thinking.rl.evaluation import HeldOut, one_of_each, samples_record
+from mai_thinking.rl.evaluation import HeldOut, one_of_each, show_evaluation
 from mai_thinking.rl.grading import GradingPool
 from mai_thinking.rl.length_curriculum import LengthCurriculum
 from mai_thinking.rl.metrics import rollout_metrics
 from mai_thinking.rl.objective import Objective
 from mai_thinking.rl.packing import pack
 from mai_thinking.rl.policy_loss import PolicyLoss
-from mai_thinking.rl.policy_model import check_lengths, describe, make_engine, policy_config, policy_model, source_of
+from mai_thinking.rl.policy_model import check_lengths, describe, make_engine, policy_config, policy_model
 from mai_thinking.rl.problem_filter import FilterCounts
 from mai_thinking.rl.rollout import Rollout
 from mai_thinking.rl.rollout_worker import Responder, RolloutWorker
+from mai_thinking.rl.task_sources import check_same_tasks, source_of, task_contents
 from mai_thinking.rl.tasks import TaskMix
 from mai_thinking.rl.template import Template
 from mai_thinking.rl.traces import FOLDER, TraceStore
 from mai_thinking.training.context import RunContext
 from mai_thinking.training.learner import Learner
 from mai_thinking.training.ledger import EVALUATION
-from mai_thinking.training.metrics import MetricsLog
 from mai_thinking.training.run_folder import RunFolder
 from mai_thinking.training.state import PerRank
 from mai_thinking.training.trainer import Ending, Recipe, Step, run_recipe
@@ -56,6 +55,7 @@ class GrpoRecipe(Recipe):
     """Problems → rollouts → grades → advantages → packed rows → update → entropy control; pass@1 on held-out ones."""
 
     exact, exact_evaluation = ("loss", "grad_norm", "reward"), ("pass@1",)
+    draws_by_rank = True
     evaluate_first = True
 
     def __init__(self, config: GrpoConfig, context: RunContext) -> None:
@@ -99,11 +99,12 @@ class GrpoRecipe(Recipe):
         return {"objective": self.objective, "curriculum": self.curriculum, **own}
 
     def progress(self) -> dict[str, Any]:
-        """What the collapse detector has seen."""
-        return {"collapse": self.detector.state_dict()}
+        """What the collapse detector has seen, and which tasks these are."""
+        return {"collapse": self.detector.state_dict(), "tasks": task_contents(self.config.tasks)}
 
     def load_progress(self, progress: dict[str, Any]) -> None:
-        """Older checkpoints have no such history."""
+        """Older checkpoints have neither. UsageError if the tasks are not those that the run began with."""
+        check_same_tasks(progress.get("tasks"), self.config.tasks)
         if history := progress.get("collapse"):
             self.detector.load_state_dict(history)
             self._end_if_collapsed()
@@ -149,15 +150,8 @@ class GrpoRecipe(Recipe):
         with self.context.ledger.span(EVALUATION):
             self.engine.update_weights(self.learner.unwrap())
             metrics, samples = self.held_out.evaluate(self.responder, self.curriculum.max_length)
-        if self.context.rank == 0:
-            with closing(MetricsLog(self.context.folder.samples)) as log:
-                log.append(samples_record(step, samples), exact=())
-        by_task = "  ".join(f"{family} {metrics[f'pass@1/{family}']:.3f}" for family in self.held_out.problems)
-        self.context.log(f"step {step}: held-out pass@1 {metrics['pass@1']:.3f}  ({by_task})")
         self._shown = one_of_each(samples, self.config.evaluation.show)
-        for sample in self._shown:
-            mark = "right" if sample.grade.passed else f"wrong, it is {sample.problem.answer}"
-            self.context.log(f"    {sample.problem.question} → {sample.text!r} ({mark})")
+        show_evaluation(self.context, step, metrics, samples, self._shown)
         return metrics
 
     def report(self, model: MaiThinkingForCausalLM, evaluation: dict[str, Any]) -> None:

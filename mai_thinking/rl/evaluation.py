@@ -7,6 +7,7 @@ half of the policy's own (*half thought*). A thought that does work is worth the
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import closing
 from statistics import fmean
 from typing import Any
 
@@ -17,6 +18,8 @@ from mai_thinking.config.grpo import ClimbEvaluationSection
 from mai_thinking.rl.rollout import Rollout
 from mai_thinking.rl.rollout_worker import Responder
 from mai_thinking.rl.tasks import Grade, Problem, TaskMix
+from mai_thinking.training.context import RunContext
+from mai_thinking.training.metrics import MetricsLog
 
 FIRST_ID = 2**61
 """Ids from here on are evaluations': other random numbers than any rollout that is learned from."""
@@ -118,6 +121,21 @@ class HeldOut:
             metrics[f"pass@1_size/{task}/{size}"] = float(sums[places, 0].mean() / k)
             metrics[f"response_length_size/{task}/{size}"] = float(sums[places, -1].mean() / k)
         return metrics
+
+
+def show_evaluation(
+    context: RunContext, step: int, metrics: Mapping[str, Any], samples: Sequence[Rollout], shown: Sequence[Rollout]
+) -> None:
+    """To the terminal, and all `samples` to the run's `samples.jsonl`."""
+    if context.rank == 0:
+        with closing(MetricsLog(context.folder.samples)) as log:
+            log.append(samples_record(step, samples), exact=())
+    tasks = [name.removeprefix("pass@1/") for name in metrics if name.startswith("pass@1/")]
+    by_task = "  ".join(f"{task} {metrics[f'pass@1/{task}']:.3f}" for task in tasks)
+    context.log(f"step {step}: held-out pass@1 {metrics['pass@1']:.3f}  ({by_task})")
+    for sample in shown:
+        mark = "right" if sample.grade.passed else f"wrong, it is {sample.problem.answer}"
+        context.log(f"    {sample.problem.question} → {sample.text!r} ({mark})")
 
 
 def samples_record(step: int, samples: Sequence[Rollout]) -> dict[str, Any]:

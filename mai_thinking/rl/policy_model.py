@@ -1,18 +1,14 @@
 """What an RL run is made from, and what it will cost."""
 
-import hashlib
-from pathlib import Path
-
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from mai_thinking.config.distillation import DistillConfig
 from mai_thinking.config.grpo import GrpoConfig
-from mai_thinking.config.tasks import TaskSection
 from mai_thinking.data.tokenizer import Encoder, load_tokenizer
 from mai_thinking.errors import UsageError
 from mai_thinking.model import MaiThinkingConfig, MaiThinkingForCausalLM
-from mai_thinking.provenance.lineage import Lineage, Source, hash_file, require_own
+from mai_thinking.provenance.lineage import Lineage, require_own
 from mai_thinking.rl.engine import BatchedEngine
 from mai_thinking.rl.length_curriculum import LengthCurriculum
 from mai_thinking.rl.tasks import TaskMix
@@ -58,14 +54,8 @@ def make_engine(
         seed=config.seed,
         end_of_text=tokenizer.eos_token_id,
         dtype=torch.bfloat16 if casts else None,
+        heartbeat=context.heartbeat,
     )
-
-
-def source_of(task: TaskSection) -> Source:
-    """A task as a record of lineage names it: by its section, and a file by its content."""
-    content = task.model_dump_json() + (hash_file(Path(task.path)).sha256 if task.path else "")
-    made = "procedural" if task.path is None else "human"
-    return Source(name=task.name, licence="", provenance=made, content=hashlib.sha256(content.encode()).hexdigest())
 
 
 def check_lengths(config: GrpoConfig, mix: TaskMix) -> None:

@@ -26,6 +26,7 @@ from mai_thinking.config.loading import read_yaml_with_base, validate
 from mai_thinking.config.tasks import TemplateSection
 from mai_thinking.data.tokenizer import Encoder, load_tokenizer
 from mai_thinking.errors import UsageError
+from mai_thinking.provenance.lineage import Lineage, require_own
 from mai_thinking.rl.collapse import repetition
 from mai_thinking.rl.language import foreign_words
 from mai_thinking.rl.template import Template
@@ -324,6 +325,20 @@ def trace_folder(section: TraceSourceSection, key: str) -> Path:
         command = f"python scripts/grpo.py{f' {recipe}' if recipe.is_file() else ''}"
         raise UsageError(f"{key}: {folder}: no traces here; `{command}` makes them, or name another run's folder")
     return folder
+
+
+def own_traces(folder: Path, *, allow_third_party: bool) -> Lineage:
+    """`require_own` of a run's traces; of a run that was struck, the UsageError says what to do."""
+    try:
+        return require_own(folder, allow_third_party=allow_third_party)
+    except UsageError:
+        run = folder.parent
+        if (run / "config.yaml").exists() and (run / "checkpoints").is_dir() and not (run / "final").exists():
+            raise UsageError(
+                f"{folder}: their run was struck before it recorded the last of them; start it again, and stop it with "
+                "Ctrl-C or let it finish"
+            ) from None
+        raise
 
 
 def _frame(run: Path) -> TemplateSection:

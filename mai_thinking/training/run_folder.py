@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,8 +19,12 @@ from mai_thinking.config.storage import atomic_file
 from mai_thinking.errors import UsageError
 
 NOTES, SAMPLES = "notes.json", "samples.jsonl"
-FREE_TO_CHANGE = ("output_dir", "tracking", "checkpoint", "launch", "plan", "collapse", "data.cache_dir")
+FREE_TO_CHANGE = ("output_dir", "tracking", "checkpoint", "launch", "plan", "collapse", "evaluation", "data.cache_dir")
 """Keys that a run may be resumed with other values of: they do not change what is computed."""
+CHANGE_ROUNDING = ("batch.micro_batch_size", "packing.rows", "execution.activation_checkpointing")
+"""The same of keys that change the order of sums: what to lower, or to switch on, when a run has died of memory."""
+_DATA_PATH = re.compile(r"((text\.)?data\.sources|tasks)\.\d+\.path")
+"""Files may be moved. That they are the same is known by their content, when the checkpoint is loaded."""
 
 
 class RunFolder:
@@ -110,6 +115,11 @@ class RunFolder:
         now = yaml.safe_load(yaml.safe_dump(config.model_dump(mode="json")))
         return [key for key in _differences(before, now) if not _is_free(key)]
 
+    def rounds_otherwise(self, config: RunConfig) -> bool:
+        """Whether `config` adds in another order than the run's first."""
+        before, now = yaml.safe_load(self.config.read_text()), config.model_dump(mode="json")
+        return any(key in CHANGE_ROUNDING for key in _differences(before, now))
+
     @contextlib.contextmanager
     def claim(self, config: RunConfig) -> Iterator[None]:
         """Make the folder this run's while the block runs, for one process (rank 0) at a time."""
@@ -137,8 +147,12 @@ def _differences(before: Any, now: Any, prefix: str = "") -> list[str]:
     if isinstance(before, dict) and isinstance(now, dict):
         keys = list(dict.fromkeys((*before, *now)))
         return [path for key in keys for path in _differences(before.get(key), now.get(key), f"{prefix}{key}.")]
+    if isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
+        pairs = enumerate(zip(before, now, strict=True))
+        return [path for index, pair in pairs for path in _differences(*pair, f"{prefix}{index}.")]
     return [] if before == now else [prefix.rstrip(".")]
 
 
 def _is_free(key: str) -> bool:
-    return any(key == free or key.startswith(free + ".") for free in FREE_TO_CHANGE)
+    free = any(key == name or key.startswith(name + ".") for name in (*FREE_TO_CHANGE, *CHANGE_ROUNDING))
+    return free or _DATA_PATH.fullmatch(key) is not None

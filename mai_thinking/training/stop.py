@@ -29,7 +29,7 @@ def _exists(pid: int) -> bool:
 
 
 class StopRequest:
-    """Turns SIGTERM and SIGINT into a question that all ranks answer alike at the end of a step.
+    """Turns SIGTERM, SIGINT and SIGHUP into a question that all ranks answer alike at the end of a step.
 
     Constructing one is collective where torch.distributed is initialised. A second signal, a second or more after the
     first, is not taken for an echo of it: the process ends at once. One made within another knows what that was asked
@@ -43,7 +43,9 @@ class StopRequest:
         """Whether a signal has reached this rank."""
         self._when: float = self._outer._when if self._outer else 0.0
         self._group = dist.new_group(backend="gloo") if dist.is_initialized() and dist.get_world_size() > 1 else None
-        self._before = {name: signal.signal(name, self._take) for name in (signal.SIGTERM, signal.SIGINT)}
+        # `nohup` has a run ignore that its terminal is gone.
+        hangup = [] if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else [signal.SIGHUP]
+        self._before = {name: signal.signal(name, self._take) for name in (signal.SIGTERM, signal.SIGINT, *hangup)}
 
     def agreed(self) -> bool:
         """Whether any rank was asked to stop. Collective, once after each step: all ranks stop after the same one."""

@@ -19,7 +19,7 @@ from mai_thinking.config.command import EXIT_INTERRUPTED
 from mai_thinking.config.run import TrainingConfig
 from mai_thinking.config.storage import atomic_folder
 from mai_thinking.data import PreparedData
-from mai_thinking.errors import DataError, RunError
+from mai_thinking.errors import DataError, RunError, UsageError
 from mai_thinking.model import MaiThinkingConfig, MaiThinkingForCausalLM
 from mai_thinking.provenance.lineage import (
     CodeVersion,
@@ -85,6 +85,8 @@ class Recipe(ABC):
     """Metrics of a step that must come out alike when it is computed again."""
     exact_evaluation: tuple[str, ...] = ()
     """The same of an evaluation."""
+    draws_by_rank: bool = False
+    """Whether another number of ranks learns from other data."""
     evaluate_every: int | None = None
     """Steps from one evaluation to the next."""
     evaluate_first: bool = False
@@ -237,12 +239,20 @@ class Trainer:
         step = self.checkpointer.load_latest(state) or 0
         if self.context.resuming and not step:
             raise RunError(f"{self.folder.checkpoints}: the checkpoints have gone while the run was starting; rerun")
+        self._other_ranks = self.checkpointer.loaded_world not in (None, self.context.ranks)
         self.step, self.tokens = step, state["progress"]["tokens"]
         self.recipe.load_progress(state["progress"])
+        recorded = max((r["step"] for r in read_records(self.folder.metrics)), default=0)
+        if self._other_ranks and self.recipe.draws_by_rank and recorded > step:
+            raise UsageError(
+                f"{self.folder.path}: was struck at step {recorded}, and what it did since the checkpoint of step "
+                f"{step} only {self.checkpointer.loaded_world} ranks can do again: go on with --nproc "
+                f"{self.checkpointer.loaded_world}, and once more when that has saved with any number"
+            )
         if self.is_main:
-            # Another number of ranks adds in another order.
-            same_ranks = self.checkpointer.loaded_world in (None, self.context.ranks)
-            self._metrics = MetricsLog(self.folder.metrics, tolerance=0.0 if same_ranks else 1e-3)
+            # Another number of ranks, or of rows at once, adds in another order.
+            exact = not self._other_ranks and not self.folder.rounds_otherwise(self.config)
+            self._metrics = MetricsLog(self.folder.metrics, tolerance=0.0 if exact else 1e-2)
         tracking = self.config.tracking
         self.context.line = ProgressLine(self.config.steps, done=step, every=tracking.print_every, show=self.is_main)
         if tracking.trackers:

@@ -219,6 +219,31 @@ def test_a_climb_ends_when_its_tasks_are_solved(
     assert (tmp_path / "run" / "final").is_dir()
 
 
+def test_the_ranks_that_are_left_save_pending_rollouts_too(make: Make, tmp_path: Path) -> None:
+    """Rank 1 dies in mid-buffer, before it updates; no checkpoint on a schedule is there yet."""
+    runs = []
+    for name, faults in (("whole", []), ("struck", [("update", 3, 1)])):
+        folder = tmp_path / name
+        folder.mkdir()
+        config = make(folder / "run", "steps=4", "checkpoint.every=100", "evaluation.every=100")
+        save_config(config, folder / "config.yaml")
+        environment = os.environ | {"FAULTS": json.dumps(faults), "MARKS": str(folder), "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, str(ROOT / "scripts" / "launch.py"), "--nproc=2", "--jit-seconds=60"]
+        command += [str(HERE / "faulty_grpo.py"), str(folder / "config.yaml")]
+        ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+        assert ended.returncode == 0, ended.stdout + ended.stderr
+        runs.append(folder / "run")
+    assert (tmp_path / "struck" / "update-3-1").exists()
+    account = account_of(runs[1])
+    assert (account.rescued, account.recomputed_steps) == (1, 0)
+    records = [
+        [{k: v for k, v in r.items() if k not in TIMINGS} for r in read_records(f / "metrics.jsonl")] for f in runs
+    ]
+    assert records[0] == records[1]
+    first, second = (sha256_of(load_model(folder / "final").state_dict()) for folder in runs)
+    assert first == second
+
+
 def read_losses(folder: Path) -> list[tuple[float, int]]:
     steps = [record for record in read_records(folder / "metrics.jsonl") if "kind" not in record]
     return [(record["loss"], record["max_length"]) for record in steps]

@@ -12,7 +12,7 @@ import copy
 import logging
 import sys
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
@@ -98,7 +98,8 @@ class BatchedEngine:
     """Our own engine, on a copy of the model. `temperature` 0 is greedy; `end_of_text` None never ends by itself.
 
     `dtype` is that of autocast in the learner: what autocast would cast, the copy holds in it. None: all in the
-    weights' own. The decode `backend` is left to the device unless given: CUDA graphs in bf16 on a GPU.
+    weights' own. The decode `backend` is left to the device unless given: CUDA graphs in bf16 on a GPU. `heartbeat` is
+    called once for each token that the slots take together.
 
     On a CPU, many slots pay: a step reads the experts' weights once for all of them.
     """
@@ -114,12 +115,14 @@ class BatchedEngine:
         end_of_text: int | None,
         dtype: torch.dtype | None = None,
         backend: Backend | None = None,
+        heartbeat: Callable[[], None] = lambda: None,
     ) -> None:
         if slots < 1 or temperature < 0.0 or not 0.0 < top_p <= 1.0:
             raise UsageError(
                 f"rollouts: slots {slots}, temperature {temperature}, top_p {top_p}; "
                 "they must be at least 1, at least 0, and in (0, 1]"
             )
+        self.heartbeat = heartbeat
         self.slots, self.temperature, self.seed, self.end_of_text = slots, temperature, seed, end_of_text
         self._model = inference_copy(model, dtype)
         on_gpu = self._model.device.type == "cuda"
@@ -175,6 +178,7 @@ class BatchedEngine:
         hidden_AD = self._model.lm_head.weight.new_empty(0, self._model.config.hidden_size)
         experts_aMK = torch.zeros(0, *_experts_shape(self._model), dtype=torch.long, device=hidden_AD.device)
         while waiting or running:
+            self.heartbeat()
             hidden_AD = torch.cat((hidden_AD, *self._admit(waiting, running, cache)))
             self._draw(backend, hidden_AD, experts_aMK, running, temperature)
             running = self._retire(running, cache, done)
