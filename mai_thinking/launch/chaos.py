@@ -55,7 +55,7 @@ class Chaos(threading.Thread):
                 return
             ranks = self._pids()
             victim = draw.choice(sorted(ranks))
-            self._say(f"{fault.kind} number {number + 1}, rank {victim}")
+            self._log(f"{fault.kind} number {number + 1}, rank {victim}")
             match fault.kind:
                 case "kill" | "kill-in-save":
                     _signal_group(ranks[victim], signal.SIGKILL)
@@ -100,9 +100,9 @@ class Chaos(threading.Thread):
         newest = step_folder(folder, visible_steps(folder)[-1])
         file = draw.choice(sorted(newest.iterdir()))
         os.truncate(file, file.stat().st_size // 2)
-        self._say(f"cut {file} in half")
+        self._log(f"cut {file} in half")
 
-    def _say(self, text: str) -> None:
+    def _log(self, text: str) -> None:
         print(f"chaos: {text}", file=sys.stderr, flush=True)
 
 

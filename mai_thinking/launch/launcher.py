@@ -190,7 +190,7 @@ class Agent(LocalElasticAgent):
             return 0
         if codes == {EXIT_INTERRUPTED}:
             return EXIT_INTERRUPTED
-        _say(f"stopped by {name.name} before the workers had saved")
+        _log(f"stopped by {name.name} before the workers had saved")
         return 128 + int(name)
 
     def _processes(self) -> dict[int, Any]:
@@ -257,13 +257,13 @@ class Agent(LocalElasticAgent):
             return self._give_up(f"{self._fruitless} restarts in a row reached no new step")
         if len(self._restart_times) > self.section.restarts:
             return self._give_up(f"more than {self.section.restarts} failures in {self.section.window_seconds:g} s")
-        _say(f"{failure.what}; restarting from the newest good checkpoint")
+        _log(f"{failure.what}; restarting from the newest good checkpoint")
         self._told_once = {CAUSE_VARIABLE: failure.what}
         return True
 
     def _give_up(self, why: str) -> bool:
         assert self._first_failure is not None
-        _say(f"giving up: {why}. The first failure was: {self._first_failure.what}")
+        _log(f"giving up: {why}. The first failure was: {self._first_failure.what}")
         print(self._first_failure.traceback, file=sys.stderr, end="", flush=True)
         self.exit_code = EXIT_FAILED
         return False
@@ -358,5 +358,5 @@ def _silence_elastic() -> None:
             logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
-def _say(text: str) -> None:
+def _log(text: str) -> None:
     print(f"launch: {text}", file=sys.stderr, flush=True)

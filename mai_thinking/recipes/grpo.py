@@ -174,7 +174,7 @@ class GrpoRecipe(Recipe):
                 max_length=self.curriculum.max_length,
                 penalise_length=self.curriculum.penalises_length,
                 checkpoint=f"{self.config.name}/step-{done:08d}",
-                beat=self.context.heartbeat,
+                heartbeat=self.context.heartbeat,
                 hopeless=lambda counts: self.config.collapse.enabled and self.detector.hopeless(counts),
             )
         )

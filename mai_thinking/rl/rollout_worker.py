@@ -86,7 +86,7 @@ class RolloutWorker:
 
     def collect(
         self, wanted: int, *, step: int, version: int, max_length: int, penalise_length: bool, checkpoint: str,
-        beat: Callable[[], None], hopeless: Callable[[FilterCounts], bool],
+        heartbeat: Callable[[], None], hopeless: Callable[[FilterCounts], bool],
     ) -> list[Group]:  # fmt: skip
         """At least `wanted` groups to learn from, batch by batch; fewer if the tasks are solved, or it is `hopeless`,
         by the counts since the last `take_counts`, to go on. RunError if none comes up for too long."""
@@ -115,7 +115,7 @@ class RolloutWorker:
                     f"step {step}: {FRUITLESS_BATCHES} batches of problems without one to learn from "
                     f"({self.counts.metrics()}); easier tasks, wider sampling ranges or larger groups would help"
                 )
-            beat()
+            heartbeat()
         return groups
 
     def take_counts(self) -> FilterCounts:
