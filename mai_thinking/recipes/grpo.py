@@ -16,7 +16,7 @@ from mai_thinking.errors import UsageError
 from mai_thinking.model import MaiThinkingForCausalLM
 from mai_thinking.rl.buffer import RolloutBuffer
 from mai_thinking.rl.collapse import COLLAPSE, CollapseDetector, write_verdict
-from mai_thinking.rl.evaluation import HeldOut, one_of_each, show_evaluation
+from mai_thinking.rl.evaluation import HeldOut, show_evaluation
 from mai_thinking.rl.grading import GradingPool
 from mai_thinking.rl.length_curriculum import LengthCurriculum
 from mai_thinking.rl.metrics import rollout_metrics
@@ -25,7 +25,6 @@ from mai_thinking.rl.packing import pack
 from mai_thinking.rl.policy_loss import PolicyLoss
 from mai_thinking.rl.policy_model import check_lengths, describe, make_engine, policy_config, policy_model
 from mai_thinking.rl.problem_filter import FilterCounts
-from mai_thinking.rl.rollout import Rollout
 from mai_thinking.rl.rollout_worker import Responder, RolloutWorker
 from mai_thinking.rl.task_sources import check_same_tasks, source_of, task_contents
 from mai_thinking.rl.tasks import TaskMix
@@ -87,7 +86,6 @@ class GrpoRecipe(Recipe):
         self.objective = Objective(config.objective)
         self.curriculum = LengthCurriculum(config.curriculum)
         self.detector = CollapseDetector(config.collapse)
-        self._shown: list[Rollout] = []
 
     def describe(self) -> str:
         """What it costs."""
@@ -150,8 +148,7 @@ class GrpoRecipe(Recipe):
         with self.context.ledger.span(EVALUATION):
             self.engine.update_weights(self.learner.unwrap())
             metrics, samples = self.held_out.evaluate(self.responder, self.curriculum.max_length)
-        self._shown = one_of_each(samples, self.config.evaluation.show)
-        show_evaluation(self.context, step, metrics, samples, self._shown)
+        show_evaluation(self.context, step, metrics, samples, self.config.evaluation.show)
         return metrics
 
     def report(self, model: MaiThinkingForCausalLM, evaluation: dict[str, Any]) -> None:

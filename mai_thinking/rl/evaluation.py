@@ -124,16 +124,16 @@ class HeldOut:
 
 
 def show_evaluation(
-    context: RunContext, step: int, metrics: Mapping[str, Any], samples: Sequence[Rollout], shown: Sequence[Rollout]
+    context: RunContext, step: int, metrics: Mapping[str, Any], samples: Sequence[Rollout], show: int
 ) -> None:
-    """To the terminal, and all `samples` to the run's `samples.jsonl`."""
+    """To the terminal, with some of the `samples`; all of them to the run's `samples.jsonl`."""
     if context.rank == 0:
         with closing(MetricsLog(context.folder.samples)) as log:
             log.append(samples_record(step, samples), exact=())
     tasks = [name.removeprefix("pass@1/") for name in metrics if name.startswith("pass@1/")]
     by_task = "  ".join(f"{task} {metrics[f'pass@1/{task}']:.3f}" for task in tasks)
     context.log(f"step {step}: held-out pass@1 {metrics['pass@1']:.3f}  ({by_task})")
-    for sample in shown:
+    for sample in one_of_each(samples, show):
         mark = "right" if sample.grade.passed else f"wrong, it is {sample.problem.answer}"
         context.log(f"    {sample.problem.question} → {sample.text!r} ({mark})")
 
