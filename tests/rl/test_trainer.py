@@ -219,6 +219,7 @@ def test_a_climb_ends_when_its_tasks_are_solved(
     assert (tmp_path / "run" / "final").is_dir()
 
 
+@pytest.mark.slow
 def test_the_ranks_that_are_left_save_pending_rollouts_too(make: Make, tmp_path: Path) -> None:
     """Rank 1 dies in mid-buffer, before it updates; no checkpoint on a schedule is there yet."""
     runs = []
