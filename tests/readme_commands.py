@@ -1,8 +1,8 @@
-"""Runs what the README's shell and Python blocks say, in order, in a fresh clone: `python tests/readme_commands.py`.
+"""Runs the shell and Python blocks of README and docs, in order, in a fresh clone: `python tests/readme_commands.py`.
 
 In the present environment, which needs the extras `test` and `plots`; installing is what `.ci/run` tries. Long runs are
 cut short: `ADDED` says by what, `INSTEAD` what is run in a command's place; `test_readme.py` sees that these are all
-of the README's long ones. A quarter of an hour on two cores.
+of the long ones. A quarter of an hour on two cores.
 """
 
 import re
@@ -13,6 +13,8 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("climb", "faults", "ladders", "gpus"))]
+"""What is run, in this order: each builds on what those before have left."""
 _QUICK = "data.held_out.max_bytes=30000 evaluation.every=4 evaluation.max_bytes=2000 checkpoint.every=4"
 _SOON = f"schedule.warmup_steps=2 {_QUICK}"
 _CLIMB = (  # an untrained policy, all of whose answers are wrong
@@ -80,13 +82,14 @@ def main() -> int:
             if ended.returncode:
                 failed += 1
                 print(ended.stdout[-3000:], ended.stderr[-3000:], sep="\n", flush=True)
-    print(f"{failed} failed" if failed else "all commands of the README ran")
+    print(f"{failed} failed" if failed else "all commands of README and docs ran")
     return 1 if failed else 0
 
 
 def blocks(language: str) -> list[str]:
-    """The README's code blocks of a language."""
-    return re.findall(rf"^```{language}\n(.*?)^```", (ROOT / "README.md").read_text(), flags=re.M | re.S)
+    """All code blocks of a language."""
+    text = "\n".join(page.read_text() for page in PAGES)
+    return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.M | re.S)
 
 
 if __name__ == "__main__":

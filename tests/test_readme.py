@@ -1,4 +1,4 @@
-"""The README against the script that runs its commands, and its links against the tree."""
+"""README and docs against the script that runs their commands, and their links against the tree."""
 
 import re
 from pathlib import Path
@@ -9,7 +9,7 @@ from mai_thinking.config.pretraining import PretrainConfig
 from readme_commands import ADDED, INSTEAD, ROOT, blocks, readme_commands
 
 
-def test_what_is_run_in_their_place_are_the_readmes_commands() -> None:
+def test_what_is_run_in_their_place_are_commands_of_ours() -> None:
     """A long one that changed would be run in full, or not at all."""
     commands = readme_commands()
     assert len(commands) > 20
@@ -25,15 +25,22 @@ def test_what_is_run_in_their_place_are_the_readmes_commands() -> None:
 def test_examples_are_valid_configs(tmp_path: Path) -> None:
     """Each laid over the config that it is a part of."""
     examples = blocks("yaml")
-    assert len(examples) == 2
-    for example, kind, base in zip(examples, (PretrainConfig, GrpoConfig), ("nano", "nano-grpo"), strict=True):
+    kinds = (PretrainConfig, GrpoConfig, GrpoConfig)
+    for example, kind, base in zip(examples, kinds, ("nano", "nano-grpo", "nano-grpo"), strict=True):
         file = tmp_path / "example.yaml"
         file.write_text(f"base: {ROOT / 'configs' / base}.yaml\n{example}")
         load_config(kind, file)
 
 
 def test_links_lead_somewhere() -> None:
-    links = re.findall(r"\]\(([^)#]+)\)", (ROOT / "README.md").read_text())
-    local = [link for link in links if "://" not in link]
-    assert len(local) > 20
-    assert [link for link in local if not (ROOT / link).exists()] == []
+    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
+    links = [(page, link) for page in pages for link in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text())]
+    local = [(page, link) for page, link in links if "://" not in link]
+    assert len(local) > 80
+    assert [(page.name, link) for page, link in local if not (page.parent / link).exists()] == []
+
+
+def test_every_page_is_linked_from_the_readme() -> None:
+    readme = (ROOT / "README.md").read_text()
+    assert [page.name for page in (ROOT / "docs").glob("*.md") if f"docs/{page.name}" not in readme] == []
+    assert len(readme.splitlines()) <= 150

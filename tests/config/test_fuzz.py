@@ -94,7 +94,7 @@ def tried(act: Callable[[], Any]) -> tuple[Any, str]:
         return None, str(error)
 
 
-@settings(max_examples=300, derandomize=True, deadline=None, database=None)
+@settings(max_examples=100, derandomize=True, deadline=None, database=None)
 @given(overrides)
 def test_a_value_is_taken_or_refused_in_one_line(tmp_path_factory: pytest.TempPathFactory, case: Any) -> None:
     name, given_overrides = case
@@ -109,7 +109,7 @@ def test_a_value_is_taken_or_refused_in_one_line(tmp_path_factory: pytest.TempPa
     assert load_config(KINDS[name], saved) == config
 
 
-@settings(max_examples=300, derandomize=True, deadline=None, database=None)
+@settings(max_examples=100, derandomize=True, deadline=None, database=None)
 @given(st.text(max_size=60) | st.text("{}[]:,-&*!|>'\"# \n\tab01.~?%@", max_size=60))
 def test_any_text_is_yaml_or_refused_in_one_line(text: str) -> None:
     value, told = tried(lambda: parse_yaml(text, "x.yaml"))
@@ -118,7 +118,7 @@ def test_any_text_is_yaml_or_refused_in_one_line(text: str) -> None:
     yaml.safe_dump(value)
 
 
-@settings(max_examples=200, derandomize=True, deadline=None, database=None)
+@settings(max_examples=100, derandomize=True, deadline=None, database=None)
 @given(st.sampled_from(sorted(LaunchSection.model_fields)), values)
 def test_options_of_the_launcher_are_bounded(name: str, text: str) -> None:
     with contextlib.suppress(ValueError):

@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 import yaml
 
+from mai_thinking.config.base import Section
 from mai_thinking.config.climb import ClimbConfig
 from mai_thinking.config.distillation import DistillConfig
 from mai_thinking.config.grpo import GrpoConfig
 from mai_thinking.config.ladder import LadderConfig
 from mai_thinking.config.launch import LaunchSection
-from mai_thinking.config.loading import load_config, save_config
+from mai_thinking.config.loading import load_config, read_yaml_with_base, save_config
 from mai_thinking.config.pretraining import PretrainConfig
-from mai_thinking.config.run import RunConfig
 from mai_thinking.config.study import StudyConfig
 from mai_thinking.errors import UsageError
 
@@ -31,12 +31,12 @@ def small(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: path.stem)
 def test_every_config_of_ours_can_be_read(path: Path) -> None:
-    grpo = dict.fromkeys(("grpo", "controller", "mismatch"), GrpoConfig)
-    kinds: dict[str, type[RunConfig]] = {**grpo, "distill": DistillConfig, "findings": StudyConfig}
-    kinds |= dict.fromkeys(("climb", "collapse"), ClimbConfig)
-    kind = kinds.get(path.stem.rpartition("-")[2], PretrainConfig)
-    if path.parent.name == "ladders":
-        kind = LadderConfig
+    tree = read_yaml_with_base(path)
+    kinds: dict[str, type[Section]] = {
+        "arms": StudyConfig, "stages": ClimbConfig, "baseline": LadderConfig,
+        "traces": DistillConfig, "tasks": GrpoConfig,
+    }  # fmt: skip
+    kind = next((kind for key, kind in kinds.items() if key in tree), PretrainConfig)
     assert load_config(kind, path).name
 
 
