@@ -7,7 +7,7 @@ from mai_thinking.config.faults import parse_faults
 
 
 class LaunchSection(Section):
-    """Carried out by `mai_thinking.training.launch`."""
+    """Carried out by `mai_thinking.launch.launcher`."""
 
     nproc: int = Field(1, ge=1, le=1024)
     """Data-parallel workers on this machine."""
@@ -22,8 +22,8 @@ class LaunchSection(Section):
     """After so many restarts in a row without one new step, the job ends: it would crash there for ever."""
 
     hang_seconds: Seconds = 300
-    """A job that completes no step for so long is taken to hang, and is restarted. Longer than the longest
-    evaluation."""
+    """A job that does not move for so long is taken to hang, and is restarted. Generated tokens, evaluated texts and
+    saved chunks move it, as steps do."""
 
     start_seconds: Seconds = 1200
     """The same, before an attempt's first step."""

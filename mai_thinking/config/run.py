@@ -135,7 +135,7 @@ class PlanSection(Section):
 
 
 class TrainingConfig(RunConfig):
-    """What the configs of all training loops have; `mai_thinking.training.session` reads it."""
+    """What the configs of all training loops have; `mai_thinking.training.trainer` reads it."""
 
     steps: Count
     """Updates of the weights in the whole run."""

@@ -38,7 +38,7 @@ class Chaos(threading.Thread):
 
     def run(self) -> None:
         """One thread a fault: each waits for its own occasions."""
-        while read_heartbeat(self._heartbeats, 0) is None:
+        while (beat := read_heartbeat(self._heartbeats, 0)) is None or not beat[1]["step"]:
             if self._over.wait(_TICK_SECONDS):
                 return
         self._began = time.monotonic()

@@ -270,12 +270,11 @@ class Agent(LocalElasticAgent):
 
     def _seconds_too_long(self) -> float | None:
         """How long the job has not moved, if that is longer than it may be."""
-        beats = [beat[0] if beat else None for beat in self._beats()]
-        if None in beats:
-            idle, limit = time.time() - self._attempt_began, self.section.start_seconds
-        else:
-            idle, limit = time.time() - min(when for when in beats if when), self.section.hang_seconds
-        return idle if idle > limit else None
+        beats = self._beats()
+        moved = min(beat[0] if beat else self._attempt_began for beat in beats)
+        under_way = all(beat is not None and beat[1]["step"] > 0 for beat in beats)  # each has made a step
+        idle = time.time() - moved
+        return idle if idle > (self.section.hang_seconds if under_way else self.section.start_seconds) else None
 
     def _beats(self) -> list[tuple[float, dict[str, Any]] | None]:
         return [read_heartbeat(self.heartbeats, rank) for rank in range(self.section.nproc)]

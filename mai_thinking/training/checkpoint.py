@@ -61,11 +61,17 @@ class Checkpointer:
     Constructing one is collective: where torch.distributed is initialised, every rank makes it at the same point of
     the program. Saving in the background talks over a gloo group of its own, so that it meets no gradient.
     `seal` is called on rank 0, in the background, with each checkpoint's complete folder before it is committed: for a
-    record of where it comes from.
+    record of where it comes from. `heartbeat` is called while a save holds up the run.
     """
 
-    def __init__(self, folder: Path | str, section: CheckpointSection, seal: Callable[[Path], None] | None = None):
-        self.seal = seal
+    def __init__(
+        self,
+        folder: Path | str,
+        section: CheckpointSection,
+        seal: Callable[[Path], None] | None = None,
+        heartbeat: Callable[[], None] = lambda: None,
+    ):
+        self.seal, self.heartbeat = seal, heartbeat
         self.folder = Path(folder)
         self.section = section
         distributed = dist.is_initialized()
@@ -114,6 +120,8 @@ class Checkpointer:
             tensors = _own_share(tensors, self.rank, self.world)
             staged = tensors if synchronous else self._host.take(tensors)
             writer = CheckpointWriter(self.folder, step, self.rank, self.world, {self.rank: document}, self.seal)
+            if synchronous:  # in the background it would hide that the steps hang
+                writer.heartbeat = self.heartbeat
             self._write = _Write(staged, writer, self._writers)
             if synchronous:
                 self._write.run()

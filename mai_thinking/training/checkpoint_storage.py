@@ -134,6 +134,7 @@ class CheckpointWriter(StorageWriter):
         jit: bool = False,
     ):
         self.seal = seal
+        self.heartbeat: Callable[[], None] = lambda: None
         self.final = step_folder(folder, step)
         self.temporary = self.final.with_name(self.final.name + (".jit.tmp" if jit else ".tmp"))
         self.step, self.rank, self.world, self.documents, self.jit = step, rank, world, documents, jit
@@ -196,6 +197,7 @@ class CheckpointWriter(StorageWriter):
         # no waiting for the disk.
         with _File(self.temporary / name, past_cache=not self.jit) as file:
             for chunk in _chunks(blocks):
+                self.heartbeat()
                 digest.update(chunk)  # while the chunk is in the processor's cache
                 file.write(chunk)
                 size += len(chunk)

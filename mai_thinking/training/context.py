@@ -10,6 +10,7 @@ from accelerate import Accelerator
 
 from mai_thinking.config.run import TrainingConfig
 from mai_thinking.training.checkpoint_storage import visible_steps
+from mai_thinking.training.heartbeat import Heartbeat
 from mai_thinking.training.ledger import GoodputLedger
 from mai_thinking.training.progress import ProgressLine
 from mai_thinking.training.run_folder import RunFolder
@@ -49,12 +50,14 @@ class RunContext:
         self.rank, self.ranks = self.accelerator.process_index, self.accelerator.num_processes
         self.resuming = bool(visible_steps(self.folder.checkpoints))
         """Whether there is a checkpoint, from which the weights will come."""
+        self.heart = Heartbeat(self.folder.path)
         self.line: ProgressLine | None = None
         self.ledger: GoodputLedger | None = None
         self.stop: StopRequest | None = None
 
     def log(self, text: str) -> None:
-        """A line of its own, from rank 0."""
+        """A line of its own, from rank 0; on every rank a sign of life."""
+        self.heartbeat()
         if self.line is not None:
             self.line.log(text)
         elif self.rank == 0:
@@ -62,8 +65,7 @@ class RunContext:
 
     def heartbeat(self) -> None:
         """Tell the launcher's watchdog that this rank moves on within something long."""
-        if self.ledger is not None:
-            self.ledger.heartbeat()
+        self.heart.beat()
 
     def stop_requested(self) -> bool:
         """Whether any rank was asked to stop. Collective."""

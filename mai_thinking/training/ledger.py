@@ -38,11 +38,11 @@ class GoodputLedger:
     each call also beats for the launcher's watchdog.
     """
 
-    def __init__(self, path: Path | str, *, enabled: bool = True):
+    def __init__(self, path: Path | str, *, enabled: bool = True, heartbeat: Heartbeat | None = None):
         """Opens the ledger and begins an attempt, dated back to the start of this process, or of its launcher."""
         self.path = Path(path)
         self.enabled = enabled
-        self._heartbeat = Heartbeat(self.path.parent)
+        self._heartbeat = heartbeat or Heartbeat(self.path.parent)
         if not enabled:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -68,10 +68,6 @@ class GoodputLedger:
         finally:
             self._heartbeat.beat()
             self._write("span", category=category, seconds=round(time.perf_counter() - begin, 6))
-
-    def heartbeat(self) -> None:
-        """Tell the launcher that this rank moves on within a long step."""
-        self._heartbeat.beat()
 
     def announce(self, can_save_jit: bool) -> None:
         """Tell the launcher whether this rank would save alone if another died (`JitCheckpoint`)."""

@@ -147,10 +147,13 @@ class Trainer:
         self.is_main = context.rank == 0
         if self.is_main:
             context.stack.enter_context(self.folder.claim(config))
-        self.ledger = context.ledger = GoodputLedger(self.folder.events, enabled=self.is_main)
+        self.ledger = context.ledger = GoodputLedger(self.folder.events, enabled=self.is_main, heartbeat=context.heart)
         self.stop = context.stop = StopRequest()
         self.checkpointer = Checkpointer(
-            self.folder.checkpoints, config.checkpoint, lambda path: record_checkpoint(path, **self._origin())
+            self.folder.checkpoints,
+            config.checkpoint,
+            seal=lambda path: record_checkpoint(path, **self._origin()),
+            heartbeat=context.heartbeat,
         )
         self._parents: list[Lineage] = list(recipe.parents)
         self._earlier_code: tuple[CodeVersion, ...] = ()
