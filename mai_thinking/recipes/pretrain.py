@@ -122,9 +122,10 @@ class PretrainRecipe(Recipe):
         texts = {
             category: [d.text for d in documents] for category, documents in self.data.held_out.items() if documents
         }
+        mixture = self.data.mixture_table(self.config.steps * self.config.batch.tokens_per_step)
         self.context.folder.note(
             plan=Plan.of(self.config, self.architecture).text(),
-            mixture=self.data.mixture_table(self.config.steps * self.config.batch.tokens_per_step).markdown(),
+            mixture=[asdict(row) | {"epochs": row.epochs} for row in mixture.rows],
             left_out=left_out_table([*self.data.left_out, *self.loader.left_out()]),
             compressors={category: asdict(compressors(found)) for category, found in texts.items()},
             written=samples,

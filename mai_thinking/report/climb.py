@@ -8,9 +8,9 @@ from rich.console import Console
 from mai_thinking.experiments.plan import ClimbPlan
 from mai_thinking.report.document import Cell, Document, Table, fenced
 from mai_thinking.report.lineage import report as report_lineage
-from mai_thinking.report.panels import PASS, over_stages
+from mai_thinking.report.panels import PASS, best_of, over_stages
 from mai_thinking.report.reading import Climb, Run, read_run
-from mai_thinking.report.summary import best_of, interval_of
+from mai_thinking.report.summary import interval_of
 from mai_thinking.rl.trace_report import printable
 from mai_thinking.training.metrics import Record
 

@@ -149,6 +149,12 @@ def pass_series(marks: Sequence[Record], at: Clock = lambda record: record["step
     return lines
 
 
+def best_of(record: Record) -> str:
+    """`pass@k` for the record's k."""
+    counts = [int(match[1]) for name in record if (match := re.fullmatch(r"pass@(\d+)", name))]
+    return f"pass@{max(counts, default=1)}"
+
+
 def over_stages(climb: Climb) -> list[Figure]:
     """Held-out problems and training on the climb's clock. A stage's time is taken as even over its steps."""
     stages = list(zip(climb.stages, climb.begins, strict=True))
@@ -169,8 +175,11 @@ def over_stages(climb: Climb) -> list[Figure]:
     for stage, begin in climbing:
         for series in pass_series(stage.evaluations, _clock(stage, begin)):
             lines.append(replace(series, colour=places.setdefault(series.name, len(places))))
+        for task in _parts(stage.evaluations, PASS):
+            x, y = _points(stage.evaluations, f"{best_of(stage.evaluations[-1])}/{task}", _clock(stage, begin))
+            lines.append(Series("", x, y, style="dotted", colour=places[printable(task)]))
     shared: dict[str, Any] = {"x_name": "minutes of work", "marks": marks, "bands": bands}
-    title = "Held-out pass@1, with 95 % intervals (shaded: self-distillation)"
+    title = "Held-out pass@1, with 95 % intervals (dotted: pass@k; shaded: self-distillation)"
     panels = []
     for curve in CURVES:
         pieces = [

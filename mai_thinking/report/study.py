@@ -10,7 +10,7 @@ from mai_thinking.experiments.plan import ClimbPlan
 from mai_thinking.report.comparison import spread
 from mai_thinking.report.document import Cell, Difference, Document, Table
 from mai_thinking.report.figures import Figure, Panel, Series
-from mai_thinking.report.summary import best_of
+from mai_thinking.report.panels import best_of
 from mai_thinking.training.metrics import Record, read_records
 
 WHEN = ("at first", "at last")

@@ -1,13 +1,12 @@
 """The page of results of one run: `report/summary.md` with its figures, the same numbers in `report/summary.json`."""
 
 import os
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mai_thinking.report.document import Document, Interval, Table, fenced
-from mai_thinking.report.panels import BITS, PASS, figures_of
+from mai_thinking.report.panels import BITS, PASS, best_of, figures_of
 from mai_thinking.report.reading import Run, read_run, then_and_now
 from mai_thinking.rl.trace_report import printable
 from mai_thinking.training.metrics import Record
@@ -37,7 +36,10 @@ def summarize(run: Run) -> Document:
         _add_problems(page, run)
     elif run.evaluations:
         page.add_table("held_out", bits_table(run), "Held-out bits per byte")
-    for key, heading in (("mixture", "Mixture"), ("left_out", "Left out"), ("traces", "Traces")):
+    if mixture := run.notes.get("mixture"):
+        columns = [name.replace("_", " ") for name in mixture[0]]
+        page.add_table("mixture", Table(columns, [list(row.values()) for row in mixture]), "Mixture")
+    for key, heading in (("left_out", "Left out"), ("traces", "Traces")):
         if key in run.notes:
             page.add(run.notes[key].strip(), heading=heading)
     if run.steps and "loss" in run.steps[0]:
@@ -81,12 +83,6 @@ def pass_table(first: Record, last: Record) -> Table:
         [printable(task), *(interval_of(r, task) for r in (first, last)), last.get(f"{k}/{task}")] for task in tasks
     ]
     return Table(columns, [row[: len(columns)] for row in cells])
-
-
-def best_of(record: Record) -> str:
-    """`pass@k` for the record's k."""
-    counts = [int(match[1]) for name in record if (match := re.fullmatch(r"pass@(\d+)", name))]
-    return f"pass@{max(counts, default=1)}"
 
 
 def interval_of(record: Record, task: str) -> Interval | float | None:
