@@ -87,7 +87,7 @@ class DistillRecipe(Recipe):
         counts = {"traces": seen, "response_tokens": batch.response_tokens, "text_rows": batch.text_rows}
         return Step(metrics | counts, self.config.batch.tokens_per_step, f"{seen:,} traces", made - begin)
 
-    def report(self, model: MaiThinkingForCausalLM, evaluation: dict[str, Any]) -> None:
+    def report(self, model: MaiThinkingForCausalLM) -> None:
         """For the page of results: the plan, and the traces that the rules left."""
         plan, _, table = describe(self.config, self.architecture, self.selection).partition("\n\n")
         self.context.folder.note(plan=plan, traces=table)

@@ -151,7 +151,7 @@ class GrpoRecipe(Recipe):
         show_evaluation(self.context, step, metrics, samples, self.config.evaluation.show)
         return metrics
 
-    def report(self, model: MaiThinkingForCausalLM, evaluation: dict[str, Any]) -> None:
+    def report(self, model: MaiThinkingForCausalLM) -> None:
         """Of a collapsed run the verdict with its evidence, where the next stage looks for it."""
         if self.ending is not None and self.ending.exit_code:
             write_verdict(self.context.folder.path, self.detector.verdict)

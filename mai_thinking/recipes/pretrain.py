@@ -111,7 +111,7 @@ class PretrainRecipe(Recipe):
         self.context.log(f"step {step}: held-out bits per byte {_spell_bits(metrics)}")
         return metrics
 
-    def report(self, model: MaiThinkingForCausalLM, evaluation: dict[str, Any]) -> None:
+    def report(self, model: MaiThinkingForCausalLM) -> None:
         """For the page of results: plan, mixture, what `gzip -9` and `xz -9e` make of the held-out text, and what the
         model writes."""
         section = self.config.evaluation

@@ -168,10 +168,10 @@ class CheckpointWriter(StorageWriter):
         files = {}
         for rank, document in self.documents.items():
             text = json.dumps(document, separators=(",", ":")).encode()
-            files[f"rank-{rank:05d}.json"] = self._write_file(f"rank-{rank:05d}.json", [text])
+            files[f"rank-{rank:05d}.json"] = self.write_file(f"rank-{rank:05d}.json", [text])
         if plan.items:
             name = f"rank-{self.rank:05d}.safetensors"
-            files[name] = self._write_file(name, _safetensors_blocks(plan, planner))
+            files[name] = self.write_file(name, _safetensors_blocks(plan, planner))
         future: Future[list[WriteResult]] = Future()
         future.set_result(
             [WriteResult(MetadataIndex(name), entry["bytes"], (name, entry)) for name, entry in files.items()]
@@ -182,7 +182,7 @@ class CheckpointWriter(StorageWriter):
         """On the coordinator, when all ranks have written: the manifest, and the rename that makes it a checkpoint."""
         files = dict(result.storage_data for of_rank in results for result in of_rank)
         manifest = {"format": FORMAT, "step": self.step, "world_size": self.world, "files": files}
-        self._write_file(MANIFEST, [json.dumps(manifest, indent=1).encode()])
+        self.write_file(MANIFEST, [json.dumps(manifest, indent=1).encode()])
         if self.seal is not None:
             self.seal(self.temporary)
         synchronise(self.temporary)
@@ -191,7 +191,8 @@ class CheckpointWriter(StorageWriter):
         self.temporary.rename(self.final)
         synchronise(self.final.parent)
 
-    def _write_file(self, name: str, blocks: Iterable[bytes | memoryview]) -> dict[str, Any]:
+    def write_file(self, name: str, blocks: Iterable[bytes | memoryview]) -> dict[str, Any]:
+        """One file of the checkpoint, from `blocks`; → its size and checksum."""
         digest, size = xxhash.xxh3_128(), 0
         # A rank saves just in time because a process died, which the page cache outlives, and its reader comes at once:
         # no waiting for the disk.

@@ -121,7 +121,7 @@ class Recipe(ABC):
         return {}
 
     @abstractmethod
-    def report(self, model: MaiThinkingForCausalLM, evaluation: dict[str, Any]) -> None:
+    def report(self, model: MaiThinkingForCausalLM) -> None:
         """Write what the run has to show. On rank 0, when all traces are written."""
 
 
@@ -283,13 +283,13 @@ class Trainer:
             self._evaluate(last=False)
             self._evaluated.add(self.step)
 
-    def _evaluate(self, *, last: bool) -> dict[str, Any] | None:
+    def _evaluate(self, *, last: bool) -> bool:
+        """Whether it came to its end."""
         metrics = self.recipe.evaluate(self.step, last=last)
-        if not metrics:
-            return metrics
-        record = {"kind": "evaluation", "step": self.step, "tokens": self.tokens, **metrics}
-        self._record(record, self.recipe.exact_evaluation)
-        return record
+        if metrics:
+            record = {"kind": "evaluation", "step": self.step, "tokens": self.tokens, **metrics}
+            self._record(record, self.recipe.exact_evaluation)
+        return metrics is not None
 
     def _stop_after_step(self) -> bool:
         """Save if a checkpoint is due or the run was asked to stop; whether it is to stop now, saved."""
@@ -319,14 +319,13 @@ class Trainer:
 
     def _finish(self) -> int:
         """Evaluate, report, and save the model folder last of all: a run with this folder is finished."""
-        evaluation = self._evaluate(last=True)
-        if evaluation is None:
+        if not self._evaluate(last=True):
             return self._end_interrupted()
         ending = self.recipe.ending or Ending("")
         model = self.learner.unwrap()
         self._record_traces()
         if self.is_main:
-            self.recipe.report(model, evaluation)
+            self.recipe.report(model)
             if self._jit is not None:
                 self._jit.remove_files()
             if ending.exit_code == 0:

@@ -78,7 +78,7 @@ def at_write(writer: CheckpointWriter, name: str, *_: Any) -> None:
 patch(Trainer, "take_step", at_step)
 patch(TextLoss, "forward", at_forward)
 patch(learner, "clip_gradients", lambda *_: strike("update", now["step"]))
-patch(CheckpointWriter, "_write_file", at_write)
+patch(CheckpointWriter, "write_file", at_write)
 if omitted := os.environ.get("OMIT"):
     state = Trainer.state
     Trainer.state = lambda run: {name: value for name, value in state(run).items() if name != omitted}  # type: ignore[method-assign]

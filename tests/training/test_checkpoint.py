@@ -253,7 +253,7 @@ def test_full_disk_is_a_clear_error_and_hurts_no_other_checkpoint(tmp_path, monk
     def full(*arguments: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(checkpoint_storage.CheckpointWriter, "_write_file", full)
+    monkeypatch.setattr(checkpoint_storage.CheckpointWriter, "write_file", full)
     checkpointer.save(2, Run().state())
     with pytest.raises(OSError, match="step-00000002") as caught:
         any(checkpointer.due(3) for _ in iter(int, 1))
@@ -330,7 +330,7 @@ def test_generators_at_another_world_size():
 
 def fail_on_rank_one(rank: int, folder: Path) -> int | None:
     if rank == 1:
-        checkpoint_storage.CheckpointWriter._write_file = _no_space
+        checkpoint_storage.CheckpointWriter.write_file = _no_space
     checkpointer = Checkpointer(folder, section(every=1))
     checkpointer.due(1)
     checkpointer.save(1, Run().state())

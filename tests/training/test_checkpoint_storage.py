@@ -45,7 +45,7 @@ def written(monkeypatch) -> list[tuple[int, bool]]:
 def write_blocks(folder: Path, *, alone: bool = False) -> None:
     writer = CheckpointWriter(folder, 1, 0, 1, {}, alone=alone)
     writer.temporary.mkdir()
-    entry = writer._write_file("file", BLOCKS)
+    entry = writer.write_file("file", BLOCKS)
     content = (writer.temporary / "file").read_bytes()
     assert content == b"".join(BLOCKS)
     assert entry == {"bytes": len(content), "xxh3_128": xxhash.xxh3_128_hexdigest(content)}
