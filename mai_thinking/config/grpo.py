@@ -1,6 +1,6 @@
 """The config of `scripts/grpo.py`: the RL climb (MAI-Thinking-1 report §3)."""
 
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -58,6 +58,8 @@ class PackingSection(Section):
     """Places in a row, and so the longest rollout with its prompt."""
     rows: Count = 8
     """Rows that a rank takes through the model at once."""
+    long_prompts: Literal["leave_out", "refuse"] = "leave_out"
+    """What becomes of a problem whose prompt leaves no room in a row for a response of `curriculum.end` tokens."""
 
 
 class ClimbEvaluationSection(Section):

@@ -5,13 +5,14 @@ from transformers import PreTrainedTokenizerBase
 
 from mai_thinking.config.distillation import DistillConfig
 from mai_thinking.config.grpo import GrpoConfig
+from mai_thinking.data.questions import Split
 from mai_thinking.data.tokenizer import Encoder, load_tokenizer
 from mai_thinking.errors import UsageError
 from mai_thinking.model import MaiThinkingConfig, MaiThinkingForCausalLM
 from mai_thinking.provenance.lineage import Lineage, require_own
 from mai_thinking.rl.engine import BatchedEngine
 from mai_thinking.rl.length_curriculum import LengthCurriculum
-from mai_thinking.rl.tasks import TaskMix
+from mai_thinking.rl.tasks import Problem, TaskMix
 from mai_thinking.rl.template import Template
 from mai_thinking.training.context import RunContext
 from mai_thinking.training.model_files import load_model, load_model_config
@@ -59,20 +60,33 @@ def make_engine(
 
 
 def check_lengths(config: GrpoConfig, mix: TaskMix) -> None:
-    """UsageError unless the longest response of the last stage fits into a row behind a typical prompt."""
-    encoder = Encoder(load_tokenizer(config.init_from))
-    template = Template(config.template)
-    longest = max(
-        len(encoder.encode_prompt(template.prompt(problem.question)))
-        for family in mix.families
-        for problem in mix.held_out(family, 8)
-    )
-    needed = longest + config.curriculum.end
-    if needed > config.packing.row_length:
-        raise UsageError(
-            f"packing.row_length: {config.packing.row_length} is too short for a prompt of {longest} tokens and a "
-            f"response of curriculum.end {config.curriculum.end}; make it at least {needed}"
+    """Let `mix` pass over problems whose prompts leave no room in a row for a response of the last stage, and note how
+    many there are. UsageError if that is every problem of a task, or by `packing.long_prompts`."""
+    encoder, template = Encoder(load_tokenizer(config.init_from)), Template(config.template)
+    room = config.packing.row_length - config.curriculum.end
+
+    def length(problem: Problem) -> int:
+        return len(encoder.encode_prompt(template.prompt(problem.question)))
+
+    splits: tuple[Split, ...] = ("train", "held_out")
+    for section in config.tasks:
+        by_split = [[(length(problem), problem) for problem in mix.probe(section.name, split)] for split in splits]
+        prompts = [prompt for of_split in by_split for prompt in of_split]
+        count = sum(tokens > room for tokens, _ in prompts)
+        if not count:
+            continue
+        most, longest = max(prompts, key=lambda prompt: prompt[0])
+        where = f"{section.path}, line {longest.item}" if section.path else f"{longest.question[:40]!r}"
+        found = (
+            f"{count:,} of {len(prompts):,} prompts of task {section.name!r} leave no room in packing.row_length "
+            f"{config.packing.row_length} for responses of {config.curriculum.end} tokens; the longest ({where}) has "
+            f"{most:,} tokens and needs {most + config.curriculum.end}"
         )
+        none_left = any(all(tokens > room for tokens, _ in of_split) for of_split in by_split)
+        if none_left or config.packing.long_prompts == "refuse":
+            raise UsageError(found)
+        mix.notes.append(found)
+    mix.fits = lambda problem: length(problem) <= room
 
 
 def describe(config: GrpoConfig) -> str:

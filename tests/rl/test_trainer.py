@@ -27,9 +27,10 @@ from mai_thinking.rl.engine import BatchedEngine
 from mai_thinking.rl.objective import Objective
 from mai_thinking.rl.packing import pack
 from mai_thinking.rl.policy_loss import PolicyLoss
+from mai_thinking.rl.policy_model import check_lengths
 from mai_thinking.rl.rollout import Group, Rollout, Verdict
 from mai_thinking.rl.rollout_worker import Responder, RolloutWorker
-from mai_thinking.rl.tasks import Grade
+from mai_thinking.rl.tasks import Grade, TaskMix
 from mai_thinking.rl.traces import FOLDER, TraceStore
 from mai_thinking.training.checkpoint import CheckpointReader
 from mai_thinking.training.metrics import read_records
@@ -320,10 +321,33 @@ def test_accumulation_and_ranks_do_not_change_the_gradients() -> None:
             torch.testing.assert_close(torch.from_numpy(gradient), whole[name], atol=1e-6, rtol=1e-5, msg=name)
 
 
+def test_prompts_too_long_for_a_row_are_found_at_the_start(make: Make, tmp_path: Path) -> None:
+    """Counted, told and left out, or refused by a key; and never met in mid-run."""
+    questions = [f"What is {n} plus {n}?" for n in range(60)] + [f"What is {n}, {'and ' * 200}{n}?" for n in range(20)]
+    lines = [json.dumps({"question": question, "answer": "1"}) for question in questions]
+    (tmp_path / "q.jsonl").write_text("\n".join(lines))
+    tasks = f"tasks=[{{name: mine, kind: jsonl, path: {tmp_path / 'q.jsonl'}}}]"
+    config = make(tmp_path / "run", tasks)
+    mix = TaskMix(config.tasks, seed=0)
+    check_lengths(config, mix)
+    (note,) = mix.notes
+    assert note.startswith("20 of 80 prompts of task 'mine' leave no room in packing.row_length 96")
+    assert f"({tmp_path / 'q.jsonl'}, line 71) has" in note
+    drawn = [mix.problem("train", n) for n in range(300)] + mix.held_out("mine", 99)
+    assert len(drawn) > 300
+    assert not any("and and" in problem.question for problem in drawn)
+    untouched = TaskMix(config.tasks, seed=0)
+    assert any("and and" in untouched.problem("train", n).question for n in range(300))
+    fitting = [n for n in range(300) if "and and" not in untouched.problem("train", n).question]
+    assert all(mix.problem("train", n) == untouched.problem("train", n) for n in fitting)
+    with pytest.raises(UsageError, match="20 of 80 prompts"):
+        check_lengths(make(tmp_path / "run", tasks, "packing.long_prompts=refuse"), untouched)
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["packing.row_length=20"], "too short for a prompt"),
+        (["packing.row_length=20"], "128 of 128 prompts of task 'largest' leave no room in packing.row_length 20"),
         (["tasks=[]"], "tasks"),
         (["rollouts.lead=9"], "max_staleness"),
         (["objective.epsilom=1"], "did you mean 'epsilon'"),

@@ -18,14 +18,15 @@ class JsonlTask:
         """Raises UsageError with the file, the line and the fix if the file cannot be used."""
         assert section.path is not None, "the section's validator sees to it"
         self.name, self._path, self._grading = section.name, Path(section.path), section.grading
-        self._problems: dict[Split, list[Problem]] = {"train": [], "held_out": []}
+        self.problems: dict[Split, list[Problem]] = {"train": [], "held_out": []}
+        """In the order of the file."""
         first: dict[str, Problem] = {}
         repeated, contradicting = 0, list[str]()
         for line in read_jsonl(self._path):
             problem = self._read(section, line)
             known = first.setdefault(problem.id, problem)
             if known is problem:
-                self._problems[split_of(problem.question)].append(problem)
+                self.problems[split_of(problem.question)].append(problem)
                 continue
             repeated += 1
             if not self.verify(known, problem.answer):
@@ -39,7 +40,7 @@ class JsonlTask:
 
     def problem(self, split: Split, index: int) -> Problem:
         """See `Task.problem`."""
-        problems = self._problems[split]
+        problems = self.problems[split]
         if not problems:
             raise UsageError(
                 f"task {self.name!r} has no {split.replace('_', '-')} question: {self._path} is too small; "
