@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mai_thinking.config.data import SourceSection
 from mai_thinking.data.accounting import LeftOut
 from mai_thinking.data.mixture import Mixture
 from mai_thinking.data.packing import PreparedRows, Row, positions
@@ -139,10 +138,22 @@ class _RowMaker:
         self._prepared: dict[str, PreparedRows] = {}
         self._streamed: dict[str, StreamedRows] = {}
         for source in prepared.config.sources:
+            name = source.name
             if source.streaming:
-                self._streamed[source.name] = _streamed_rows(prepared, source, context_length)
-            else:
-                self._prepared[source.name] = _prepared_rows(prepared, source, context_length, seed)
+                start, cleaner = prepared.stream_start(name), StreamCleaner(prepared.config.cleaning, prepared.overlap)
+                self._streamed[name] = StreamedRows(
+                    name, open_reader(source), start, cleaner, prepared.encoder, context_length=context_length
+                )
+                continue
+            data = prepared.sources[name]
+            if len(data.tokens) <= context_length:
+                raise UsageError(
+                    f"source {name!r} has {len(data.tokens)} tokens, too few for a row of context_length "
+                    f"{context_length}; shorten context_length, add data, or remove the source"
+                )
+            self._prepared[name] = PreparedRows(
+                name, data.tokens, data.offsets, data.ids, context_length=context_length, seed=seed
+            )
 
     @property
     def position(self) -> int:
@@ -157,11 +168,8 @@ class _RowMaker:
         return self._prepared[name].row(index) if wanted else None
 
     def state(self) -> dict[str, Any]:
-        return {
-            **self._identity,
-            "rows": dict(self._mixture.rows),
-            "streams": {name: rows.state() for name, rows in self._streamed.items()},
-        }
+        streams = {name: rows.state() for name, rows in self._streamed.items()}
+        return {**self._identity, "rows": dict(self._mixture.rows), "streams": streams}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         for key, value in self._identity.items():
@@ -174,28 +182,6 @@ class _RowMaker:
         self._mixture.rows.update(state["rows"])
         for name, rows in self._streamed.items():
             rows.restore(state["streams"][name])
-
-
-def _prepared_rows(prepared: PreparedData, source: SourceSection, context_length: int, seed: int) -> PreparedRows:
-    data = prepared.sources[source.name]
-    if len(data.tokens) <= context_length:
-        raise UsageError(
-            f"source {source.name!r} has {len(data.tokens)} tokens, too few for a row of context_length "
-            f"{context_length}; shorten context_length, add data, or remove the source"
-        )
-    return PreparedRows(source.name, data.tokens, data.offsets, data.ids, context_length=context_length, seed=seed)
-
-
-def _streamed_rows(prepared: PreparedData, source: SourceSection, context_length: int) -> StreamedRows:
-    cleaner = StreamCleaner(prepared.config.cleaning, prepared.overlap)
-    return StreamedRows(
-        source.name,
-        open_reader(source),
-        prepared.stream_start(source),
-        cleaner,
-        prepared.encoder,
-        context_length=context_length,
-    )
 
 
 def _make_step(

@@ -12,7 +12,7 @@ import xxhash
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerFast
 
-from mai_thinking.config.data import DataSection, SourceSection
+from mai_thinking.config.data import DataSection
 from mai_thinking.config.storage import checksum
 from mai_thinking.data.accounting import LeftOut, Tally
 from mai_thinking.data.decontamination import OverlapIndex
@@ -107,9 +107,9 @@ class PreparedData:
         with np.load(self.folder / OVERLAP) as runs:
             return OverlapIndex(dict(runs))
 
-    def stream_start(self, source: SourceSection) -> dict[str, Any] | None:
+    def stream_start(self, name: str) -> dict[str, Any] | None:
         """Where the training part of a streamed source begins."""
-        cursor: dict[str, Any] | None = self.manifest["sources"][source.name]["stream_start"]
+        cursor: dict[str, Any] | None = self.manifest["sources"][name]["stream_start"]
         return cursor
 
     def mixture_table(self, training_tokens: int) -> MixtureTable:

@@ -1,12 +1,10 @@
 """Where weights and traces came from: a record beside each of them, and back through its parents to random weights.
 
-`lineage.json` in a model folder, a checkpoint or a folder of traces holds a record of it: the SHA-256 of every file,
-the parents, the hash of the run's config.yaml, the version of this package's code, the data with licences and
-provenance, seed and steps. A record's id is the SHA-256 of its canonical JSON and parents are named by their ids, so
-that nothing in any record can change without changing every id below it. The file repeats the records of all ancestors:
-a folder that was copied elsewhere still carries its whole descent. Random weights (a seed and an architecture) are the
-only root, but for weights or traces that were let in from outside by an explicit override, which every descendant's
-record shows.
+`lineage.json` in a model folder, a checkpoint or a folder of traces holds a `Record` of it. A record has the hash of
+its canonical JSON for an id, and names its parents by theirs: nothing can change without changing every id below
+it. The file repeats the records of all ancestors, so that a copied folder carries its whole descent. Random
+weights (a seed and an architecture) are the only root, but for weights or traces that were let in from outside by an
+explicit override, which every descendant's record shows.
 
     parent = random_weights(seed, architecture) or require_own(folder, allow_third_party=…)     # when the run starts
     record_model(folder, parents=[parent], config=run.config, data=prepared, seed=…, steps=…)
@@ -30,6 +28,7 @@ from mai_thinking.provenance.record import (
     RECORD,
     CodeVersion,
     Data,
+    FileHash,
     Kind,
     Lineage,
     Record,
@@ -56,7 +55,7 @@ OVERRIDE = "allow_third_party=true"
 def random_weights(seed: int, architecture: Mapping[str, Any]) -> Lineage:
     """The root: fresh weights, which follow from a seed and the architecture (`MaiThinkingConfig.to_section()`)."""
     code_version()
-    return _lineage(_record("random-weights", architecture=dict(architecture), seed=seed), [])
+    return _with_ancestors(Record(kind="random-weights", architecture=dict(architecture), seed=seed), [])
 
 
 def require_own(path: Path | str, *, allow_third_party: bool) -> Lineage:
@@ -84,7 +83,7 @@ def require_own(path: Path | str, *, allow_third_party: bool) -> Lineage:
     files = hash_files(folder)
     reason = faults[0].removeprefix(f"{folder}: ").removeprefix(f"{folder}/")
     mark = f"{OVERRIDE} let in {folder.name!r}, which {reason}"
-    outside = _lineage(_record("third-party", files=files, overrides=(mark,)), [])
+    outside = _with_ancestors(Record(kind="third-party", files=files, overrides=(mark,)), [])
     return Lineage(outside.id, outside.records, {outside.id: folder.absolute()})
 
 
@@ -116,24 +115,12 @@ def record_model(
 ) -> None:
     """Record a model folder, all files in it; call it as `save_model`'s `record`, so that it comes with the weights.
 
-    `parents` is what the run started from, and learned from where that has a record. `config` is the run's config.yaml.
-    `data` is prepared text, whose manifest is put beside the weights, or names other sources, such as tasks. `code` is
-    what `resuming_from` said of the checkpoint that the run was resumed from.
+    `parents` is what the run started from, and learned from where that has a record; `config` its config.yaml. Of
+    prepared text, the manifest is put beside the weights. `code` is what `resuming_from` said of the checkpoint.
     """
-    found = _data(data)
     if data is not None and not isinstance(data, Sequence):
         (folder / DATA_MANIFEST).write_text(stable_manifest(data.manifest), encoding="utf-8")
-    record = _record(
-        "model",
-        parents,
-        files=hash_files(folder),
-        config=hash_file(config).sha256,
-        code=_versions(code),
-        data=found,
-        seed=seed,
-        steps=steps,
-    )
-    _write(folder, record, parents, data)
+    _write(folder, "model", hash_files(folder), parents, config, data, seed, steps, code)
 
 
 def record_checkpoint(
@@ -146,17 +133,9 @@ def record_checkpoint(
     code: Sequence[CodeVersion] = (),
 ) -> None:
     """Record a checkpoint by its manifest, before it is committed: `Checkpointer(…, seal=…)`. As `record_model`."""
-    record = _record(
-        "checkpoint",
-        parents,
-        files={CHECKPOINT_MANIFEST: hash_file(folder / CHECKPOINT_MANIFEST)},
-        config=hash_file(config).sha256,
-        code=_versions(code),
-        data=_data(data),
-        seed=seed,
-        steps=json.loads((folder / CHECKPOINT_MANIFEST).read_bytes())["step"],
-    )
-    _write(folder, record, parents, data)
+    manifest = folder / CHECKPOINT_MANIFEST
+    steps = json.loads(manifest.read_bytes())["step"]
+    _write(folder, "checkpoint", {manifest.name: hash_file(manifest)}, parents, config, data, seed, steps, code)
 
 
 def record_traces(
@@ -169,27 +148,17 @@ def record_traces(
     steps: int | None = None,
     code: Sequence[CodeVersion] = (),
 ) -> None:
-    """Record a folder of traces that a run from `parent` writes; again whenever it has grown.
+    """Record a folder of traces that a run from `parent` writes; again whenever it has grown, on rank 0 when all ranks
+    have written.
 
     Parts are written once: a file that the folder's record has keeps the hash it has there, so that each is read once,
-    and a change in between is found later. Files that are gone are forgotten. `data` is the tasks, `steps` the run's so
-    far; the rest as in `record_model`. On rank 0, when all ranks have written.
+    and a change in between is found later. Files that are gone are forgotten.
     """
     try:
         known = dict(read_lineage(folder).record.files) if (folder / RECORD).exists() else {}
     except ValueError as error:
         raise UsageError(f"{folder}: {error}; restore it, or remove the traces and make them again") from None
-    record = _record(
-        "traces",
-        [parent],
-        files=hash_files(folder, known),
-        config=hash_file(config).sha256,
-        code=_versions(code),
-        data=_data(data),
-        seed=seed,
-        steps=steps,
-    )
-    _write(folder, record, [parent], data)
+    _write(folder, "traces", hash_files(folder, known), [parent], config, data, seed, steps, code)
 
 
 @functools.cache
@@ -209,26 +178,45 @@ def code_version() -> CodeVersion:
     return CodeVersion(sha256=digest.hexdigest(), commit=commit)
 
 
+def stable_manifest(manifest: Mapping[str, Any]) -> str:
+    """A prepared folder's manifest without its timings: the same text whenever the data is prepared again."""
+    return json.dumps({name: value for name, value in manifest.items() if name != "seconds"}, indent=1, sort_keys=True)
+
+
 # ------------------------------------------------------------------------------------------------------------ details
 
 
-def _record(kind: Kind, parents: Sequence[Lineage] = (), **fields: Any) -> Record:
-    blank: dict[str, Any] = {
-        "files": {},
-        "config": None,
-        "code": (),
-        "data": None,
-        "seed": None,
-        "steps": None,
-        "architecture": None,
-    }
-    inherited = [mark for parent in parents for mark in parent.record.overrides]
-    marks = tuple(dict.fromkeys([*inherited, *fields.pop("overrides", ())]))
-    ids = tuple(dict.fromkeys(parent.id for parent in parents))
-    return Record(kind=kind, parents=ids, overrides=marks, **(blank | fields))
+def _write(
+    folder: Path,
+    kind: Kind,
+    files: Mapping[str, FileHash],
+    parents: Sequence[Lineage],
+    config: Path,
+    data: "PreparedData | Sequence[Source] | None",
+    seed: int,
+    steps: int | None,
+    code: Sequence[CodeVersion],
+) -> None:
+    marks = dict.fromkeys(mark for parent in parents for mark in parent.record.overrides)
+    record = Record(
+        kind=kind,
+        parents=tuple(dict.fromkeys(parent.id for parent in parents)),
+        files=dict(files),
+        config=hash_file(config).sha256,
+        code=tuple(dict.fromkeys([*code, code_version()])),
+        data=_data(data),
+        seed=seed,
+        steps=steps,
+        overrides=tuple(marks),
+    )
+    lineage = _with_ancestors(record, parents)
+    places = dict(lineage.places)
+    if data is not None and not isinstance(data, Sequence) and record.data is not None and record.data.manifest:
+        places[record.data.manifest] = data.folder.absolute()
+    write_lineage(folder, Lineage(lineage.id, lineage.records, places))
 
 
-def _lineage(record: Record, parents: Sequence[Lineage]) -> Lineage:
+def _with_ancestors(record: Record, parents: Sequence[Lineage]) -> Lineage:
     records = {id: ancestor for parent in parents for id, ancestor in parent.records.items()}
     places = {id: place for parent in parents for id, place in parent.places.items()}
     return Lineage(record_id(record), records | {record_id(record): record}, places)
@@ -239,35 +227,14 @@ def _data(data: "PreparedData | Sequence[Source] | None") -> Data | None:
         return None
     if isinstance(data, Sequence):
         return Data(manifest=None, sources=tuple(data))
-    files, sources = data.manifest["files"], data.manifest["sources"]
-    return Data(
-        manifest=hashlib.sha256(stable_manifest(data.manifest).encode()).hexdigest(),
-        sources=tuple(
-            Source(
-                name=name,
-                licence=source["licence"],
-                provenance=source["provenance"],
-                content=digest([files.get(f"{name}.tokens.npy"), source["stream_start"]]),
-            )
-            for name, source in sources.items()
-        ),
+    files = data.manifest["files"]
+    sources = tuple(
+        Source(
+            name=name,
+            licence=source["licence"],
+            provenance=source["provenance"],
+            content=digest([files.get(f"{name}.tokens.npy"), source["stream_start"]]),
+        )
+        for name, source in data.manifest["sources"].items()
     )
-
-
-def stable_manifest(manifest: Mapping[str, Any]) -> str:
-    """A prepared folder's manifest without its timings: the same text whenever the data is prepared again."""
-    return json.dumps({name: value for name, value in manifest.items() if name != "seconds"}, indent=1, sort_keys=True)
-
-
-def _versions(earlier: Sequence[CodeVersion]) -> tuple[CodeVersion, ...]:
-    return tuple(dict.fromkeys([*earlier, code_version()]))
-
-
-def _write(
-    folder: Path, record: Record, parents: Sequence[Lineage], data: "PreparedData | Sequence[Source] | None"
-) -> None:
-    lineage = _lineage(record, parents)
-    places = dict(lineage.places)
-    if data is not None and not isinstance(data, Sequence) and record.data is not None and record.data.manifest:
-        places[record.data.manifest] = data.folder.absolute()
-    write_lineage(folder, Lineage(lineage.id, lineage.records, places))
+    return Data(manifest=hashlib.sha256(stable_manifest(data.manifest).encode()).hexdigest(), sources=sources)

@@ -62,20 +62,20 @@ class Record(_Fields):
 
     format: Literal[1] = 1
     kind: Kind
-    parents: tuple[str, ...]
+    parents: tuple[str, ...] = ()
     """Their ids."""
-    files: dict[str, FileHash]
+    files: dict[str, FileHash] = {}
     """By path in the folder. A checkpoint's is its manifest alone, which has the checksums of the others."""
-    config: str | None
+    config: str | None = None
     """SHA-256 of the run's `config.yaml`, the resolved config."""
-    code: tuple[CodeVersion, ...]
+    code: tuple[CodeVersion, ...] = ()
     """Versions of the code that took part: one, unless a run was resumed with another."""
-    data: Data | None
-    seed: int | None
-    steps: int | None
-    architecture: dict[str, Any] | None
+    data: Data | None = None
+    seed: int | None = None
+    steps: int | None = None
+    architecture: dict[str, Any] | None = None
     """Of random weights; whoever descends from them has the same, but for what a later stage may change."""
-    overrides: tuple[str, ...]
+    overrides: tuple[str, ...] = ()
     """What was let in from outside the lineage, here or in any ancestor."""
 
 
@@ -139,7 +139,7 @@ def read_lineage(folder: Path) -> Lineage:
         lineage = Lineage(tree["id"], records, places)
         # Also for what no id covers: the places, and the spelling.
         problem = _problem(lineage) if content == _spell(tree) else "has been changed"
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         problem = "is not a record"
     if problem:
         raise ValueError(f"{RECORD} {problem}")
@@ -185,29 +185,23 @@ def hash_files(folder: Path, known: Mapping[str, FileHash] | None = None) -> dic
 
 def file_faults(folder: Path, record: Record, *, complete: bool = True) -> list[Fault]:
     """What in `folder` is not as `record` has it; reads every byte. `complete` also names files not recorded."""
-    faults = []
-    for name, expected in record.files.items():
-        path = folder / name
-        if not path.is_file():
-            faults.append(Fault(path, "is missing"))
-        elif path.stat().st_size != expected.bytes or hash_file(path) != expected:
-            faults.append(Fault(path, "has changed since it was recorded"))
+    faults = [fault for name, was in record.files.items() if (fault := _fault(folder / name, was.bytes, was.sha256))]
     if record.kind == "checkpoint":
-        return faults or _checkpoint_faults(folder)
+        if faults:
+            return faults
+        # Its manifest, which is right, has the checksums of the others.
+        files = json.loads((folder / CHECKPOINT_MANIFEST).read_bytes())["files"].items()
+        return [fault for name, was in files if (fault := _fault(folder / name, was["bytes"], was["xxh3_128"]))]
     extra = sorted(set(_names(folder)) - set(record.files)) if complete else []
     return faults + [Fault(folder / name, "is not in the record") for name in extra]
 
 
-def _checkpoint_faults(folder: Path) -> list[Fault]:
-    """By the manifest, whose own hash is right."""
-    faults = []
-    for name, expected in json.loads((folder / CHECKPOINT_MANIFEST).read_bytes())["files"].items():
-        path = folder / name
-        if not path.is_file():
-            faults.append(Fault(path, "is missing"))
-        elif path.stat().st_size != expected["bytes"] or checksum(path) != expected["xxh3_128"]:
-            faults.append(Fault(path, "has changed since it was recorded"))
-    return faults
+def _fault(path: Path, size: int, recorded: str) -> Fault | None:
+    """`recorded`: SHA-256 or xxh3, which is shorter."""
+    if not path.is_file():
+        return Fault(path, "is missing")
+    same = path.stat().st_size == size and checksum(path, "sha256" if len(recorded) == 64 else "xxh3_128") == recorded
+    return None if same else Fault(path, "has changed since it was recorded")
 
 
 def _names(folder: Path) -> list[str]:

@@ -50,7 +50,7 @@ class Likelihood:
 def evaluate_texts(
     model: MaiThinkingForCausalLM,
     tokenizer: PreTrainedTokenizerBase,
-    texts: Iterable[str],
+    texts: Sequence[str],
     *,
     context_length: int,
     batch_size: int,
@@ -67,10 +67,9 @@ def evaluate_texts(
     was_training = model.training
     model.eval()
     nats = torch.zeros((), dtype=torch.float64)
-    tokens = length = 0
+    tokens = 0
     try:
-        counted = _count(texts)
-        for windows in _batched(_windows(counted, encoder, context_length), batch_size):
+        for windows in _batched(_windows(texts, encoder, context_length), batch_size):
             inputs, targets = _pad(windows, encoder.end_of_text)
             inputs, targets = inputs.to(model.device), targets.to(model.device)
             hidden = model.model(input_ids=inputs, use_cache=False).last_hidden_state
@@ -82,22 +81,9 @@ def evaluate_texts(
             nats += F.cross_entropy(logits, targets[scored], reduction="sum").double().cpu()
             tokens += int(scored.sum())
             heartbeat()
-        length = counted.bytes
     finally:
         model.train(was_training)
-    return Likelihood(float(nats), tokens, length)
-
-
-class _count:  # noqa: N801 - reads as a function
-    """Pass texts on and add up their bytes."""
-
-    def __init__(self, texts: Iterable[str]) -> None:
-        self.texts, self.bytes = texts, 0
-
-    def __iter__(self) -> Iterator[str]:
-        for text in self.texts:
-            self.bytes += len(text.encode())
-            yield text
+    return Likelihood(float(nats), tokens, sum(len(text.encode()) for text in texts))
 
 
 Window = tuple[list[int], list[int]]

@@ -1,20 +1,28 @@
 """From sources to prepared data: what is dropped and why, what is held out, what is kept, and what is refused."""
 
+import errno
 import json
+import re
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from conftest import Corpus, source
 from mai_thinking.config.data import DataSection
 from mai_thinking.data import Loader, PreparedData, prepare
-from mai_thinking.errors import UsageError
+from mai_thinking.data.accounting import left_out_table
+from mai_thinking.errors import DataError, UsageError
 
 Make = Callable[..., DataSection]
+FEW_BYTES = {"vocab_size": 400, "training_bytes": 4000}
+"""So that a tokenizer is trained on the head of a stream alone."""
 
 
 def training_text(prepared: PreparedData, name: str) -> str:
@@ -148,6 +156,95 @@ def test_a_stream_gives_the_cleaned_text_after_its_held_out_head(corpus: Corpus,
             seen += [name for row in next(loader).document_ids for name in row if name not in seen]
     names = [f"a/a.jsonl:{line}" for line in range(head + 1, 63) if line not in (41, 42)]
     assert sorted(seen) == sorted(names)
+
+
+def test_a_stream_counts_what_it_drops_and_goes_on_anywhere(corpus: Corpus, section: Make) -> None:
+    """One document is far longer than a row, and a null, a duplicate and a short one are on the way."""
+    texts = corpus.documents(40)
+    path = corpus.jsonl("a.jsonl", [*texts[:20], corpus.document(1200), "short", texts[15], *texts[20:]])
+    path.write_text(path.read_text().replace("short", "", 1) + '{"text": null}\n')
+    prepared = prepare(section(source("a", path, streaming=True), held_out={"max_bytes": 3000}))
+
+    def loader() -> Loader:
+        return Loader(prepared, context_length=32, micro_batch_size=1, rows_per_step=1, prefetch=0)
+
+    with loader() as first:
+        rows, states = [], []
+        for _ in range(1000):
+            rows.append(next(first))
+            states.append(json.loads(json.dumps(first.state_dict())))
+        left_out = {str(row) for row in first.left_out()}
+    for index in (0, 150, 300, 301, 980):
+        with loader() as resumed:
+            resumed.load_state_dict(states[index])
+            again = next(resumed)
+        assert again.document_ids == rows[index + 1].document_ids
+        assert torch.equal(again.micro_batches[0]["labels"], rows[index + 1].micro_batches[0]["labels"])
+    assert any("a: null dropped 1 of " in line for line in left_out), left_out
+    assert any("a: min_bytes dropped 1 of " in line for line in left_out), left_out
+
+
+def test_a_late_bad_line_of_a_stream_is_told_apart(corpus: Corpus, section: Make) -> None:
+    """So that a run can save what it has."""
+    path = corpus.jsonl("a.jsonl", corpus.documents(60))
+    path.write_text(path.read_text() + "{\n")
+    prepared = prepare(section(source("a", path, streaming=True), held_out={"max_bytes": 3000}, tokenizer=FEW_BYTES))
+    with Loader(prepared, context_length=32, micro_batch_size=1, rows_per_step=1, prefetch=2) as loader:
+        next(loader)
+        with pytest.raises(DataError, match=r"a\.jsonl, line 61: not valid JSON"):
+            deque(loader, maxlen=0)
+
+
+def test_a_changed_stream_is_another(corpus: Corpus, section: Make) -> None:
+    texts = corpus.documents(60)
+    config = section(source("a", corpus.jsonl("a.jsonl", texts), streaming=True), held_out={"max_bytes": 3000})
+    first = prepare(config)
+    corpus.jsonl("a.jsonl", [*texts, "more"])
+    assert prepare(config).content != first.content
+
+
+def test_what_is_left_out_is_told(corpus: Corpus, section: Make, tmp_path: Path) -> None:
+    """On the console, each time, and in a table."""
+    texts = corpus.documents(30)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "readme.md").write_text("notes")
+    corpus.jsonl("folder/a.jsonl", [*texts, "x" * 3000 + " " + texts[0]])
+    with (tmp_path / "folder" / "a.jsonl").open("a") as file:
+        file.write('{"text": null}\n')
+    (tmp_path / "b.jsonl").write_text(f'{{"q": "What is that?"}}\n{{"q": "{corpus.sentence(9)}", "a": "4"}}\n')
+    config = section(source("a", tmp_path / "folder"), cleaning={"benchmarks": [str(tmp_path / "b.jsonl")]})
+    for _ in range(2):
+        said: list[str] = []
+        prepared = prepare(config, log=said.append)
+        assert "data: a: 1 other file passed over: readme.md" in said
+        assert any(
+            re.match(r"data: a: max_line dropped 1 of 32 documents \(\d kB of \d+ kB\)", line) for line in said
+        ), said
+        assert "data: a: null dropped 1 of 32 documents (0 B of " in " ".join(said)
+        assert "b.jsonl: 1 of 2 records have fewer than 8 words and are not looked for" in " ".join(said)
+    assert "| a | max_line dropped 1 of 32 documents" in left_out_table(prepared.left_out)
+
+
+def test_prepared_data_is_found_wherever_the_files_lie(corpus: Corpus, section: Make, tmp_path: Path) -> None:
+    path = corpus.jsonl("a.jsonl", corpus.documents(40))
+    first = prepare(section(source("a", path)))
+    (tmp_path / "elsewhere").mkdir()
+    moved = path.rename(tmp_path / "elsewhere" / "a.jsonl")
+    assert prepare(section(source("a", moved))).key == first.key
+
+
+@pytest.mark.parametrize("problem", [OSError("32703 requested and 18368 written"), OSError(errno.ENOSPC, "full")])
+def test_a_full_disk_is_told(
+    corpus: Corpus, section: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, problem: OSError
+) -> None:
+    def fail(*arguments: Any) -> None:
+        raise problem
+
+    config = section(source("a", corpus.jsonl("a.jsonl", corpus.documents(40))))
+    monkeypatch.setattr(np, "save", fail)
+    with pytest.raises(UsageError, match=r"no space left on the disk for .*cache; free some and rerun"):
+        prepare(config)
+    assert not [path for path in (tmp_path / "cache").iterdir() if path.is_dir()]
 
 
 @pytest.mark.parametrize(

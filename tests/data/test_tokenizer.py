@@ -1,13 +1,23 @@
 """The tokenizer: any text survives, and no text can fake a document boundary."""
 
+import json
 import random
 from pathlib import Path
 
 import pytest
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from mai_thinking.data import PreparedData
-from mai_thinking.data.tokenizer import END_OF_TEXT, PADDING, Encoder, load_tokenizer, train_tokenizer
+from mai_thinking.data.tokenizer import (
+    END_OF_TEXT,
+    PADDING,
+    Encoder,
+    check_lossless,
+    load_tokenizer,
+    train_tokenizer,
+    vocabulary_size,
+)
 from mai_thinking.errors import UsageError
 
 SAMPLES = [
@@ -63,3 +73,30 @@ def test_a_folder_without_a_tokenizer_is_named(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(UsageError, match="cannot be loaded"):
         load_tokenizer(tmp_path)
+
+
+def saved(folder: Path, tokenizer: Tokenizer) -> Path:
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END_OF_TEXT).save_pretrained(folder)
+    return folder
+
+
+def test_a_gap_in_the_ids_makes_the_vocabulary_larger(two_sources: PreparedData, tmp_path: Path) -> None:
+    tree = json.loads(two_sources.tokenizer.backend_tokenizer.to_str())
+    vocabulary = tree["model"]["vocab"]
+    vocabulary[max(vocabulary, key=vocabulary.get)] += 40
+    loaded = load_tokenizer(saved(tmp_path, Tokenizer.from_str(json.dumps(tree))))
+    assert (len(loaded), vocabulary_size(loaded)) == (400, 440)
+    assert max(Encoder(loaded).encode(" ".join(SAMPLES))) < 440
+
+
+def test_a_tokenizer_that_loses_text_is_refused(two_sources: PreparedData, tmp_path: Path) -> None:
+    check_lossless(two_sources.tokenizer, "here")
+    tokenizer = Tokenizer(models.WordLevel({END_OF_TEXT: 0, "<unk>": 1, "text": 2}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    with pytest.raises(UsageError, match="here: the tokenizer loses text"):
+        check_lossless(load_tokenizer(saved(tmp_path, tokenizer)), "here")
+
+
+def test_half_a_surrogate_pair_is_no_text(two_sources: PreparedData) -> None:
+    with pytest.raises(UsageError, match=r"half a surrogate pair \(\\ud83d\)"):
+        two_sources.encoder.encode("broken \ud83d")
