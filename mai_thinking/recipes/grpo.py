@@ -65,6 +65,7 @@ class GrpoRecipe(Recipe):
         self.groups_per_step = config.groups_per_step // ranks
         mix = TaskMix(config.tasks, config.seed)
         self.data = [source_of(task) for task in config.tasks]
+        self.task_contents = task_contents(config.tasks)
         self.architecture = policy_config(config)
         check_lengths(config, mix)
         self.tokenizer = load_tokenizer(config.init_from)
@@ -98,11 +99,11 @@ class GrpoRecipe(Recipe):
 
     def progress(self) -> dict[str, Any]:
         """What the collapse detector has seen, and which tasks these are."""
-        return {"collapse": self.detector.state_dict(), "tasks": task_contents(self.config.tasks)}
+        return {"collapse": self.detector.state_dict(), "tasks": self.task_contents}
 
     def load_progress(self, progress: dict[str, Any]) -> None:
         """Older checkpoints have neither. UsageError if the tasks are not those that the run began with."""
-        check_same_tasks(progress.get("tasks"), self.config.tasks)
+        check_same_tasks(progress.get("tasks"), self.task_contents, self.config.tasks)
         if history := progress.get("collapse"):
             self.detector.load_state_dict(history)
             self._end_if_collapsed()

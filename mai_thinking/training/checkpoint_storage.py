@@ -192,6 +192,7 @@ class CheckpointWriter(StorageWriter):
         synchronise(self.final.parent)
 
     def write_file(self, name: str, blocks: Iterable[bytes | memoryview]) -> dict[str, Any]:
+        """One file of the checkpoint; → its size and checksum."""
         """One file of the checkpoint, from `blocks`; → its size and checksum."""
         digest, size = xxhash.xxh3_128(), 0
         # A rank saves just in time because a process died, which the page cache outlives, and its reader comes at once:
