@@ -42,11 +42,13 @@ _POLL_SECONDS = 0.05
 def launch(section: LaunchSection, script: Path, arguments: list[str]) -> int:
     """Run `script` with `arguments` as `section.nproc` ranks until it is done; the exit code of the whole job.
 
-    0: done. 2: a rank refused its config or input (its line is on stderr). 75: stopped by SIGTERM or Ctrl-C after
-    saving. 3: the run has collapsed, and is saved. 1: given up, with the first failure's traceback on stderr.
+    0: done. 2: a rank refused its config or input (its line is on stderr). 75: stopped by SIGTERM, SIGHUP or Ctrl-C
+    after saving. 3: the run has collapsed, and is saved. 1: given up, with the first failure's traceback on stderr.
     128 + signal: stopped without having saved.
     """
     _silence_elastic()
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # `nohup` has it ignore that the terminal is gone
+        os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGTERM,SIGINT,SIGQUIT"
     with tempfile.TemporaryDirectory(prefix="mai-launch-") as scratch:
         agent = Agent(section, script, arguments, Path(scratch))
         chaos = Chaos(parse_faults(section.chaos), section.chaos_seed, agent.live_workers, agent.heartbeats)
