@@ -9,7 +9,6 @@ each update's last reduction: whoever gets through that knows that every rank ha
 import contextlib
 import copy
 import json
-import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -93,10 +92,6 @@ class JitCheckpoint:
         finally:
             if self._shared is not None:
                 self._announce(False)
-
-    def remove_files(self) -> None:
-        """Of all ranks, when the run is over."""
-        shutil.rmtree(self._folder, ignore_errors=True)
 
     def _save(self, step: int, shared: dict[str, Any], saved: Callable[[int], None]) -> None:
         live = {name: value for name, value in self._state().items() if _is_live(value)}

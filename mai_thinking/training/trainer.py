@@ -4,6 +4,7 @@ Everything that decides what comes next is in a checkpoint, so that a run that w
 undisturbed one does, bit for bit (MAI-Thinking-1 report §2.8).
 """
 
+import shutil
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -326,8 +327,7 @@ class Trainer:
         self._record_traces()
         if self.is_main:
             self.recipe.report(model)
-            if self._jit is not None:
-                self._jit.remove_files()
+            shutil.rmtree(self.folder.ranks, ignore_errors=True)
             if ending.exit_code == 0:
                 origin = self._origin()
                 tokenizer = self.recipe.tokenizer
