@@ -64,9 +64,9 @@ class JitCheckpoint:
 
     def before_reduction(self, step: int) -> None:
         """Write what this rank has of its own after `step`. Its weights are not yet updated; all the rest is."""
+        self._folder.mkdir(exist_ok=True)
         own = {name: value.state for name, value in self._state().items() if isinstance(value, PerRank)}
         trees = {name: self._queue(name, s) if isinstance(s, Queue) else s.state_dict() for name, s in own.items()}
-        self._folder.mkdir(exist_ok=True)
         _write(self._file(self._checkpointer.rank, step), {"step": step, "own": trees})
 
     def completed(self, step: int) -> None:
