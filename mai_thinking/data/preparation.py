@@ -21,7 +21,7 @@ import xxhash
 from filelock import FileLock
 
 from mai_thinking.config.data import DataSection, SourceSection
-from mai_thinking.config.storage import checksum
+from mai_thinking.config.storage import atomic_folder, checksum
 from mai_thinking.data.accounting import LeftOut, Tally, count
 from mai_thinking.data.cleaning import clean
 from mai_thinking.data.decontamination import SHORTEST, OverlapIndex, read_benchmark, words_of
@@ -74,16 +74,10 @@ def prepare(config: DataSection, *, log: _Log = lambda line: None) -> PreparedDa
             if folder.exists():
                 log(f"prepared data in {folder} is damaged ({damage}); making it again")
                 shutil.rmtree(folder)
-            for left_over in cache.glob(f".{key}-*"):
+            for left_over in cache.glob(f".{key}.*"):
                 shutil.rmtree(left_over)
-            temporary = Path(tempfile.mkdtemp(prefix=f".{key}-", dir=cache))
-            try:  # the folder is there whole or not at all
+            with atomic_folder(folder) as temporary:
                 _Preparation(config, readers, benchmarks, log).build(temporary, key)
-                temporary.chmod(cache.stat().st_mode & 0o777)
-                temporary.rename(folder)
-            except BaseException:
-                shutil.rmtree(temporary, ignore_errors=True)
-                raise
     data = PreparedData(folder, config, passed_over)
     for row in data.left_out:
         log(f"data: {row}")

@@ -12,11 +12,9 @@ import signal
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import closing, redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
-
-import xxhash
-from filelock import FileLock
 
 from mai_thinking.config.command import EXIT_FAILED, EXIT_INTERRUPTED
 from mai_thinking.config.data import DataSection
@@ -203,7 +201,7 @@ def with_one_yardstick(ladder: LadderConfig, runs: Sequence[PlannedRun]) -> list
     base = by_variant[ladder.baseline.name].data
     prepared = prepare(base, log=print)
     shared = ladder.folder / "tokenizer"
-    with FileLock(ladder.folder / "claims" / "tokenizer.lock"):
+    with WorkQueue(ladder.folder).planning():
         if not shared.exists():
             with atomic_folder(shared) as path:
                 prepared.tokenizer.save_pretrained(path)
@@ -215,27 +213,17 @@ def with_one_yardstick(ladder: LadderConfig, runs: Sequence[PlannedRun]) -> list
         if data != base:
             _check_held_out(name, prepared, prepare(data, log=print))
         datas[name] = data
-    return [_with_data(run, datas[run.variant]) for run in runs]
-
-
-def _with_data(run: PlannedRun, data: DataSection) -> PlannedRun:
-    config = run.config.model_copy(update={"data": data})
-    return PlannedRun(run.variant, run.rung, run.seed, config, run.total, run.active, run.flops)
+    return [replace(run, config=run.config.model_copy(update={"data": datas[run.variant]})) for run in runs]
 
 
 def _check_held_out(name: str, baseline: PreparedData, other: PreparedData) -> None:
-    ours, theirs = _fingerprints(baseline), _fingerprints(other)
+    ours, theirs = (
+        {category: sorted(document.text for document in found) for category, found in data.held_out.items() if found}
+        for data in (baseline, other)
+    )
     different = sorted(category for category in ours | theirs if ours.get(category) != theirs.get(category))
     if different:
         raise UsageError(
             f"candidate {name!r} is evaluated on other text than the baseline ({', '.join(different)}): hold out the "
             "same sources in both, unchanged, and set `held_out: false` for the others"
         )
-
-
-def _fingerprints(data: PreparedData) -> dict[str, str]:
-    return {
-        category: xxhash.xxh3_64_hexdigest("\0".join(sorted(document.text for document in documents)).encode())
-        for category, documents in data.held_out.items()
-        if documents
-    }

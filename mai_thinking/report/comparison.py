@@ -25,7 +25,10 @@ def compare(groups: Mapping[str, Sequence[Path]], metrics: Sequence[str], figure
     panels = [
         Panel(metric, [_mean(label, runs) for label, runs in by_label.items()]) for metric, by_label in curves.items()
     ]
-    save(Figure(figure.stem, panels, columns=3, size=(5, 3.6)), figure)
+    try:
+        save(Figure(figure.stem, panels, columns=3, size=(5, 3.6)), figure)
+    except OSError as error:
+        raise UsageError(f"{figure}: cannot be written ({error.strerror}); name another place") from None
     rows: list[list[Cell]] = [
         [f"{label} ({len(runs)})", *(spread([curve[-1][1] for curve in curves[m][label]]) for m in metrics)]
         for label, runs in groups.items()

@@ -33,8 +33,11 @@ def report(run: Path, console: Console) -> None:
     console.print(table(result, str(run)))
     console.print(summary(result))
     file = run / "report" / "goodput.png"
-    if result.segments and save(figure(result), file):
-        console.print(f"timeline: {file}")
+    try:
+        if result.segments and save(figure(result), file):
+            console.print(f"timeline: {file}")
+    except OSError as error:  # somebody else's run, say: the table is told
+        console.print(f"no timeline: {file} cannot be written ({error.strerror})")
 
 
 def report_projection(run: Path, failures_per_gpu_hour: float, console: Console) -> None:

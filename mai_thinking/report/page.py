@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from mai_thinking.config.storage import atomic_file
+from mai_thinking.errors import UsageError
 from mai_thinking.launch.goodput import Account
 from mai_thinking.provenance.record import Lineage
 from mai_thinking.report.figures import MISSING, Figure, Grid, Panel, number, to_svg
@@ -31,9 +32,12 @@ def write_page(path: Path, target: Path) -> None:
     subject = read(path)
     page = Page()
     body = page.climb(subject) if isinstance(subject, Climb) else page.run(subject)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_file(target) as temporary:
-        temporary.write_text(page.document(subject.name, body), encoding="utf-8")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_file(target) as temporary:
+            temporary.write_text(page.document(subject.name, body), encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"{target}: cannot be written ({error.strerror}); name another place with --output") from None
 
 
 def text(value: Any) -> str:

@@ -150,7 +150,7 @@ def _figure(runs: Sequence[ThinkingRun]) -> Figure:
         for colour, (field, title) in enumerate(THOUGHTS.items()):
             ways.append(run.series(field, "" if place else title, colour))
         lengths.append(run.series("response_length", "" if place else "mean response", 0))
-        steps, limits = zip(*((record["step"], record["max_length"]) for record in run.steps), strict=True)
+        steps, limits = ([record[field] for record in run.steps] for field in ("step", "max_length"))
         lengths.append(Series("" if place else "limit", steps, limits, colour=7))
         shares.append(run.series("thought_share", "", 0))
     marks = runs[0].evaluations

@@ -11,9 +11,11 @@ from typing import Any
 
 import pytest
 import yaml
+from rich.console import Console
 
 from mai_thinking.errors import UsageError
 from mai_thinking.report import write_page, write_summary
+from mai_thinking.report.goodput import report as report_goodput
 from mai_thinking.rl.traces import FOLDER, Trace, TraceStore
 from mai_thinking.training.metrics import read_records
 
@@ -277,6 +279,18 @@ def test_a_whole_climb(tmp_path: Path) -> None:
     links = {attributes["href"] for attributes in parsed.all("a")}
     assert links == {f"#{a['id']}" for a in parsed.all("details") if "id" in a} == {"#stage-0", "#stage-1"}
     assert parsed.text.index("run first") < parsed.text.index("run second")
+
+
+def test_a_place_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+    folder = rl_run(tmp_path / "run")
+    (folder / "report").write_text("a file where the page's folder should be")
+    with pytest.raises(UsageError, match=r"cannot be written .*; name another place with --output") as caught:
+        write_page(folder, folder / "report" / "view.html")
+    assert "\n" not in str(caught.value)
+    console = Console(record=True, width=120)
+    report_goodput(folder, console)
+    assert "wall-clock" in console.export_text(clear=False)
+    assert "no timeline:" in console.export_text()
 
 
 def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
