@@ -31,6 +31,9 @@ ADDED = {
     "python scripts/launch.py --nproc 2 scripts/pretrain.py": f"name=two steps=8 {_SOON}",
     "python scripts/pretrain.py configs/nano-maths.yaml": f"steps=4 {_SOON}",
     "python scripts/grpo.py": _CLIMB,
+    "python scripts/pretrain.py configs/nano-worked.yaml": f"steps=4 {_SOON}",
+    "python scripts/pretrain.py configs/nano-think.yaml": f"steps=4 {_QUICK}",
+    "python scripts/grpo.py configs/nano-think-grpo.yaml": _CLIMB,
     "python scripts/launch.py --nproc 2 scripts/grpo.py": f"name=two-climb {_CLIMB}",
     "python scripts/grpo.py objective.entropy_control=fixed name=fixed": _CLIMB,
     "python scripts/self_distill.py": (
