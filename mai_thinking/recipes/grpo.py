@@ -153,7 +153,10 @@ class GrpoRecipe(Recipe):
         return metrics
 
     def report(self, model: MaiThinkingForCausalLM) -> None:
-        """Of a collapsed run the verdict with its evidence, where the next stage looks for it."""
+        """What was left out, for the page of results; of a collapsed run the verdict with its evidence, where the next
+        stage looks for it."""
+        if notes := self.worker.mix.notes:
+            self.context.folder.note(left_out="\n".join(f"- {note}" for note in notes))
         if self.ending is not None and self.ending.exit_code:
             write_verdict(self.context.folder.path, self.detector.verdict)
 

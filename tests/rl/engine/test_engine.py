@@ -173,10 +173,10 @@ def test_weights_are_those_of_the_last_update() -> None:
 
 def test_each_call_may_have_another_temperature() -> None:
     """As an evaluation has between two fillings of the buffer: what comes before and after is not disturbed."""
-    model, wanted = tiny_model(), requests()
+    model, wanted = tiny_model(), requests(groups=2)
     for backend in ("eager", "static"):
         mine = engine(model, backend=backend)
-        for temperature in (None, 0.0, 1.3, None):
+        for temperature in (0.0, 1.3, None):
             own = engine(model, backend=backend, temperature=0.8 if temperature is None else temperature)
             asked = mine.generate(wanted, temperature)
             assert all(
