@@ -23,8 +23,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from mai_thinking.model.configuration import LOCAL, MaiThinkingConfig
 from mai_thinking.model.norm import RMSNorm
 from mai_thinking.model.packed_attention import Documents, packed_attention
-from mai_thinking.model.precision import weight_dtype
-from mai_thinking.model.projection import residual_projection
+from mai_thinking.model.projection import residual_projection, weight_dtype
 
 RotaryTables = tuple[torch.Tensor, torch.Tensor]
 

@@ -137,11 +137,7 @@ def swiglu_backward(
     )
 
 
-@swiglu_backward.register_fake
-def _(
-    d_unweighed_SF: torch.Tensor, gate_up_S2F: torch.Tensor, weight_S: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return torch.empty_like(gate_up_S2F), torch.empty_like(d_unweighed_SF), torch.empty_like(weight_S)
+swiglu_backward.register_fake(lambda d, gate_up, weight: tuple(map(torch.empty_like, (gate_up, d, weight))))
 
 
 @swiglu_backward.register_kernel("cuda")

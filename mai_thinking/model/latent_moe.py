@@ -22,8 +22,7 @@ from transformers.integrations import use_experts_implementation
 from mai_thinking.model.configuration import MaiThinkingConfig
 from mai_thinking.model.experts import eager_experts
 from mai_thinking.model.grouped_experts import Copies
-from mai_thinking.model.precision import weight_dtype
-from mai_thinking.model.projection import residual_projection
+from mai_thinking.model.projection import residual_projection, weight_dtype
 from mai_thinking.model.router_product import router_product
 
 

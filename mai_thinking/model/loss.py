@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from mai_thinking.model.fused import fused
-from mai_thinking.model.precision import HALF
+from mai_thinking.model.projection import HALF
 
 CHUNK_ELEMENTS = {"cpu": 2**21, "cuda": 2**28}
 """Logits held at once. On a CPU they should stay near its caches; on a GPU a chunk should fill the machine."""

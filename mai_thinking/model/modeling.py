@@ -17,7 +17,6 @@ from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_layers import (
     GenericForSequenceClassification,
     GenericForTokenClassification,
@@ -28,14 +27,13 @@ from transformers.utils import can_return_tuple
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from mai_thinking.model.attention import Attention, RotaryTables, rotary_tables
-from mai_thinking.model.configuration import GLOBAL, LOCAL, MaiThinkingConfig
+from mai_thinking.model.configuration import MaiThinkingConfig
 from mai_thinking.model.latent_moe import Experts, LatentMoE, Router, Routing, balance_loss
 from mai_thinking.model.loss import chunked_cross_entropy
+from mai_thinking.model.masks import layer_masks, real_tokens
 from mai_thinking.model.norm import RMSNorm
-from mai_thinking.model.packed_attention import Documents, find_documents
-from mai_thinking.model.packed_flex import packed_block_mask
-from mai_thinking.model.precision import HALF, WIDE, weight_dtype
-from mai_thinking.model.projection import residual_projection
+from mai_thinking.model.packed_attention import Documents
+from mai_thinking.model.projection import HALF, WIDE, residual_projection, weight_dtype
 
 
 class DenseFeedForward(nn.Module):
@@ -218,12 +216,13 @@ class MaiThinkingModel(MaiThinkingPreTrainedModel):
         use_cache = (self.config.use_cache and not self.training) if use_cache is None else use_cache
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
-        packed = position_ids is not None and self.config.document_masking
+        documents = position_ids if self.config.document_masking else None
         if position_ids is None:
             seen = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = (seen + torch.arange(residual_BTD.size(1), device=residual_BTD.device))[None]
-        masks = self._masks(residual_BTD, attention_mask, past_key_values, position_ids if packed else None)
-        token_mask_BT = _token_mask(attention_mask, residual_BTD) if token_mask is None else token_mask
+        half = self.half_precision is not None
+        masks = layer_masks(self.config, residual_BTD, attention_mask, past_key_values, documents, half=half)
+        token_mask_BT = real_tokens(attention_mask, residual_BTD) if token_mask is None else token_mask
         rotary = rotary_tables(position_ids, self.config.head_dim, self.config.rope_theta)
 
         routings: list[Routing] = []
@@ -251,20 +250,6 @@ class MaiThinkingModel(MaiThinkingPreTrainedModel):
             expert_choices=torch.stack(choices) if output_expert_choices and choices else None,
         )
 
-    def _packed_masks(self, inputs_embeds: torch.Tensor, position_ids: torch.Tensor | None) -> dict[str, Any] | None:
-        """For whole rows: what our own attention functions take in a mask's place, if they are to be used."""
-        kind, (rows, length) = self.config._attn_implementation, inputs_embeds.shape[:2]
-        if inputs_embeds.is_cuda and (self.config.head_dim % 8 or not 16 <= self.config.head_dim <= 256):
-            return None  # neither kernel takes such heads
-        if kind == "packed_flex" and (inputs_embeds.is_cuda or not torch.is_grad_enabled()):  # no backward on a CPU
-            positions_1T = torch.arange(length, device=inputs_embeds.device)[None]
-            positions_BT = (positions_1T if position_ids is None else position_ids).expand(rows, -1)
-            windows = {LOCAL: self.config.sliding_window, GLOBAL: None}
-            return {layer: packed_block_mask(positions_BT, window) for layer, window in windows.items()}
-        if kind == "windowed_sdpa" and self.half_precision is not None:
-            return dict.fromkeys((GLOBAL, LOCAL), find_documents(position_ids, rows, length, inputs_embeds.device))
-        return None
-
     @property
     def half_precision(self) -> torch.dtype | None:
         """What the layers compute in, if that is half precision on a GPU: flash attention is to be had, and logits are
@@ -274,30 +259,6 @@ class MaiThinkingModel(MaiThinkingPreTrainedModel):
         dtype = weight_dtype(self.layers[0].attention.q_proj, self.config)  # type: ignore[arg-type, union-attr]
         dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else dtype
         return dtype if dtype in HALF else None
-
-    def _masks(
-        self,
-        inputs_embeds: torch.Tensor,
-        attention_mask: torch.Tensor | dict[str, Any] | None,
-        past_key_values: Cache | None,
-        position_ids: torch.Tensor | None,
-    ) -> dict[str, Any]:
-        """One mask a kind of layer, in the form that the chosen attention function takes."""
-        if isinstance(attention_mask, dict):  # `generate` with a static cache prepares them ahead
-            return attention_mask
-        if attention_mask is None and past_key_values is None:
-            packed = self._packed_masks(inputs_embeds, position_ids)
-            if packed is not None:
-                return packed
-        arguments = {
-            "config": self.config,
-            "inputs_embeds": inputs_embeds,
-            "attention_mask": attention_mask,
-            "past_key_values": past_key_values,
-            "position_ids": position_ids,
-        }
-        make = {GLOBAL: create_causal_mask, LOCAL: create_sliding_window_causal_mask}
-        return {kind: make[kind](**arguments) for kind in set(self.config.layer_types or ())}
 
 
 class MaiThinkingForCausalLM(MaiThinkingPreTrainedModel, GenerationMixin):
@@ -415,10 +376,3 @@ class MaiThinkingForSequenceClassification(_Classifier, GenericForSequenceClassi
 
 class MaiThinkingForTokenClassification(_Classifier, GenericForTokenClassification, MaiThinkingPreTrainedModel):
     """A label for each token."""
-
-
-def _token_mask(attention_mask: Any, x_BTD: torch.Tensor) -> torch.Tensor | None:
-    """Which of the current tokens are real, [B, T] bool; None if all are, or if the mask does not tell."""
-    if not isinstance(attention_mask, torch.Tensor) or attention_mask.dim() != 2:
-        return None
-    return attention_mask[:, -x_BTD.size(1) :].bool()

@@ -75,17 +75,9 @@ def _attend(
     return out, log_sums
 
 
-@_attend.register_fake
-def _(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    offsets: torch.Tensor,
-    longest: torch.Tensor,
-    before: int,
-    scale: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.empty_like(q), q.new_empty(q.size(1), q.size(0), dtype=torch.float32)
+_attend.register_fake(
+    lambda q, *_: (torch.empty_like(q), q.new_empty(q.size(1), q.size(0), dtype=torch.float32)),
+)
 
 
 @torch.library.custom_op("mai_thinking::packed_attention_backward", mutates_args=(), device_types="cuda")
@@ -130,20 +122,9 @@ def _same_bits() -> Iterator[None]:
         settings.fill_uninitialized_memory = fill
 
 
-@_attend_backward.register_fake
-def _(
-    d_out: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    log_sums: torch.Tensor,
-    offsets: torch.Tensor,
-    longest: torch.Tensor,
-    before: int,
-    scale: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+_attend_backward.register_fake(
+    lambda d_out, q, k, v, *_: (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v))
+)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
