@@ -16,7 +16,7 @@ import torch
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
 
 from mai_thinking.bench.learner import BenchLearner, loading
-from mai_thinking.bench.options import Options
+from mai_thinking.bench.machine import Options
 from mai_thinking.bench.profile import gpu_profile_rows
 from mai_thinking.bench.result import Result, Row
 from mai_thinking.bench.timing import Figure

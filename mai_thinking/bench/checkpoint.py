@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from statistics import median
 
-from mai_thinking.bench.options import Options
+from mai_thinking.bench.machine import Options
 from mai_thinking.bench.result import Result, Row
 from mai_thinking.bench.timing import Figure
 from mai_thinking.bench.train import CONFIG

@@ -14,14 +14,12 @@ Rounds = Annotated[int, Field(ge=2, le=10_000)]
 
 BENCHES = {
     "moe": "our experts against the library's: training at 512 and 4,096 tokens, decoding at 1 to 64",
-    "train": "a training step of nano with our experts and with the library's, and where its time goes",
+    "train": "a training step of nano with our experts and with the library's, its wait for data, where its time goes",
     "card": "configs/L12.yaml on one GPU: tokens per second, utilisation and memory, ours and the library's",
-    "load": "what a step of nano waits for its data",
     "rollout": "our engine against `generate`, response lengths as they fall and all equal",
     "grpo": "a whole step of the climb against one of TRL's GRPOTrainer",
     "growth": "tokens per second against experts, context, batch and workers",
     "checkpoint": "what saving costs the loop, asynchronously and synchronously",
-    "recovery": "from a worker's death to the next step, from warm workers and from a cold start",
     "zero-start": "expert load at initialisation, attention's output gains ordinary or zero",
 }
 
@@ -46,8 +44,7 @@ def run(arguments: list[str] | None = None) -> None:
 
 def _measure(what: str, model: Path, rounds: int, *, as_json: bool) -> None:
     # Only now: all of it brings torch.
-    from mai_thinking.bench.machine import Ceiling, describe
-    from mai_thinking.bench.options import Options
+    from mai_thinking.bench.machine import Ceiling, Options, describe
     from mai_thinking.training.allocator import keep_freed_memory
 
     keep_freed_memory()  # as in training; for both sides

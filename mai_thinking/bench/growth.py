@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 
 from mai_thinking.bench.learner import BenchLearner, loading
-from mai_thinking.bench.options import Options
+from mai_thinking.bench.machine import Options
 from mai_thinking.bench.result import Result, Row
 from mai_thinking.bench.timing import Figure, Side, Turn, alternate, rate
 from mai_thinking.bench.train import CONFIG

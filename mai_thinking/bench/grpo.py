@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mai_thinking.bench.options import Options
+from mai_thinking.bench.machine import Options
 from mai_thinking.bench.profile import profile_rows
 from mai_thinking.bench.result import Result, Row
 from mai_thinking.bench.timing import Figure, Turn, ratio

@@ -2,6 +2,7 @@
 
 import os
 import platform
+from dataclasses import dataclass
 from pathlib import Path
 
 import accelerate
@@ -73,3 +74,15 @@ class Ceiling:
     def _copy(self) -> float:
         self._target.copy_(self._source)
         return 2e-9 * self._source.nbytes
+
+
+@dataclass(frozen=True)
+class Options:
+    """What every benchmark is asked with."""
+
+    model: Path
+    """A model folder, for those that start from a trained model."""
+    rounds: int
+    """How often each side has its turn."""
+    ceiling: Ceiling
+    """Sampled before the benchmark starts, and after it; a benchmark may do so too."""

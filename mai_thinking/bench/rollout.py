@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
-from mai_thinking.bench.options import Options
+from mai_thinking.bench.machine import Options
 from mai_thinking.bench.profile import profile_rows
 from mai_thinking.bench.result import Result, Row
 from mai_thinking.bench.timing import Figure, alternate, rate, ratio

@@ -1,13 +1,15 @@
 """A training step of nano with our experts, and with the library's fastest for training in their place."""
 
+import time
+
 from mai_thinking.bench.learner import BenchLearner, loading
-from mai_thinking.bench.options import Options
+from mai_thinking.bench.machine import Options
 from mai_thinking.bench.profile import profile_rows
 from mai_thinking.bench.result import Result, Row
-from mai_thinking.bench.timing import alternate, milliseconds, rate, ratio
+from mai_thinking.bench.timing import Figure, alternate, milliseconds, rate, ratio
 from mai_thinking.config.loading import load_config
 from mai_thinking.config.pretraining import PretrainConfig
-from mai_thinking.data import Batch, prepare
+from mai_thinking.data import Batch, PreparedData, prepare
 
 CONFIG = "configs/nano.yaml"
 SIDES = {"ours": "bucketed_mm", "grouped_mm": "grouped_mm"}
@@ -48,8 +50,26 @@ def compare(config: PretrainConfig, options: Options) -> Result:
         for _ in range(PROFILED_STEPS):
             step("ours")
 
-    notes = [f"shares: operators' own time in {PROFILED_STEPS} of our steps"]
-    return Result("train", [row, *profile_rows(profiled)], notes)
+    notes = [
+        f"waiting: for data, of {options.rounds} steps together; batches are made in a thread beside them",
+        f"shares: operators' own time in {PROFILED_STEPS} of our steps",
+    ]
+    waiting = Row(
+        {"": "ours, with the loader"}, {"waiting": Figure.of([_waiting(learners["ours"], config, data, options)], "%")}
+    )
+    return Result("train", [row, waiting, *profile_rows(profiled)], notes)
+
+
+def _waiting(learner: BenchLearner, config: PretrainConfig, data: PreparedData, options: Options) -> float:
+    """Percent of the time of steps as a run takes them, but for the first three: the thread has to start."""
+    waits, wholes = [], []
+    with loading(config, data) as loader:
+        for _ in range(options.rounds + 3):
+            begin = time.perf_counter()
+            learner.learn(next(loader))
+            wholes.append(time.perf_counter() - begin)
+            waits.append(loader.wait_seconds)
+    return 100.0 * sum(waits[3:]) / sum(wholes[3:])
 
 
 def _with_experts(config: PretrainConfig, experts: str) -> PretrainConfig:

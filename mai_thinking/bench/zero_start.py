@@ -3,7 +3,7 @@
 import torch
 
 from mai_thinking.bench.learner import loading
-from mai_thinking.bench.options import Options
+from mai_thinking.bench.machine import Options
 from mai_thinking.bench.result import Result, Row
 from mai_thinking.bench.timing import Figure
 from mai_thinking.bench.train import CONFIG
