@@ -27,7 +27,7 @@ from mai_thinking.rl.policy_model import check_lengths, describe, make_engine, p
 from mai_thinking.rl.problem_filter import FilterCounts
 from mai_thinking.rl.rollout_worker import Responder, RolloutWorker
 from mai_thinking.rl.task_sources import check_same_tasks, source_of, task_contents
-from mai_thinking.rl.tasks import TaskMix
+from mai_thinking.rl.tasks import TaskSampler
 from mai_thinking.rl.template import Template
 from mai_thinking.rl.traces import FOLDER, TraceStore
 from mai_thinking.training.context import RunContext
@@ -63,7 +63,7 @@ class GrpoRecipe(Recipe):
         if config.groups_per_step % ranks:
             raise UsageError(f"groups_per_step: {config.groups_per_step} groups cannot be divided over {ranks} ranks")
         self.groups_per_step = config.groups_per_step // ranks
-        mix = TaskMix(config.tasks, config.seed)
+        mix = TaskSampler(config.tasks, config.seed)
         self.data = [source_of(task) for task in config.tasks]
         self.task_contents = task_contents(config.tasks)
         self.architecture = policy_config(config)

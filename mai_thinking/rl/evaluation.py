@@ -17,7 +17,7 @@ import torch.distributed as dist
 from mai_thinking.config.grpo import ClimbEvaluationSection
 from mai_thinking.rl.rollout import Rollout
 from mai_thinking.rl.rollout_worker import Responder
-from mai_thinking.rl.tasks import Grade, Problem, TaskMix
+from mai_thinking.rl.tasks import Grade, Problem, TaskSampler
 from mai_thinking.training.context import RunContext
 from mai_thinking.training.metrics import MetricsLog
 
@@ -33,7 +33,7 @@ FORCED = ("emptied", "other_thought", "half_thought")
 class HeldOut:
     """The held-out problems of a run's tasks. Each rank answers its share."""
 
-    def __init__(self, mix: TaskMix, section: ClimbEvaluationSection, *, rank: int, ranks: int) -> None:
+    def __init__(self, mix: TaskSampler, section: ClimbEvaluationSection, *, rank: int, ranks: int) -> None:
         self.section, self.rank, self.ranks = section, rank, ranks
         self.problems: dict[str, list[Problem]] = {
             family: mix.held_out(family, section.problems) for family in mix.families

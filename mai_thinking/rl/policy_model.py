@@ -12,7 +12,7 @@ from mai_thinking.model import MaiThinkingConfig, MaiThinkingForCausalLM
 from mai_thinking.provenance.lineage import Lineage, require_own
 from mai_thinking.rl.engine import BatchedEngine
 from mai_thinking.rl.length_curriculum import LengthCurriculum
-from mai_thinking.rl.tasks import Problem, TaskMix
+from mai_thinking.rl.tasks import Problem, TaskSampler
 from mai_thinking.rl.template import Template
 from mai_thinking.training.context import RunContext
 from mai_thinking.training.model_files import load_model, load_model_config
@@ -59,7 +59,7 @@ def make_engine(
     )
 
 
-def check_lengths(config: GrpoConfig, mix: TaskMix) -> None:
+def check_lengths(config: GrpoConfig, mix: TaskSampler) -> None:
     """Let `mix` pass over problems whose prompts leave no room in a row for a response of the last stage, and note how
     many there are. UsageError if that is every problem of a task, or by `packing.long_prompts`."""
     encoder, template = Encoder(load_tokenizer(config.init_from)), Template(config.template)
@@ -92,7 +92,7 @@ def check_lengths(config: GrpoConfig, mix: TaskMix) -> None:
 def describe(config: GrpoConfig) -> str:
     """What `--dry-run` prints. Token counts are upper bounds: responses as long as the curriculum lets them be."""
     architecture = policy_config(config)
-    mix = TaskMix(config.tasks, config.seed)
+    mix = TaskSampler(config.tasks, config.seed)
     check_lengths(config, mix)
     total, active = architecture.parameter_counts()
     group = config.sampling.full_size

@@ -18,7 +18,7 @@ from mai_thinking.rl.objective import group_advantages
 from mai_thinking.rl.problem_filter import FilterCounts, ProblemFilter
 from mai_thinking.rl.rewards import reward_group
 from mai_thinking.rl.rollout import Group, Rollout, Verdict
-from mai_thinking.rl.tasks import Grade, Problem, TaskMix
+from mai_thinking.rl.tasks import Grade, Problem, TaskSampler
 from mai_thinking.rl.template import Template
 from mai_thinking.rl.traces import TraceStore, trace_rows
 
@@ -75,7 +75,7 @@ class RolloutWorker:
     from the same weights gives the same groups."""
 
     def __init__(
-        self, config: GrpoConfig, mix: TaskMix, responder: Responder, traces: TraceStore, *, rank: int, ranks: int
+        self, config: GrpoConfig, mix: TaskSampler, responder: Responder, traces: TraceStore, *, rank: int, ranks: int
     ) -> None:
         self.config, self.mix, self.responder, self.traces = config, mix, responder, traces
         self.filter = ProblemFilter(config.sampling)

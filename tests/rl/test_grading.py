@@ -17,7 +17,7 @@ import pytest
 from mai_thinking.config.tasks import FAMILIES, GradingSection, TaskSection
 from mai_thinking.errors import UsageError
 from mai_thinking.rl.grading import GradingPool
-from mai_thinking.rl.tasks import Grade, Problem, TaskMix
+from mai_thinking.rl.tasks import Grade, Problem, TaskSampler
 
 SUM = TaskSection(name="sum", kind="sum")
 RIGHT = Problem("sum", "", "What is 7 + 5?", "12", 0)
@@ -76,7 +76,7 @@ def scores(grades: list[Grade]) -> list[float]:
 
 
 def test_grades_come_in_order(pool: GradingPool) -> None:
-    problems = [TaskMix([SUM], 0).problem("train", n) for n in range(300)]
+    problems = [TaskSampler([SUM], 0).problem("train", n) for n in range(300)]
     answers = [p.answer if n % 3 == 0 else None if n % 3 == 1 else f"{p.answer}0" for n, p in enumerate(problems)]
     expected = [float(n % 3 == 0) for n in range(300)]
     assert scores(pool.grade(list(zip(problems, answers, strict=True)))) == expected
@@ -232,7 +232,7 @@ def test_ten_thousand_hostile_strings(tmp_path: Path) -> None:
     qa = tmp_path / "qa.jsonl"
     qa.write_text("\n".join(f'{{"question": "How many, {n}?", "answer": "so #### {n * 37:,}"}}' for n in range(100)))
     sections = [TaskSection(name=family, kind=family) for family in FAMILIES]
-    mix = TaskMix([*sections, TaskSection(name="qa", kind="jsonl", path=str(qa), weight=7)], seed=0)
+    mix = TaskSampler([*sections, TaskSection(name="qa", kind="jsonl", path=str(qa), weight=7)], seed=0)
     rng, items = random.Random(20), []
     for n in range(10_000):
         problem = mix.problem("train", n)

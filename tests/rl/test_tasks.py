@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from mai_thinking.config.tasks import FAMILIES, LISTS, TaskSection
 from mai_thinking.errors import UsageError
-from mai_thinking.rl.tasks import Problem, TaskMix, make_task, split_of
+from mai_thinking.rl.tasks import Problem, TaskSampler, make_task, split_of
 from mai_thinking.rl.tasks import procedural as procedural_module
 
 GSM8K = Path(__file__).parents[3] / "shared" / "data" / "gsm8k_train.jsonl"
@@ -72,7 +72,7 @@ def test_the_splits_are_disjoint_whatever_the_seed_and_the_options() -> None:
     for seed, digits, kind in product((0, 1), ((1, 1), (1, 2), (2, 2)), FAMILIES):
         length = (3, 4) if kind in LISTS else None
         for name in (f"one-{seed}", "other"):
-            mix = TaskMix([task_section(kind, name=name, digits=digits, length=length)], seed)
+            mix = TaskSampler([task_section(kind, name=name, digits=digits, length=length)], seed)
             for split in texts:
                 texts[split] |= {mix.problem(split, n).question for n in range(60)}  # type: ignore[arg-type]
     assert min(map(len, texts.values())) > 500
@@ -89,31 +89,31 @@ def test_about_a_seventh_of_the_questions_is_held_out() -> None:
 def test_an_empty_split_names_the_fix(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(procedural_module, "split_of", lambda question: "train")
     with pytest.raises(UsageError, match=r"no held-out question .* raise `digits`$"):
-        TaskMix([task_section()], seed=0)
+        TaskSampler([task_section()], seed=0)
     path = tmp_path / "one.jsonl"
     path.write_text(json.dumps({"question": "Why?", "answer": "7"}))
     with pytest.raises(UsageError, match=r"no (train|held-out) question: .* add questions"):
-        TaskMix([task_section("jsonl", path=str(path))], seed=0)
+        TaskSampler([task_section("jsonl", path=str(path))], seed=0)
 
 
 def test_problem_n_is_a_function_of_seed_split_and_n() -> None:
     sections = [task_section("sum", weight=3), task_section("largest")]
-    mix, other = TaskMix(sections, seed=1), TaskMix(sections, seed=2)
+    mix, other = TaskSampler(sections, seed=1), TaskSampler(sections, seed=2)
     forwards = [mix.problem("train", n) for n in range(400)]
-    assert [TaskMix(sections, seed=1).problem("train", n) for n in reversed(range(400))] == forwards[::-1]
+    assert [TaskSampler(sections, seed=1).problem("train", n) for n in reversed(range(400))] == forwards[::-1]
     assert [other.problem("train", n) for n in range(400)] != forwards
     assert 260 < sum(problem.task == "sum" for problem in forwards) < 340, "weights 3 and 1"
 
 
 def test_held_out_problems_are_distinct_and_as_many_as_there_are() -> None:
-    mix = TaskMix([task_section("sum", digits=(1, 1))], seed=0)
+    mix = TaskSampler([task_section("sum", digits=(1, 1))], seed=0)
     every = {f"What is {a} + {b}?" for a in range(10) for b in range(10)}
     there_are = {question for question in every if split_of(question) == "held_out"}
     assert len(there_are) > 3
     found = mix.held_out("sum", 1000)
     assert {problem.question for problem in found} == there_are
     assert len(found) == len(there_are)
-    assert TaskMix([task_section("sum", digits=(1, 1))], seed=9).held_out("sum", 3) == found[:3]
+    assert TaskSampler([task_section("sum", digits=(1, 1))], seed=9).held_out("sum", 3) == found[:3]
 
 
 @pytest.mark.parametrize(
@@ -180,9 +180,9 @@ def test_a_wrong_section_is_refused(fields: dict[str, Any], message: str) -> Non
 def test_a_wrong_mix_is_refused() -> None:
     for sections, message in (([], "no task"), ([task_section(), task_section()], "two tasks are called 'sum'")):
         with pytest.raises(UsageError, match=message):
-            TaskMix(sections, seed=0)
+            TaskSampler(sections, seed=0)
     with pytest.raises(UsageError, match="did you mean 'sum'"):
-        TaskMix([task_section()], seed=0).task("sun")
+        TaskSampler([task_section()], seed=0).task("sun")
 
 
 def write(path: Path, answers: list[str]) -> Path:
@@ -249,9 +249,9 @@ def test_what_is_left_out_is_told(tmp_path: Path) -> None:
     again = [{"q": "Question  3? ", "a": "0.5"}, {"q": "Question 4?", "a": "5"}, {"q": "QUESTION 4?", "a": "5"}]
     path = tmp_path / "qa.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)))
-    assert TaskMix([jsonl_section(path)], seed=0).notes == []
+    assert TaskSampler([jsonl_section(path)], seed=0).notes == []
     path.write_text("\n".join(map(json.dumps, rows + again)))
-    mix = TaskMix([jsonl_section(path)], seed=0)
+    mix = TaskSampler([jsonl_section(path)], seed=0)
     (note,) = mix.notes
     assert note.startswith("qa.jsonl: 2 lines repeat a question, 1 with another answer (line 62 against line 5); ")
     assert len(questions_of(mix.task("jsonl"))) == 61, "questions that differ in case are two"

@@ -30,7 +30,7 @@ from mai_thinking.rl.policy_loss import PolicyLoss
 from mai_thinking.rl.policy_model import check_lengths
 from mai_thinking.rl.rollout import Group, Rollout, Verdict
 from mai_thinking.rl.rollout_worker import Responder, RolloutWorker
-from mai_thinking.rl.tasks import Grade, TaskMix
+from mai_thinking.rl.tasks import Grade, TaskSampler
 from mai_thinking.rl.traces import FOLDER, TraceStore
 from mai_thinking.training.checkpoint import CheckpointReader
 from mai_thinking.training.metrics import read_records
@@ -328,7 +328,7 @@ def test_prompts_too_long_for_a_row_are_found_at_the_start(make: Make, tmp_path:
     (tmp_path / "q.jsonl").write_text("\n".join(lines))
     tasks = f"tasks=[{{name: mine, kind: jsonl, path: {tmp_path / 'q.jsonl'}}}]"
     config = make(tmp_path / "run", tasks)
-    mix = TaskMix(config.tasks, seed=0)
+    mix = TaskSampler(config.tasks, seed=0)
     check_lengths(config, mix)
     (note,) = mix.notes
     assert note.startswith("20 of 80 prompts of task 'mine' leave no room in packing.row_length 96")
@@ -336,7 +336,7 @@ def test_prompts_too_long_for_a_row_are_found_at_the_start(make: Make, tmp_path:
     drawn = [mix.problem("train", n) for n in range(300)] + mix.held_out("mine", 99)
     assert len(drawn) > 300
     assert not any("and and" in problem.question for problem in drawn)
-    untouched = TaskMix(config.tasks, seed=0)
+    untouched = TaskSampler(config.tasks, seed=0)
     assert any("and and" in untouched.problem("train", n).question for n in range(300))
     fitting = [n for n in range(300) if "and and" not in untouched.problem("train", n).question]
     assert all(mix.problem("train", n) == untouched.problem("train", n) for n in fitting)

@@ -2,6 +2,6 @@
 
 from mai_thinking.data.questions import Split, split_of
 from mai_thinking.rl.tasks.base import WRONG, Grade, Problem, Task
-from mai_thinking.rl.tasks.mix import TaskMix, make_task
+from mai_thinking.rl.tasks.sampler import TaskSampler, make_task
 
-__all__ = ["WRONG", "Grade", "Problem", "Split", "Task", "TaskMix", "make_task", "split_of"]
+__all__ = ["WRONG", "Grade", "Problem", "Split", "Task", "TaskSampler", "make_task", "split_of"]

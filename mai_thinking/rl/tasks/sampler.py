@@ -27,7 +27,7 @@ def make_task(section: TaskSection) -> Task:
     return JsonlTask(section) if section.kind == "jsonl" else ProceduralTask(section)
 
 
-class TaskMix:
+class TaskSampler:
     """Draws problems from several tasks by weight."""
 
     def __init__(self, sections: Sequence[TaskSection], seed: int) -> None:
