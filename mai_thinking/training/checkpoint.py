@@ -76,8 +76,6 @@ class Checkpointer:
         self.section = section
         distributed = dist.is_initialized()
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
-        self.events: list[str] = []
-        """What `load_latest` found out of order, a line each; rank 0 has printed them on stderr."""
         self.loaded_world: int | None = None
         """The number of ranks that saved what `load_latest` loaded."""
         self.last_saved: int | None = None
@@ -244,7 +242,6 @@ class Checkpointer:
             )
 
     def _report(self, lines: list[str]) -> None:
-        self.events.extend(lines)
         if self.rank == 0:
             for line in lines:
                 print(f"checkpoint: {line}", file=sys.stderr, flush=True)
@@ -265,10 +262,6 @@ class CheckpointReader:
         self.path = Path(path)
         self._tensors = HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
         self._documents: dict[int, dict[str, Any]] = {}
-
-    def names(self) -> list[str]:
-        """The names of the shared states."""
-        return sorted(self._document(0)["shared"])
 
     def read(self, name: str, *, like: Any = None, of_rank: int | None = None) -> Any:
         """The tree saved under `name`, or the one that `of_rank` saved as its own.

@@ -41,10 +41,6 @@ class MetricsLog:
             self._recorded[_identity(record)] = record
         self._descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
 
-    def recorded(self, step: int, kind: str = "step") -> Record | None:
-        """What the file holds of `step`, if anything."""
-        return self._recorded.get((kind, step))
-
     def append(self, record: Record, *, exact: tuple[str, ...] = ("loss", "grad_norm")) -> bool:
         """Write `record`, or, if its step is there already, compare the fields named in `exact` and write nothing.
 

@@ -145,7 +145,6 @@ def test_no_pickle_on_disk(tmp_path):
     names = {path.name for path in (tmp_path / "step-00000001").iterdir()}
     assert names == {"manifest.json", "rank-00000.json", "rank-00000.safetensors"}
     reader = CheckpointReader(tmp_path / "step-00000001")
-    assert set(reader.names()) == {"model", "optimizer", "loader"}
     assert torch.equal(reader.read("model")["inner.weight"], run.model.inner.weight)
 
 
@@ -179,8 +178,9 @@ def test_damaged_newest_is_reported_and_the_one_before_used(tmp_path, capsys, na
     if name == "manifest.json" and damage is damage_bit:
         pytest.skip("a flipped bit in the manifest's closing brackets: covered by the other cases")
     assert again.resume(recovering) == 2
-    assert "step-00000003: damaged" in capsys.readouterr().err
-    assert len(recovering.events) == 1
+    told = capsys.readouterr().err
+    assert "step-00000003: damaged" in told
+    assert told.count("checkpoint: ") == 1
     again.steps(1)
     recovering.save(3, again.state())  # the same step again takes the damaged one's place
     recovering.close()
