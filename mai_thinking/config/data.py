@@ -51,7 +51,7 @@ class SourceSection(Section):
     """An SPDX expression, or words."""
     provenance: Provenance
     """Who wrote the text. `third-party-model` is always refused, `own-model` in pre-training."""
-    weight: float = Field(gt=0)
+    weight: float = Field(ge=1e-6, le=1e6)
     """Share of the training tokens, relative to the other sources' weights."""
     text_field: str = "text"
     """The field or column that holds a document's text (JSONL, Parquet, Hub)."""
