@@ -1,4 +1,4 @@
-"""When a climb is taken for collapsed."""
+"""When a run is taken for collapsed."""
 
 from pydantic import Field
 
@@ -18,4 +18,5 @@ class CollapseSection(Section):
     warmup: int = Field(5, ge=3)
     """Readings of a sign before it is judged."""
     threshold: float = Field(6.0, gt=0)
-    """Excess, in spreads of the history and summed over readings, with which a sign raises its alarm."""
+    """Excess, summed over readings, with which a sign raises its alarm, and with which harm in a sign's company is a
+    collapse. Lower is earlier, and oftener wrong."""

@@ -183,11 +183,11 @@ class GrpoRecipe(Recipe):
         sums = {name: round(value) for name, value in self.context.sum(mine).items()}
         missing, counts = sums.pop("missing"), FilterCounts(**sums)
         # A rank gives up because all is too easy, or too hard; what all of them drew tells which.
-        if missing and counts.early_too_easy + counts.too_easy >= 9 * (counts.early_too_hard + counts.too_hard):
-            self.ending = Ending(f"after step {done} hardly a problem is left to learn from: the tasks are solved")
-        elif missing:
+        if missing and self.detector.harder(counts):
             self.detector.starve(done, counts)
             self._end_if_collapsed()
+        elif missing:
+            self.ending = Ending(f"after step {done} hardly a problem is left to learn from: the tasks are solved")
         return {"groups_stale": stale, **counts.metrics()}, counts
 
     def _end_if_collapsed(self) -> None:

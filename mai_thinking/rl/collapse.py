@@ -1,21 +1,25 @@
-"""Has the climb collapsed? Its signs, each against the run's own history (MAI-Thinking-1 report §3.1.4).
+"""Has the run collapsed? Its signs, each against the run's own history (MAI-Thinking-1 report §3.1.4).
 
 The report recovers from a collapse by self-distillation and not by rolling back, because "the damage is older than the
 visible drop". So two questions are asked after every step: has it collapsed, and since when?
 
-A *sign* is a number of the step record. Its reading x is compared with the median m of the readings before it, in
-spreads s: their median absolute deviation, made comparable to a standard deviation, and never less than the smallest
-change that would matter. The excesses are summed by Page's rule (CUSUM, 1954):
+*Harm* is that fewer problems are solved than at the best: x is the share solved of all problems drawn to fill the
+buffer, m the best level so far (a mean over some fillings, less its standard error). The sum (CUSUM, Page 1954) of the
+log-likelihood ratio of a loss δ against none finds a sudden fall and slow rot alike, as fast as the noise σ allows:
 
-    z = ±(x − m)/s        S ← clip(S + min(z, 6) − 1, 0, 2·threshold)        alarm: S ≥ threshold
+    S ← max(S + δ/σ² · (m − x − δ/2), 0)        δ = 0.4 of what was gained, or 0.2 of m        σ² = m(1 − m)/problems
 
-so that one wild reading is no alarm, a lasting change is, and a sign's change began after S was 0 for the last time.
-A change that lasts half a window becomes what is usual, and the alarm ends: entropy may go where the climb takes it.
+Problems that nobody can solve, and easy ones that drop out, change nothing in it. *Signs* of other kinds (entropy, the
+gradient's norm, mismatch, repetition) are compared with the median m of their last readings, in spreads s, their median
+absolute deviation made comparable to a standard deviation and never less than the smallest change that would matter:
 
-The verdict is *collapsed* when a sign of harm (fewer problems solved, or within reach at all) and a sign of another
-kind raise their alarms within a window of steps, or one of harm alone comes to 2·threshold; and *starved* when the
-engine's newest weights find next to no problem to learn from where the run's earlier ones did: then no further step
-would ever come.
+    z = ±(x − m)/s        S ← max(S + min(z, 6) − 1, 0)        alarm: S ≥ threshold
+
+so that one wild reading is no alarm and a lasting change is, until half a window has made it usual: entropy may go
+where the climb takes it. A sign alone is no collapse; in company of one, less harm is enough for the verdict.
+
+The verdict is *starved* when the engine's newest weights find next to no problem to learn from where earlier ones did,
+and more of them have become too hard than too easy: then no further step would ever come.
 """
 
 import json
@@ -34,6 +38,16 @@ from mai_thinking.config.storage import atomic_file
 from mai_thinking.rl.problem_filter import FilterCounts
 
 _LARGEST_EXCESS, _DRIFT = 6.0, 1.0
+_LEVEL_PROBLEMS = 400
+"""Over so many a level of the share solved is a mean: few enough to follow a climb."""
+_CAUTION = 1.0
+"""Standard errors below its estimate at which a level counts."""
+_LOST_OF_GAIN, _LOST_OF_LEVEL = 0.4, 0.2
+_LEAST_VARIANCE = 0.02
+"""Of one problem: where next to none or all are solved, m(1 − m) is known too badly."""
+_NATS, _ALONE = 1.4, 1.25
+"""What counts one in the score of harm, and how many times the threshold harm needs without a sign's company: at the
+default 8.4 and 10.5 nats, odds of 4,000 and 36,000 to 1."""
 _GRAM, _SHORTEST_LOOP = 4, 16
 _STARVED_LOG_ODDS = math.log(1e9)
 
@@ -43,31 +57,21 @@ class _Kind:
     """What is looked at for a sign."""
 
     field: str
-    """Of the record that `_with_shares` makes."""
+    """Of the step record."""
     worse: int
     """+1 where more is worse, −1 where less is."""
     least_spread: float
-    """s is never less: in natural logarithms where `logarithmic`; as a part of what is usual for a sign of harm."""
-    logarithmic: bool = False
-    share_of: str = "step"
-    """The field that says of how many problems a sign of harm is a share."""
-    harm: bool = False
-    """Whether it is itself what a climb is for, and so must be among the alarms."""
+    """s is never less: in natural logarithms where `logarithmic`."""
+    logarithmic: bool = True
 
 
 SIGNS = {
-    "solved": _Kind("solved", -1, 0.25, share_of="problems", harm=True),
-    "within_reach": _Kind("within_reach", -1, 0.25, share_of="unsolved", harm=True),
-    "entropy_low": _Kind("entropy", -1, 0.25, logarithmic=True),
-    "entropy_high": _Kind("entropy", +1, 0.25, logarithmic=True),
-    "grad_norm": _Kind("grad_norm", +1, 0.4, logarithmic=True),
-    "mismatch": _Kind("mismatch", +1, 0.7, logarithmic=True),
-    "repetition": _Kind("repetition", +1, 0.05),
+    "entropy_low": _Kind("entropy", -1, 0.25),
+    "entropy_high": _Kind("entropy", +1, 0.25),
+    "grad_norm": _Kind("grad_norm", +1, 0.4),
+    "mismatch": _Kind("mismatch", +1, 0.7),
+    "repetition": _Kind("repetition", +1, 0.05, logarithmic=False),
 }
-"""`solved` and `within_reach` are shares of the problems drawn to fill a buffer, dropped ones included: what is learned
-from is chosen by its pass rate, which therefore falls as easy problems drop out. Solved: of all problems, where too
-easy ones count whole and kept ones by their pass rate. Within reach: of those not too easy, the kept ones. That falls
-too when a policy narrows until it solves a problem always or never, while the share solved stays what it was."""
 
 
 COLLAPSE = "collapse.json"
@@ -118,141 +122,196 @@ class CollapseDetector:
         self.section = section
         self.verdict: Verdict | None = None
         """Once there is one, it stays."""
+        self._solved = _Solved(section)
         self._signs = {name: _Sign(kind, section) for name, kind in SIGNS.items()}
-        self._fillings: deque[tuple[int, int]] = deque(maxlen=section.window)
+        self._fillings: deque[tuple[int, int, int]] = deque(maxlen=section.window)
+        """Problems drawn, kept and too hard."""
 
     def update(self, record: Mapping[str, Any]) -> Verdict | None:
         """Take in the record of the step just done; the verdict, if that is what it comes to."""
-        record = _with_shares(record)
-        if drawn := record.get("unsolved"):
-            self._fillings.append((drawn, record["groups_kept"]))
-        for sign in self._signs.values():
-            if (value := record.get(sign.kind.field)) is not None:
-                sign.take(record["step"], float(value), record[sign.kind.share_of])
-        harms = [sign.score for sign in self._signs.values() if sign.kind.harm]
-        alarms, last_good = self._alarms(record["step"])
-        company = any(not SIGNS[name].harm for name in alarms)
-        if self.verdict is None and max(harms) >= self.section.threshold * (1 if company else 2):
-            self.verdict = Verdict(record["step"], last_good, "collapsed", alarms)
+        step = record["step"]
+        for name, sign in self._signs.items():
+            if (value := record.get(SIGNS[name].field)) is not None:
+                sign.take(step, float(value))
+        if "groups_kept" in record:
+            kept = record["groups_kept"]
+            hard, easy = (
+                record[f"groups_dropped/early_too_{how}"] + record[f"groups_dropped/too_{how}"]
+                for how in ("hard", "easy")
+            )
+            if drawn := kept + hard + easy:
+                self._fillings.append((drawn, kept, hard))
+                self._solved.take(step, (easy + kept * record["pass_rate"]) / drawn, drawn)
+        signs = self._alarms(step)
+        needed = self.section.threshold * (1 if signs else _ALONE)
+        if self.verdict is None and self._solved.score >= needed:
+            evidence = {"solved": self._solved.evidence} | signs
+            self.verdict = Verdict(step, _last_good(evidence, step), "collapsed", evidence)
         return self.verdict
 
-    def _alarms(self, step: int) -> tuple[dict[str, Any], int]:
-        """The evidence of the signs that have alarmed in the last `window` steps, and the last step before all that."""
-        recent = {name: sign.alarm for name, sign in self._signs.items() if sign.alarmed_since(step)}
-        return recent, min((alarm["last_good_step"] for alarm in recent.values()), default=step)
+    def _alarms(self, step: int) -> dict[str, Any]:
+        """The evidence of the signs that have alarmed in the last `window` steps."""
+        recent = {name: sign.evidence for name, sign in self._signs.items() if sign.evidence}
+        return {name: found for name, found in recent.items() if found["step"] > step - self.section.window}
 
     def hopeless(self, counts: FilterCounts) -> bool:
-        """Whether filling the buffer had better be given up: of the problems drawn for it so far and not too easy, less
-        than a fifth of the usual share is within reach, and if nothing had changed that would be less likely than 1 in
-        10⁹ (by the likelihood ratio of two coins against one). Never in the first filling, before which nothing is
-        usual."""
-        drawn, reached = _unsolved(counts)
-        before, reached_before = self._drawn_before()
+        """Whether filling the buffer had better be given up: of the problems drawn for it so far less than a fifth of
+        the usual share is within reach, more of the others became too hard than too easy, and if nothing had changed
+        that would be less likely than 1 in 10⁹ (by the likelihood ratio of two coins against one). Never in the first
+        filling, before which nothing is usual."""
+        drawn, kept, _ = _drawn(counts)
+        before, kept_before, _ = self._drawn_before()
         if not drawn or not before:
             return False
-        one = (reached + reached_before) / (drawn + before)
-        surprise = drawn * _divergence(reached / drawn, one) + before * _divergence(reached_before / before, one)
-        return reached / drawn < reached_before / before / 5 and surprise > _STARVED_LOG_ODDS
+        one = (kept + kept_before) / (drawn + before)
+        surprise = drawn * _divergence(kept / drawn, one) + before * _divergence(kept_before / before, one)
+        return kept / drawn < kept_before / before / 5 and surprise > _STARVED_LOG_ODDS and self.harder(counts)
+
+    def harder(self, counts: FilterCounts) -> bool:
+        """Whether of the problems that are no longer within reach more became too hard than too easy."""
+        drawn, kept, hard = _drawn(counts)
+        before, kept_before, hard_before = self._drawn_before()
+        return (
+            bool(drawn and before) and hard / drawn - hard_before / before > (kept_before / before - kept / drawn) / 2
+        )
 
     def starve(self, step: int, counts: FilterCounts) -> Verdict:
         """The verdict after `step`, when a buffer could not be filled, from the counts of all ranks."""
-        reach = self._signs["within_reach"]
-        drawn, reached = _unsolved(counts)
-        before, reached_before = self._drawn_before()
-        found = {
-            "value": reached / drawn,
-            "usual": reached_before / max(1, before),
-            "drawn": drawn,
-            "drawn_before": before,
-            "since": step + 1,
-        }
-        alarms, last_good = self._alarms(step)
+        drawn, kept, _ = _drawn(counts)
+        before, kept_before, _ = self._drawn_before()
         # The engine's weights of the last filling could still find problems.
-        self.verdict = Verdict(step, min(reach.last_step - 1, last_good), "starved", alarms | {"within_reach": found})
+        found = {
+            "value": kept / max(1, drawn), "usual": kept_before / max(1, before),
+            "drawn": drawn, "drawn_before": before,
+            "since": step + 1, "last_good_step": self._solved.last_step - 1,
+        }  # fmt: skip
+        evidence = self._alarms(step) | {"within_reach": found}
+        if self._solved.score >= self.section.threshold:
+            evidence["solved"] = self._solved.evidence
+        self.verdict = Verdict(step, _last_good(evidence, step), "starved", evidence)
         return self.verdict
 
-    def _drawn_before(self) -> tuple[int, int]:
-        """`_unsolved` of the last `window` fillings."""
-        return sum(drawn for drawn, _ in self._fillings), sum(reached for _, reached in self._fillings)
+    def _drawn_before(self) -> tuple[int, int, int]:
+        """`_drawn` of the last `window` fillings."""
+        drawn, kept, hard = (sum(filling[column] for filling in self._fillings) for column in range(3))
+        return drawn, kept, hard
 
     def state_dict(self) -> dict[str, Any]:
         """JSON values."""
         return {
+            "solved": self._solved.state_dict(),
             "signs": {name: sign.state_dict() for name, sign in self._signs.items()},
-            "fillings": [list(pair) for pair in self._fillings],
+            "fillings": [list(filling) for filling in self._fillings],
             "verdict": asdict(self.verdict) if self.verdict else None,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from `state_dict()`."""
+        """Go on from `state_dict()`. A state from before the share solved had one of its own is left: history begins
+        anew."""
+        if "solved" not in state:
+            return
+        self._solved.load_state_dict(state["solved"])
         for name, sign in self._signs.items():
             sign.load_state_dict(state["signs"][name])
-        self._fillings = deque(((drawn, reached) for drawn, reached in state["fillings"]), maxlen=self.section.window)
+        self._fillings.extend((drawn, kept, hard) for drawn, kept, hard in state["fillings"])
         self.verdict = Verdict(**state["verdict"]) if state["verdict"] else None
 
 
-class _Sign:
-    """One sign's history and its sum of excesses."""
+def _last_good(evidence: Mapping[str, Any], step: int) -> int:
+    """The last step before all that."""
+    return min((found["last_good_step"] for found in evidence.values()), default=step)
 
-    def __init__(self, kind: _Kind, section: CollapseSection) -> None:
-        self.kind, self.section = kind, section
+
+class _Sum:
+    """A sum of excesses, 0 while all is usual."""
+
+    def __init__(self, section: CollapseSection, window: int) -> None:
+        self.section = section
         self.score = 0.0
         self.last_step = 0
         """Of the last reading."""
         self.last_good_step = 0
         """The step whose weights gave the last reading with a score of 0: a record's numbers are of the weights before
         its step."""
-        self.alarm: dict[str, Any] = {}
-        """Evidence of the last alarm, where the score was highest."""
+        self.evidence: dict[str, Any] = {}
+        """Of the last time that the score came to the threshold, where it was highest."""
         self._since = 0
-        self._history: deque[float] = deque(maxlen=section.window)
+        self._history: deque[Any] = deque(maxlen=window)
 
-    def take(self, step: int, value: float, problems: int) -> None:
-        """Take in a reading, of so many problems if it is a share of them."""
+    def _add(self, step: int, excess: float, found: dict[str, float]) -> None:
+        was = self.score
+        self.score = min(max(was + excess, 0.0), 2 * _ALONE * self.section.threshold)
+        if was == 0.0 < self.score:
+            self._since = step
+        if self.score >= self.section.threshold:
+            if self.evidence.get("since") != self._since or self.score > self.evidence["score"]:
+                since = {"since": self._since, "last_good_step": self.last_good_step}
+                self.evidence = {**found, "score": self.score, **since}
+            self.evidence["step"] = step
+
+    def _done(self, step: int, reading: Any) -> None:
+        if self.score == 0.0:
+            self.last_good_step = step - 1
+        self.last_step = step
+        self._history.append(reading)
+
+    def state_dict(self) -> dict[str, Any]:
+        plain = {name: value for name, value in vars(self).items() if name not in ("section", "kind", "_history")}
+        return plain | {"evidence": dict(self.evidence), "_history": list(self._history)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        history = deque(state["_history"], maxlen=self._history.maxlen)
+        vars(self).update({**state, "evidence": dict(state["evidence"]), "_history": history})
+
+
+class _Sign(_Sum):
+    """How far one number of the step record is from its usual value."""
+
+    def __init__(self, kind: _Kind, section: CollapseSection) -> None:
+        super().__init__(section, section.window)
+        self.kind = kind
+
+    def take(self, step: int, value: float) -> None:
+        """Take in a reading."""
         x = math.log(max(value, 1e-9)) if self.kind.logarithmic else value
         if len(self._history) >= self.section.warmup:
             median = statistics.median(self._history)
             deviation = 1.4826 * statistics.median(abs(old - median) for old in self._history)
-            least = self.kind.least_spread
-            if self.kind.harm:  # a quarter of the usual share, or what chance does to a share of so few problems
-                least = max(least * median, math.sqrt(median * (1 - median) / problems), 1e-9)
-            spread = max(least, deviation)
+            spread = max(self.kind.least_spread, deviation)
+            usual = math.exp(median) if self.kind.logarithmic else median
             excess = min(self.kind.worse * (x - median) / spread, _LARGEST_EXCESS) - _DRIFT
-            was = self.score
-            self.score = min(max(was + excess, 0.0), 2 * self.section.threshold)
-            if was == 0.0 < self.score:
-                self._since = step
-            if self.score >= self.section.threshold:
-                usual = math.exp(median) if self.kind.logarithmic else median
-                self._raise_alarm(step, {"value": value, "usual": usual, "spread": spread, "score": self.score})
-        if self.score == 0.0:
-            self.last_good_step = step - 1
-        self.last_step = step
-        self._history.append(x)
+            self._add(step, excess, {"value": value, "usual": usual, "spread": spread})
+        self._done(step, x)
 
-    def _raise_alarm(self, step: int, found: dict[str, Any]) -> None:
-        if self.alarm.get("since") != self._since or self.score > self.alarm["score"]:
-            self.alarm = {**found, "since": self._since, "last_good_step": self.last_good_step}
-        self.alarm["step"] = step
 
-    def alarmed_since(self, step: int) -> bool:
-        """Whether it has alarmed in the `window` steps up to `step`."""
-        return bool(self.alarm) and self.alarm["step"] > step - self.section.window
+class _Solved(_Sum):
+    """How much of the best share of problems solved is lost."""
 
-    def state_dict(self) -> dict[str, Any]:
-        return {
-            "score": self.score,
-            "last_step": self.last_step,
-            "last_good_step": self.last_good_step,
-            "since": self._since,
-            "alarm": dict(self.alarm),
-            "history": list(self._history),
-        }
+    def __init__(self, section: CollapseSection) -> None:
+        super().__init__(section, section.window)
+        self._readings = 0
+        self._first: float | None = None
+        self._best = 0.0
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.score, self.last_step, self.last_good_step = state["score"], state["last_step"], state["last_good_step"]
-        self._since, self.alarm = state["since"], dict(state["alarm"])
-        self._history = deque(state["history"], maxlen=self.section.window)
+    def take(self, step: int, share: float, problems: int) -> None:
+        """Take in the share solved of so many problems drawn."""
+        if self._first is not None:
+            best = self._best
+            variance = max(best * (1 - best), _LEAST_VARIANCE) / problems
+            loss = max(_LOST_OF_GAIN * (best - self._first), _LOST_OF_LEVEL * best)
+            excess = min(loss / variance * (best - share - loss / 2) / _NATS, self.section.threshold / 2)
+            self._add(step, excess, {"value": share, "usual": best, "spread": math.sqrt(variance)})
+        self._done(step, [share, problems])
+        drawn = sum(problems for _, problems in self._history)
+        while drawn - self._history[0][1] >= _LEVEL_PROBLEMS:
+            drawn -= self._history.popleft()[1]
+        self._readings += 1
+        if self._readings >= self.section.warmup:
+            level = sum(share * problems for share, problems in self._history) / drawn
+            self._first = level if self._first is None else self._first
+            self._best = max(
+                self._best, level - _CAUTION * math.sqrt(max(level * (1 - level), _LEAST_VARIANCE) / drawn)
+            )
 
 
 def is_repetitive(response_ids: Sequence[int] | np.ndarray) -> bool:
@@ -269,24 +328,10 @@ def repetition(ids: Sequence[int], size: int) -> float:
     return 1 - len(set(runs)) / len(runs) if runs else 0.0
 
 
-def _with_shares(record: Mapping[str, Any]) -> dict[str, Any]:
-    """`record`, and if a buffer was filled in its step: the problems drawn for that, and shares of them."""
-    if "groups_kept" not in record:
-        return dict(record)
-    hard = record["groups_dropped/early_too_hard"] + record["groups_dropped/too_hard"]
-    easy = record["groups_dropped/early_too_easy"] + record["groups_dropped/too_easy"]
-    kept = record["groups_kept"]
-    shares: dict[str, Any] = {}
-    if problems := hard + easy + kept:
-        shares = {"problems": problems, "solved": (easy + kept * record["pass_rate"]) / problems}
-    if hard + kept:
-        shares |= {"unsolved": hard + kept, "within_reach": kept / (hard + kept)}
-    return {**record, **shares}
-
-
-def _unsolved(counts: FilterCounts) -> tuple[int, int]:
-    """Problems drawn that were not too easy, and how many of them were within reach."""
-    return counts.kept + counts.early_too_hard + counts.too_hard, counts.kept
+def _drawn(counts: FilterCounts) -> tuple[int, int, int]:
+    """Problems drawn, kept and too hard."""
+    hard = counts.early_too_hard + counts.too_hard
+    return counts.kept + hard + counts.early_too_easy + counts.too_easy, counts.kept, hard
 
 
 def _divergence(share: float, usual: float) -> float:

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import yaml
 from damaged_grpo import AT, damaged_step
+from simulated_climbs import KINDS, SimulatedClimb
 
 from mai_thinking.config.collapse import CollapseSection
 from mai_thinking.config.grpo import GrpoConfig
@@ -78,14 +79,14 @@ def verdict_on(records: Iterator[Record], **section: Any) -> Verdict | None:
 @pytest.mark.parametrize("name", HEALTHY)
 def test_real_climbs_that_are_well_are_left_alone(name: str) -> None:
     assert verdict_on(real_records(name)) is None
-    assert verdict_on(real_records(name), threshold=4.0) is None  # and not by a hair
+    assert verdict_on(real_records(name), threshold=5.0) is None  # and not by a hair
 
 
 def test_a_real_climb_that_is_pushed_too_hard_is_stopped() -> None:
     """It comes to solve a problem always or never: what it solves hardly changes, but little can be learned."""
     verdict = verdict_on(real_records("ramp"))
     assert verdict is not None
-    assert set(verdict.evidence) == {"within_reach", "entropy_low"}
+    assert set(verdict.evidence) == {"solved", "entropy_low"}
     # At step 20 the rate is tenfold; from then on entropy is out of what was usual.
     assert 15 <= verdict.last_good_step <= 22
     assert verdict.step <= 50
@@ -98,8 +99,8 @@ def test_noise_is_no_collapse() -> None:
 @pytest.mark.parametrize(
     ("damage", "signs"),
     [
-        ({"reach": 0.2, "entropy": 6}, {"within_reach", "entropy_high"}),
-        ({"reach": 0.3, "entropy": 0.1}, {"entropy_low"}),
+        ({"reach": 0.2, "entropy": 6}, {"solved", "entropy_high"}),
+        ({"reach": 0.3, "entropy": 0.1}, {"solved", "entropy_low"}),
         ({"pass_rate": 0.2, "repetition": 60}, {"solved", "repetition"}),
         ({"pass_rate": 0.2, "mismatch": 1e4, "grad_norm": 30}, {"solved", "mismatch", "grad_norm"}),
         ({"pass_rate": 0.1, "reach": 0.3}, {"solved"}),
@@ -111,7 +112,7 @@ def test_a_collapse_is_found_within_20_steps_and_its_beginning_too(damage: dict[
         assert verdict is not None
         assert 101 <= verdict.step <= 120
         # The weights of step 99 gave the last good record; some of its noise may look like the beginning.
-        assert 90 <= verdict.last_good_step <= 100
+        assert 80 <= verdict.last_good_step <= 100
         assert signs <= set(verdict.evidence)
         assert str(verdict.last_good_step) in str(verdict)
         assert "\n" not in str(verdict)
@@ -136,6 +137,66 @@ def test_easy_problems_that_drop_out_are_no_harm() -> None:
         if "groups_kept" in record:
             record |= filled(16, 0, 32)
     assert verdict_on(iter(records)) is None
+
+
+@pytest.mark.parametrize("unsolvable", [0.0, 0.3, 0.5])
+def test_what_nobody_can_solve_is_no_harm(unsolvable: float) -> None:
+    """A policy comes to solve all that it can: ever less of the rest is within reach."""
+    draw, detector = random.Random(2), CollapseDetector(CollapseSection())
+    for step in range(1, 300):
+        easy = min(0.97, step / 200) * (1 - unsolvable)
+        counts = [0, 0, 0]
+        for _ in range(48):
+            counts[draw.choices((0, 1, 2), (1 - unsolvable - easy, unsolvable, easy))[0]] += 1
+        record = {"step": step, "pass_rate": 0.4, "entropy": math.exp(-step / 100), "grad_norm": 0.3}
+        assert detector.update(record | filled(*counts)) is None
+    nothing_left = FilterCounts(too_hard=round(1000 * unsolvable), too_easy=1000 - round(1000 * unsolvable), kept=2)
+    assert not detector.hopeless(nothing_left)
+    assert not detector.harder(nothing_left), "solved, not starved"
+    assert nothing_left.solved
+    assert detector.harder(FilterCounts(too_hard=900, too_easy=100))
+
+
+def simulated(seed: int, sickness: str = "") -> tuple[SimulatedClimb, Verdict | None]:
+    climb = SimulatedClimb(seed, sickness)
+    return climb, verdict_on(climb.records())
+
+
+def false_alarms(seeds: range) -> list[tuple[int, str]]:
+    return [(seed, str(verdict)) for seed in seeds if (verdict := simulated(seed)[1])]
+
+
+def found_in_time(seeds: range) -> list[tuple[int, str, bool]]:
+    """Of the climbs that rose and fell ill: whether the verdict came after that, and before half of what was gained was
+    lost."""
+    found = []
+    for seed in seeds:
+        sickness = KINDS[seed % len(KINDS)]
+        climb, verdict = simulated(seed, sickness)
+        start, peak, last = climb.truth[0], max(climb.truth[: climb.onset]), climb.truth[-1]
+        if len(climb.truth) > climb.onset and peak - start > 0.1:
+            found.append((seed, sickness, verdict is not None and bool(last >= start + (peak - start) / 2)))
+        else:
+            assert verdict is None, (seed, sickness, str(verdict))
+    return found
+
+
+def test_simulated_climbs() -> None:
+    assert false_alarms(range(12)) == []
+    found = found_in_time(range(1000, 1012))
+    assert len(found) >= 8
+    assert sum(in_time for _, _, in_time in found) >= len(found) - 1, found
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_two_hundred_healthy_and_two_hundred_sick_climbs() -> None:
+    alarms = false_alarms(range(200))
+    assert len(alarms) <= 2, alarms
+    found = found_in_time(range(1000, 1225))
+    assert len(found) >= 200
+    missed = [(seed, sickness) for seed, sickness, in_time in found if not in_time]
+    assert len(missed) <= 0.05 * len(found), missed
 
 
 @pytest.mark.parametrize("cut", [3, 99, 104, 150])

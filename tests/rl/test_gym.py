@@ -71,7 +71,8 @@ def no_answers(dataset: str, problem: Problem, others: list[str]) -> Iterator[st
     answer = problem.answer
     yield from NO_ANSWERS
     yield from (problem.question, f"{problem.question} {answer}", f"{answer} or so", f"not {answer}", f"{answer} km")
-    yield from (", ".join(others), "\n".join(others), " or ".join(others), f"{answer} {answer}", *others)
+    yield from (", ".join(others), "\n".join(others), " or ".join(others), f"{answer} {answer}")
+    yield from others if dataset != "sokoban" else ()  # a long walk may solve a small puzzle too
     for separator in () if dataset in ORDERLESS else (", ", " ", "\n"):
         if len(set(parts := answer.split(separator))) > 1:
             yield separator.join(parts[::-1])

@@ -1,7 +1,7 @@
 """Data sets of the library reasoning-gym as tasks (extra `tasks`).
 
 Three of its habits are not ours. It pays partial credit, for the reference as a part of the answer among other things:
-only a score of 0.99 or more counts. Some verifiers are content with what is no answer: their data sets are refused, or
+only full marks count. Some verifiers are content with what is no answer: their data sets are refused, or
 compared with the reference here; a test probes all of them. And item i of a data set with seed s is item 0 of one with
 seed s + i, so that two seeds give no two splits: ours go by the question's text.
 """
@@ -21,7 +21,8 @@ from mai_thinking.errors import UsageError
 from mai_thinking.rl.tasks.base import LONGEST_ANSWER, Problem
 from mai_thinking.rl.tasks.mathematics import same_mathematics
 
-_FULL = 0.99
+_FULL = 1 - 1e-6
+"""Less than full marks may be one wrong cell of a hundred."""
 _ITEMS = 2**31
 _IN_MEMORY = {"acre": 10_000, "gsm_symbolic": 10_000, "list_functions": 10_000, "word_ladder": 10_000}
 """Items of the data sets that make them, or a list of them, at once. `word_ladder` takes at most 20,000."""
@@ -95,7 +96,7 @@ class GymTask:
         )
 
     def verify(self, problem: Problem, answer: str) -> float:
-        """See `Task.verify`: 1 if the library's own verifier gives 0.99 or more. For a grading process only.
+        """See `Task.verify`: 1 if the library's own verifier gives full marks. For a grading process only.
 
         More text around the reference is wrong, for some verifiers look no further than the reference's length.
         """
