@@ -59,7 +59,6 @@ SECONDS = {"false-collapse": 1500}
 NEEDS = {
     "gym-fixed-size": "reasoning_gym",
     "gym-unsound-verifiers": "reasoning_gym",
-    "math-answers": "math_verify",
     "quantized": "bitsandbytes",
 }
 

@@ -205,7 +205,13 @@ class Checkpointer:
             path = step_folder(self.folder, step)
             damage = find_damage(path, self.rank, self.world)
             if self._agree_minimum(int(damage is None)):
-                self._load(path, state)
+                try:
+                    self._load(path, state)
+                except KeyError as error:  # the format of a part has changed since
+                    raise UsageError(
+                        f"{path}: was saved by another version, whose state lacks {error}; finish the run with that "
+                        "version, or start from the run's weights in a new output_dir"
+                    ) from None
                 self.last_saved = step
                 return step
             self._damaged.add(step)

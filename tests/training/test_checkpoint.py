@@ -207,6 +207,26 @@ def test_none_good_is_an_error_and_not_a_new_start(tmp_path):
         Checkpointer(tmp_path, section()).load_latest(Run().state())
 
 
+class Counter:
+    """State whose word for itself changed from `before` to `now`."""
+
+    def __init__(self, word: str) -> None:
+        self.word = word
+        self.value = 3
+
+    def state_dict(self) -> dict:
+        return {self.word: self.value}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.value = state[self.word]
+
+
+def test_state_of_another_version_is_told_in_a_line(tmp_path):
+    Checkpointer(tmp_path, section()).save(1, {"counter": Counter("before")}, synchronous=True)
+    with pytest.raises(UsageError, match=r"another version, whose state lacks 'now'; finish the run with that version"):
+        Checkpointer(tmp_path, section()).load_latest({"counter": Counter("now")})
+
+
 def test_unfinished_save_is_not_visible(tmp_path, capsys):
     checkpointer = Checkpointer(tmp_path, section())
     checkpointer.save(1, Run().state(), synchronous=True)
