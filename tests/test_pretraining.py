@@ -118,9 +118,13 @@ def test_stopped_and_gone_on_with_is_the_same_run(
 ) -> None:
     """Dropout is on, so the generators matter; step 10 has an evaluation and a checkpoint of its own."""
     config = tiny_config(tmp_path / "run")
-    with monkeypatch.context() as patch:
-        stop_at(step, patch, name)
-        assert pretrain(config) == 75
+    inherited = signal.signal(name, signal.SIG_DFL)  # under nohup these tests would ignore a lost terminal
+    try:
+        with monkeypatch.context() as patch:
+            stop_at(step, patch, name)
+            assert pretrain(config) == 75
+    finally:
+        signal.signal(name, inherited)
     assert not (tmp_path / "run" / "final").exists()
     assert pretrain(config) == 0
     assert untimed(tmp_path / "run") == untimed(tiny_run)
@@ -154,9 +158,8 @@ def test_what_decides_is_what_the_data_are_not_where(
     config = {}
     for name, content in (("old", text), ("moved", text), ("other", text.replace("here", "gone"))):
         (tmp_path / f"{name}.jsonl").write_text(content + "\n")
-        config[name] = tiny_config(
-            tmp_path / "run", f"data.sources=[{source}, path: {tmp_path / name}.jsonl}}]", "steps=4"
-        )
+        sources = f"data.sources=[{source}, path: {tmp_path / name}.jsonl}}]"
+        config[name] = tiny_config(tmp_path / "run", sources, "steps=4", "schedule.warmup_steps=2")
     with monkeypatch.context() as patch:
         stop_at(2, patch)
         assert pretrain(config["old"]) == 75

@@ -107,7 +107,7 @@ def mixed(
     """`mixed(rank, ranks, seed=…)`: batches of traces and text, three to one."""
     config = make([store([trace(number) for number in range(50)])], with_text(0.25))
     section = config.text.data.tokenizer.model_copy(update={"path": config.init_from}) if config.text else None
-    text = prepare(config.text.data.model_copy(update={"tokenizer": section}), say=print) if config.text else None
+    text = prepare(config.text.data.model_copy(update={"tokenizer": section}), log=print) if config.text else None
 
     def batches(rank: int = 0, ranks: int = 1, *, seed: int = 0) -> Batches:
         changed = config.model_copy(update={"seed": seed})

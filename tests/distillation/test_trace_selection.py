@@ -149,7 +149,7 @@ def test_the_tokens_are_those_that_were_drawn(
     other = train_tokenizer(["Question: What is the answer? Answer: 3\n"] * 20, 300)
     (example,) = select(make([run]), other).sources[0].examples
     assert other.decode(example.response_ids) == "Answer: 3\n<|endoftext|>"
-    assert other.decode(example.prompt_ids) == f"<|endoftext|>{trace(0).prompt}"
+    assert other.decode(example.prompt_ids) == f"<|endoftext|>{trace(0)['prompt']}"
 
 
 def test_a_trace_moves_into_another_frame_and_back() -> None:

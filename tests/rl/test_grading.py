@@ -181,7 +181,7 @@ def test_further_graders_and_a_pattern_without_end() -> None:
 
 
 def test_a_task_that_cannot_be_had_is_said_at_once(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="cannot read"):
+    with pytest.raises(UsageError, match="cannot be read"):
         GradingPool(
             [TaskSection(name="x", kind="jsonl", path=str(tmp_path / "none"))], workers=2, seconds=1, megabytes=64
         )

@@ -358,7 +358,7 @@ def test_the_objective_that_a_config_asks_for(changes, relaxations, range_, bonu
     [
         ({"clip_relaxation": 3}, "clip_relaxation: 3.0 is more than max_relaxation 2.5"),
         ({"ratio_max": 0.5}, "must contain 1"),
-        ({"epsilon": 1}, "less than 1"),
+        ({"epsilon": 1}, "less than or equal to 0.999"),
         ({"entropy_control": "adaptiv"}, "adaptive"),
     ],
 )

@@ -42,8 +42,8 @@ def written(monkeypatch) -> list[tuple[int, bool]]:
     return seen
 
 
-def write_blocks(folder: Path, *, alone: bool = False) -> None:
-    writer = CheckpointWriter(folder, 1, 0, 1, {}, alone=alone)
+def write_blocks(folder: Path, *, jit: bool = False) -> None:
+    writer = CheckpointWriter(folder, 1, 0, 1, {}, jit=jit)
     writer.temporary.mkdir()
     entry = writer.write_file("file", BLOCKS)
     content = (writer.temporary / "file").read_bytes()
@@ -61,7 +61,7 @@ def test_whole_chunks_go_past_the_page_cache_and_the_rest_through_it(tmp_path, w
 def test_a_rank_that_can_save_jit_does_not_wait_for_the_disk(tmp_path, written, monkeypatch):
     synchronised = []
     monkeypatch.setattr(os, "fsync", synchronised.append)
-    write_blocks(tmp_path, alone=True)
+    write_blocks(tmp_path, jit=True)
     assert not synchronised
     assert not any(direct for _, direct in written)
 
