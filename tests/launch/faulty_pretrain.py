@@ -43,7 +43,7 @@ def strike(place: str, step: int) -> None:
 def settle(checkpoints: Path) -> None:
     """Wait for a save that is under way: once it ends it would be the newest checkpoint, and whole."""
     seen, since = None, time.monotonic()
-    while time.monotonic() - since < 0.5:
+    while time.monotonic() - since < 2.0:  # on a busy machine a save begins late
         names = sorted(path.name for path in checkpoints.iterdir())
         if names != seen or any(name.endswith(".tmp") for name in names):
             seen, since = names, time.monotonic()
