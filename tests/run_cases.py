@@ -28,6 +28,7 @@ RENAMED = {
     "mai_thinking.view": "mai_thinking.report.page",
     "mai_thinking.lineage_report": "mai_thinking.report.lineage",
     "mai_thinking.training.goodput_report": "mai_thinking.report.goodput",
+    "t._problems": "t.problems",
 }
 """What the cases call by a name of before → its name now; read in all their files."""
 

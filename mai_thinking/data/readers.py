@@ -9,6 +9,7 @@ import glob
 import itertools
 import json
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -63,7 +64,7 @@ def open_reader(source: SourceSection) -> Reader:
     return readers[source.kind](source)
 
 
-class _FilesReader:
+class _FilesReader(ABC):
     """What the local formats share: a file, or all files with the right ending in a folder, sorted by name."""
 
     suffixes: tuple[str, ...] = ()
@@ -83,9 +84,9 @@ class _FilesReader:
             except UsageError as error:
                 raise self.error(str(error)) from None
 
+    @abstractmethod
     def read_file(self, path: Path, at: Cursor) -> Iterator[Found]:
         """One file's documents from `at` (or {}: the first) on; their ids are places in it."""
-        raise NotImplementedError
 
     def check(self) -> list[str]:
         """See `Reader`."""

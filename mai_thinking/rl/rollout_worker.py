@@ -55,15 +55,13 @@ class Responder:
         self, asked: Sequence[tuple[Problem, str, int]], tokens: int, temperature: float | None = None
     ) -> list[Grade]:
         """The grade of the answer that each (problem, thought, rollout id) is led to when it is asked for straight
-        after the thought; of at most `tokens` tokens, and of one line."""
-        starts = [self.template.force_answer(thought) for _, thought, _ in asked]
-        prompts = [
-            self.encoder.encode_prompt(self.template.prompt(problem.question) + start)
-            for (problem, _, _), start in zip(asked, starts, strict=True)
-        ]
-        forced = [Rollout(id, prompt, tokens) for (_, _, id), prompt in zip(asked, prompts, strict=True)]
+        after the thought; of at most `tokens` tokens."""
+        forced = []
+        for problem, thought, id in asked:
+            prompt = self.template.prompt(problem.question) + self.template.force_answer(thought)
+            forced.append(Rollout(id, self.encoder.encode_prompt(prompt), tokens))
         texts = self._texts(self.engine.generate(forced, temperature))
-        answers = [self.template.parse(start + text).answer for start, text in zip(starts, texts, strict=True)]
+        answers = [self.template.forced_answer(text) for text in texts]
         return self.pool.grade([(problem, answer) for (problem, _, _), answer in zip(asked, answers, strict=True)])
 
     def _texts(self, rollouts: Sequence[Rollout]) -> list[str]:

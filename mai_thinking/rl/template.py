@@ -35,6 +35,12 @@ class Template:
         body = thought.strip().removesuffix(self._thought_end.strip()).rstrip()
         return (body + self._thought_end if body or self._thought_end.strip() else "") + self._start
 
+    def forced_answer(self, continuation: str) -> str | None:
+        """The answer that follows `force_answer`; None if it was cut off. What comes behind it does not count: the
+        thought that was kept back could be there."""
+        answer, end, _ = continuation.partition(self._end) if self._end else (continuation, "", "")
+        return answer.strip() if end or not self._end.strip() else None
+
     def parse(self, response_text: str) -> Parsed:
         """Look at the response alone, never at the prompt: what the template itself says cannot pass for an answer. Of
         several answers the last counts, so that listing guesses gains nothing."""
