@@ -14,7 +14,7 @@ CONTEXT.set_forkserver_preload(["torch", "torch.distributed.checkpoint", "torch.
 def run_ranks(world: int, function: Callable[..., Any], *arguments: Any, timeout: float = 120) -> list[Any]:
     """`function(rank, *arguments)` in `world` processes with torch.distributed initialised; the results by rank.
 
-    AssertionError with the first traceback if a rank raises.
+    AssertionError with every rank's traceback if a rank raises: the others then only say that it has gone.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -26,19 +26,25 @@ def run_ranks(world: int, function: Callable[..., Any], *arguments: Any, timeout
     ]
     for process in processes:
         process.start()
-    results = []
+    answers: list[tuple[bool, Any]] = []
     try:
         for rank, (receiving, sending) in enumerate(pipes):
             sending.close()
-            assert receiving.poll(timeout), f"rank {rank} did not answer within {timeout} s"
-            worked, value = receiving.recv()
-            assert worked, f"rank {rank} raised:\n{value}"
-            results.append(value)
+            if not receiving.poll(timeout if all(worked for worked, _ in answers) else 10):
+                answers.append((False, f"rank {rank} did not answer within {timeout} s"))
+                continue
+            try:
+                answers.append(receiving.recv())
+            except EOFError:
+                processes[rank].join(5)
+                answers.append((False, f"rank {rank} ended with {processes[rank].exitcode} and no answer"))
     finally:
         for process in processes:
             process.join(5)
             process.kill()
-    return results
+    wrong = [f"rank {rank}:\n{answer}" for rank, (worked, answer) in enumerate(answers) if not worked]
+    assert not wrong, "\n\n".join(wrong)
+    return [answer for _, answer in answers]
 
 
 def _rank_main(rank: int, world: int, port: int, pipe: Any, function: Callable[..., Any], arguments: Any) -> None:
