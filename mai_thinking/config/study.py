@@ -4,7 +4,7 @@ What a choice is worth cannot be told from one run of each (MAI-Thinking-1 repor
 climb stages, run once a seed, and the seeds of all arms share what comes before.
 """
 
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -27,6 +27,8 @@ class ArmSection(Section):
     """key.path: value, laid over that stage's config after its own `set`."""
     traces: dict[str, Any] = Field(default_factory=dict)
     """Fields of all of that stage's `traces`."""
+    expect: dict[str, Literal["lower", "higher"]] = Field(default_factory=dict)
+    """Where a metric of the measured stage lies beside that of the first arm, if what is claimed is so."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

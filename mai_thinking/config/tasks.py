@@ -168,3 +168,5 @@ class RewardSection(Section):
     """What one word of another language costs: R_language = max(1 − alpha·n, 0)."""
     w_length: Coefficient = 0.25
     """0 switches the term off, as in the last stage of the length curriculum."""
+    flat_length: bool = False
+    """A rival: the price on length is the same however many of a problem's rollouts pass (ρ = 1)."""

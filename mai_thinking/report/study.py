@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
+from typing import Any
 
 from mai_thinking.config.study import StudyConfig
 from mai_thinking.errors import RunError
@@ -14,6 +15,8 @@ from mai_thinking.report.panels import best_of
 from mai_thinking.training.metrics import Record, read_records
 
 WHEN = ("at first", "at last")
+_T_975 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+"""Student's t at 97.5 %, by degrees of freedom; 1.96 beyond."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,15 @@ def write_report(config: StudyConfig, plan: ClimbPlan) -> None:
         f"Held-out problems at the first and the last evaluation of `{config.measured}`: mean (least–most) over seeds. "
         f"The difference from `{config.arms[0].name}` is taken seed by seed; ± is its standard error."
     )
+    if found := claims(config, plan):
+        page.facts["claims"] = found
+        columns = ["arm", "metric", "expected", "effect", "low", "high", "verdict"]
+        page.add_table("verdicts", Table(columns, [[claim[name] for name in columns] for claim in found]))
+        page.add(
+            "The effect is the arm's metric less that of the first arm, seed by seed, with Student's 95 % interval. "
+            "The metric is of the last evaluation, or the mean over all steps where evaluations do not have it. "
+            "*confirmed*: the interval lies on the expected side of 0; *reversed*: on the other; *not seen*: it has 0."
+        )
     page.add(*collapses(config, plan))
     page.add_figures([_figure(config, measured)])
     page.write(plan.path / "report")
@@ -55,6 +67,48 @@ def measure(config: StudyConfig, plan: ClimbPlan) -> dict[str, Measurement]:
         )
         found[arm.name] = Measurement(pass_1, pass_k, k)
     return found
+
+
+def claims(config: StudyConfig, plan: ClimbPlan) -> list[dict[str, Any]]:
+    """What the arms `expect`, with the effect, its 95 % interval over seeds and a verdict; RunError for a metric that a
+    run does not have. A single seed gives no interval and no verdict."""
+    found = []
+    for arm in config.arms:
+        for metric, expected in arm.expect.items():
+            own, first = (
+                [_value(plan, config.measured_stage(name, seed), metric) for seed in config.seeds]
+                for name in (arm.name, config.arms[0].name)
+            )
+            effect, error = difference(own, first)
+            reach = None if error is None else _T_975.get(len(own) - 1, 1.96) * error
+            low, high = (None, None) if reach is None else (effect - reach, effect + reach)
+            verdict = verdict_of(low, high, expected)
+            found.append(
+                {"arm": arm.name, "about": arm.about, "metric": metric, "expected": expected, "effect": effect}
+                | {"low": low, "high": high, "verdict": verdict, "values": own, "values_of_first": first}
+            )
+    return found
+
+
+def verdict_of(low: float | None, high: float | None, expected: str) -> str:
+    """By where the interval of the effect lies."""
+    if low is None or high is None:
+        return "one seed"
+    if low <= 0 <= high:
+        return "not seen"
+    return "confirmed" if (low > 0) == (expected == "higher") else "reversed"
+
+
+def _value(plan: ClimbPlan, name: str, metric: str) -> float:
+    """Of the last evaluation; the mean over the steps where evaluations do not have it."""
+    last = _ends(plan, name)[1]
+    if metric in last:
+        return float(last[metric])
+    records = read_records(next(stage for stage in plan.stages if stage.name == name).folder.metrics)
+    values = [record[metric] for record in records if "kind" not in record and metric in record]
+    if not values:
+        raise RunError(f"stage {name}: its metrics have no {metric!r}; mend the arm's `expect`")
+    return fmean(values)
 
 
 def _ends(plan: ClimbPlan, name: str) -> tuple[Record, Record]:

@@ -29,7 +29,8 @@ def language(group: Group, section: RewardSection) -> list[float]:
 
 def length(group: Group, section: RewardSection) -> list[float]:
     """ρ_q × share of the permitted length: only what a model can do should be done briefly."""
-    return [group.pass_rate * len(rollout.response_ids) / rollout.max_new_tokens for rollout in group.rollouts]
+    rate = 1.0 if section.flat_length else group.pass_rate
+    return [rate * len(rollout.response_ids) / rollout.max_new_tokens for rollout in group.rollouts]
 
 
 TERMS = {"language": Term(+1, language), "length": Term(-1, length)}

@@ -96,6 +96,16 @@ def test_the_share_of_worked_texts_and_nothing_held_out() -> None:
     assert len(set(questions[1.0])) > 590
 
 
+def test_texts_thin_out_with_their_size() -> None:
+    section = SerialSection(families=("tally",), sizes=(2, 14), p_cot=1.0)
+    sizes = Counter(document.text.count("=") for document in islice(serial_exercises(section), 3000))
+    assert set(sizes) == set(range(2, 15))
+    shares = [0.85**place for place in range(13)]
+    for size, share in zip(range(2, 15), shares, strict=True):
+        expected = 3000 * share / sum(shares)
+        assert abs(sizes[size] - expected) < 4 * expected**0.5
+
+
 @pytest.mark.parametrize(
     "question",
     ["", "Add up .", "Add up g3, r", "Add up g3,, r5.", "Add up g3, .", "Links a b. Follow c", "Swap p13.", "?" * 999],

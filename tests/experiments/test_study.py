@@ -15,7 +15,7 @@ from mai_thinking.errors import RunError, UsageError
 from mai_thinking.experiments.climb import run_climb
 from mai_thinking.experiments.plan import ClimbPlan
 from mai_thinking.recipes.grpo import grpo
-from mai_thinking.report.study import difference, measure, table, write_report
+from mai_thinking.report.study import claims, difference, measure, table, verdict_of, write_report
 from mai_thinking.rl.collapse import CollapseDetector, Verdict
 from mai_thinking.training.metrics import read_records
 
@@ -143,7 +143,8 @@ def evaluated(folder: Path) -> list[int]:
 
 
 def test_the_table_goes_by_seeds(make: Make, tmp_path: Path) -> None:
-    config = make(tmp_path / "x", "seeds=[0, 1, 2]")
+    expected = "arms.1.expect={pass@1: higher, pass@4: lower, entropy: lower}"
+    config = make(tmp_path / "x", "seeds=[0, 1, 2]", expected)
     values = {"late": (0.2, 0.4, 0.6), "no-dropout": (0.3, 0.4, 0.8)}
     for arm, numbers in values.items():
         for seed, number in enumerate(numbers):
@@ -152,10 +153,40 @@ def test_the_table_goes_by_seeds(make: Make, tmp_path: Path) -> None:
             marks = [
                 {"kind": "evaluation", "step": s, "pass@1": v, "pass@4": 2 * v} for s, v in ((0, 0.1), (9, number))
             ]
-            (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(mark)}\n" for mark in marks))
+            steps = [{"step": s, "entropy": number + s} for s in (1, 2)]
+            (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(mark)}\n" for mark in [*steps, *marks]))
     rows = table(config, measure(config, ClimbPlan(config.as_climb()))).markdown().splitlines()
     assert rows[0].endswith("| pass@1 at last | difference at last | pass@4 at last |")
     assert "| 0.400 (0.200–0.600) |  | 0.800 (0.400–1.200) |" in rows[2]
     # Differences 0.1, 0 and 0.2: mean 0.1, standard deviation 0.1.
     assert "| 0.500 (0.300–0.800) | +0.100 ± 0.058 | 1.000 (0.600–1.600) |" in rows[3]
     assert difference([0.5], [0.75]) == (-0.25, None)
+    found = {claim["metric"]: claim for claim in claims(config, ClimbPlan(config.as_climb()))}
+    # t of two degrees of freedom: 4.303 standard errors on each side.
+    for metric, scale in (
+        ("pass@1", 1),
+        ("pass@4", 2),
+        ("entropy", 1),
+    ):  # entropy from the steps, as no evaluation has it
+        claim = found[metric]
+        bounds = [scale * (0.1 + sign * 4.303 * 0.1 / 3**0.5) for sign in (-1, 1)]
+        assert [claim["effect"], claim["low"], claim["high"]] == pytest.approx([scale * 0.1, *bounds])
+        assert claim["verdict"] == "not seen"
+    assert found["entropy"]["values"] == pytest.approx([1.8, 1.9, 2.3])
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected", "verdict"),
+    [
+        (0.1, 0.2, "higher", "confirmed"),
+        (0.1, 0.2, "lower", "reversed"),
+        (-0.2, -0.1, "lower", "confirmed"),
+        (-0.2, -0.1, "higher", "reversed"),
+        (0.0, 0.2, "higher", "not seen"),
+        (None, None, "higher", "one seed"),
+    ],
+)
+def test_a_verdict_by_where_the_interval_lies(
+    low: float | None, high: float | None, expected: str, verdict: str
+) -> None:
+    assert verdict_of(low, high, expected) == verdict

@@ -59,6 +59,11 @@ def test_an_unsolved_problem_has_no_length_penalty() -> None:
     assert [one.reward for one in made] == [0.5, 1.0]
 
 
+def test_a_flat_price_on_length_does_not_ask_how_many_pass() -> None:
+    made = rewarded(RewardSection(flat_length=True), [RIGHT, WRONG, WRONG, WRONG], [""] * 4, [50, 100, 10, 0], 100)
+    assert [one.rewards["length"] for one in made] == pytest.approx([0.5, 1, 0.1, 0])
+
+
 def test_a_term_more_is_a_function_and_a_weight(monkeypatch: pytest.MonkeyPatch) -> None:
     class Section(RewardSection):
         w_rare: float = 2.0
