@@ -11,7 +11,7 @@ import random
 import re
 import string
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from mai_thinking.config.data import SerialSection
@@ -23,9 +23,12 @@ STEPS = "Steps:"
 """How the working begins, if it is shown."""
 _NAMES = string.ascii_lowercase + string.ascii_uppercase
 _CUPS = "12345"
-_THINNING = 0.85
+_THINNING = 0.75
 """How many texts there are of a size for one of the size before. Where sizes are equally frequent and end, what is
 learned is that a working ends there, and RL finds no way beyond."""
+HINTS = ("Take one after the other.", "Leave none out.", "Look each of them up.", "Go on to the last.", "Do not hurry.")
+"""Up to six of them stand behind every other question of a text, so that a step finds its item at many distances, also
+at those of longer questions. RL asks without them."""
 _ENDS = 10
 """Chains in a question of links, each with an end of its own."""
 
@@ -61,6 +64,9 @@ def serial_exercises(section: SerialSection) -> Iterator[Document]:
     while True:
         rng = random.Random(f"serial {section.families} {section.sizes} {index}")
         problem = serial_problem(rng.choice(section.families), rng.choices(sizes, weights)[0], rng, "train")
+        if rng.random() < 0.5:
+            hints = rng.choices(HINTS, k=rng.randint(1, 6))
+            problem = replace(problem, question=" ".join([problem.question, *hints]))
         yield Document(str(index), problem.text(worked=rng.random() < section.p_cot))
         index += 1
 
