@@ -24,7 +24,7 @@ class SerialSection(Section):
     families: tuple[SerialFamily, ...] = Field(default=("tally", "running", "cups", "chain"), min_length=1)
     """Each as likely as the others."""
     sizes: tuple[int, int] = (2, 8)
-    """Fewest and most items, from 1 to 30; each number is a little rarer than the one before."""
+    """Fewest and most items, from 1 to 30; each number as likely as the others."""
     p_cot: float = Field(default=1.0, ge=0, le=1)
     """Share of the exercises whose working is shown; the others give the bare answer."""
 

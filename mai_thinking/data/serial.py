@@ -11,7 +11,7 @@ import random
 import re
 import string
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 
 from mai_thinking.config.data import SerialSection
@@ -23,12 +23,6 @@ STEPS = "Steps:"
 """How the working begins, if it is shown."""
 _NAMES = string.ascii_lowercase + string.ascii_uppercase
 _CUPS = "12345"
-_THINNING = 0.75
-"""How many texts there are of a size for one of the size before. Where sizes are equally frequent and end, what is
-learned is that a working ends there, and RL finds no way beyond."""
-HINTS = ("Take one after the other.", "Leave none out.", "Look each of them up.", "Go on to the last.", "Do not hurry.")
-"""Up to six of them stand behind every other question of a text, so that a step finds its item at many distances, also
-at those of longer questions. RL asks without them."""
 _ENDS = 10
 """Chains in a question of links, each with an end of its own."""
 
@@ -58,15 +52,10 @@ def serial_problem(family: SerialFamily, size: int, rng: random.Random, split: S
 def serial_exercises(section: SerialSection) -> Iterator[Document]:
     """Exercises 0, 1, 2, … without end; each is a function of its number and the section alone. None of their questions
     is one that RL holds out."""
-    sizes = range(section.sizes[0], section.sizes[1] + 1)
-    weights = [_THINNING**place for place in range(len(sizes))]
     index = 0
     while True:
         rng = random.Random(f"serial {section.families} {section.sizes} {index}")
-        problem = serial_problem(rng.choice(section.families), rng.choices(sizes, weights)[0], rng, "train")
-        if rng.random() < 0.5:
-            hints = rng.choices(HINTS, k=rng.randint(1, 6))
-            problem = replace(problem, question=" ".join([problem.question, *hints]))
+        problem = serial_problem(rng.choice(section.families), rng.randint(*section.sizes), rng, "train")
         yield Document(str(index), problem.text(worked=rng.random() < section.p_cot))
         index += 1
 
