@@ -161,7 +161,7 @@ def golden_runs(folder: Path) -> dict[str, Golden]:
         for start in runs(folder, base, climbed).values():
             assert start() == 0
     (folder / "two-ranks").mkdir()
-    run_ranks(2, as_a_rank, folder / "two-ranks", base, climbed)
+    run_ranks(2, as_a_rank, folder / "two-ranks", base, climbed, timeout=280)
     places = [folder, folder / "two-ranks"]
     return {str((p / name).relative_to(folder)): result_of(p / name) for p in places for name in runs(p, base, climbed)}
 
