@@ -21,7 +21,7 @@ from mai_thinking.training.trainer import Trainer
 
 FAULTS = json.loads(os.environ.get("FAULTS", "[]"))
 RANK = int(os.environ.get("RANK", "0"))
-now: dict[str, Any] = {"step": 0, "forwards": 0, "folder": None}
+now: dict[str, Any] = {"step": 0, "forwards": 0, "folder": None, "saving": 0}
 
 
 def strike(place: str, step: int) -> None:
@@ -42,11 +42,8 @@ def strike(place: str, step: int) -> None:
 
 def settle(checkpoints: Path) -> None:
     """Wait for a save that is under way: once it ends it would be the newest checkpoint, and whole."""
-    seen, since = None, time.monotonic()
-    while time.monotonic() - since < 2.0:  # on a busy machine a save begins late
-        names = sorted(path.name for path in checkpoints.iterdir())
-        if names != seen or any(name.endswith(".tmp") for name in names):
-            seen, since = names, time.monotonic()
+    deadline = time.monotonic() + 60
+    while max(visible_steps(checkpoints), default=0) < now["saving"] and time.monotonic() < deadline:
         time.sleep(0.02)
 
 
@@ -76,6 +73,7 @@ def at_write(writer: CheckpointWriter, name: str, *_: Any) -> None:
 
 
 patch(Trainer, "take_step", at_step)
+patch(Trainer, "save", lambda run, *_: now.update(saving=run.step))
 patch(TextLoss, "forward", at_forward)
 patch(learner, "clip_gradients", lambda *_: strike("update", now["step"]))
 patch(CheckpointWriter, "write_file", at_write)
