@@ -1,8 +1,12 @@
 """The class that every section of the config tree derives from, and the kinds of numbers that its fields have."""
 
+import re
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+from mai_thinking.config.names import nearest_name
 
 Count = Annotated[int, Field(ge=1, lt=2**31)]
 """How many of something there are, of which there must be one."""
@@ -34,6 +38,22 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=
 """Also a file's or folder's name."""
 
 
+def _check_pattern(pattern: str) -> str:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{pattern!r} is not a regular expression: {error}") from None
+    return pattern
+
+
+Pattern = Annotated[str, Field(min_length=1), AfterValidator(_check_pattern)]
+"""A regular expression."""
+
+
+UNKNOWN_KEY = "unknown_key"
+"""The type of pydantic's error for a key that a section does not have."""
+
+
 class Section(BaseModel):
     """A typed part of a run's configuration.
 
@@ -44,6 +64,16 @@ class Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_keys(cls, fields: Any) -> Any:
+        """Pydantic's own error for an unknown key does not say which there are."""
+        for key in fields if isinstance(fields, dict) else ():
+            if key not in cls.model_fields:
+                hint = nearest_name(str(key), cls.model_fields)
+                raise PydanticCustomError(UNKNOWN_KEY, "{hint}", {"key": str(key), "hint": hint})
+        return fields
 
 
 def fill_from_defaults(config: type[Section], fields: Any, *names: str) -> Any:

@@ -7,7 +7,8 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from mai_thinking.config.base import Count, Name, Seconds, Section, Weight, Whole
+from mai_thinking.config.base import Count, Name, Seconds, Section
+from mai_thinking.config.distillation import TraceRangeSection
 from mai_thinking.config.names import nearest_name
 from mai_thinking.config.run import RunConfig
 
@@ -24,16 +25,10 @@ def answer_names(stage: str, attempt: int) -> tuple[str, str]:
     return f"{stage}-reset{number}", f"{stage}-on{number}"
 
 
-class StageTracesSection(Section):
+class StageTracesSection(TraceRangeSection):
     """Traces of an earlier RL stage, as `traces:` of a self-distillation has them, with a stage for the run."""
 
     stage: str
-    weight: Weight = 1.0
-    """Share of the traces, relative to the other stages' weights (§3.5: 56/11/33)."""
-    steps: tuple[Whole, Whole] | None = None
-    """First and last gradient step; null means any."""
-    late: float | None = Field(None, gt=0, le=1)
-    """Of the checkpoints in `steps`, the latest share; null: a quarter, or all where `steps` are given."""
 
 
 class StageSection(Section):

@@ -3,12 +3,12 @@
 Importable without torch. MAI-Thinking-1 report §2.4.
 """
 
-import difflib
 from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from mai_thinking.config.base import Section
+from mai_thinking.config.names import nearest_name
 from mai_thinking.config.tasks import SerialFamily
 
 Category = Literal["code", "stem", "maths", "general", "multilingual"]
@@ -84,8 +84,7 @@ class SourceSection(Section):
     def _check_kind(self) -> Self:
         if self.kind == "embedded":
             if self.path not in EMBEDDED_CORPORA:
-                near = difflib.get_close_matches(self.path, EMBEDDED_CORPORA, n=1)
-                fix = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(EMBEDDED_CORPORA)}"
+                fix = nearest_name(self.path, EMBEDDED_CORPORA)
                 raise ValueError(f"source {self.name!r}: no embedded corpus {self.path!r}; {fix}")
             if self.endless and self.max_bytes is None:
                 raise ValueError(f"source {self.name!r}: {self.path} goes on for ever; set `max_bytes`")
@@ -189,12 +188,3 @@ class DataSection(Section):
         if twice:
             raise ValueError(f"two sources are called {twice[0]!r}; give each its own name")
         return self
-
-    def check_for_pretraining(self) -> None:
-        """Raise ValueError if a source may not be pre-trained on. For a pre-training config's validator (§2.4)."""
-        for source in self.sources:
-            if source.provenance == "own-model":
-                raise ValueError(
-                    f"source {source.name!r} was written by a model (own-model); "
-                    "pre-training takes human and procedural text only: remove it, or use it in self-distillation"
-                )

@@ -1,15 +1,24 @@
 """The config of `scripts/self_distill.py`: SFT on traces of our own (MAI-Thinking-1 report §3.1.4, §3.5)."""
 
 import math
-import re
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from mai_thinking.config.base import Coefficient, Count, Dropout, Section, Share, Weight, Whole, fill_from_defaults
+from mai_thinking.config.base import (
+    Coefficient,
+    Count,
+    Dropout,
+    Pattern,
+    Section,
+    Share,
+    Weight,
+    Whole,
+    fill_from_defaults,
+)
 from mai_thinking.config.data import DataSection
-from mai_thinking.config.run import BatchSection, OptimizerSection, PlanSection, ScheduleSection, TrainingConfig
+from mai_thinking.config.run import OptimizerSection, ScheduleSection, TextTrainingConfig
 from mai_thinking.config.tasks import TemplateSection
 
 Hack = Literal["several-answers", "own-question"]
@@ -21,11 +30,9 @@ WARMUP = 0.02
 """Share of the steps (§3.1.4)."""
 
 
-class TraceSourceSection(Section):
-    """One RL run whose traces are learned from."""
+class TraceRangeSection(Section):
+    """Which traces of an RL run are learned from, and how much they count."""
 
-    run: str = Field(min_length=1)
-    """The run's folder; the traces lie in `traces/` below it."""
     weight: Weight = 1.0
     """Share of the traces chosen and of those learned from, relative to the other sources' weights (§3.5: 56/11/33)."""
     steps: tuple[Whole, Whole] | None = None
@@ -41,6 +48,13 @@ class TraceSourceSection(Section):
         if steps is not None and steps[0] > steps[1]:
             raise ValueError(f"{list(steps)} is not [first, last]; put the earlier one first")
         return steps
+
+
+class TraceSourceSection(TraceRangeSection):
+    """One RL run whose traces are learned from."""
+
+    run: str = Field(min_length=1)
+    """The run's folder; the traces lie in `traces/` below it."""
 
     @property
     def folder(self) -> Path:
@@ -69,7 +83,7 @@ class SelectionSection(Section):
     hacks: tuple[Hack, ...] = ("several-answers", "own-question")
     """Known reward hacks to remove. `several-answers`: more than one answer in the frame, of which the last counts.
     `own-question`: the response asks a question in the frame itself, and answers that."""
-    patterns: dict[str, str] = Field(default_factory=dict)
+    patterns: dict[str, Pattern] = Field(default_factory=dict)
     """More hacks: a name, and a regular expression that responses are searched for."""
     per_prompt: Count = 4
     """Most traces of one prompt. More prompts beat more traces per prompt (§3.1.4)."""
@@ -78,16 +92,6 @@ class SelectionSection(Section):
     `per_prompt`, until there are so many; far more than a million narrow the policy (§3.1.4)."""
     order: Literal["random", "shortest"] = "random"
     """Which of a prompt's traces are taken. Random choice beats the shortest (§3.1.4)."""
-
-    @field_validator("patterns")
-    @classmethod
-    def _check_patterns(cls, patterns: dict[str, str]) -> dict[str, str]:
-        for name, pattern in patterns.items():
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise ValueError(f"{name}: {pattern!r} is not a regular expression: {error}") from None
-        return patterns
 
 
 class ReframeSection(Section):
@@ -123,7 +127,7 @@ class MixedTextSection(Section):
         return data
 
 
-class DistillConfig(TrainingConfig):
+class DistillConfig(TextTrainingConfig):
     """A self-distillation. The defaults are the report's (§3.1.4); a small model wants a higher learning rate."""
 
     init_from: str
@@ -138,7 +142,6 @@ class DistillConfig(TrainingConfig):
     """Null: traces keep their frame."""
     text: MixedTextSection | None = None
     """Null: traces alone."""
-    batch: BatchSection
     dropout: Dropout = 0.15
     """On each sublayer's output, whatever `init_from` was trained with."""
     balance: Coefficient = 1e-2
@@ -148,7 +151,6 @@ class DistillConfig(TrainingConfig):
     )
     schedule: ScheduleSection = ScheduleSection(floor=5.2 / 17)
     """Of `warmup_steps`, the default is 2 % of the steps."""
-    plan: PlanSection = PlanSection()
 
     @model_validator(mode="before")
     @classmethod
@@ -160,13 +162,3 @@ class DistillConfig(TrainingConfig):
         if isinstance(steps, int) and isinstance(schedule, dict):
             fields = {**fields, "schedule": {"warmup_steps": math.ceil(WARMUP * max(0, steps)), **schedule}}
         return fill_from_defaults(cls, fields, "optimizer", "schedule")
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if self.schedule.warmup_steps > self.steps:
-            raise ValueError(f"schedule.warmup_steps: {self.schedule.warmup_steps} is more than the {self.steps} steps")
-        return self
-
-    def check_ranks(self, ranks: int) -> None:
-        """As `TrainingConfig` says."""
-        self.batch.check_ranks(ranks)

@@ -5,9 +5,10 @@ checkpoint in half. A time is a period: one fault in each, at a random moment of
 wait for their occasion.
 """
 
-import difflib
 import re
 from dataclasses import dataclass
+
+from mai_thinking.config.names import nearest_name
 
 TIMED = {
     "kill": "SIGKILL to a random worker",
@@ -46,8 +47,4 @@ def _parse_fault(entry: str) -> Fault:
         if not amount.isdigit() or int(amount) == 0:
             raise ValueError(f"{entry!r}: give a count, such as {kind}:1")
         return Fault(kind, count=int(amount))
-    names = [*TIMED, *COUNTED]
-    near = difflib.get_close_matches(kind, names, n=1)
-    raise ValueError(
-        f"unknown fault {kind!r}; {f'did you mean {near[0]!r}?' if near else 'known: ' + ', '.join(names)}"
-    )
+    raise ValueError(f"unknown fault {kind!r}; {nearest_name(kind, (*TIMED, *COUNTED))}")

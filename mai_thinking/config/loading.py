@@ -3,17 +3,16 @@
 Every failure is a `UsageError` of one line that names the key and the fix.
 """
 
-import difflib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar, get_args
+from typing import Any, NoReturn, TypeVar
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from mai_thinking.config.base import Section
-from mai_thinking.config.names import RENAMED, nearest_name
+from mai_thinking.config.base import UNKNOWN_KEY, Section
+from mai_thinking.config.names import nearest_path
 from mai_thinking.config.shipped import find_config
 from mai_thinking.errors import UsageError
 
@@ -39,10 +38,9 @@ def validate(kind: type[ConfigType], tree: dict[str, Any], where: str) -> Config
         return kind.model_validate(tree)
     except ValidationError as error:
         details = error.errors()
-        unknown = [detail for detail in details if detail["type"] == "extra_forbidden"]
-        first = (unknown or details)[0]
+        unknown = [detail for detail in details if detail["type"] == UNKNOWN_KEY]
         more = f" (and {len(details) - 1} more)" if len(details) > 1 else ""
-        raise UsageError(f"{where}: {_explain(kind, first)}{more}") from None
+        raise UsageError(f"{where}: {_explain((unknown or details)[0])}{more}") from None
 
 
 def save_config(config: Section, path: Path | str) -> None:
@@ -59,7 +57,7 @@ def read_yaml_with_base(path: Path, descendants: tuple[Path, ...] = ()) -> dict[
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise UsageError(f"{path}: no such config file{_nearest_file(path)}") from None
+        raise UsageError(f"{path}: no such config file{nearest_path(path, path.parent.glob('*.yaml'))}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{path}: cannot be read: {error}") from None
     tree = parse_yaml(text, str(path))
@@ -161,16 +159,14 @@ def _index(node: list[Any], key: str, override: str) -> int:
     return int(key)
 
 
-def _explain(kind: type[BaseModel], detail: ErrorDetails) -> str:
-    """One line for one of pydantic's errors: the key, what is wrong, and the nearest valid name."""
-    location = detail["loc"]
+def _explain(detail: ErrorDetails) -> str:
+    """One line for one of pydantic's errors: the key and what is wrong."""
     # Pydantic adds the name of a union's member to the path; a reader wants only keys of the file.
-    key = ".".join(str(part) for part in location if not str(part).startswith(("function-", "tagged-")))
-    if detail["type"] == "extra_forbidden":
-        if (new := RENAMED.get(str(location[-1]))) is not None:
-            return f"unknown key {key!r}; it is called {new!r} now"
-        names = _fields_at(kind, location[:-1])
-        return f"unknown key {key!r}; {nearest_name(str(location[-1]), names)}"
+    parts = [str(part) for part in detail["loc"] if not str(part).startswith(("function-", "tagged-"))]
+    if detail["type"] == UNKNOWN_KEY:
+        key = ".".join([*parts, detail["ctx"]["key"]])
+        return f"unknown key {key!r}; {detail['msg']}"
+    key = ".".join(parts)
     if detail["type"] == "missing":
         return f"{key!r} is missing; add it"
     message = detail["msg"].removeprefix("Value error, ")
@@ -183,29 +179,3 @@ def _explain(kind: type[BaseModel], detail: ErrorDetails) -> str:
 def _short(value: Any) -> Any:
     """A value for a message of one line."""
     return value if len(str(value)) <= 100 else f"{str(value)[:100]} …"
-
-
-def _fields_at(kind: type[BaseModel], location: tuple[str | int, ...]) -> set[str]:
-    """The field names of the section at `location` below `kind`; indices and union tags are stepped over."""
-    sections: list[type[BaseModel]] = [kind]
-    for part in location:
-        below = [
-            inner
-            for section in sections
-            if part in section.model_fields
-            for inner in _sections_in(section.model_fields[str(part)].annotation)
-        ]
-        sections = below or sections
-    return {name for section in sections for name in section.model_fields}
-
-
-def _sections_in(annotation: Any) -> list[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    return [section for argument in get_args(annotation) for section in _sections_in(argument)]
-
-
-def _nearest_file(path: Path) -> str:
-    names = [str(other) for other in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
-    near = difflib.get_close_matches(str(path), names, n=1)
-    return f"; did you mean {near[0]}?" if near else ""

@@ -6,7 +6,7 @@ from pydantic import Field, model_validator
 
 from mai_thinking.config.base import Count, Section
 from mai_thinking.config.data import DataSection
-from mai_thinking.config.run import BatchSection, PlanSection, TrainingConfig
+from mai_thinking.config.run import TextTrainingConfig
 
 
 class EvaluationSection(Section):
@@ -23,7 +23,7 @@ class EvaluationSection(Section):
     sample_tokens: Count = 80
 
 
-class PretrainConfig(TrainingConfig):
+class PretrainConfig(TextTrainingConfig):
     """A run over text. Mid-training is the same with `init_from`, another context and another mixture (§2.6)."""
 
     init_from: str | None = None
@@ -33,17 +33,15 @@ class PretrainConfig(TrainingConfig):
     model: dict[str, Any] = Field(default_factory=dict)
     """Fields of MaiThinkingConfig, or `ladder: L`, or `preset: mai-base-1`. The vocabulary size is the tokenizer's."""
     data: DataSection = DataSection()
-    batch: BatchSection
     evaluation: EvaluationSection = EvaluationSection()
-    plan: PlanSection = PlanSection()
 
     @model_validator(mode="after")
-    def _check(self) -> Self:
-        self.data.check_for_pretraining()
-        if self.schedule.warmup_steps > self.steps:
-            raise ValueError(f"schedule.warmup_steps: {self.schedule.warmup_steps} is more than the {self.steps} steps")
+    def _check_provenance(self) -> Self:
+        """Pre-training takes human and procedural text only (§2.4)."""
+        for source in self.data.sources:
+            if source.provenance == "own-model":
+                raise ValueError(
+                    f"source {source.name!r} was written by a model (own-model); "
+                    "pre-training takes human and procedural text only: remove it, or use it in self-distillation"
+                )
         return self
-
-    def check_ranks(self, ranks: int) -> None:
-        """As `TrainingConfig` says."""
-        self.batch.check_ranks(ranks)

@@ -147,3 +147,20 @@ class TrainingConfig(RunConfig):
 
     def check_ranks(self, ranks: int) -> None:
         """Raise UsageError if a step cannot be divided over so many ranks."""
+
+
+class TextTrainingConfig(TrainingConfig):
+    """What pre-training and self-distillation have, whose steps are rows of text."""
+
+    batch: BatchSection
+    plan: PlanSection = PlanSection()
+
+    @model_validator(mode="after")
+    def _check_warmup(self) -> Self:
+        if self.schedule.warmup_steps > self.steps:
+            raise ValueError(f"schedule.warmup_steps: {self.schedule.warmup_steps} is more than the {self.steps} steps")
+        return self
+
+    def check_ranks(self, ranks: int) -> None:
+        """As `TrainingConfig` says."""
+        self.batch.check_ranks(ranks)

@@ -3,12 +3,11 @@
 Importable without torch. MAI-Thinking-1 report §3.1, §3.6.
 """
 
-import re
 from typing import Any, Literal, Self, get_args
 
 from pydantic import Field, field_validator, model_validator
 
-from mai_thinking.config.base import Coefficient, Name, Seconds, Section, Weight
+from mai_thinking.config.base import Coefficient, Name, Pattern, Seconds, Section, Weight
 
 SerialFamily = Literal["tally", "running", "cups", "chain", "repeat"]
 """The families of `mai_thinking.data.serial`, whose problems need a step of work for each item; `repeat` needs none."""
@@ -30,21 +29,12 @@ _Range = tuple[int, int]
 class GraderSection(Section):
     """One more grader of a task's answers, beside the task's own."""
 
-    pattern: str = Field(min_length=1)
+    pattern: Pattern
     """A regular expression that the whole answer must match, white space around it apart."""
     weight: Coefficient = 1.0
     """In a sum of graders; the task's own counts 1."""
     passes: bool = False
     """Whether an answer that matches passes, as one does that the task's own grader passes."""
-
-    @field_validator("pattern")
-    @classmethod
-    def _check_pattern(cls, pattern: str) -> str:
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise ValueError(f"{pattern!r} is not a regular expression: {error}") from None
-        return pattern
 
 
 class TaskSection(Section):
