@@ -1,12 +1,11 @@
 """Batches for one rank: deterministic, prefetched, and restorable at any step and any number of ranks."""
 
-import functools
 import json
-import queue
-import threading
 import time
 import weakref
+from collections import deque
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -60,12 +59,11 @@ class Loader:
                 f"batch.global_batch_size: {rows_per_step} rows cannot be divided over {world_size} ranks × "
                 f"micro-batches of {micro_batch_size}; make it a multiple of {world_size * micro_batch_size}"
             )
-        # A thread that was stopped keeps its row maker: in mid-read it may not be interrupted, so it is not reused.
-        self._new_rows = functools.partial(_RowMaker, prepared, context_length=context_length, seed=seed)
-        self._rows = self._new_rows()
+        self._rows = _RowMaker(prepared, context_length=context_length, seed=seed)
         self._shape = rows_per_step, micro_batch_size, rank, world_size
         self._prefetch = prefetch
-        self._worker: _Worker | None = None
+        self._ahead: deque[Future[tuple[Batch, dict[str, Any]]]] = deque()
+        self._stop_thread: weakref.finalize | None = None
         self._state = self._rows.state()
         self.wait_seconds = 0.0
         """Seconds that the last step waited for its data."""
@@ -76,12 +74,7 @@ class Loader:
     def __next__(self) -> Batch:
         begin = time.perf_counter()
         try:
-            if self._prefetch == 0:
-                step, self._state = _make_step(self._rows, *self._shape)
-            else:
-                if self._worker is None:
-                    self._worker = _Worker(self._rows, self._shape, self._prefetch)
-                step, self._state = self._worker.get()
+            step, self._state = self._made_ahead() if self._prefetch else _make_step(self._rows, *self._shape)
         except UsageError as error:
             raise DataError(str(error)) from None
         self.wait_seconds = time.perf_counter() - begin
@@ -94,10 +87,9 @@ class Loader:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on behind the step that `state` describes. UsageError if it comes from other data, seed or row length."""
-        rows = self._new_rows()
-        rows.restore(state)
         self.close()
-        self._rows, self._state = rows, rows.state()
+        self._rows.restore(state)
+        self._state = self._rows.state()
 
     def left_out(self) -> list[LeftOut]:
         """What the streams have dropped so far, repeated passes included."""
@@ -109,11 +101,23 @@ class Loader:
 
     def close(self) -> None:
         """Stop the thread. Iterating again goes on behind the last step delivered."""
-        if self._worker is not None:
-            self._worker.stop()
-            self._worker = None
-            self._rows = self._new_rows()
+        if self._stop_thread is not None:
+            self._stop_thread()
+            self._stop_thread = None
+            self._ahead.clear()
             self._rows.restore(self._state)
+
+    def _made_ahead(self) -> tuple[Batch, dict[str, Any]]:
+        """The next step from the thread, which makes one more for it."""
+        if self._stop_thread is None:
+            self._thread = ThreadPoolExecutor(1, "data-prefetch")
+            # Also of a loader that is dropped: the thread knows its rows, not the loader.
+            self._stop_thread = weakref.finalize(self, self._thread.shutdown, cancel_futures=True)
+        while len(self._ahead) <= self._prefetch:
+            self._ahead.append(self._thread.submit(_make_step, self._rows, *self._shape))
+        made = self._ahead[0].result()  # a second attempt after an error gets the same error
+        self._ahead.popleft()
+        return made
 
     def __enter__(self) -> Self:
         return self
@@ -209,52 +213,3 @@ def _collate(rows: list[Row], end_of_text: int) -> dict[str, Tensor]:
         "labels": torch.from_numpy(np.ascontiguousarray(tokens_BT1[:, 1:])),
         "position_ids": torch.from_numpy(position_ids_BT),
     }
-
-
-_Item = tuple[Batch, dict[str, Any]] | BaseException
-
-
-class _Worker:
-    """A thread that makes steps into a bounded queue. It knows no loader, so a loader that is dropped is collected."""
-
-    def __init__(self, rows: _RowMaker, shape: tuple[int, int, int, int], depth: int) -> None:
-        self._queue: queue.Queue[_Item] = queue.Queue(maxsize=depth)
-        self._stopped = threading.Event()
-        arguments = rows, shape, self._queue, self._stopped
-        self._thread = threading.Thread(target=_fill, args=arguments, name="data-prefetch", daemon=True)
-        # Also at interpreter exit: a daemon thread that still computes then can crash the process.
-        self.stop = weakref.finalize(self, _stop, self._stopped, self._thread)
-        self._thread.start()
-
-    def get(self) -> tuple[Batch, dict[str, Any]]:
-        """The next step; raises what the thread raised."""
-        item = self._queue.get()
-        if isinstance(item, BaseException):
-            self._queue.put(item)  # a second attempt gets the same answer, not a wait without end
-            raise item
-        return item
-
-
-def _fill(
-    rows: _RowMaker, shape: tuple[int, int, int, int], items: "queue.Queue[_Item]", stopped: threading.Event
-) -> None:
-    while not stopped.is_set():
-        item: _Item
-        try:
-            item = _make_step(rows, *shape)
-        except BaseException as error:
-            item = error
-        while not stopped.is_set():
-            try:
-                items.put(item, timeout=0.1)
-                break
-            except queue.Full:
-                continue
-        if isinstance(item, BaseException):
-            return
-
-
-def _stop(stopped: threading.Event, thread: threading.Thread) -> None:
-    stopped.set()
-    # Longer than making a step takes; a read from a network that hangs must not hold up the exit.
-    thread.join(timeout=10)

@@ -1,11 +1,9 @@
 """Readers of JSONL, text, Parquet and Hub sources, which can go on from any document.
 
-Parquet and the Hub go through `datasets.load_dataset(streaming=True)` and its own `state_dict`. JSON lines do not (see
-`jsonl`), nor do text files: `datasets` changes their line ends, and holds a file of any size as one document.
+The Hub goes through `datasets.load_dataset` and, streaming, its own `state_dict`. Files do not: `datasets` changes JSON
+lines (see `jsonl`) and the line ends of text, and holds a text file of any size as one document.
 """
 
-import difflib
-import glob
 import itertools
 import json
 import os
@@ -15,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from mai_thinking.config.data import SourceSection
+from mai_thinking.config.names import nearest_path
 from mai_thinking.data.jsonl import nearest, read_jsonl, read_text, shown, text_field
 from mai_thinking.errors import UsageError
 
@@ -23,6 +22,8 @@ Cursor = dict[str, Any]
 
 _TEXT_PIECE = 65_536
 """A text file longer than this many characters becomes several documents, cut at blank lines."""
+_ROWS = 1024
+"""So many rows of a Parquet file are read at once."""
 _SHOWN = 3
 """So many names of files are shown in a message."""
 
@@ -98,7 +99,7 @@ class _FilesReader(ABC):
     def files(self) -> tuple[list[Path], list[str]]:
         """The files to read, and lines on those passed over. Hidden ones are never meant."""
         if not self.root.exists():
-            raise self.error(f"{shown(self.root)}: no such file or folder{_nearest_path(self.root)}")
+            raise self.error(f"{shown(self.root)}: no such file or folder{self._nearest()}")
         if not self.root.is_dir():
             if self.root.stat().st_size == 0:
                 raise self.error(f"{shown(self.root)}: the file is empty")
@@ -138,6 +139,9 @@ class _FilesReader(ABC):
         """A message that names the source."""
         return UsageError(f"source {self.source.name!r}: {problem}")
 
+    def _nearest(self) -> str:
+        return shown(nearest_path(self.root, self.root.parent.iterdir())) if self.root.parent.is_dir() else ""
+
     def _refuse(self, error: OSError) -> None:
         raise self.error(f"{shown(error.filename)}: cannot be read: {error.strerror}")
 
@@ -165,7 +169,7 @@ class TextReader(_FilesReader):
 
 
 class ParquetReader(_FilesReader):
-    """One document a row; they are named `FILE:ROW`, the cursor is {"file", "row", "state"}, the library's state."""
+    """One document a row; they are named `FILE:ROW`, the cursor is {"file", "row"}."""
 
     suffixes = (".parquet",)
 
@@ -195,17 +199,18 @@ class ParquetReader(_FilesReader):
 
     def read_file(self, path: Path, at: Cursor) -> Iterator[Found]:
         """See `_FilesReader`."""
-        column, row = self.source.text_field, at.get("row", 0)
+        import pyarrow.parquet as pq
+
+        row, first = 0, at.get("row", 0)
         try:
-            # The library takes a name for a pattern.
-            dataset = _load_dataset("parquet", data_files=glob.escape(str(path)), split="train", columns=[column])
-            if "state" in at:
-                dataset.load_state_dict(at["state"])
-            for record in dataset:
-                row += 1
-                yield Found(f":{row - 1}", record[column], {"row": row, "state": dataset.state_dict()})
-        except (OSError, ValueError) as error:  # pyarrow's own errors are among these
-            where = f"{shown(path)}, column {column!r}, row {_bad_row(path, column, row)}"
+            with pq.ParquetFile(path) as file:
+                for batch in file.iter_batches(_ROWS, columns=[self.source.text_field]):
+                    for value in batch.column(0):
+                        if row >= first:
+                            yield Found(f":{row}", value.as_py(), {"row": row + 1})
+                        row += 1
+        except (OSError, ValueError) as error:  # pyarrow's own errors are among these, and text that is not UTF-8
+            where = f"{shown(path)}, column {self.source.text_field!r}, row {row}"
             raise UsageError(f"{where}: cannot be read: {_first_line(error)}; mend or remove the row") from None
 
 
@@ -247,7 +252,10 @@ class HubReader:
         if self._dataset is not None:
             return self._dataset
         try:
-            dataset = _load_dataset(source.path, source.subset, split=source.split, streaming=source.streaming)
+            import datasets  # takes seconds
+
+            datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what goes wrong is raised, and told once
+            dataset = datasets.load_dataset(source.path, source.subset, split=source.split, streaming=source.streaming)
         except Exception as error:
             # datasets and huggingface_hub raise a dozen unrelated types here, for want of network or a wrong name.
             raise UsageError(
@@ -259,40 +267,9 @@ class HubReader:
         return dataset
 
 
-def _load_dataset(*arguments: Any, streaming: bool = True, **more: Any) -> Any:
-    import datasets  # takes seconds
-
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what goes wrong is raised, and told once
-    return datasets.load_dataset(*arguments, streaming=streaming, **more)
-
-
-def _bad_row(path: Path, column: str, start: int) -> int:
-    """The first row from `start` on whose text is not UTF-8; `start` if that is not what is wrong."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    row = 0
-    try:
-        for batch in pq.ParquetFile(path).iter_batches(columns=[column]):
-            for value in batch.column(0).cast(pa.string()).cast(pa.binary()).to_pylist():
-                (value or b"").decode()
-                row += 1
-    except UnicodeDecodeError:
-        return row
-    except (OSError, ValueError):
-        pass
-    return start
-
-
 def _passed_over(kind: str, names: list[str]) -> str:
     some = ", ".join([shown(name) for name in sorted(names)[:_SHOWN]] + ["…"][: len(names) > _SHOWN])
     return f"{len(names)} {kind if len(names) > 1 else kind[:-1]} passed over: {some}"
-
-
-def _nearest_path(path: Path) -> str:
-    names = [str(other) for other in path.parent.iterdir()] if path.parent.is_dir() else []
-    near = difflib.get_close_matches(str(path), names, n=1)
-    return f"; did you mean {shown(near[0])}?" if near else ""
 
 
 def _pieces(text: str) -> list[str]:

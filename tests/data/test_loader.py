@@ -133,7 +133,7 @@ def test_what_the_thread_raises_arrives_in_the_step(two_sources: PreparedData, m
 
 
 def prefetch_threads() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name == "data-prefetch"]
+    return [thread for thread in threading.enumerate() if thread.name.startswith("data-prefetch")]
 
 
 def test_the_thread_ends_with_the_loader(two_sources: PreparedData) -> None:
