@@ -130,33 +130,21 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
     if not separator or not path:
         raise UsageError(f"override {override!r}: write it as key.path=value")
     value = parse_yaml(text, f"override {override!r}")
-    *parents, last = path.split(".")
+    keys = path.split(".")
     node: Any = tree
-    for key in parents:
-        child = _child(node, key, override)
-        if child is None:
-            child = node[key] = {}
-        node = child
-    if isinstance(node, list):
-        node[_index(node, last, override)] = value
-    elif isinstance(node, dict):
-        node[last] = value
-    else:
-        raise UsageError(f"override {override!r}: {'.'.join(parents)} is a plain value and has no keys")
-
-
-def _child(node: Any, key: str, override: str) -> Any:
-    if isinstance(node, list):
-        return node[_index(node, key, override)]
-    if isinstance(node, dict):
-        return node.get(key)
-    raise UsageError(f"override {override!r}: {key} lies inside a plain value, which has no keys")
-
-
-def _index(node: list[Any], key: str, override: str) -> int:
-    if not key.isdecimal() or int(key) >= len(node):
-        raise UsageError(f"override {override!r}: {key!r} is not an index of a list of {len(node)}")
-    return int(key)
+    for depth, name in enumerate(keys):
+        key: str | int = name
+        if isinstance(node, list):
+            if not name.isdecimal() or int(name) >= len(node):
+                raise UsageError(f"override {override!r}: {name!r} is not an index of a list of {len(node)}")
+            key = int(name)
+        elif not isinstance(node, dict):
+            raise UsageError(f"override {override!r}: {'.'.join(keys[:depth])} is a plain value and has no keys")
+        if depth == len(keys) - 1:
+            node[key] = value
+        elif (node.get(key) if isinstance(node, dict) else node[key]) is None:
+            node[key] = {}
+        node = node[key]
 
 
 def _explain(detail: ErrorDetails) -> str:
