@@ -40,23 +40,17 @@ class MixtureRow:
         return None if self.unique_tokens is None else self.training_tokens / self.unique_tokens
 
 
-@dataclass(frozen=True)
-class MixtureTable:
-    """The mixture of a run: unique tokens, training tokens, share and average epochs of each source."""
-
-    rows: Sequence[MixtureRow]
-
-    def markdown(self) -> str:
-        """The table as Markdown."""
-        lines = [
-            "| source | category | licence | provenance | unique tokens | training tokens | share | epochs |",
-            "|---|---|---|---|---:|---:|---:|---:|",
-        ]
-        for row in self.rows:
-            unique = "streamed" if row.unique_tokens is None else f"{row.unique_tokens:,}"
-            epochs = "–" if row.epochs is None else f"{row.epochs:.2f}"
-            lines.append(
-                f"| {row.source} | {row.category} | {row.licence} | {row.provenance} | {unique} "
-                f"| {row.training_tokens:,} | {100 * row.share:.1f} % | {epochs} |"
-            )
-        return "\n".join(lines) + "\n"
+def mixture_markdown(rows: Sequence[MixtureRow]) -> str:
+    """The table as Markdown: unique tokens, training tokens, share and average epochs of each source."""
+    lines = [
+        "| source | category | licence | provenance | unique tokens | training tokens | share | epochs |",
+        "|---|---|---|---|---:|---:|---:|---:|",
+    ]
+    for row in rows:
+        unique = "streamed" if row.unique_tokens is None else f"{row.unique_tokens:,}"
+        epochs = "–" if row.epochs is None else f"{row.epochs:.2f}"
+        lines.append(
+            f"| {row.source} | {row.category} | {row.licence} | {row.provenance} | {unique} "
+            f"| {row.training_tokens:,} | {100 * row.share:.1f} % | {epochs} |"
+        )
+    return "\n".join(lines) + "\n"

@@ -18,7 +18,7 @@ from mai_thinking.data.accounting import LeftOut, Tally
 from mai_thinking.data.decontamination import OverlapIndex
 from mai_thinking.data.documents import Document
 from mai_thinking.data.jsonl import read_jsonl
-from mai_thinking.data.mixture import MixtureRow, MixtureTable
+from mai_thinking.data.mixture import MixtureRow
 from mai_thinking.data.tokenizer import Encoder, load_tokenizer
 
 MANIFEST = "manifest.json"
@@ -112,23 +112,21 @@ class PreparedData:
         cursor: dict[str, Any] | None = self.manifest["sources"][name]["stream_start"]
         return cursor
 
-    def mixture_table(self, training_tokens: int) -> MixtureTable:
+    def mixture(self, training_tokens: int) -> list[MixtureRow]:
         """What a run of `training_tokens` sees of each source."""
         total = sum(source.weight for source in self.config.sources)
-        return MixtureTable(
-            [
-                MixtureRow(
-                    source=source.name,
-                    category=source.category,
-                    licence=source.licence,
-                    provenance=source.provenance,
-                    unique_tokens=self.manifest["sources"][source.name]["tokens"],
-                    training_tokens=round(training_tokens * source.weight / total),
-                    share=source.weight / total,
-                )
-                for source in self.config.sources
-            ]
-        )
+        return [
+            MixtureRow(
+                source=source.name,
+                category=source.category,
+                licence=source.licence,
+                provenance=source.provenance,
+                unique_tokens=self.manifest["sources"][source.name]["tokens"],
+                training_tokens=round(training_tokens * source.weight / total),
+                share=source.weight / total,
+            )
+            for source in self.config.sources
+        ]
 
 
 def save_source(folder: Path, name: str, source: PreparedSource) -> None:

@@ -19,7 +19,7 @@ from mai_thinking.rl.trace_selection import Selection, own_traces, select, trace
 from mai_thinking.training.context import RunContext
 from mai_thinking.training.learner import Learner
 from mai_thinking.training.model_files import load_model_config
-from mai_thinking.training.plan import Plan, quantity
+from mai_thinking.training.plan import plan_text, quantity
 from mai_thinking.training.text_loss import TextLoss
 from mai_thinking.training.trainer import Recipe, Step, run_recipe
 
@@ -122,5 +122,5 @@ def describe(config: DistillConfig, architecture: MaiThinkingConfig, selection: 
         rows.append(
             ("text", f"{quantity(text)} tokens, {100 * share:g} % of the rows and {100 * part:.0f} % of the loss")
         )
-    lines = [Plan.of(config, architecture).text(), *(f"{name:<12}  {value}" for name, value in rows)]
+    lines = [plan_text(config, architecture), *(f"{name:<12}  {value}" for name, value in rows)]
     return "\n".join(lines) + "\n\n" + selection.markdown()

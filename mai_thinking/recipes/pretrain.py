@@ -12,6 +12,7 @@ from typing import Any
 from mai_thinking.config.pretraining import PretrainConfig
 from mai_thinking.data import Batch, Loader, PreparedData, prepare
 from mai_thinking.data.accounting import left_out_table
+from mai_thinking.data.mixture import mixture_markdown
 from mai_thinking.model import MaiThinkingForCausalLM
 from mai_thinking.training.context import RunContext
 from mai_thinking.training.evaluation import Likelihood, compressors, evaluate_texts, summarize
@@ -19,7 +20,7 @@ from mai_thinking.training.learner import Learner
 from mai_thinking.training.ledger import EVALUATION
 from mai_thinking.training.metrics import MetricsLog, read_records
 from mai_thinking.training.model_files import build_model, model_config, starting_point
-from mai_thinking.training.plan import Plan
+from mai_thinking.training.plan import plan_text
 from mai_thinking.training.sampling import sample_text
 from mai_thinking.training.text_loss import TextLoss
 from mai_thinking.training.trainer import Recipe, Step, run_recipe
@@ -29,7 +30,7 @@ def pretrain(config: PretrainConfig, *, dry_run: bool = False) -> int:
     """Run `config`, or go on with it where it was; returns the exit code. `dry_run` prints what it costs and stops."""
     architecture = model_config(config)
     if dry_run:
-        print(Plan.of(config, architecture).text())
+        print(plan_text(config, architecture))
         return 0
     return run_recipe(config, functools.partial(PretrainRecipe, config))
 
@@ -72,8 +73,8 @@ class PretrainRecipe(Recipe):
 
     def describe(self) -> str:
         """What it costs, and what it reads how often."""
-        table = self.data.mixture_table(self.config.steps * self.config.batch.tokens_per_step)
-        return f"{Plan.of(self.config, self.architecture).text()}\n\n{table.markdown()}"
+        mixture = self.data.mixture(self.config.steps * self.config.batch.tokens_per_step)
+        return f"{plan_text(self.config, self.architecture)}\n\n{mixture_markdown(mixture)}"
 
     def state(self) -> dict[str, Any]:
         """The place in the data."""
@@ -122,12 +123,12 @@ class PretrainRecipe(Recipe):
         texts = {
             category: [d.text for d in documents] for category, documents in self.data.held_out.items() if documents
         }
-        mixture = self.data.mixture_table(self.config.steps * self.config.batch.tokens_per_step)
+        mixture = self.data.mixture(self.config.steps * self.config.batch.tokens_per_step)
         self.context.folder.note(
-            plan=Plan.of(self.config, self.architecture).text(),
-            mixture=[asdict(row) | {"epochs": row.epochs} for row in mixture.rows],
+            plan=plan_text(self.config, self.architecture),
+            mixture=[asdict(row) | {"epochs": row.epochs} for row in mixture],
             left_out=left_out_table([*self.data.left_out, *self.loader.left_out()]),
-            compressors={category: asdict(compressors(found)) for category, found in texts.items()},
+            compressors={category: compressors(found) for category, found in texts.items()},
             written=samples,
         )
         for prompt, text in samples.items():

@@ -8,6 +8,7 @@ import lzma
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -107,21 +108,11 @@ def _cut(tokens: list[int], context: int) -> Iterator[Window]:
 
 def _batched(windows: Iterable[Window], size: int) -> Iterator[list[Window]]:
     # Windows of one length stay together: most are full, and the short rest is padded among its like.
-    for window_list in _chunks(windows, 16 * size):
+    remaining = iter(windows)
+    while window_list := list(islice(remaining, 16 * size)):
         window_list.sort(key=lambda window: -len(window[0]))
         for begin in range(0, len(window_list), size):
             yield window_list[begin : begin + size]
-
-
-def _chunks(windows: Iterable[Window], size: int) -> Iterator[list[Window]]:
-    chunk: list[Window] = []
-    for window in windows:
-        chunk.append(window)
-        if len(chunk) == size:
-            yield chunk
-            chunk = []
-    if chunk:
-        yield chunk
 
 
 def _pad(windows: Sequence[Window], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -150,22 +141,15 @@ def summarize(likelihoods: Mapping[str, Likelihood]) -> dict[str, Any]:
     }
 
 
-@dataclass(frozen=True)
-class Yardstick:
-    """What general-purpose compressors make of the same bytes, all documents in one stream; in bits per byte."""
-
-    gzip: float
-    xz: float
-
-
-def compressors(texts: Sequence[str]) -> Yardstick:
-    """`gzip -9` and `xz -9e` on the concatenated texts."""
+def compressors(texts: Sequence[str]) -> dict[str, float]:
+    """What general-purpose compressors make of the same bytes, all documents in one stream: bits per byte of `gzip -9`
+    and `xz -9e`."""
     content = "".join(texts).encode()
     bits = 8 / max(1, len(content))
-    return Yardstick(
-        gzip=len(gzip.compress(content, compresslevel=9, mtime=0)) * bits,
-        xz=len(lzma.compress(content, preset=9 | lzma.PRESET_EXTREME)) * bits,
-    )
+    return {
+        "gzip": len(gzip.compress(content, compresslevel=9, mtime=0)) * bits,
+        "xz": len(lzma.compress(content, preset=9 | lzma.PRESET_EXTREME)) * bits,
+    }
 
 
 def evaluate_files(
@@ -197,4 +181,4 @@ def _measure(
 ) -> str:
     result = evaluate_texts(model, tokenizer, texts, context_length=context, batch_size=batch_size)
     yardstick = compressors(texts)
-    return f"{result.bits_per_byte:6.4f}   {yardstick.gzip:6.4f}  {yardstick.xz:6.4f}  {result.bytes:>8}"
+    return f"{result.bits_per_byte:6.4f}   {yardstick['gzip']:6.4f}  {yardstick['xz']:6.4f}  {result.bytes:>8}"

@@ -1,35 +1,15 @@
 """What a run will cost, before it costs anything: `--dry-run`."""
 
 import os
-from dataclasses import dataclass
 
 import torch
 
-from mai_thinking.config.distillation import DistillConfig
-from mai_thinking.config.pretraining import PretrainConfig
-from mai_thinking.config.run import PlanSection
+from mai_thinking.config.run import PlanSection, TextTrainingConfig
 from mai_thinking.model import MaiThinkingConfig
 from mai_thinking.model.loss import CHUNK_ELEMENTS
 
 WEIGHT, GRADIENT, MOMENTS = 4, 4, 8
 """Bytes per parameter: fp32 weights, fp32 gradients, AdamW's two fp32 moments (REPORT §1: fp32 always)."""
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Bytes on one rank."""
-
-    weights: float
-    rounded: float
-    gradients: float
-    optimizer: float
-    activations: float
-    logits: float
-
-    @property
-    def total(self) -> float:
-        """All of it, without the framework's own and fragmentation."""
-        return self.weights + self.rounded + self.gradients + self.optimizer + self.activations + self.logits
 
 
 def memory_per_rank(
@@ -41,14 +21,15 @@ def memory_per_rank(
     step_tokens: int,
     compute_bytes: int,
     activation_checkpointing: bool,
-) -> Memory:
-    """Memory of one rank that takes micro-batches of `tokens` tokens through the model, `step_tokens` in a step.
+) -> dict[str, float]:
+    """Bytes by use, of one rank that takes micro-batches of `tokens` tokens through the model, `step_tokens` in a step.
 
     Experts are split over `plan.expert_parallel` ranks, all else is on each of `gpus` ranks; what the ZeRO stage
     shards is split over the ranks that hold the same weights. Activations are an estimate: what each sublayer keeps
     for its backward pass at `compute_bytes` a number, or with checkpointing the fp32 residual stream at each layer of
     the whole step, which waits for one backward pass (see `Learner`), with each micro-batch's gradient of the head,
-    and one layer's full set. In half precision the experts' weights are held rounded too.
+    and one layer's full set. In half precision the experts' weights are held rounded too. The framework's own memory
+    and fragmentation are not in it.
     """
     total, _ = architecture.parameter_counts()
     experts = architecture.parameter_breakdown()["experts"]
@@ -67,14 +48,14 @@ def memory_per_rank(
     if activation_checkpointing:
         heads = 4 * architecture.vocab_size * architecture.hidden_size * (step_tokens / tokens)
         kept = step_tokens * 4 * architecture.hidden_size * layers + tokens * max(per_layer) + heads
-    return Memory(
-        weights=held(WEIGHT, 3),
-        rounded=2 * experts / plan.expert_parallel if compute_bytes == 2 else 0.0,
-        gradients=held(GRADIENT, 2),
-        optimizer=held(MOMENTS, 1),
-        activations=kept or tokens * sum(per_layer),
-        logits=2 * 4 * min(CHUNK_ELEMENTS["cuda"], tokens * architecture.vocab_size),
-    )
+    return {
+        "weights": held(WEIGHT, 3),
+        "rounded": 2 * experts / plan.expert_parallel if compute_bytes == 2 else 0.0,
+        "gradients": held(GRADIENT, 2),
+        "optimiser": held(MOMENTS, 1),
+        "activations": kept or tokens * sum(per_layer),
+        "logits": 2 * 4 * min(CHUNK_ELEMENTS["cuda"], tokens * architecture.vocab_size),
+    }
 
 
 def _activations_per_token(architecture: MaiThinkingConfig, compute_bytes: int) -> list[float]:
@@ -92,65 +73,42 @@ def _activations_per_token(architecture: MaiThinkingConfig, compute_bytes: int) 
     return [norms + attention + (moe if layer in c.moe_layers else dense) for layer in range(c.num_hidden_layers)]
 
 
-@dataclass(frozen=True)
-class Plan:
-    """A run's size."""
-
-    config: PretrainConfig | DistillConfig
-    architecture: MaiThinkingConfig
-    ranks: int
-    memory: Memory
-
-    @classmethod
-    def of(cls, config: PretrainConfig | DistillConfig, architecture: MaiThinkingConfig) -> "Plan":
-        """Reckon `config` with the ranks of `config.plan`, or those that the launcher gives."""
-        ranks = config.plan.gpus or int(os.environ.get("WORLD_SIZE", "1"))
-        bf16 = config.execution.precision == "bf16" or (
-            config.execution.precision == "auto" and (torch.cuda.is_available() or config.plan.gpus is not None)
-        )
-        memory = memory_per_rank(
-            architecture,
-            config.plan,
-            gpus=ranks,
-            tokens=config.batch.micro_batch_size * config.batch.context_length,
-            step_tokens=max(config.batch.micro_batch_size, config.batch.global_batch_size // ranks)
-            * config.batch.context_length,
-            compute_bytes=2 if bf16 else 4,
-            activation_checkpointing=config.execution.activation_checkpointing,
-        )
-        return cls(config, architecture, ranks, memory)
-
-    def text(self) -> str:
-        """The lines that `--dry-run` prints."""
-        total, active = self.architecture.parameter_counts()
-        flops = self.architecture.flops_per_token(self.config.batch.context_length)
-        tokens = self.config.steps * self.config.batch.tokens_per_step
-        plan, memory = self.config.plan, self.memory
-        parts = {
-            "weights": memory.weights,
-            "rounded": memory.rounded,
-            "gradients": memory.gradients,
-            "optimiser": memory.optimizer,
-            "activations": memory.activations,
-            "logits": memory.logits,
-        }
-        rows = [
-            ("parameters", f"{quantity(total)} total, {quantity(active)} active ({total:,} / {active:,})"),
-            ("FLOPs", f"{quantity(flops)} a token, {quantity(flops * tokens)} in all"),
-            (
-                "tokens",
-                f"{quantity(tokens)} = {self.config.steps:,} steps of {self.config.batch.global_batch_size:,} rows of "
-                f"{self.config.batch.context_length:,}; {tokens / active:.2f} per active parameter",
-            ),
-            (
-                "ranks",
-                f"{self.ranks:,} ({self.ranks // plan.expert_parallel:,} data-parallel copies of the experts, "
-                f"each over {plan.expert_parallel} ranks; ZeRO stage {plan.zero_stage})",
-            ),
-            ("memory", f"{memory.total / 2**30:,.2f} GiB per rank"),
-            *((f"  {name}", f"{value / 2**30:,.2f} GiB") for name, value in parts.items()),
-        ]
-        return "\n".join(f"{name:<12}  {value}" for name, value in rows)
+def plan_text(config: TextTrainingConfig, architecture: MaiThinkingConfig) -> str:
+    """The lines that `--dry-run` prints, reckoned with the ranks of `config.plan`, or those that the launcher gives."""
+    batch, plan = config.batch, config.plan
+    ranks = plan.gpus or int(os.environ.get("WORLD_SIZE", "1"))
+    bf16 = config.execution.precision == "bf16" or (
+        config.execution.precision == "auto" and (torch.cuda.is_available() or plan.gpus is not None)
+    )
+    memory = memory_per_rank(
+        architecture,
+        plan,
+        gpus=ranks,
+        tokens=batch.micro_batch_size * batch.context_length,
+        step_tokens=max(batch.micro_batch_size, batch.global_batch_size // ranks) * batch.context_length,
+        compute_bytes=2 if bf16 else 4,
+        activation_checkpointing=config.execution.activation_checkpointing,
+    )
+    total, active = architecture.parameter_counts()
+    flops = architecture.flops_per_token(batch.context_length)
+    tokens = config.steps * batch.tokens_per_step
+    rows = [
+        ("parameters", f"{quantity(total)} total, {quantity(active)} active ({total:,} / {active:,})"),
+        ("FLOPs", f"{quantity(flops)} a token, {quantity(flops * tokens)} in all"),
+        (
+            "tokens",
+            f"{quantity(tokens)} = {config.steps:,} steps of {batch.global_batch_size:,} rows of "
+            f"{batch.context_length:,}; {tokens / active:.2f} per active parameter",
+        ),
+        (
+            "ranks",
+            f"{ranks:,} ({ranks // plan.expert_parallel:,} data-parallel copies of the experts, "
+            f"each over {plan.expert_parallel} ranks; ZeRO stage {plan.zero_stage})",
+        ),
+        ("memory", f"{sum(memory.values()) / 2**30:,.2f} GiB per rank"),
+        *((f"  {use}", f"{size / 2**30:,.2f} GiB") for use, size in memory.items()),
+    ]
+    return "\n".join(f"{name:<12}  {value}" for name, value in rows)
 
 
 def quantity(value: float) -> str:
