@@ -9,10 +9,10 @@ import errno
 import json
 import shutil
 import sys
-import threading
 import time
 import warnings
 from collections.abc import Callable, MutableMapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +42,9 @@ from mai_thinking.training.state import (
     ModelState,
     OptimizerState,
     PerRank,
-    WorldDependent,
     check_same_shape,
     join_tree,
     split_tree,
-    tensor_places,
 )
 
 State = MutableMapping[str, Any]
@@ -82,7 +80,10 @@ class Checkpointer:
         """The step of the newest checkpoint known to be committed."""
         self._damaged: set[int] = set()
         self._asked = False
-        self._write: _Write | None = None
+        self._write: Future[None] | None = None
+        self._writing = 0
+        """The step of what `_write` writes."""
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._agreement = dist.new_group(backend="gloo") if self.world > 1 else None
         self._writers = dist.new_group(backend="gloo") if self.world > 1 else None
         self._host = HostCopies()
@@ -99,7 +100,7 @@ class Checkpointer:
         after that is done.
         """
         self._asked = self._asked or step % self.section.every == 0
-        if self._write is not None and self._agree_minimum(int(self._write.done)):
+        if self._write is not None and self._agree_minimum(int(self._write.done())):
             self.wait()
         return self._asked and self._write is None
 
@@ -116,23 +117,22 @@ class Checkpointer:
             tensors, document = self._collect(state)
             synchronous = synchronous or not self.section.asynchronous
             tensors = _own_share(tensors, self.rank, self.world)
-            staged = tensors if synchronous else self._host.take(tensors)
             writer = CheckpointWriter(self.folder, step, self.rank, self.world, {self.rank: document}, self.seal)
             if synchronous:  # in the background it would hide that the steps hang
                 writer.heartbeat = self.heartbeat
-            self._write = _Write(staged, writer, self._writers)
             if synchronous:
-                self._write.run()
-                self.wait()
+                _write(tensors, writer, self._writers)
+                self._committed(step)
             else:
-                self._write.start()
+                self._writing = step
+                self._write = self._thread.submit(_write, self._host.take(tensors), writer, self._writers)
         return time.perf_counter() - begin
 
     def save_jit(self, step: int, shared: State, own: Sequence[dict[str, Any]]) -> bool:
         """Save the checkpoint of `step` for all ranks, when the others can no longer be talked to; whether it was this
         rank that did it, and not another one before. `own`: for each rank, name → the tree of its own state."""
         if self._write is not None:
-            self._write.give_up()
+            wait([self._write], timeout=5)  # its other ranks are gone, which ends it: since then the disk is free
         tensors: dict[str, Tensor] = {}
         documents: dict[int, dict[str, Any]] = {rank: {"shared": {}, "own": {}} for rank in range(self.world)}
         for name, value in shared.items():
@@ -143,9 +143,7 @@ class Checkpointer:
         writer = CheckpointWriter(self.folder, step, 0, self.world, documents, self.seal, jit=True)
         if writer.final.exists() or writer.temporary.exists():
             return False
-        write = _Write(tensors, writer, None)
-        write.run()
-        write.finish()
+        _write(tensors, writer, None)
         self.last_saved = step
         return True
 
@@ -154,18 +152,22 @@ class Checkpointer:
         if self._write is None:
             return
         write, self._write = self._write, None
-        write.finish()
-        self.last_saved = write.step
-        self._damaged.discard(write.step)
-        if self.rank == 0:
-            self._retain()
+        write.result()
+        self._committed(self._writing)
 
     def close(self) -> None:
         """Wait, and give the copies in host memory back."""
         try:
             self.wait()
         finally:
+            self._thread.shutdown()
             self._host.close()
+
+    def _committed(self, step: int) -> None:
+        self.last_saved = step
+        self._damaged.discard(step)
+        if self.rank == 0:
+            self._retain()
 
     def _collect(self, state: State) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """All tensors under unique names, and this rank's JSON document, which no later step can change."""
@@ -239,7 +241,7 @@ class Checkpointer:
     def _load_own(self, name: str, value: PerRank, reader: "CheckpointReader", world: int) -> None:
         if world == self.world:
             value.state.load_state_dict(reader.read(name, of_rank=self.rank))
-        elif isinstance(value.state, WorldDependent):
+        elif hasattr(value.state, "load_from_world"):
             states = [reader.read(name, of_rank=rank) for rank in range(world)]
             value.state.load_from_world(states, self.rank, self.world)
         else:
@@ -281,17 +283,17 @@ class CheckpointReader:
         except KeyError:
             raise UsageError(f"{self.path} holds no {name!r}; it was saved by another kind of run") from None
         given: dict[str, Tensor] = {}
-        given_places = tensor_places(split_tree(like, prefix, given), prefix)
+        split_tree(like, prefix, given)
         targets: dict[str, Tensor] = {}
-        for place, key in tensor_places(skeleton, prefix).items():
-            saved = self._tensors[key]
+        for key, saved in self._tensors.items():
+            if key != prefix and not key.startswith(f"{prefix}/"):
+                continue
             assert isinstance(saved, TensorStorageMetadata)
-            if place in given_places:
-                target = given[given_places[place]]
-                check_same_shape(place, saved.size, saved.properties.dtype, target)
+            if key in given:
+                targets[key] = given[key]
+                check_same_shape(key, saved.size, saved.properties.dtype, given[key])
             else:
-                target = torch.empty(saved.size, dtype=saved.properties.dtype)
-            targets.setdefault(key, target)
+                targets[key] = torch.empty(saved.size, dtype=saved.properties.dtype)
         if targets:
             storage = HuggingFaceStorageReader(str(self.path))
             # Every rank reads its own part; there is nothing to agree on.
@@ -306,54 +308,20 @@ class CheckpointReader:
         return self._documents[rank]
 
 
-class _Write:
-    """One checkpoint on its way to the disk, in this thread or another."""
-
-    def __init__(self, tensors: Any, writer: CheckpointWriter, group: dist.ProcessGroup | None):
-        self.step = writer.step
-        self._tensors, self._writer, self._group = tensors, writer, group
-        self._thread = threading.Thread(target=self.run, name=f"checkpoint-{writer.step}", daemon=True)
-        self._problem: BaseException | None = None
-        self._ended = threading.Event()
-
-    def start(self) -> None:
-        self._thread.start()
-
-    @property
-    def done(self) -> bool:
-        return self._ended.is_set()
-
-    def run(self) -> None:
-        planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-        try:
-            dcp.save(
-                self._tensors,
-                storage_writer=self._writer,
-                planner=planner,
-                process_group=self._group,
-                no_dist=self._writer.jit,
-            )
-        except BaseException as problem:  # CheckpointException is no Exception; all are raised again by `finish`
-            self._problem = problem
-            if self._writer.rank == 0:
-                shutil.rmtree(self._writer.temporary, ignore_errors=True)
-        finally:
-            self._ended.set()
-
-    def give_up(self) -> None:
-        """Its other ranks are gone, which ends it: wait for that, since then the disk is free."""
-        self._thread.join(timeout=5)
-
-    def finish(self) -> None:
-        if self._thread.ident is not None:
-            self._thread.join()
-        if self._problem is None:
-            return
-        causes = self._problem.failures.values() if isinstance(self._problem, CheckpointException) else ()
+def _write(tensors: Any, writer: CheckpointWriter, group: dist.ProcessGroup | None) -> None:
+    """Write and commit a checkpoint, in this thread or another. OSError for a full disk, on every rank; RuntimeError
+    for what else goes wrong."""
+    planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    try:
+        dcp.save(tensors, storage_writer=writer, planner=planner, process_group=group, no_dist=writer.jit)
+    except BaseException as problem:  # CheckpointException is no Exception
+        if writer.rank == 0:
+            shutil.rmtree(writer.temporary, ignore_errors=True)
+        causes = problem.failures.values() if isinstance(problem, CheckpointException) else ()
         for cause, _ in causes:
             if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise OSError(cause.errno, cause.strerror, str(self._writer.final)) from None
-        raise RuntimeError(f"the checkpoint of step {self.step} could not be written") from self._problem
+                raise OSError(cause.errno, cause.strerror, str(writer.final)) from None
+        raise RuntimeError(f"the checkpoint of step {writer.step} could not be written") from problem
 
 
 def _own_share(tensors: dict[str, Tensor], rank: int, world: int) -> dict[str, Tensor]:

@@ -21,9 +21,9 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import torch
@@ -44,6 +44,7 @@ _TYPE_NAMES = {
     torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
 _CHUNK_BYTES = 8 << 20
+_DIRECT = getattr(os, "O_DIRECT", 0)
 
 
 def step_folder(folder: Path, step: int) -> Path:
@@ -192,68 +193,59 @@ class CheckpointWriter(StorageWriter):
         synchronise(self.final.parent)
 
     def write_file(self, name: str, blocks: Iterable[bytes | memoryview]) -> dict[str, Any]:
-        """One file of the checkpoint; → its size and checksum."""
         """One file of the checkpoint, from `blocks`; → its size and checksum."""
         digest, size = xxhash.xxh3_128(), 0
         # A rank saves just in time because a process died, which the page cache outlives, and its reader comes at once:
         # no waiting for the disk.
-        with _File(self.temporary / name, past_cache=not self.jit) as file:
+        with _new_file(self.temporary / name, past_cache=not self.jit) as write:
             for chunk in _chunks(blocks):
                 self.heartbeat()
                 digest.update(chunk)  # while the chunk is in the processor's cache
-                file.write(chunk)
+                write(chunk)
                 size += len(chunk)
         return {"bytes": size, "xxh3_128": digest.hexdigest()}
 
 
-class _File:
-    """A new file that is on the disk when it is closed; if `past_cache` is false, only with the operating system.
+@contextmanager
+def _new_file(path: Path, *, past_cache: bool) -> Iterator[Callable[[memoryview], None]]:
+    """What writes a chunk to a new file, which is on the disk when the block ends; if `past_cache` is false, only with
+    the operating system.
 
     Its bytes go past the page cache where the file system lets them (O_DIRECT): filling pages costs the processor
     several times what the disk does, and training wants both cores and memory. Anything that this does not suit, be it
     the file system or the length of the last chunk, is written in the ordinary way.
     """
+    flags, mode = os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666  # the rights of any new file
+    try:
+        descriptor = os.open(path, flags | (_DIRECT if past_cache else 0), mode)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        descriptor = os.open(path, flags, mode)
 
-    def __init__(self, path: Path, *, past_cache: bool):
-        flags, mode = os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666  # the rights of any new file
-        self._past_cache = past_cache
-        self._direct = getattr(os, "O_DIRECT", 0) if past_cache else 0
-        try:
-            self._descriptor = os.open(path, flags | self._direct, mode)
-        except OSError as error:
-            if error.errno != errno.EINVAL or not self._direct:
-                raise
-            self._direct = 0
-            self._descriptor = os.open(path, flags, mode)
-
-    def write(self, chunk: memoryview) -> None:
+    def write(chunk: memoryview) -> None:
         if len(chunk) % mmap.PAGESIZE:
-            self._go_through_cache()
+            _go_through_cache(descriptor)
         while chunk:
             try:
-                chunk = chunk[os.write(self._descriptor, chunk) :]
+                chunk = chunk[os.write(descriptor, chunk) :]
             except OSError as error:
-                if error.errno != errno.EINVAL or not self._direct:
+                if error.errno != errno.EINVAL or not _go_through_cache(descriptor):
                     raise
-                self._go_through_cache()
 
-    def _go_through_cache(self) -> None:
-        if self._direct:
-            flags = fcntl.fcntl(self._descriptor, fcntl.F_GETFL)
-            fcntl.fcntl(self._descriptor, fcntl.F_SETFL, flags & ~self._direct)
-            self._direct = 0
+    try:
+        yield write
+        if past_cache:
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
-    def __enter__(self) -> Self:
-        return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, problem: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        try:
-            if problem is None and self._past_cache:
-                os.fsync(self._descriptor)
-        finally:
-            os.close(self._descriptor)
+def _go_through_cache(descriptor: int) -> bool:
+    """From now on; whether the file went past it before."""
+    flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
+    fcntl.fcntl(descriptor, fcntl.F_SETFL, flags & ~_DIRECT)
+    return bool(flags & _DIRECT)
 
 
 def _chunks(blocks: Iterable[bytes | memoryview]) -> Iterator[memoryview]:

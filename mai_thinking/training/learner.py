@@ -97,7 +97,7 @@ class Learner:
         self.before_reduction: Callable[[], None] = lambda: None
 
     def unwrap(self) -> MaiThinkingForCausalLM:
-        """The model with all its weights, for evaluation, sampling and saving. Collective; see `Parallel.unwrap`."""
+        """The model with all its weights, for evaluation, sampling and saving. Collective; see `Replicated.unwrap`."""
         return self.parallel.unwrap()
 
     def state(self) -> dict[str, Any]:

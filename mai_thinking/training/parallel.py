@@ -5,7 +5,7 @@ With either, gradients meet once per global batch, while the backward pass of it
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 from accelerate import Accelerator
@@ -20,50 +20,37 @@ from mai_thinking.model import MaiThinkingForCausalLM
 from mai_thinking.model.latent_moe import rounded_once
 
 
-class Parallel(Protocol):
-    """A model shared by the ranks of a job."""
-
-    accelerator: Accelerator
-    model: nn.Module
-    """What to call in training; its parameters are the optimiser's."""
-
-    def cached_bf16(self) -> AbstractContextManager[None]:
-        """Around a step's micro-batches, in which no weight changes: those that kernels on a GPU have rounded are
-        rounded once for all."""
-
-    def no_sync(self) -> AbstractContextManager[None]:
-        """Around the forward and backward of every micro-batch but the last: gradients stay on their rank."""
-
-    def unwrap(self) -> MaiThinkingForCausalLM:
-        """The model with all its weights, on every rank and without any wrapper, for evaluation, sampling and saving.
-        Collective; to be taken anew after each step."""
-
-
 class Replicated:
-    """Every rank holds the whole model (DDP; with one rank, the model itself)."""
+    """A model of which every rank holds the whole (DDP; with one rank, the model itself)."""
 
     def __init__(self, model: MaiThinkingForCausalLM, accelerator: Accelerator) -> None:
         self.accelerator = accelerator
         self._plain = model
         self.model: nn.Module = accelerator.prepare(model)
+        """What to call in training; its parameters are the optimiser's."""
 
     def cached_bf16(self) -> AbstractContextManager[None]:
+        """Around a step's micro-batches, in which no weight changes: those that kernels on a GPU have rounded are
+        rounded once for all."""
         ours = self._plain.config._experts_implementation == "bucketed_mm"
         if ours and self.accelerator.device.type == "cuda" and self.accelerator.mixed_precision == "bf16":
             return rounded_once(self._plain, torch.bfloat16)
         return nullcontext()
 
     def no_sync(self) -> AbstractContextManager[None]:
+        """Around the forward and backward of every micro-batch but the last: gradients stay on their rank."""
         return self.accelerator.no_sync(self.model)
 
     def unwrap(self) -> MaiThinkingForCausalLM:
+        """The model with all its weights, on every rank and without any wrapper, for evaluation, sampling and saving.
+        Collective; to be taken anew after each step."""
         return self._plain
 
 
 class Sharded:
-    """Weights, gradients and optimiser state lie in shards, an equal part on each rank (FSDP2, as ZeRO stage 3). A
-    layer is gathered while it is computed. Accelerate falls back to DDP where there is no GPU; `fully_shard` works
-    over gloo too."""
+    """The same for a model whose weights, gradients and optimiser state lie in shards, an equal part on each rank
+    (FSDP2, as ZeRO stage 3). A layer is gathered while it is computed. Accelerate falls back to DDP where there is no
+    GPU; `fully_shard` works over gloo too."""
 
     def __init__(self, model: MaiThinkingForCausalLM, accelerator: Accelerator) -> None:
         self.accelerator = accelerator
@@ -100,7 +87,9 @@ class Sharded:
         return model
 
 
-def parallelize(model: MaiThinkingForCausalLM, accelerator: Accelerator, how: Literal["ddp", "fsdp"]) -> Parallel:
+def parallelize(
+    model: MaiThinkingForCausalLM, accelerator: Accelerator, how: Literal["ddp", "fsdp"]
+) -> Replicated | Sharded:
     """`model`, the same on every rank, as `execution.parallel` says. A single rank has nobody to share with."""
     if how == "fsdp" and accelerator.num_processes > 1:
         return Sharded(model, accelerator)

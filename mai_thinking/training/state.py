@@ -8,7 +8,7 @@ takes it apart into named tensors, which are saved as safetensors, and a JSON sk
 import hashlib
 import random
 from collections.abc import Mapping
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 import torch
@@ -67,22 +67,6 @@ def join_tree(skeleton: Any, tensors: Mapping[str, Tensor]) -> Any:
     return skeleton
 
 
-def tensor_places(skeleton: Any, path: str) -> dict[str, str]:
-    """path in the tree → tensor name, for every tensor of a skeleton. Paths are spelled like `split_tree`'s names."""
-    match skeleton:
-        case {"$tensor": str(name)}:
-            return {path: name}
-        case {"$pairs": list(pairs)}:
-            children = [(str(key), value) for key, value in pairs]
-        case {"$tuple": list(values)} | list(values):
-            children = [(str(index), value) for index, value in enumerate(values)]
-        case dict():
-            children = list(skeleton.items())
-        case _:
-            return {}
-    return {place: name for key, value in children for place, name in tensor_places(value, f"{path}/{key}").items()}
-
-
 def _name_once(tensor: Tensor, name: str, tensors: dict[str, Tensor], seen: dict[Any, str]) -> str:
     local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
     identity = (local.data_ptr(), local.shape, local.stride(), local.dtype, tensor.shape)
@@ -93,19 +77,12 @@ def _name_once(tensor: Tensor, name: str, tensors: dict[str, Tensor], seen: dict
     return seen[identity]
 
 
-@runtime_checkable
-class WorldDependent(Protocol):
-    """A state of one rank that can be taken up at another number of ranks."""
-
-    def load_from_world(self, states: list[Any], rank: int, world: int) -> None:
-        """Take up, as rank `rank` of `world`, the states saved by `len(states)` ranks, in their order."""
-
-
 class PerRank:
     """Marks a state as this rank's own (its generators, its place in the data): saved and loaded rank by rank.
 
-    At the world size that it was saved with, each rank gets its own back. At another, `state` must have the method of
-    `WorldDependent`; otherwise loading is a UsageError.
+    At the world size that it was saved with, each rank gets its own back. At another, `state` must have a method
+    `load_from_world(states, rank, world)`, which takes up, as rank `rank` of `world`, the states that `len(states)`
+    ranks saved, in their order; otherwise loading is a UsageError.
     """
 
     def __init__(self, state: Stateful):

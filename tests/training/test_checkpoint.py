@@ -283,9 +283,9 @@ def test_full_disk_is_a_clear_error_and_hurts_no_other_checkpoint(tmp_path, monk
 
 def test_other_shapes_are_refused_with_one_line(tmp_path):
     checkpointer = Checkpointer(tmp_path, section())
-    checkpointer.save(1, {"model": ModelState(nn.Linear(2, 3))}, synchronous=True)
+    checkpointer.save(1, {"model": ModelState(nn.Linear(2, 3, bias=False))}, synchronous=True)
     with pytest.raises(UsageError, match=r"'model/weight' as float32\[3, 2\] where this run has float32\[4, 2\]"):
-        Checkpointer(tmp_path, section()).load_latest({"model": ModelState(nn.Linear(2, 4))})
+        Checkpointer(tmp_path, section()).load_latest({"model": ModelState(nn.Linear(2, 4, bias=False))})
 
 
 # ------------------------------------------------------------------------------------------------ several ranks
