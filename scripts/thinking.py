@@ -5,7 +5,7 @@ size."""
 
 from pathlib import Path
 
-from mai_thinking.config.base import Count, Share
+from mai_thinking.config.base import Share
 from mai_thinking.config.command import Parser, exit_with, option
 
 
@@ -15,7 +15,9 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", type=Path, help="folders of RL runs that differ in their seed alone")
     parser.add_argument("--out", type=Path, required=True, help="the folder to write to")
     parser.add_argument("--p-cot", type=option(Share), nargs="+", help="the runs are of these p_cot, one each")
-    parser.add_argument("--beyond", type=option(Count), default=12, help="least size beyond the base's worked text")
+    parser.add_argument(
+        "--beyond", type=Path, nargs="+", default=[], help="runs on larger problems: from the base, from each run's end"
+    )
     options = parser.parse_args()
 
     from mai_thinking.report.thinking import write

@@ -32,6 +32,7 @@ ADDED = {
     "python scripts/pretrain.py configs/nano-maths.yaml": f"steps=4 {_SOON}",
     "python scripts/grpo.py": _CLIMB,
     "python scripts/pretrain.py configs/nano-worked.yaml": f"steps=4 {_SOON}",
+    "python scripts/pretrain.py configs/nano-longer.yaml": f"steps=4 {_SOON}",
     "python scripts/pretrain.py configs/nano-think.yaml": f"steps=4 {_QUICK}",
     "python scripts/grpo.py configs/nano-think-grpo.yaml": _CLIMB,
     "python scripts/launch.py --nproc 2 scripts/grpo.py": f"name=two-climb {_CLIMB}",

@@ -2,13 +2,15 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, stdev
 
 from mai_thinking.errors import UsageError
 from mai_thinking.report.document import Cell, Interval, Table
 from mai_thinking.report.figures import Figure, Panel, Series, save, smooth
 from mai_thinking.training.metrics import Record, read_records
 
+_T_975 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+"""Student's t at 97.5 %, by degrees of freedom; 1.96 beyond."""
 Curves = list[list[tuple[int, float]]]
 """Of each run of a group: (step, value)."""
 
@@ -45,6 +47,14 @@ def parse_groups(arguments: Sequence[str]) -> dict[str, list[Path]]:
             label, runs = Path(argument).name, argument
         groups[label] = [Path(run) for run in runs.split(",")]
     return groups
+
+
+def student(values: Sequence[float]) -> tuple[float, float | None, float | None]:
+    """The mean with Student's 95 % interval; a single value has none."""
+    if len(values) < 2:
+        return values[0], None, None
+    mean, reach = fmean(values), _T_975.get(len(values) - 1, 1.96) * stdev(values) / len(values) ** 0.5
+    return mean, mean - reach, mean + reach
 
 
 def spread(values: Sequence[float]) -> Interval | float:

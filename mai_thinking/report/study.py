@@ -8,15 +8,13 @@ from typing import Any
 from mai_thinking.config.study import StudyConfig
 from mai_thinking.errors import RunError
 from mai_thinking.experiments.plan import ClimbPlan
-from mai_thinking.report.comparison import spread
+from mai_thinking.report.comparison import spread, student
 from mai_thinking.report.document import Cell, Difference, Document, Table
 from mai_thinking.report.figures import Figure, Panel, Series
 from mai_thinking.report.panels import best_of
 from mai_thinking.training.metrics import Record, read_records
 
 WHEN = ("at first", "at last")
-_T_975 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
-"""Student's t at 97.5 %, by degrees of freedom; 1.96 beyond."""
 
 
 @dataclass(frozen=True)
@@ -79,9 +77,7 @@ def claims(config: StudyConfig, plan: ClimbPlan) -> list[dict[str, Any]]:
                 [_value(plan, config.measured_stage(name, seed), metric) for seed in config.seeds]
                 for name in (arm.name, config.arms[0].name)
             )
-            effect, error = difference(own, first)
-            reach = None if error is None else _T_975.get(len(own) - 1, 1.96) * error
-            low, high = (None, None) if reach is None else (effect - reach, effect + reach)
+            effect, low, high = student([a - b for a, b in zip(own, first, strict=True)])
             verdict = verdict_of(low, high, expected)
             found.append(
                 {"arm": arm.name, "about": arm.about, "metric": metric, "expected": expected, "effect": effect}

@@ -12,6 +12,7 @@ from statistics import fmean
 from typing import Any
 
 from mai_thinking.errors import UsageError
+from mai_thinking.report.comparison import student
 from mai_thinking.report.document import Cell, Document, Table
 from mai_thinking.report.figures import Figure, Panel, Series
 from mai_thinking.report.panels import THOUGHTS
@@ -20,6 +21,7 @@ from mai_thinking.report.summary import tell
 from mai_thinking.training.metrics import Record, read_records
 
 SIZE = "pass@1_size/"
+WAYS = ("with_thought", "other_thought", "half_thought")
 CLIMBED = 0.95
 """The climbing part of a run goes from its first evaluation after step 0 to the first that has this share of the best
 pass@1 of all. Fixed before any run was looked at."""
@@ -28,9 +30,11 @@ pass@1 of all. Fixed before any run was looked at."""
 class ThinkingRun:
     """An RL run's evaluations and steps."""
 
-    def __init__(self, folder: Path, beyond: int) -> None:
-        """`beyond`: the least size that counts as beyond the base's text. UsageError if there is no RL run."""
-        self.folder, self.beyond = folder, beyond
+    def __init__(self, folder: Path, beyond: Sequence[Path] = ()) -> None:
+        """`beyond`: two runs on larger problems than the base's text, one from its base and one from what came of it;
+        what they do at first is what was and what is. UsageError if there is no RL run."""
+        self.folder = folder
+        self._beyond: list[float | None] = [_first_pass(other) for other in beyond] or [None, None]
         records = read_records(folder / "metrics.jsonl")
         self.evaluations = [record for record in records if record.get("kind") == "evaluation"]
         self.steps = [record for record in records if "kind" not in record]
@@ -55,8 +59,8 @@ class ThinkingRun:
             "length_after": last["response_length"],
             "greedy_before": first["greedy"],
             "greedy_after": last["greedy"],
-            "beyond_before": self._beyond(first),
-            "beyond_after": self._beyond(last),
+            "beyond_before": self._beyond[0],
+            "beyond_after": self._beyond[1],
             "limits": limits,
             "limits_passed": len(limits) - 1,
             "worst_passage": self._worst_passage(),
@@ -75,10 +79,6 @@ class ThinkingRun:
         """A metric of the evaluations."""
         x, y = [record["step"] for record in self.evaluations], [record[field] for record in self.evaluations]
         return Series(name, x, y, colour=colour)
-
-    def _beyond(self, record: Record) -> float | None:
-        values = [value for size, value in self.by_size(record).items() if size >= self.beyond]
-        return fmean(values) if values else None
 
     def _worst_passage(self) -> float:
         """The most pass@1 that any evaluation within 20 steps behind a change of the limit had lost and not
@@ -111,17 +111,30 @@ class ThinkingRun:
         return sxy * sxy / (sxx * syy)
 
 
-def write(folders: Sequence[Path], out: Path, beyond: int, sweep: Sequence[float] | None = None) -> None:
+def write(
+    folders: Sequence[Path], out: Path, beyond: Sequence[Path] = (), sweep: Sequence[float] | None = None
+) -> None:
     """`summary.md`, `summary.json`, with the `plots` extra `thinking.png`, and each run's config and metrics. The
     runs are seeds, or with `sweep` the runs of these values of p_cot, which get a figure of their own, `sweep.png`."""
-    runs = [ThinkingRun(folder, beyond) for folder in folders]
+    if beyond and len(beyond) != len(folders) + 1:
+        raise UsageError(f"--beyond: {len(beyond)} runs; name one from the base, then one from the end of each run")
+    larger: list[Sequence[Path]] = [(beyond[0], end) for end in beyond[1:]] or [()] * len(folders)
+    runs = [ThinkingRun(folder, both) for folder, both in zip(folders, larger, strict=True)]
     seeds = [run.summary() for run in runs]
     page = Document(out.name)
     if sweep is not None:
         seeds = [{"p_cot": value, **seed} for value, seed in zip(sweep, seeds, strict=True)]
         page.add_figures([_sweep(seeds)])
-    page.facts |= {"beyond": beyond, "seeds" if sweep is None else "sweep": seeds}
+    page.facts["seeds" if sweep is None else "sweep"] = seeds
     page.add(_table(seeds).markdown())
+    if sweep is None:
+        worth = {name: student([seed[name] - seed["emptied"] for seed in seeds]) for name in WAYS}
+        page.facts["worth"] = {
+            name: dict(zip(("effect", "low", "high"), found, strict=True)) for name, found in worth.items()
+        }
+        rows = [[name.replace("_", " "), *found] for name, found in worth.items()]
+        page.add("Less what the emptied thought gives, over seeds, with Student's 95 % interval:")
+        page.add(Table(["", "difference", "low", "high"], rows).markdown())
     page.add_figures([_figure(runs)])
     stories = then_and_now(read_samples(folders[0]))
     page.add(*map(tell, stories), heading="The same problems then, midway and now")
@@ -129,6 +142,11 @@ def write(folders: Sequence[Path], out: Path, beyond: int, sweep: Sequence[float
     for run in runs:
         for name in ("config.yaml", "metrics.jsonl"):
             shutil.copyfile(run.folder / name, out / f"{run.folder.name}-{name}")
+
+
+def _first_pass(folder: Path) -> float:
+    """pass@1 before the first step."""
+    return float(ThinkingRun(folder).evaluations[0]["pass@1"])
 
 
 def _table(seeds: Sequence[dict[str, Any]]) -> Table:
@@ -162,7 +180,7 @@ def _figure(runs: Sequence[ThinkingRun]) -> Figure:
         Panel("held-out pass@1, by the thought before the answer", ways, span=(0, 1)),
         Panel("tokens", lengths, log_y=True),
         Panel("share of responses with a thought", shares, span=(0, 1.02)),
-        Panel("pass@1 by size (first seed)", sizes, x_name="items", span=(0, 1.02), marks=[(runs[0].beyond - 0.5, "")]),
+        Panel("pass@1 by size (first seed)", sizes, x_name="items", span=(0, 1.02)),
     ]
     return Figure("thinking", panels)
 
