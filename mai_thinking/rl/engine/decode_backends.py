@@ -10,7 +10,7 @@ padding; D hidden size, V vocabulary, M MoE layers, K experts chosen per token.
 """
 
 from collections.abc import Callable, Hashable, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -57,26 +57,15 @@ class NotFiniteError(Exception):
         self.row = row
 
 
-class DecodeBackend(Protocol):
-    """How the engine works, on a model and a cache given before."""
-
-    def decode(self, tokens: Sequence[int], positions_A: NDArray[np.int64]) -> tuple[torch.Tensor, torch.Tensor]:
-        """A token of each of the first A slots through the model → final hidden states [A, D] fp32, experts [A, M, K]
-        of an integer type, both on the device and until the next call."""
-
-    def draw(
-        self, hidden_AD: torch.Tensor, experts_aMK: torch.Tensor, uniforms_A: NDArray[np.float64], temperature: float
-    ) -> Drawn:
-        """The next token of each slot in use. Raises NotFiniteError."""
-
-
 class EagerBackend:
-    """One operation after another, of the sizes that there are."""
+    """On a model and a cache given before: one operation after another, of the sizes that there are."""
 
     def __init__(self, model: MaiThinkingForCausalLM, cache: SlotCache, sampler: Sampler) -> None:
         self._model, self._cache, self._sampler = model, cache, sampler
 
     def decode(self, tokens: Sequence[int], positions_A: NDArray[np.int64]) -> tuple[torch.Tensor, torch.Tensor]:
+        """A token of each of the first A slots through the model → final hidden states [A, D] fp32, experts [A, M, K]
+        of an integer type, both on the device and until the next call."""
         device = self._model.device
         tokens_A, position_A = torch.tensor(tokens, device=device), torch.from_numpy(positions_A).to(device)
         return decode(self._model, self._cache, tokens_A, position_A, int(positions_A.max()) + 1)
@@ -84,6 +73,7 @@ class EagerBackend:
     def draw(
         self, hidden_AD: torch.Tensor, experts_aMK: torch.Tensor, uniforms_A: NDArray[np.float64], temperature: float
     ) -> Drawn:
+        """The next token of each slot in use. Raises NotFiniteError."""
         logits_AV = self._sampler.logits(hidden_AD)
         low, high = logits_AV.aminmax()  # NaN if any is; several times faster than `isfinite` of each
         if not (low.isfinite() and high.isfinite()):

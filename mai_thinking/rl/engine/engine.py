@@ -11,7 +11,7 @@ share nor the number of slots changes what is drawn; both can only change the lo
 import copy
 import logging
 import sys
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -28,7 +28,6 @@ from mai_thinking.model import MaiThinkingForCausalLM
 from mai_thinking.model.latent_moe import Experts as ExpertNetworks
 from mai_thinking.rl.engine.decode_backends import (
     CudaGraphBackend,
-    DecodeBackend,
     EagerBackend,
     NotFiniteError,
     Sampler,
@@ -117,11 +116,6 @@ class BatchedEngine:
         backend: Backend | None = None,
         heartbeat: Callable[[], None] = lambda: None,
     ) -> None:
-        if slots < 1 or temperature < 0.0 or not 0.0 < top_p <= 1.0:
-            raise UsageError(
-                f"rollouts: slots {slots}, temperature {temperature}, top_p {top_p}; "
-                "they must be at least 1, at least 0, and in (0, 1]"
-            )
         self.heartbeat = heartbeat
         self.slots, self.temperature, self.seed, self.end_of_text = slots, temperature, seed, end_of_text
         self._model = inference_copy(model, dtype)
@@ -134,8 +128,9 @@ class BatchedEngine:
         head_VD = self._model.lm_head.weight.detach()
         head_dtype = dtype if dtype and on_gpu else head_VD.dtype  # as in the learner: see `half_precision`
         self._sampler = Sampler(head_VD.to(head_dtype), top_p)
+        self._experts_shape = len(model.config.moe_layers), model.config.num_experts_per_tok
         self._cache: SlotCache | None = None
-        self._backend: DecodeBackend | None = None
+        self._backend: EagerBackend | StaticBackend | None = None
 
     def update_weights(self, model: MaiThinkingForCausalLM) -> None:
         """Copy `model`'s weights. Until then, rollouts come from those of the last call, whatever the learner does."""
@@ -176,7 +171,7 @@ class BatchedEngine:
         waiting = _Waiting(self._model, asked)
         running: list[_Running] = []
         hidden_AD = self._model.lm_head.weight.new_empty(0, self._model.config.hidden_size)
-        experts_aMK = torch.zeros(0, *_experts_shape(self._model), dtype=torch.long, device=hidden_AD.device)
+        experts_aMK = torch.zeros(0, *self._experts_shape, dtype=torch.long, device=hidden_AD.device)
         while waiting or running:
             self.heartbeat()
             hidden_AD = torch.cat((hidden_AD, *self._admit(waiting, running, cache)))
@@ -194,7 +189,7 @@ class BatchedEngine:
             return nullcontext()
         return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
 
-    def _room(self, length: int) -> tuple[SlotCache, DecodeBackend]:
+    def _room(self, length: int) -> tuple[SlotCache, EagerBackend | StaticBackend]:
         """A cache for sequences of `length` tokens, and what works on it; the last ones, if large enough."""
         if self._cache is None or self._backend is None or self._cache.length < length:
             self._cache = self._backend = None  # before there is a second one
@@ -216,7 +211,7 @@ class BatchedEngine:
 
     def _draw(
         self,
-        backend: DecodeBackend,
+        backend: EagerBackend | StaticBackend,
         hidden_AD: torch.Tensor,
         experts_aMK: torch.Tensor,
         running: list[_Running],
@@ -260,43 +255,40 @@ class BatchedEngine:
 
 
 class _Waiting:
-    """Rollouts without a slot, in their order, and prompts that are ready for them."""
+    """Rollouts without a slot, those with one prompt together, and prompts that are ready for the first of them."""
 
     def __init__(self, model: MaiThinkingForCausalLM, asked: Sequence[Rollout]) -> None:
+        by_prompt: dict[tuple[int, ...], list[Rollout]] = {}
+        for one in asked:
+            by_prompt.setdefault(tuple(one.prompt_ids), []).append(one)
         self._model = model
-        self._queue = deque(asked)
-        self._left = Counter(tuple(one.prompt_ids) for one in asked)
-        self._ready: dict[tuple[int, ...], Prompt] = {}
+        self._queue = deque(by_prompt.items())
+        self._ready: deque[Prompt] = deque()
 
     def __len__(self) -> int:
         return len(self._queue)
 
     def take(self, most: int) -> tuple[Prompt, list[Rollout]]:
-        """The next rollout, and those behind it with the same prompt, `most` in all."""
-        ids = tuple(self._queue[0].prompt_ids)
-        if ids not in self._ready:
+        """The next prompt, and `most` of its rollouts."""
+        if not self._ready:
             self._prefill()
-        prompt = self._ready[ids]
-        taken: list[Rollout] = []
-        while self._queue and len(taken) < most and tuple(self._queue[0].prompt_ids) == ids:
-            taken.append(self._queue.popleft())
-        self._left[ids] -= len(taken)
-        if not self._left[ids]:
-            del self._ready[ids]
-        return prompt, taken
+        ids, rollouts = self._queue.popleft()
+        prompt = self._ready.popleft()
+        if left := rollouts[most:]:
+            self._queue.appendleft((ids, left))
+            self._ready.appendleft(prompt)
+        return prompt, rollouts[:most]
 
     def _prefill(self) -> None:
         """Make the next prompts ready: as many as go through the model together."""
         batch: list[tuple[int, ...]] = []
         longest = 0
-        for ids in dict.fromkeys(tuple(one.prompt_ids) for one in self._queue):
-            if ids in self._ready:
-                continue
+        for ids, _ in self._queue:
             longest = max(longest, len(ids))
             if batch and longest * (len(batch) + 1) > PREFILL_TOKENS:
                 break
             batch.append(ids)
-        self._ready.update(zip(batch, prefill(self._model, batch), strict=True))
+        self._ready.extend(prefill(self._model, batch))
 
 
 def inference_copy(model: MaiThinkingForCausalLM, dtype: torch.dtype | None) -> MaiThinkingForCausalLM:
@@ -309,10 +301,6 @@ def inference_copy(model: MaiThinkingForCausalLM, dtype: torch.dtype | None) -> 
             if isinstance(module, nn.Linear | ExpertNetworks):
                 module.to(dtype)
     return made
-
-
-def _experts_shape(model: MaiThinkingForCausalLM) -> tuple[int, int]:
-    return len(model.config.moe_layers), model.config.num_experts_per_tok
 
 
 def _check(asked: Sequence[Rollout]) -> None:

@@ -41,12 +41,8 @@ def draw(logits_AV: torch.Tensor, uniforms_A: torch.Tensor, *, temperature: floa
 
     Temperature 0 takes the likeliest token, of a nucleus of one and with log-probability 0.
     """
-    if logits_AV.device.type != "cpu":
+    if logits_AV.device.type != "cpu" or temperature == 0.0:
         return draw_unbranched(logits_AV, uniforms_A, temperature=temperature, top_p=top_p)
-    if temperature == 0.0:
-        tokens_A = logits_AV.argmax(dim=-1)
-        nucleus_AV = torch.zeros_like(logits_AV, dtype=torch.bool).scatter_(1, tokens_A[:, None], True)
-        return Draws(tokens_A, logits_AV.new_zeros(len(tokens_A)), nucleus_AV)
     p_AV = (logits_AV / temperature).softmax(dim=-1)
     inside_AV = _nucleus(p_AV, top_p)
     cumulative_AV = (p_AV * inside_AV).cumsum(dim=-1)
@@ -155,7 +151,9 @@ def _cut_wide(p_AV: torch.Tensor, high_A: torch.Tensor, top_p: float) -> tuple[t
     unclear = ((size_A > FEW) | (mass_A1.squeeze(1) >= top_p)).nonzero().squeeze(1)
     size_A += count_A
     if len(unclear):
-        size_A[unclear], least_A[unclear] = _cut(_sorted(p_AV[unclear]), top_p)
+        # NumPy's sort is three times as fast as torch's.
+        descending = np.sort(p_AV[unclear].numpy(), axis=-1)[:, ::-1].copy()
+        size_A[unclear], least_A[unclear] = _cut(torch.from_numpy(descending), top_p)
     return size_A, least_A
 
 
@@ -176,13 +174,6 @@ def _few_largest(p_AV: torch.Tensor) -> torch.Tensor:
     likely_AF = blocks_AnB.amax(dim=1).topk(FEW, dim=-1).indices
     within = blocks_AnB.gather(2, likely_AF[:, None].expand(-1, blocks_AnB.size(1), -1))
     return within.flatten(1).topk(FEW, dim=-1).values
-
-
-def _sorted(p_AV: torch.Tensor) -> torch.Tensor:
-    """Each row's values, descending."""
-    if p_AV.device.type != "cpu":
-        return p_AV.sort(dim=-1, descending=True).values
-    return torch.from_numpy(np.sort(p_AV.numpy(), axis=-1)[:, ::-1].copy())  # three times as fast as torch
 
 
 def uniforms(seed: int, request_ids_A: NDArray[np.int64], positions_A: NDArray[np.int64]) -> NDArray[np.float64]:
