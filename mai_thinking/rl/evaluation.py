@@ -8,6 +8,7 @@ half of the policy's own (*half thought*). A thought that does work is worth the
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
+from itertools import chain, groupby, islice, zip_longest
 from statistics import fmean
 from typing import Any
 
@@ -27,7 +28,9 @@ _IDS = 2**40
 """Ids of each way of asking."""
 ANSWER_TOKENS = 16
 """Tokens, beyond the longest reference answer, of an answer that is forced."""
-FORCED = ("emptied", "other_thought", "half_thought")
+FORCED = ("pass@1_emptied", "pass@1_other_thought", "pass@1_half_thought")
+COLUMNS = ("pass@1", *FORCED, "greedy", "thought_share", "response_length")
+"""What is summed up over the responses to a problem, by the name of its mean."""
 
 
 class HeldOut:
@@ -35,32 +38,29 @@ class HeldOut:
 
     def __init__(self, mix: TaskSampler, section: ClimbEvaluationSection, *, rank: int, ranks: int) -> None:
         self.section, self.rank, self.ranks = section, rank, ranks
-        self.problems: dict[str, list[Problem]] = {
-            family: mix.held_out(family, section.problems) for family in mix.families
-        }
-        self._all = [problem for problems in self.problems.values() for problem in problems]
+        self.problems = [problem for family in mix.families for problem in mix.held_out(family, section.problems)]
 
     def evaluate(self, responder: Responder, max_length: int) -> tuple[dict[str, Any], list[Rollout]]:
         """→ flat metrics, the same on every rank, and the first rollout of each of this rank's problems. Collective."""
         k, temperature = self.section.samples, self.section.temperature
-        mine = range(self.rank, len(self._all), self.ranks)
+        mine = range(self.rank, len(self.problems), self.ranks)
         rollouts = self._respond(responder, mine, k, FIRST_ID, max_length, temperature)
         numbers = [number for number in mine for _ in range(k)]
-        # Per problem: passed in each way of asking, greedily, thoughts, tokens.
-        sums = torch.zeros(len(self._all), len(FORCED) + 4, dtype=torch.float64)
+        sums = torch.zeros(len(COLUMNS), len(self.problems), dtype=torch.float64)
+        column = dict(zip(COLUMNS, sums, strict=True))
         for number, rollout in zip(numbers, rollouts, strict=True):
-            row = torch.tensor([rollout.grade.passed, rollout.has_thought, len(rollout.response_ids)])
-            sums[number, [0, -2, -1]] += row.double()
-        for column, grades in enumerate(self._forced(responder, numbers, rollouts), start=1):
+            column["pass@1"][number] += rollout.grade.passed
+            column["thought_share"][number] += rollout.has_thought
+            column["response_length"][number] += len(rollout.response_ids)
+        for name, grades in zip(FORCED, self._forced(responder, numbers, rollouts), strict=True):
             for number, grade in zip(numbers, grades, strict=True):
-                sums[number, column] += grade.passed
-        for number, rollout in zip(
-            mine, self._respond(responder, mine, 1, FIRST_ID + _IDS // 2, max_length, 0.0), strict=True
-        ):
-            sums[number, -3] = k * rollout.grade.passed
+                column[name][number] += grade.passed
+        greedy = self._respond(responder, mine, 1, FIRST_ID + _IDS // 2, max_length, 0.0)
+        for number, rollout in zip(mine, greedy, strict=True):
+            column["greedy"][number] = k * rollout.grade.passed
         if self.ranks > 1:
             dist.all_reduce(sums)
-        return self._metrics(sums), rollouts[::k]
+        return self._metrics(column), rollouts[::k]
 
     def _respond(
         self,
@@ -75,7 +75,7 @@ class HeldOut:
         asked: list[Rollout] = []
         for number in numbers:
             first = first_id + number * samples
-            asked += responder.ask(self._all[number], range(first, first + samples), max_length)
+            asked += responder.ask(self.problems[number], range(first, first + samples), max_length)
         return responder.respond(asked, temperature)
 
     def _forced(
@@ -83,43 +83,31 @@ class HeldOut:
     ) -> Iterable[list[Grade]]:
         """The grades where the answer is forced, in the three ways of `FORCED`, in the order of `rollouts`."""
         k = self.section.samples
-        room = ANSWER_TOKENS + max(len(responder.encoder.encode(problem.answer)) for problem in self._all)
+        room = ANSWER_TOKENS + max(len(responder.encoder.encode(problem.answer)) for problem in self.problems)
+        problems = [self.problems[number] for number in numbers]
         own = [rollout.thought if rollout.has_thought else "" for rollout in rollouts]
         halves = [_half(responder, thought) for thought in own]
-        ways = ([""] * len(own), _of_another(own, [self._all[number] for number in numbers]), halves)
-        for way, thoughts in enumerate(ways, start=1):
-            asked = []
-            for index, (number, thought) in enumerate(zip(numbers, thoughts, strict=True)):
-                rollout_id = FIRST_ID + way * _IDS + number * k + index % k
-                asked.append((self._all[number], thought, rollout_id))
-            yield responder.force(asked, room, self.section.temperature)
+        for way, thoughts in enumerate(([""] * len(own), _of_another(own, problems), halves), start=1):
+            ids = [FIRST_ID + way * _IDS + number * k + index % k for index, number in enumerate(numbers)]
+            yield responder.force(list(zip(problems, thoughts, ids, strict=True)), room, self.section.temperature)
 
-    def _metrics(self, sums: torch.Tensor) -> dict[str, Any]:
+    def _metrics(self, sums: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+        """Means over problems, by task and by size; `sums` by `COLUMNS`, of each problem."""
         k = self.section.samples
-        passed = sums[:, 0].tolist()
-        by_task: dict[str, list[int]] = {family: [] for family in self.problems}
+        tasks = _places(self.problems)
+        passed = sums["pass@1"].tolist()
+        metrics = summarize({task: [round(passed[place]) for place in places] for task, places in tasks.items()}, k)
+        for name in COLUMNS[1:]:
+            metrics[name] = float(sums[name].mean() / k)
+            for task, places in tasks.items():
+                metrics[f"{name}/{task}"] = float(sums[name][places].mean() / k)
         by_size: dict[tuple[str, int], list[int]] = {}
-        for number, problem in enumerate(self._all):
-            by_task[problem.task].append(round(passed[number]))
+        for number, problem in enumerate(self.problems):
             if problem.size:
                 by_size.setdefault((problem.task, problem.size), []).append(number)
-        totals = dict(zip((*FORCED, "greedy", "thoughts", "tokens"), (sums[:, 1:].mean(0) / k).tolist(), strict=True))
-        metrics = summarize(by_task, k) | {
-            "greedy": totals["greedy"],
-            "response_length": totals["tokens"],
-            "thought_share": totals["thoughts"],
-            # Means over problems, as pass@1 is where all tasks have as many.
-            **{f"pass@1_{name}": totals[name] for name in FORCED},
-        }
-        for task, places in _places(self._all).items():
-            for column, name in enumerate(FORCED, start=1):
-                metrics[f"pass@1_{name}/{task}"] = float(sums[places, column].mean() / k)
-            metrics[f"greedy/{task}"] = float(sums[places, -3].mean() / k)
-            metrics[f"thought_share/{task}"] = float(sums[places, -2].mean() / k)
-            metrics[f"response_length/{task}"] = float(sums[places, -1].mean() / k)
         for (task, size), places in sorted(by_size.items()):
-            metrics[f"pass@1_size/{task}/{size}"] = float(sums[places, 0].mean() / k)
-            metrics[f"response_length_size/{task}/{size}"] = float(sums[places, -1].mean() / k)
+            for name in ("pass@1", "response_length"):
+                metrics[f"{name}_size/{task}/{size}"] = float(sums[name][places].mean() / k)
         return metrics
 
 
@@ -128,30 +116,25 @@ def show_evaluation(
 ) -> None:
     """To the terminal, with some of the `samples`; all of them to the run's `samples.jsonl`."""
     if context.rank == 0:
+        rows = [
+            {
+                "task": sample.problem.task,
+                "size": sample.problem.size,
+                "question": sample.problem.question,
+                "answer": sample.problem.answer,
+                "response": sample.text,
+                "passed": sample.grade.passed,
+            }
+            for sample in samples
+        ]
         with closing(MetricsLog(context.folder.samples)) as log:
-            log.append(samples_record(step, samples), exact=())
+            log.append({"kind": "samples", "step": step, "samples": rows}, exact=())
     tasks = [name.removeprefix("pass@1/") for name in metrics if name.startswith("pass@1/")]
     by_task = "  ".join(f"{task} {metrics[f'pass@1/{task}']:.3f}" for task in tasks)
     context.log(f"step {step}: held-out pass@1 {metrics['pass@1']:.3f}  ({by_task})")
     for sample in one_of_each(samples, show):
         mark = "right" if sample.grade.passed else f"wrong, it is {sample.problem.answer}"
         context.log(f"    {sample.problem.question} → {sample.text!r} ({mark})")
-
-
-def samples_record(step: int, samples: Sequence[Rollout]) -> dict[str, Any]:
-    """A line of the run's `samples.jsonl`."""
-    rows = [
-        {
-            "task": sample.problem.task,
-            "size": sample.problem.size,
-            "question": sample.problem.question,
-            "answer": sample.problem.answer,
-            "response": sample.text,
-            "passed": sample.grade.passed,
-        }
-        for sample in samples
-    ]
-    return {"kind": "samples", "step": step, "samples": rows}
 
 
 def _half(responder: Responder, thought: str) -> str:
@@ -165,22 +148,21 @@ def _of_another(thoughts: Sequence[str], problems: Sequence[Problem]) -> list[st
     another size; its own where the task has only one problem."""
     result = list(thoughts)
     for places in _places(problems).values():
-        ordered = sorted(places, key=lambda place: (problems[place].size, place))
-        distinct = list(dict.fromkeys(problems[place].id for place in ordered))
-        following = dict(zip(distinct, distinct[1:] + distinct[:1], strict=True))
-        of_problem: dict[str, list[int]] = {}
-        of_size: dict[int, list[str]] = {}
-        for place in ordered:
-            of_problem.setdefault(problems[place].id, []).append(place)
-        for one in distinct:
-            of_size.setdefault(problems[of_problem[one][0]].size, []).append(one)
-        for same in of_size.values():
-            if len(same) > 1:
-                following |= dict(zip(same, same[1:] + same[:1], strict=True))
-        for own in distinct:
-            for place, other in zip(of_problem[own], of_problem[following[own]], strict=True):
+        of_problem: dict[Problem, list[int]] = {}
+        for place in sorted(places, key=lambda place: problems[place].size):
+            of_problem.setdefault(problems[place], []).append(place)
+        following = _each_to_the_next(list(of_problem))
+        for _, same in groupby(of_problem, key=lambda problem: problem.size):
+            if len(of_this_size := list(same)) > 1:
+                following |= _each_to_the_next(of_this_size)
+        for problem, own in of_problem.items():
+            for place, other in zip(own, of_problem[following[problem]], strict=True):
                 result[place] = thoughts[other]
     return result
+
+
+def _each_to_the_next(problems: list[Problem]) -> dict[Problem, Problem]:
+    return dict(zip(problems, problems[1:] + problems[:1], strict=True))
 
 
 def _places(problems: Sequence[Problem]) -> dict[str, list[int]]:
@@ -220,9 +202,8 @@ def interval(rates: Sequence[float]) -> tuple[float, float]:
 
 def one_of_each(samples: Sequence[Rollout], count: int) -> list[Rollout]:
     """Up to `count` samples to show, the tasks in turn."""
-    rounds: dict[str, int] = {}
-    placed = []
+    by_task: dict[str, list[Rollout]] = {}
     for sample in samples:
-        rounds[sample.problem.task] = rounds.get(sample.problem.task, -1) + 1
-        placed.append((rounds[sample.problem.task], sample))
-    return [sample for _, sample in sorted(placed, key=lambda pair: pair[0])][:count]
+        by_task.setdefault(sample.problem.task, []).append(sample)
+    turns = chain.from_iterable(zip_longest(*by_task.values()))
+    return list(islice(filter(None, turns), count))
