@@ -14,7 +14,7 @@ from mai_thinking.data import PreparedData, prepare
 from mai_thinking.data.tokenizer import load_tokenizer
 from mai_thinking.model import MaiThinkingConfig, MaiThinkingForCausalLM
 from mai_thinking.rl.policy_model import policy_model
-from mai_thinking.rl.trace_packing import Batches, epochs
+from mai_thinking.rl.trace_packing import Batches
 from mai_thinking.rl.trace_selection import Selection, own_traces, select, trace_folder
 from mai_thinking.training.context import RunContext
 from mai_thinking.training.learner import Learner
@@ -110,7 +110,7 @@ def describe(config: DistillConfig, architecture: MaiThinkingConfig, selection: 
     mean_tokens = sum(part * s.response_tokens / len(s.examples) for part, s in zip(shares, sources, strict=True))
     samples = places * (1 - share) / mean_places
     seen = ", ".join(
-        f"{epochs(source, part, samples):.2f} of {source.run}" for part, source in zip(shares, sources, strict=True)
+        f"{samples * part / len(s.examples):.2f} of {s.run}" for part, s in zip(shares, sources, strict=True)
     )
     learned, text = samples * mean_tokens, places * share
     rows = [

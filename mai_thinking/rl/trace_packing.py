@@ -18,7 +18,7 @@ from mai_thinking.config.distillation import DistillConfig
 from mai_thinking.data import Loader, PreparedData
 from mai_thinking.data.mixture import Mixture
 from mai_thinking.errors import UsageError
-from mai_thinking.rl.trace_selection import ChosenTraces, Example, Selection
+from mai_thinking.rl.trace_selection import Example, Selection
 from mai_thinking.training.text_loss import MicroBatch
 
 IGNORED = -100
@@ -49,12 +49,8 @@ class Batches:
         """`text` is there if `config.text` is. UsageError if the ranks do not divide the batch."""
         batch = config.batch
         self.length, self.rows, self.rank, self.ranks = batch.context_length, batch.global_batch_size, rank, ranks
-        self.micro_batch = min(batch.micro_batch_size, max(1, self.rows // ranks))
-        if self.rows % (ranks * self.micro_batch):
-            raise UsageError(
-                f"batch.global_batch_size: {self.rows} rows cannot be divided over {ranks} ranks × micro-batches of "
-                f"{self.micro_batch}; make it a multiple of {ranks * self.micro_batch}"
-            )
+        batch.check_ranks(ranks)
+        self.micro_batch = min(batch.micro_batch_size, self.rows // ranks)
         self.selection, self.seed = selection, config.seed
         self._orders: dict[str, tuple[int, np.ndarray]] = {}
         self._sources = {str(number): source for number, source in enumerate(selection.sources)}
@@ -161,11 +157,6 @@ def trace_row(examples: Sequence[Example], length: int) -> dict[str, torch.Tenso
     position_ids[start:] = np.arange(length - start)
     arrays = {"input_ids": input_ids, "labels": labels, "position_ids": position_ids, "token_mask": token_mask}
     return {name: torch.from_numpy(array) for name, array in arrays.items()}
-
-
-def epochs(source: ChosenTraces, share: float, samples: float) -> float:
-    """How often a source's traces are seen on average in a run of so many samples."""
-    return samples * share / len(source.examples)
 
 
 def _stack(rows: Sequence[dict[str, torch.Tensor]]) -> MicroBatch:

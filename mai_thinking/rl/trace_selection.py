@@ -1,14 +1,16 @@
 """Which traces of former climbs are learned from, and in which words (MAI-Thinking-1 report §3.1.4).
 
 Rules apply one after the other and a trace counts under the first that removes it: the steps, then what is wrong with a
-trace by itself, then the cap per prompt, then the total. A store is read twice, batch by batch, so that only the traces
-that are chosen need to fit into memory (4 bytes a token).
+trace by itself, then the cap per prompt, then the total. A store is read batch by batch, so that only the traces under
+the cap need to fit into memory (4 bytes a token).
 """
 
+import bisect
+import functools
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -49,6 +51,10 @@ class Example:
     def places(self) -> int:
         """Places in a row: the last token is only predicted."""
         return len(self.prompt_ids) + len(self.response_ids) - 1
+
+
+_Candidate = tuple[float, int, Example]
+"""Its place among a prompt's traces, its number in the order of their generation, the trace."""
 
 
 @dataclass(frozen=True)
@@ -125,144 +131,98 @@ def select(config: DistillConfig, tokenizer: PreTrainedTokenizerFast) -> Selecti
     """
     total = sum(source.weight for source in config.traces)
     quotas = [max(1, round(config.selection.total * source.weight / total)) for source in config.traces]
-    return Selection([_Source(config, number, tokenizer).choose(quota) for number, quota in enumerate(quotas)])
+    return Selection([_choose(config, number, quota, tokenizer) for number, quota in enumerate(quotas)])
 
 
-class _Source:
-    """One run, on its way through the rules."""
-
-    def __init__(self, config: DistillConfig, number: int, tokenizer: PreTrainedTokenizerFast) -> None:
-        self.config, self.section, self.key = config, config.traces[number], f"traces.{number}"
-        self.store = TraceStore(trace_folder(self.section, self.key))
-        frame = _frame(self.section.folder)
-        self.words = _Words(self.section.folder, frame, tokenizer, config.reframe)
-        self.rules = _Rules(config.selection, frame)
-        self.random = np.random.default_rng([config.seed, number])
-
-    def choose(self, quota: int) -> ChosenTraces:
-        """Through all rules."""
-        steps = self.store.read(columns=["step"])["step"].to_numpy()
-        window = self._window(steps)
-        removed = Counter({"other steps": len(steps) - int(np.isin(steps, window).sum())})
-        removed.update(dict.fromkeys(self.rules.names, 0))
-        by_prompt = self._candidates(window, removed)
-        chosen = self._draw(by_prompt, quota, removed)
-        if not chosen:
-            most = ", ".join(f"{count:,} to {rule!r}" for rule, count in removed.most_common(3) if count)
-            raise UsageError(
-                f"{self.key}: nothing is left of {len(steps):,} traces in {self.section.run}; fell {most}: choose "
-                "other steps, or loosen these rules under `selection`"
-            )
-        examples = [example for _, example in self._examples(window, set(chosen)) if example is not None]
-        prompts = len(set(chosen.values()))
-        first_and_last = int(window[0]), int(window[-1])
-        return ChosenTraces(
-            self.section.run, self.section.weight, first_and_last, len(steps), dict(removed), prompts, examples
+def _choose(config: DistillConfig, source: int, quota: int, tokenizer: PreTrainedTokenizerFast) -> ChosenTraces:
+    """Of one run up to `quota` traces: prompts in random order, up to `per_prompt` of each."""
+    section, key, cap = config.traces[source], f"traces.{source}", config.selection.per_prompt
+    store, frame = TraceStore(trace_folder(section, key)), _frame(section.folder)
+    rules, words = _rules(config.selection, frame), _Words(section.folder, frame, tokenizer, config.reframe)
+    random = np.random.default_rng([config.seed, source])
+    steps = store.read(columns=["step"])["step"].to_numpy()
+    window = _window(section, key, steps)
+    removed = Counter({"other steps": len(steps) - int(np.isin(steps, window).sum())})
+    removed.update(dict.fromkeys([*rules, "not in the frame", "too long", "per prompt", "total"], 0))
+    by_prompt: dict[str, list[_Candidate]] = {}
+    number = 0
+    for part in store.parts(steps=set(window.tolist())):
+        # A lot for each row, whatever the rules say: another rule does not reshuffle the rest.
+        for lot, row in zip(random.random(part.num_rows), _rows(part), strict=True):
+            rule = next((name for name, breaks in rules.items() if breaks(row)), None)
+            example = words.example(row) if rule is None else None
+            if example is None:
+                removed[rule or "not in the frame"] += 1
+            elif example.places > config.batch.context_length:
+                removed["too long"] += 1
+            else:
+                order = lot + (len(row["response_ids"]) if config.selection.order == "shortest" else 0)
+                best = by_prompt.setdefault(row["prompt"], [])
+                bisect.insort(best, (order, number, example))
+                removed["per prompt"] += len(best) > cap
+                del best[cap:]
+                number += 1
+    prompts = list(by_prompt)
+    drawn = [(prompts[i], trace) for i in random.permutation(len(prompts)) for trace in by_prompt[prompts[i]]]
+    if not drawn:
+        most = ", ".join(f"{count:,} to {rule!r}" for rule, count in removed.most_common(3) if count)
+        raise UsageError(
+            f"{key}: nothing is left of {len(steps):,} traces in {section.run}; fell {most}: choose "
+            "other steps, or loosen these rules under `selection`"
         )
-
-    def _window(self, steps: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The steps whose traces are wanted."""
-        known = np.unique(steps)
-        if not len(known):
-            raise UsageError(f"{self.key}: {self.section.run} holds no traces yet")
-        first, last = self.section.steps or (0, int(known[-1]))
-        inside = known[(known >= first) & (known <= last)]
-        if not len(inside):
-            raise UsageError(
-                f"{self.key}.steps: {self.section.run} has no traces from steps {first} to {last}; "
-                f"there are some from {known[0]} to {known[-1]}"
-            )
-        return inside[-math.ceil(self.section.late_share * len(inside)) :]
-
-    def _candidates(self, window: NDArray[np.int64], removed: Counter[str]) -> dict[str, list[tuple[float, int]]]:
-        """Of each prompt the traces that no rule removes: (place in the order, request id)."""
-        found: dict[str, list[tuple[float, int]]] = {}
-        for part in self.store.parts(steps=set(window.tolist())):
-            # A number for each row, whatever the rules say: another rule does not reshuffle the rest.
-            lots = self.random.random(part.num_rows)
-            for lot, row in zip(lots, _rows(part), strict=True):
-                rule = self.rules.broken(row) or self._misfit(row)
-                if rule is not None:
-                    removed[rule] += 1
-                    continue
-                shortest = self.config.selection.order == "shortest"
-                place = lot + (len(row["response_ids"]) if shortest else 0)
-                found.setdefault(row["prompt"], []).append((place, row["request_id"]))
-        return found
-
-    def _misfit(self, row: dict[str, Any]) -> str | None:
-        example = self.words.example(row)
-        if example is None:
-            return "not in the frame"
-        return "too long" if example.places > self.config.batch.context_length else None
-
-    def _draw(self, by_prompt: dict[str, list[tuple[float, int]]], quota: int, removed: Counter[str]) -> dict[int, str]:
-        """request id → prompt of what is taken: prompts in random order, up to `per_prompt` of each, up to `quota`."""
-        cap = self.config.selection.per_prompt
-        prompts = list(by_prompt)
-        drawn = [
-            (request_id, prompts[index])
-            for index in self.random.permutation(len(prompts))
-            for _, request_id in sorted(by_prompt[prompts[index]])[:cap]
-        ]
-        removed["per prompt"] = sum(map(len, by_prompt.values())) - len(drawn)
-        removed["total"] = max(0, len(drawn) - quota)
-        return dict(drawn[:quota])
-
-    def _examples(self, window: NDArray[np.int64], chosen: set[int]) -> Iterator[tuple[int, Example | None]]:
-        """The chosen traces in tokens, in the order of the store."""
-        wanted = pa.array(sorted(chosen))
-        columns = ["request_id", "prompt", "prompt_ids", "response", "response_ids", "finished"]
-        for part in self.store.parts(steps=set(window.tolist()), columns=columns):
-            for row in _rows(part.filter(pc.is_in(part["request_id"], wanted))):
-                yield row["request_id"], self.words.example(row)
+    removed["total"] = max(0, len(drawn) - quota)
+    return ChosenTraces(
+        section.run,
+        section.weight,
+        (int(window[0]), int(window[-1])),
+        found=len(steps),
+        removed=dict(removed),
+        prompts=len({prompt for prompt, _ in drawn[:quota]}),
+        examples=[example for _, example in sorted((number, example) for _, (_, number, example) in drawn[:quota])],
+    )
 
 
-class _Rules:
-    """What can be wrong with a trace by itself."""
+def _window(section: TraceSourceSection, key: str, steps: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The steps whose traces are wanted, of those that traces have."""
+    known = np.unique(steps)
+    if not len(known):
+        raise UsageError(f"{key}: {section.run} holds no traces yet")
+    first, last = section.steps or (0, int(known[-1]))
+    inside = known[(known >= first) & (known <= last)]
+    if not len(inside):
+        raise UsageError(
+            f"{key}.steps: {section.run} has no traces from steps {first} to {last}; "
+            f"there are some from {known[0]} to {known[-1]}"
+        )
+    return inside[-math.ceil(section.late_share * len(inside)) :]
 
-    def __init__(self, section: SelectionSection, frame: TemplateSection) -> None:
-        self.section = section
-        # What stands right before the question, such as `Question:`; a bare frame has nothing that could be told.
-        before = frame.prompt.partition("{question}")[0].rstrip().rpartition("\n")[2].strip()
-        known = {
-            "several-answers": re.compile(f"{re.escape(frame.answer_start)}.*{re.escape(frame.answer_start)}", re.S),
-            "own-question": re.compile(re.escape(before) if before else r"(?!)"),
-        }
-        self.hacks = {f"hack {name}": known[name] for name in section.hacks}
-        self.hacks |= {f"hack {name}": re.compile(pattern) for name, pattern in section.patterns.items()}
-        on = {
-            "wrong": section.correct_only,
-            "unfinished": not section.unfinished,
-            "unanswered": not section.unanswered,
-            "repetitive": section.max_repetition is not None,
-            "foreign": section.max_foreign is not None,
-        }
-        self.on = [name for name, active in on.items() if active]
 
-    @property
-    def names(self) -> list[str]:
-        """In their order."""
-        return [*self.on, *self.hacks, "not in the frame", "too long"]
+def _rules(section: SelectionSection, frame: TemplateSection) -> dict[str, Callable[[dict[str, Any]], bool]]:
+    """What can be wrong with a trace by itself: by name, in their order, whether a row of the store breaks a rule."""
+    rules: dict[str, Callable[[dict[str, Any]], bool]] = {}
+    if section.correct_only:
+        rules["wrong"] = lambda row: not row["passed"]
+    if not section.unfinished:
+        rules["unfinished"] = lambda row: not row["finished"]
+    if not section.unanswered:
+        rules["unanswered"] = lambda row: row["answer"] is None
+    if (most := section.max_repetition) is not None:
+        rules["repetitive"] = lambda row: repetition(row["response_ids"].tolist(), _GRAM) > most
+    if (most_foreign := section.max_foreign) is not None:
+        rules["foreign"] = lambda row: foreign_share(row["response"]) > most_foreign
+    # What stands right before the question, such as `Question:`; a bare frame has nothing that could be told.
+    before = frame.prompt.partition("{question}")[0].rstrip().rpartition("\n")[2].strip()
+    known = {
+        "several-answers": f"(?s){re.escape(frame.answer_start)}.*{re.escape(frame.answer_start)}",
+        "own-question": re.escape(before) if before else r"(?!)",
+    }
+    for name, pattern in ({name: known[name] for name in section.hacks} | section.patterns).items():
+        rules[f"hack {name}"] = functools.partial(_contains, re.compile(pattern))
+    return rules
 
-    def broken(self, row: dict[str, Any]) -> str | None:
-        """The first rule that the trace breaks."""
-        for name in self.on:
-            if self._breaks(name, row):
-                return name
-        return next((name for name, pattern in self.hacks.items() if pattern.search(row["response"])), None)
 
-    def _breaks(self, name: str, row: dict[str, Any]) -> bool:
-        match name:
-            case "wrong":
-                return not row["passed"]
-            case "unfinished":
-                return not row["finished"]
-            case "unanswered":
-                return row["answer"] is None
-            case "repetitive":
-                return repetition(row["response_ids"].tolist(), _GRAM) > (self.section.max_repetition or 0.0)
-        return foreign_share(row["response"]) > (self.section.max_foreign or 0.0)
+def _contains(pattern: re.Pattern[str], row: dict[str, Any]) -> bool:
+    return pattern.search(row["response"]) is not None
 
 
 def foreign_share(text: str) -> float:
@@ -285,7 +245,7 @@ class _Words:
     def example(self, row: dict[str, Any]) -> Example | None:
         """None if the trace does not follow the frame that it should be moved out of."""
         if self.as_stored:  # the very tokens that were drawn: encoding the text again may cut it otherwise
-            return Example(row["prompt_ids"], row["response_ids"])
+            return Example(row["prompt_ids"].copy(), row["response_ids"].copy())  # not views of the whole batch's
         texts = row["prompt"], row["response"]
         if self.reframe is not None:
             moved = move(*texts, self.frame, self.reframe)
