@@ -82,8 +82,7 @@ def _nothing(store: TraceStore, step: int | None, task: str | None) -> str:
     if task is not None and task not in known:
         return f"{store.folder}: has no traces of task {task!r}; {nearest_name(task, known)}"
     of_task = "" if task is None else f" of task {task!r}"
-    there = keys if task is None else keys.filter(pc.equal(keys["task"], task))
-    steps = sorted(there["step"].unique().to_pylist())
+    steps = sorted({row["step"] for row in keys.to_pylist() if task in (None, row["task"])})
     near = min(steps, key=lambda at: abs(at - (step or 0)))
     return f"{store.folder}: has no traces{of_task} at step {step}, but from {steps[0]} to {steps[-1]}; take {near}"
 

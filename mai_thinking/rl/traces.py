@@ -8,11 +8,11 @@ the same rollouts, bit for bit, and is not written a second time.
 """
 
 import errno
-import io
-import json
+import functools
+import operator
 import re
 import sys
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +29,7 @@ from mai_thinking.rl.rollout import Group
 
 FOLDER = "traces"
 """Below a run's folder."""
-_PART = re.compile(r"(?:batch|wave)-(\d{8,})-rank-(\d{5,})\.parquet")
-_FINGERPRINTS = b"fingerprints"
-
+_PART = re.compile(r"batch-(\d{8,})-rank-(\d{5,})\.parquet")
 
 Trace = dict[str, Any]
 """One rollout: a row of the store, by column."""
@@ -109,35 +107,35 @@ class TraceStore:
         Returns whether it was written. NotReproducedError if what is there is something else; OSError, with nothing
         left behind, if it cannot be written.
         """
-        columns = _columns(traces)
-        fingerprints = {name: _fingerprint(column) for name, column in columns.items()}
-        name = f"-{batch:08d}-rank-{self.rank:05d}.parquet"
-        path = old if (old := self.folder / f"wave{name}").exists() else self.folder / f"batch{name}"
+        table = pa.table(_columns(traces), schema=SCHEMA)
+        path = self.folder / f"batch-{batch:08d}-rank-{self.rank:05d}.parquet"
         if path.exists():
             try:
-                before = _fingerprints_of(path)
+                before = _read_part(path)
             except (OSError, ValueError) as error:
                 print(f"{path}: damaged ({_one_line(error)}); written again", file=sys.stderr, flush=True)
             else:
-                self._compare(batch, traces, before, fingerprints)
+                self._compare(batch, before, table)
                 return False
-        table = pa.table(columns, schema=SCHEMA).replace_schema_metadata({_FINGERPRINTS: json.dumps(fingerprints)})
-        buffer = io.BytesIO()
-        pq.write_table(table, buffer, compression="zstd", write_page_checksum=True)
-        _write_whole(path, buffer.getbuffer())
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_file(path, durable=True) as temporary:
+                pq.write_table(table, temporary, compression="zstd", write_page_checksum=True)
+        except OSError as error:  # named after the file, and not after the temporary one
+            raise OSError(error.errno or errno.EIO, error.strerror or str(error), str(path)) from error
         return True
 
     def parts(
         self,
         *,
-        steps: Container[int] | None = None,
-        tasks: Container[str] | None = None,
+        steps: Collection[int] | None = None,
+        tasks: Collection[str] | None = None,
         columns: Sequence[str] | None = None,
     ) -> Iterator[pa.Table]:
         """The selected rows, batch by batch and rank by rank, so that a store larger than memory can be read.
 
-        `steps` (such as `range(100, 200)`) and `tasks` choose rows, `columns` some of `SCHEMA`'s; None is all. A part
-        that is damaged is named on stderr and left out.
+        `steps` and `tasks` choose rows, `columns` some of `SCHEMA`'s; None is all. A column that a part was written
+        without is null. A part that is damaged is named on stderr and left out.
         """
         for path in self._paths():
             try:
@@ -145,14 +143,14 @@ class TraceStore:
             except (OSError, ValueError) as error:
                 print(f"{path}: damaged ({_one_line(error)}); left out", file=sys.stderr, flush=True)
             else:
-                if table is not None:
+                if table.num_rows:
                     yield table
 
     def read(
         self,
         *,
-        steps: Container[int] | None = None,
-        tasks: Container[str] | None = None,
+        steps: Collection[int] | None = None,
+        tasks: Collection[str] | None = None,
         columns: Sequence[str] | None = None,
     ) -> pa.Table:
         """All of `parts` as one table; no rows where there is nothing."""
@@ -168,10 +166,10 @@ class TraceStore:
         found = {path: (int(match[1]), int(match[2])) for path, match in matches if match}
         return sorted(found, key=found.__getitem__)
 
-    def _compare(self, batch: int, traces: Sequence[Trace], before: dict[str, str], now: dict[str, str]) -> None:
-        changed = [name for name in now if name in before and before[name] != now[name]]
+    def _compare(self, batch: int, before: pa.Table, now: pa.Table) -> None:
+        changed = [name for name in SCHEMA.names if _fingerprint(before[name]) != _fingerprint(now[name])]
         if changed:
-            step = f"step {traces[0]['step']}, " if traces else ""
+            step = f"step {now['step'][0]}, " if len(now) else ""
             raise NotReproducedError(
                 f"{step}batch {batch} of rank {self.rank}, generated again after a restart, gave other values of "
                 f"{', '.join(changed[:3])} than {self.folder} has: the run is not deterministic, or its config, code, "
@@ -198,8 +196,9 @@ def _list_column(values: Sequence[Any], kind: pa.ListType) -> pa.Array:
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(flat, kind.value_type))
 
 
-def _fingerprint(column: pa.Array) -> str:
+def _fingerprint(chunks: pa.ChunkedArray) -> str:
     """xxh3-128 of a column's values, bit for bit, whatever Arrow's layout of them."""
+    column = pa.concat_arrays([pa.array([], chunks.type), *chunks.chunks])
     digest = xxhash.xxh3_128(column.is_valid().to_numpy(zero_copy_only=False).tobytes())
     if pa.types.is_list(column.type):
         digest.update(column.value_lengths().to_numpy().tobytes())
@@ -213,55 +212,26 @@ def _fingerprint(column: pa.Array) -> str:
     return digest.hexdigest()
 
 
-def _write_whole(path: Path, content: memoryview) -> None:
-    """`path` has `content` and is on the disk when this returns; after an OSError there is nothing of it."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_file(path, durable=True) as temporary:
-            temporary.write_bytes(content)
-    except OSError as error:
-        raise OSError(error.errno or errno.EIO, error.strerror or str(error), str(path)) from error
-
-
-def _fingerprints_of(path: Path) -> dict[str, str]:
-    """As stored; the data is read too, so that damage anywhere raises."""
-    table = pq.read_table(path, page_checksum_verification=True)
-    return _metadata(table)
-
-
-def _metadata(table: pa.Table) -> dict[str, str]:
-    stored = (table.schema.metadata or {}).get(_FINGERPRINTS)
-    if stored is None:
-        raise ValueError("not a trace file")
-    fingerprints: dict[str, str] = json.loads(stored)
-    return fingerprints
-
-
 def _read_part(
-    path: Path, steps: Container[int] | None, tasks: Container[str] | None, columns: Sequence[str] | None
-) -> pa.Table | None:
-    """The chosen rows of one file; None if there are none. OSError or ValueError if it is damaged."""
-    with pq.ParquetFile(path, page_checksum_verification=True) as file:
-        keys = file.read(columns=["step", "task"])
-        _metadata(keys)
-        chosen = np.ones(keys.num_rows, dtype=bool)
-        for name, wanted in (("step", steps), ("task", tasks)):
-            if wanted is not None:
-                values = [value for value in keys[name].unique().to_pylist() if value in wanted]
-                chosen &= pc.is_in(keys[name], pa.array(values, SCHEMA.field(name).type)).to_numpy()
-        if not chosen.any():
-            return None
-        table = _completed(file.read(columns=[*(columns or SCHEMA.names), "reward_task"]))
-    return table.select(list(columns or SCHEMA.names)).filter(pa.array(chosen)).replace_schema_metadata(None)
-
-
-def _completed(table: pa.Table) -> pa.Table:
-    """With the columns that a store of before did not have: what had earned something passed, then."""
-    for name in set(SCHEMA.names).difference(table.column_names):
-        field = SCHEMA.field(name)
-        old = pc.greater(table["reward_task"], 0.0) if name == "passed" else pa.nulls(len(table), field.type)
-        table = table.append_column(field, old)
-    return table
+    path: Path,
+    steps: Collection[int] | None = None,
+    tasks: Collection[str] | None = None,
+    columns: Sequence[str] | None = None,
+) -> pa.Table:
+    """The chosen rows of one file. OSError or ValueError if it is damaged."""
+    if not {"step", "task"} <= set(pq.read_schema(path).names):
+        raise ValueError("not a trace file")
+    conditions = [
+        pc.field(name).isin(list(values)) for name, values in (("step", steps), ("task", tasks)) if values is not None
+    ]
+    return pq.read_table(
+        path,
+        schema=SCHEMA,
+        columns=columns,
+        filters=functools.reduce(operator.and_, conditions) if conditions else None,
+        partitioning=None,
+        page_checksum_verification=True,
+    )
 
 
 def _one_line(error: Exception) -> str:
