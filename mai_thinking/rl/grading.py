@@ -7,7 +7,6 @@ than forked, so that torch's threads in the trainer do no harm, and they never i
 
 import json
 import os
-import selectors
 import signal
 import subprocess
 import sys
@@ -16,8 +15,10 @@ from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict
+from multiprocessing import Pipe
+from multiprocessing.connection import wait
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from mai_thinking.config.tasks import TaskSection
 from mai_thinking.errors import RunError, UsageError
@@ -44,13 +45,10 @@ class GradingPool:
         """`seconds` of processor time for an answer, `megabytes` for a process beyond what it starts with; see
         `GradingSection`. Raises UsageError if a task cannot be had."""
         tasks = [section.model_dump(mode="json") for section in mix_sections]
-        setup = _line({"tasks": tasks, "seconds": seconds, "megabytes": megabytes})
+        setup = {"tasks": tasks, "seconds": seconds, "megabytes": megabytes}
         self._ungraded = {section.name: no_grade(section) for section in mix_sections}
         self._patience = WAIT_FACTOR * seconds
-        self._selector = selectors.DefaultSelector()
         self._workers = [_Worker(setup) for _ in range(workers)]
-        for worker in self._workers:
-            self._start(worker)
         try:
             while not all(worker.ready for worker in self._workers):
                 self._advance([], deque(), set())
@@ -80,7 +78,6 @@ class GradingPool:
         """End the processes."""
         for worker in self._workers:
             worker.end()
-        self._selector.close()
 
     def __enter__(self) -> Self:
         return self
@@ -88,17 +85,13 @@ class GradingPool:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
 
-    def _start(self, worker: "_Worker") -> None:
-        worker.start()
-        self._selector.register(worker.output, selectors.EVENT_READ, worker)
-
     def _advance(self, grades: list[Grade], waiting: deque[int], tried: set[int]) -> None:
         """Wait until something happens, and take note of it."""
         busy = [worker for worker in self._workers if worker.asked or not worker.ready]
         timeout = min((worker.deadline for worker in busy), default=0.0) - time.monotonic()
-        if self._selector.select(max(timeout, 0.0)):
+        if wait([worker.connection for worker in self._workers], max(timeout, 0.0)):
             time.sleep(_GATHER_SECONDS)
-        heard = [key.data for key, _ in self._selector.select(0)]
+        heard = [worker for worker in self._workers if worker.connection.poll()]
         for worker in heard:
             for i, grade in worker.read(self._patience):
                 grades[i] = grade
@@ -116,7 +109,6 @@ class GradingPool:
         Death by its own limit of time is the answer's fault. After any other death (a crash, the system's lack of
         memory, a machine that stood still) the answer has a second try, so that no accident makes it wrong.
         """
-        self._selector.unregister(worker.output)
         died_of, unfinished = worker.end(), list(worker.asked)
         if unfinished:
             first = unfinished[0]
@@ -124,37 +116,36 @@ class GradingPool:
                 unfinished = unfinished[1:]
             tried.add(first)
         waiting.extendleft(reversed(unfinished))
-        self._start(worker)
+        worker.start()
 
 
 class _Worker:
     """One process, and what it has been asked."""
 
-    def __init__(self, setup: bytes) -> None:
+    def __init__(self, setup: dict[str, Any]) -> None:
         self._setup = setup
         self._failed_starts = 0
         self.asked: deque[int] = deque()
+        self.start()
 
     def start(self) -> None:
         """Returns at once; the process is `ready` when it says so."""
         # As few threads as possible: each reserves memory that counts against the limit.
         threads = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
         path = os.pathsep.join(filter(None, sys.path))
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "mai_thinking.rl.grading_worker"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            bufsize=0,
-            env={**os.environ, **threads, "PYTHONPATH": path},
-            start_new_session=True,  # Ctrl-C is for the trainer
-        )
-        assert self.process.stdout is not None
-        self.output = self.process.stdout.fileno()
+        self.connection, its_end = Pipe()
+        with its_end:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "mai_thinking.rl.grading_worker", str(its_end.fileno())],
+                stdin=subprocess.DEVNULL,
+                env={**os.environ, **threads, "PYTHONPATH": path},
+                pass_fds=[its_end.fileno()],
+                start_new_session=True,  # Ctrl-C is for the trainer
+            )
         self.asked.clear()
         self.ready = self.ended = False
-        self._unread = b""
         self.deadline = time.monotonic() + _START_SECONDS
-        self._write(self._setup)
+        self._send(self._setup)
 
     def ask(self, indices: Sequence[int], items: Sequence[_Item], patience: float) -> None:
         """Send a batch. Each problem goes once, however many answers it has."""
@@ -162,49 +153,39 @@ class _Worker:
         rows = [(places.setdefault(items[i][0], len(places)), items[i][1]) for i in indices]
         self.asked.extend(indices)
         self.deadline = time.monotonic() + patience
-        self._write(_line({"problems": [asdict(problem) for problem in places], "items": rows}))
+        self._send({"problems": [asdict(problem) for problem in places], "items": rows})
 
     def read(self, patience: float) -> list[tuple[int, Grade]]:
         """What has come: items and their grades. Sets `ready` and `ended`."""
-        received = os.read(self.output, 2**16)
-        self.ended = not received
-        *lines, self._unread = (self._unread + received).split(b"\n")
-        if lines and not self.ready:
-            word, _, message = lines.pop(0).decode().partition(" ")
-            if word == "error":
-                raise UsageError(message)
-            self.ready, self._failed_starts = True, 0
+        found = []
+        try:
+            while self.connection.poll():
+                message = json.loads(self.connection.recv_bytes())
+                if self.ready:
+                    score, passed, gate_failed, tie_breakers = message
+                    found.append((self.asked.popleft(), Grade(score, passed, gate_failed, tuple(tie_breakers))))
+                elif message is not None:
+                    raise UsageError(message)
+                else:
+                    self.ready, self._failed_starts = True, 0
+        except (EOFError, OSError):
+            self.ended = True
         self.deadline = time.monotonic() + patience if self.ready else self.deadline
-        return [(self.asked.popleft(), _grade(line)) for line in lines]
+        return found
 
     def end(self) -> int:
         """Kill the process if it lives; its exit code, negative if a signal ended it. Raises RunError if it died at its
         start too often."""
         if not self.ended:
             self.process.kill()
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.process.stdin.close()
         code = self.process.wait()
-        self.process.stdout.close()
+        self.connection.close()
         if self.ended and not self.ready:
             self._failed_starts += 1
             if self._failed_starts == _FAILED_STARTS:
                 raise RunError(f"the grading process dies at its start (exit code {code}); its last words are above")
         return code
 
-    def _write(self, line: bytes) -> None:
-        assert self.process.stdin is not None
-        rest = memoryview(line)
-        with suppress(BrokenPipeError):  # it is dead, and its output, at an end, will say so
-            while rest:
-                rest = rest[os.write(self.process.stdin.fileno(), rest) :]
-
-
-def _grade(line: bytes) -> Grade:
-    score, passed, gate_failed, tie_breakers = json.loads(line)
-    return Grade(score, passed, gate_failed, tuple(tie_breakers))
-
-
-def _line(message: object) -> bytes:
-    return json.dumps(message).encode() + b"\n"
+    def _send(self, message: dict[str, Any]) -> None:
+        with suppress(OSError):  # it is dead, and its connection, at an end, will say so
+            self.connection.send_bytes(json.dumps(message).encode())

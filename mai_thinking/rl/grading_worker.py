@@ -1,7 +1,8 @@
 """A process that grades answers: started by `mai_thinking.rl.grading`, never by hand. Imports no torch.
 
-It reads JSON lines and writes text lines. In: the tasks' sections and the limits; then batches `{"problems": […],
-"items": [[which problem, answer], …]}`. Out: `ready` (or `error …`); then each item's `Grade`, as soon as it is known.
+It talks JSON over the connection whose file descriptor it is given. In: the tasks' sections and the limits; then
+batches `{"problems": […], "items": [[which problem, answer], …]}`. Out: null when it is ready, or what is wrong with a
+task; then each item's `Grade`, as soon as it is known.
 """
 
 import json
@@ -14,8 +15,9 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import IO
+from typing import Any
 
 from mai_thinking.config.tasks import TaskSection
 from mai_thinking.errors import UsageError
@@ -41,24 +43,28 @@ class Grader:
 
 
 def main() -> None:
-    requests, results = sys.stdin.buffer, os.fdopen(os.dup(1), "wb", buffering=0)
-    os.dup2(2, 1)  # what a library prints must not pass for a score
+    trainer = Connection(int(sys.argv[1]))
     die_with_parent()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # the trainer, told to stop, still has its last step graded
-    setup = json.loads(requests.readline())
+    setup = json.loads(trainer.recv_bytes())
     try:
         graders = {fields["name"]: Grader(TaskSection(**fields)) for fields in setup["tasks"]}
     except UsageError as error:
-        results.write(f"error {error}\n".encode())
+        _send(trainer, str(error))
         return
     _silence()
     _limit(setup["megabytes"])
-    results.write(b"ready\n")
-    for line in requests:
-        batch = json.loads(line)
-        problems = [Problem(**fields) for fields in batch["problems"]]
-        _grade(graders, problems, batch["items"], setup["seconds"], results)
+    _send(trainer, None)
+    with suppress(EOFError):  # the pool is closed
+        while True:
+            batch = json.loads(trainer.recv_bytes())
+            problems = [Problem(**fields) for fields in batch["problems"]]
+            _grade(graders, problems, batch["items"], setup["seconds"], trainer)
+
+
+def _send(trainer: Connection, message: Any) -> None:
+    trainer.send_bytes(json.dumps(message).encode())
 
 
 def _grade(
@@ -66,7 +72,7 @@ def _grade(
     problems: Sequence[Problem],
     items: Sequence[tuple[int, str]],
     seconds: float,
-    results: IO[bytes],
+    trainer: Connection,
 ) -> None:
     """Write a grade for each item, with `seconds` of processor time for each."""
     for which, answer in items:
@@ -80,7 +86,7 @@ def _grade(
         except Exception:  # MemoryError and RecursionError too: such an answer is wrong
             grade = no_grade(graders[problem.task].section)
         signal.setitimer(signal.ITIMER_PROF, 0)
-        results.write(json.dumps(grade).encode() + b"\n")
+        _send(trainer, grade)
 
 
 def _silence() -> None:
