@@ -5,6 +5,8 @@ ones too: exactly where only rational numbers occur, else to 35 digits. Whatever
 so that a word is no product of its letters.
 """
 
+import functools
+import operator
 import random
 import re
 from collections.abc import Callable
@@ -36,7 +38,7 @@ _FUNCTIONS: dict[str, Callable[[Any], Any]] = {
 }
 _LETTERS = (
     "alpha beta gamma delta epsilon varepsilon zeta eta theta iota kappa lambda mu nu xi rho sigma tau upsilon phi"
-    " varphi chi psi omega Gamma Delta Theta Lambda Xi Sigma Phi Psi Omega infty ell"
+    " varphi chi psi omega Gamma Delta Theta Lambda Xi Sigma Phi Psi Omega infty ell pi"
 )
 _GREEK = frozenset(_LETTERS.split())
 _PRODUCT = re.compile(r"(?![A-Z]{2})[abcdf-hj-np-tv-zA-DF-HJ-NP-TV-Z]{1,3}|[A-Za-z]")
@@ -136,9 +138,12 @@ class _Reader:
             return self._tokens.pop()[1]
         return None
 
-    def _expect(self, sign: str) -> None:
-        if not self._accept(sign):
-            raise NoFormulaError(f"no {sign}")
+    def _until(self, bracket: str) -> Node:
+        """A sum, and the bracket behind it."""
+        node = self.sum()
+        if not self._accept(bracket):
+            raise NoFormulaError(f"no {bracket}")
+        return node
 
     def sum(self) -> Node:
         node = self._product()
@@ -176,21 +181,14 @@ class _Reader:
         while self._accept("!"):
             node = ("!", node)
         if self._accept("^", "**"):
-            if self._accept("{"):
-                exponent = self.sum()
-                self._expect("}")
-            else:
-                exponent = self._signed()
-            return ("^", node, exponent)
+            return ("^", node, self._until("}") if self._accept("{") else self._signed())
         return node
 
     def _group(self) -> Node:
         """An argument of a command: in braces, or one digit or letter."""
         kind, text = self._next()
         if text == "{":
-            node = self.sum()
-            self._expect("}")
-            return node
+            return self._until("}")
         if kind == "number" and len(text) > 1 and text.isdigit():  # \frac12
             self._tokens.append(("number", text[1:]))
             return ("number", Fraction(text[0]))
@@ -203,31 +201,19 @@ class _Reader:
         kind, text = self._next()
         if kind == "number":
             return self._number(text)
-        if kind == "letter":
+        if kind == "letter" or (kind == "command" and text in _GREEK):
             return self._letter(text)
         if kind == "function" or (kind == "command" and text in _FUNCTIONS):
             return self._function(text)
         if kind == "sign" and text in _BRACKETS:
-            node = self.sum()
-            self._expect(_BRACKETS[text])
+            node = self._until(_BRACKETS[text])
             return ("abs", node) if text == "|" else node
         if text in ("frac", "binom"):
             return ("/" if text == "frac" else text, self._group(), self._group())
         if text == "sqrt":
-            degree: Node = ("number", Fraction(2))
-            if self._accept("["):
-                degree = self.sum()
-                self._expect("]")
-            return ("root", self._bracketed() if self.token == ("sign", "(") else self._group(), degree)
-        if kind == "command" and (text in _GREEK or text == "pi"):
-            return self._letter(text)
+            degree: Node = self._until("]") if self._accept("[") else ("number", Fraction(2))
+            return ("root", self._until(")") if self._accept("(") else self._group(), degree)
         raise NoFormulaError(text)
-
-    def _bracketed(self) -> Node:
-        self._expect("(")
-        node = self.sum()
-        self._expect(")")
-        return node
 
     def _number(self, text: str) -> Node:
         digits, _, period = text.rstrip("}").partition("\\overline{")
@@ -248,7 +234,8 @@ class _Reader:
             kind, text = self._next()
             if text == "{":
                 kind, text = self._next()
-                self._expect("}")
+                if not self._accept("}"):
+                    raise NoFormulaError(name)
             if kind not in ("number", "letter"):
                 raise NoFormulaError(text)
             name += f"_{text}"
@@ -279,7 +266,7 @@ _INFIX = ("cdot", "times", "div")
 
 def _spelled(word: str) -> list[tuple[str, str]]:
     """The tokens of a run of letters: a function, or a product of letters."""
-    if word in ("sqrt", "pi", *_GREEK):
+    if word == "sqrt" or word in _GREEK:
         return [("command", word)]
     if word in _FUNCTIONS:
         return [("function", word)]
@@ -309,39 +296,26 @@ def _value(node: Node, point: dict[str, Fraction]) -> Any:
             return point[name]
         case ("constant", name):
             return {"e": mp.e, "pi": mp.pi, "i": mpc(0, 1)}[name] * mpf(1)
-        case ("-", inner):
-            return -_value(inner, point)
         case ("call", name, inner):
             return _FUNCTIONS[name](_inexact(_value(inner, point)))
-        case (operation, *parts):
-            return _apply(operation, *(_value(part, point) for part in parts))
-    raise NoFormulaError(str(node))
+    operation, *parts = node
+    return _apply(operation, *(_value(part, point) for part in parts))
 
 
-def _apply(operation: str, a: Any, b: Any = None) -> Any:
-    if isinstance(a, Fraction) != isinstance(b, Fraction) and b is not None:
-        a, b = _inexact(a), _inexact(b)
-    match operation:
-        case "+":
-            return a + b
-        case "-":
-            return a - b
-        case "*":
-            return a * b
-        case "/":
-            return a / b
-        case "^":
-            return _power(a, b)
-        case "root":
-            return _power(a, 1 / b)
-        case "abs":
-            return abs(a)
-        case "!" | "binom":
-            if abs(a) > _LARGEST_FACTORIAL:
-                raise NoFormulaError("too large")
-            value = mp.factorial(_inexact(a)) if b is None else mp.binomial(_inexact(a), _inexact(b))
-            return Fraction(int(value)) if mp.isint(value) else value
-    raise NoFormulaError(operation)
+def _apply(operation: str, *values: Any) -> Any:
+    if not all(isinstance(value, Fraction) for value in values):
+        values = tuple(map(_inexact, values))
+    if operation == "-":
+        return operator.sub(*values) if len(values) == 2 else -values[0]
+    return _OPERATIONS[operation](*values)
+
+
+def _counted(function: Callable[..., Any], n: Any, *k: Any) -> Any:
+    """A factorial or binomial coefficient."""
+    if abs(n) > _LARGEST_FACTORIAL:
+        raise NoFormulaError("too large")
+    value = function(*map(_inexact, (n, *k)))
+    return Fraction(int(value)) if mp.isint(value) else value
 
 
 def _power(base: Any, exponent: Any) -> Any:
@@ -364,3 +338,15 @@ def _close(a: Any, b: Any) -> bool:
         return a == b
     a, b = _inexact(a), _inexact(b)
     return bool(abs(a - b) <= mpf(10) ** -_AGREEMENT * max(abs(a), abs(b)))
+
+
+_OPERATIONS: dict[str, Callable[..., Any]] = {
+    "+": operator.add,
+    "*": operator.mul,
+    "/": operator.truediv,
+    "^": _power,
+    "root": lambda value, degree: _power(value, 1 / degree),
+    "abs": abs,
+    "!": functools.partial(_counted, mp.factorial),
+    "binom": functools.partial(_counted, mp.binomial),
+}
