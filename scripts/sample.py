@@ -38,7 +38,7 @@ def main() -> None:
         from mai_thinking.rl.ask import ask
         from mai_thinking.rl.template import template_of
 
-        print(ask(model, tokenizer, template_of(options.model), options.question, **settings).text())
+        print(ask(model, tokenizer, template_of(options.model), options.question, **settings))
     elif options.prompt is None:
         converse(model, tokenizer, **settings)
     else:

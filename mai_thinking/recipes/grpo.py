@@ -12,7 +12,6 @@ from typing import Any
 from mai_thinking.config.command import EXIT_COLLAPSED
 from mai_thinking.config.grpo import GrpoConfig
 from mai_thinking.data.tokenizer import load_tokenizer
-from mai_thinking.errors import UsageError
 from mai_thinking.model import MaiThinkingForCausalLM
 from mai_thinking.rl.buffer import RolloutBuffer
 from mai_thinking.rl.collapse import COLLAPSE, CollapseDetector, write_verdict
@@ -60,8 +59,7 @@ class GrpoRecipe(Recipe):
     def __init__(self, config: GrpoConfig, context: RunContext) -> None:
         self.config, self.context = config, context
         rank, ranks = context.rank, context.ranks
-        if config.groups_per_step % ranks:
-            raise UsageError(f"groups_per_step: {config.groups_per_step} groups cannot be divided over {ranks} ranks")
+        config.check_ranks(ranks)
         self.groups_per_step = config.groups_per_step // ranks
         mix = TaskSampler(config.tasks, config.seed)
         self.data = [source_of(task) for task in config.tasks]
@@ -129,7 +127,7 @@ class GrpoRecipe(Recipe):
             self.context.log(f"step {step}: in each group all rewards are equal; the weights stay what they are")
         # Entropy control: k ← clip(k + δ·sign(H* − Ĥ), 0, k_max), for the next step (§3.1).
         k = self.objective.clip_relaxation
-        self.objective.after_step(metrics["entropy"])
+        self.objective.update(metrics["entropy"])
         # Only from weights that are the engine's own is the difference a mismatch; later it is what was learned.
         if in_turn or summary["staleness"]:
             del metrics["mismatch"]

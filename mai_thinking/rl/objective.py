@@ -12,7 +12,7 @@ Shapes: B responses (or rows of several, packed), T tokens.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -112,28 +112,19 @@ def _maximum(values: Tensor) -> Tensor:
     return values.max() if values.numel() else values.new_zeros(())
 
 
-def merge_statistics(parts: Iterable[Statistics]) -> Statistics:
+def merge_statistics(parts: Sequence[Statistics]) -> Statistics:
     """Those of several micro-batches, or steps, as one."""
-    columns: dict[str, list[Tensor]] = {}
-    for part in parts:
-        for name, value in part.items():
-            columns.setdefault(name, []).append(value)
-    return {
-        name: torch.stack(values).amax() if name in MAXIMA else torch.stack(values).sum()
-        for name, values in columns.items()
-    }
+    columns = {name: torch.stack([part[name] for part in parts]) for name in parts[0]}
+    return {name: values.amax() if name in MAXIMA else values.sum() for name, values in columns.items()}
 
 
 def reduce_statistics(statistics: Statistics) -> Statistics:
     """The same over all ranks, where torch.distributed runs; every rank must call it with the same names."""
     if not (dist.is_available() and dist.is_initialized()):
         return statistics
-    names = sorted(statistics)
     reduced: Statistics = {}
-    for chosen, operation in (
-        ([name for name in names if name not in MAXIMA], dist.ReduceOp.SUM),
-        ([name for name in names if name in MAXIMA], dist.ReduceOp.MAX),
-    ):
+    for operation, of_maxima in ((dist.ReduceOp.SUM, False), (dist.ReduceOp.MAX, True)):
+        chosen = sorted(name for name in statistics if (name in MAXIMA) == of_maxima)
         values = torch.stack([statistics[name] for name in chosen])
         dist.all_reduce(values, operation)
         reduced |= dict(zip(chosen, values.unbind(), strict=True))
@@ -210,22 +201,13 @@ class EntropyController:
         self.clip_relaxation = float(state["clip_relaxation"])
 
 
-class Objective:
+class Objective(EntropyController):
     """`grpo_loss` and the entropy control as a config asks for them; a trainer need not know which rival it runs."""
 
     def __init__(self, section: ObjectiveSection) -> None:
         self.section = section
-        self.controller = EntropyController(
-            section.target_entropy,
-            section.relaxation_step if section.entropy_control == "adaptive" else 0.0,
-            section.max_relaxation,
-            initial=section.clip_relaxation,
-        )
-
-    @property
-    def clip_relaxation(self) -> float:
-        """k, as the next loss takes it."""
-        return self.controller.clip_relaxation
+        step_size = section.relaxation_step if section.entropy_control == "adaptive" else 0.0
+        super().__init__(section.target_entropy, step_size, section.max_relaxation, initial=section.clip_relaxation)
 
     def loss(
         self,
@@ -251,15 +233,3 @@ class Objective:
             dual_clip=section.dual_clip,
             entropy_bonus=section.entropy_bonus if section.entropy_control == "bonus" else 0.0,
         )
-
-    def after_step(self, entropy: float) -> float:
-        """Tell the controller a gradient step's Ĥ (`objective_metrics(…)["entropy"]`); returns k for the next."""
-        return self.controller.update(entropy)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The controller's."""
-        return self.controller.state_dict()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from `state_dict()`."""
-        self.controller.load_state_dict(state)

@@ -55,7 +55,7 @@ def pack(rollouts: Sequence[Rollout], *, row_length: int, rows: int, num_experts
     are as long as a micro-batch's longest, in whole blocks of `MULTIPLE`. Raises `UsageError` for a rollout that is
     longer than a row.
     """
-    layout = first_fit_decreasing([_places(rollout) for rollout in rollouts], row_length)
+    layout = first_fit_decreasing([rollout.places for rollout in rollouts], row_length)
     groups = [layout[begin : begin + rows] for begin in range(0, len(layout), rows)]
     return [_micro_batch(rollouts, group, row_length, num_experts) for group in groups]
 
@@ -77,12 +77,8 @@ def first_fit_decreasing(lengths: Sequence[int], row_length: int) -> list[list[i
     return layout
 
 
-def _places(rollout: Rollout) -> int:
-    return len(rollout.prompt_ids) + len(rollout.response_ids) - 1
-
-
 def _micro_batch(rollouts: Sequence[Rollout], layout: list[list[int]], row_length: int, num_experts: int) -> MicroBatch:
-    longest = max(sum(_places(rollouts[index]) for index in row) for row in layout)
+    longest = max(sum(rollouts[index].places for index in row) for row in layout)
     B, T = len(layout), min(row_length, -(-longest // MULTIPLE) * MULTIPLE)
     M, _, K = rollouts[layout[0][0]].experts.shape
     input_ids, position_ids = np.zeros((2, B, T), dtype=np.int64)
@@ -95,7 +91,7 @@ def _micro_batch(rollouts: Sequence[Rollout], layout: list[list[int]], row_lengt
         start = 0
         for index in row:
             rollout = rollouts[index]
-            P, n, places = len(rollout.prompt_ids), len(rollout.response_ids), _places(rollout)
+            P, n, places = len(rollout.prompt_ids), len(rollout.response_ids), rollout.places
             own = slice(start, start + places)
             input_ids[b, own] = np.concatenate((rollout.prompt_ids, rollout.response_ids[:-1]))
             position_ids[b, own] = np.arange(places)

@@ -53,6 +53,11 @@ class Rollout:
     advantage: float = 0.0
 
     @property
+    def places(self) -> int:
+        """Tokens that go through the model: all but the response's last, which is only predicted."""
+        return len(self.prompt_ids) + len(self.response_ids) - 1
+
+    @property
     def has_thought(self) -> bool:
         """Whether there is text before the answer."""
         return self.answer is not None and bool(self.thought.strip())

@@ -348,7 +348,7 @@ def test_the_objective_that_a_config_asks_for(changes, relaxations, range_, bonu
             objective.loss(new, old, advantages, mask, 51)[0]
             == grpo_loss(new, old, advantages, mask, token_count=51, **settings)[0]
         )
-        assert objective.after_step(0.1) == expected
+        assert objective.update(0.1) == expected
     resumed = Objective(section)
     resumed.load_state_dict(objective.state_dict())
     assert resumed.clip_relaxation == objective.clip_relaxation

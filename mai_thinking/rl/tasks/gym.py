@@ -12,7 +12,6 @@ import re
 import sys
 from decimal import Decimal
 from functools import lru_cache
-from typing import Any
 
 from mai_thinking.config.names import nearest_name
 from mai_thinking.config.tasks import TaskSection
@@ -79,7 +78,7 @@ class GymTask:
         # Some verifiers hand the answer to Python's eval, or to sympy's, which is the same.
         modules = {sys.modules[cls.__module__] for cls in type(self._dataset).__mro__ if "reasoning" in cls.__module__}
         self._evaluates = any(_EVALUATES.search(inspect.getsource(module)) for module in modules)
-        self._entry = lru_cache(maxsize=256)(self._make_entry)
+        self._entry = lru_cache(maxsize=256)(self._dataset.__getitem__)
 
     def problem(self, split: Split, index: int) -> Problem:
         """See `Task.problem`. Makes items until one falls into the split."""
@@ -116,9 +115,6 @@ class GymTask:
             return float(self._dataset.score_answer(answer, entry) >= _FULL)
         except Exception:  # verifiers raise all kinds of errors on text that is no answer
             return 0.0
-
-    def _make_entry(self, item: int) -> dict[str, Any]:
-        return self._dataset[item]
 
 
 def rounds_to(reference: str, answer: str) -> bool:

@@ -8,7 +8,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from mai_thinking.config.tasks import LISTS, SERIAL, Family, TaskSection
+from mai_thinking.config.tasks import LISTS, SERIAL, TaskSection
 from mai_thinking.data.questions import Split, question_id, split_of
 from mai_thinking.data.serial import serial_problem
 from mai_thinking.errors import UsageError
@@ -92,7 +92,7 @@ def _listed(numbers: list[int]) -> str:
     return ", ".join(map(str, numbers))
 
 
-_DRAWS: dict[Family, Callable[[_Sizes], _Drawn]] = {
+_DRAWS: dict[str, Callable[[_Sizes], _Drawn]] = {
     "sum": _sum,
     "difference": _difference,
     "largest": _largest,
@@ -107,8 +107,7 @@ class ProceduralTask:
     """One of the families, with the sizes of its section."""
 
     def __init__(self, section: TaskSection) -> None:
-        self.name = section.name
-        self._family = next(family for family in _DRAWS if family == section.kind)
+        self.name, self._family = section.name, section.kind
         self._digits = section.digits or (1, 2)
         self._length = section.length or _LENGTH
 
@@ -130,22 +129,14 @@ class ProceduralTask:
         return float(same_text(problem.answer, answer))
 
 
-class SerialTask:
+class SerialTask(ProceduralTask):
     """One of the families of `mai_thinking.data.serial`: the questions of its exercises, apart by the hash of their
     text."""
 
-    def __init__(self, section: TaskSection) -> None:
-        self.name = section.name
-        self._family = next(family for family in SERIAL if family == section.kind)
-        self._sizes = section.length or _LENGTH
-
     def problem(self, split: Split, index: int) -> Problem:
         """See `Task.problem`. Sizes are drawn evenly."""
-        rng = random.Random(f"{self._family} {self._sizes} {split} {index}")
-        size = rng.randint(*self._sizes)
-        made = serial_problem(self._family, size, rng, split)
+        rng = random.Random(f"{self._family} {self._length} {split} {index}")
+        size = rng.randint(*self._length)
+        family = next(family for family in SERIAL if family == self._family)
+        made = serial_problem(family, size, rng, split)
         return Problem(self.name, question_id(made.question), made.question, made.answer, size=size)
-
-    def verify(self, problem: Problem, answer: str) -> float:
-        """See `Task.verify`: 1 for the reference as text, 0 for everything else."""
-        return float(same_text(problem.answer, answer))
