@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.cache_utils import Cache
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, and_masks, padding_mask_function, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mai_thinking.model.configuration import LOCAL, MaiThinkingConfig
@@ -134,20 +134,18 @@ def windowed_sdpa(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """SDPA where a local layer's queries, in blocks as long as the window, meet only their own block of keys and the
-    one before it: 2·W keys a query instead of T. Anything that is not whole blocks goes through the library's SDPA.
+    one before it: 2·W keys a query instead of T. Whatever has no mask of such blocks goes through the library's SDPA.
     """
     if isinstance(attention_mask, Documents):
         return packed_attention(query, key, value, attention_mask, sliding_window, kwargs["scaling"]), None
     B, _, T, _ = query.shape
     W = sliding_window
-    if attention_mask is None or W is None or not _in_blocks(T, key.size(2), W):
+    if attention_mask is None or W is None or T <= 2 * W or attention_mask.shape[-2:] != (W, 2 * W):
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     n = T // W
     q_BnHWd = query.unflatten(2, (n, W)).transpose(1, 2).flatten(0, 1)
     k_BnG2Wd, v_BnG2Wd = _two_blocks(key, W), _two_blocks(value, W)
-    whole = attention_mask.size(-1) == T
-    mask_Bn1W2W = _mask_of_two_blocks(attention_mask, W) if whole else attention_mask
-    out_BnWHd, _ = sdpa_attention_forward(module, q_BnHWd, k_BnG2Wd, v_BnG2Wd, mask_Bn1W2W, **kwargs)
+    out_BnWHd, _ = sdpa_attention_forward(module, q_BnHWd, k_BnG2Wd, v_BnG2Wd, attention_mask, **kwargs)
     return out_BnWHd.reshape(B, T, *out_BnWHd.shape[2:]), None
 
 
@@ -164,11 +162,14 @@ def windowed_mask(
 ) -> torch.Tensor | None:
     """The library's mask; for a local layer in whole blocks, only the part of it that `windowed_sdpa` looks at, bool
     [B·n, 1, W, 2W]: all of it, T × T, would cost more than the layer as the context grows."""
-    if local_size is None or attention_mask is not None or use_vmap or not _in_blocks(q_length, kv_length, local_size):
+    in_blocks = local_size is not None and q_length == kv_length > 2 * local_size and q_length % local_size == 0
+    if local_size is None or not in_blocks or use_vmap:
         return sdpa_mask(
             batch_size=batch_size, q_length=q_length, kv_length=kv_length, mask_function=mask_function,
             attention_mask=attention_mask, local_size=local_size, use_vmap=use_vmap, device=device, **kwargs,
         )  # fmt: skip
+    if attention_mask is not None:
+        mask_function = and_masks(mask_function, padding_mask_function(attention_mask))
     n, W = q_length // local_size, local_size
     query_nW1 = torch.arange(q_length, device=device).view(n, W, 1)
     key_n12W = query_nW1[:, :1] + torch.arange(-W, W, device=device)
@@ -177,24 +178,11 @@ def windowed_mask(
     return seen.expand(batch_size, n, W, 2 * W).reshape(-1, 1, W, 2 * W)
 
 
-def _in_blocks(queries: int, keys: int, window: int) -> bool:
-    """Whether so many queries are the keys' own, and more than two whole blocks as long as the window."""
-    return queries == keys and queries % window == 0 and queries > 2 * window
-
-
 def _two_blocks(states_BGTd: torch.Tensor, W: int) -> torch.Tensor:
     """Keys or values [B, G, T, d] → [B·n, G, 2W, d]: each block behind the one before it (zeros for the first)."""
     blocks = states_BGTd.unflatten(2, (-1, W)).transpose(1, 2)
     before = F.pad(blocks[:, :-1], (0, 0, 0, 0, 0, 0, 1, 0))
     return torch.cat((before, blocks), dim=3).flatten(0, 1)
-
-
-def _mask_of_two_blocks(mask_B1TT: torch.Tensor, W: int) -> torch.Tensor:
-    """The mask's part for the same, [B·n, 1, W, 2W]: its diagonal blocks, and left of each the one before."""
-    blocks = mask_B1TT.unflatten(3, (-1, W)).unflatten(2, (-1, W))
-    own = blocks.diagonal(dim1=2, dim2=4).movedim(-1, 1)
-    before = F.pad(blocks.diagonal(offset=-1, dim1=2, dim2=4).movedim(-1, 1), (0, 0, 0, 0, 0, 0, 1, 0))
-    return torch.cat((before, own), dim=-1).flatten(0, 1)
 
 
 ALL_ATTENTION_FUNCTIONS.register("windowed_sdpa", windowed_sdpa)

@@ -241,15 +241,15 @@ def test_attention_implementations_agree(length: int) -> None:
             torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("packed", [False, True])
-def test_a_local_layers_mask_is_the_part_of_the_librarys_that_it_looks_at(packed: bool) -> None:
+@pytest.mark.parametrize("rows", ["whole", "packed", "padded"])
+def test_a_local_layers_mask_is_the_part_of_the_librarys_that_it_looks_at(rows: str) -> None:
     T, W = 64, 8
     positions = torch.stack([torch.cat((torch.arange(cut), torch.arange(T - cut))) for cut in (5, 8, 40)])
     arguments = {
         "inputs_embeds": torch.zeros(3, T, 1),
-        "attention_mask": None,
+        "attention_mask": torch.arange(T) >= torch.tensor([[0], [5], [40]]) if rows == "padded" else None,
         "past_key_values": None,
-        "position_ids": positions if packed else None,
+        "position_ids": positions if rows == "packed" else None,
     }
     own, whole = (
         create_sliding_window_causal_mask(config=tiny_model(attention=attention).config, **arguments)
