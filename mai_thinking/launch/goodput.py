@@ -81,12 +81,16 @@ class Account:
     @property
     def report_goodput(self) -> float:
         """The report's definition, between 0 and 1."""
-        return (self.seconds[PRODUCTIVE] + self.seconds[EVALUATION]) / max(self.wall_clock, 1e-9)
+        return self.share(PRODUCTIVE, EVALUATION)
 
     @property
     def common_goodput(self) -> float:
         """ml-goodput-measurement's definition, between 0 and 1."""
-        return (self.seconds[PRODUCTIVE] + self.seconds[SLOW]) / max(self.wall_clock, 1e-9)
+        return self.share(PRODUCTIVE, SLOW)
+
+    def share(self, *categories: str) -> float:
+        """Of the wall-clock, what went into these categories."""
+        return sum(self.seconds[category] for category in categories) / max(self.wall_clock, 1e-9)
 
 
 def account(events: Sequence[Record]) -> Account:

@@ -1,18 +1,14 @@
 """What a whole climb leaves for people: one page with figures in the climb's `report/`."""
 
-import io
 from collections.abc import Iterator, Sequence
 
-from rich.console import Console
-
 from mai_thinking.experiments.plan import ClimbPlan
-from mai_thinking.report.document import Cell, Document, Table, fenced
+from mai_thinking.report.document import Cell, Document, Table, fenced, printed
 from mai_thinking.report.lineage import report as report_lineage
 from mai_thinking.report.panels import PASS, best_of, over_stages
 from mai_thinking.report.reading import Climb, Run, read_run
 from mai_thinking.report.summary import interval_of
 from mai_thinking.rl.trace_report import printable
-from mai_thinking.training.metrics import Record
 
 SHOWN = 2
 """Samples of each task, then and now."""
@@ -29,24 +25,20 @@ def write_report(plan: ClimbPlan) -> None:
     page = Document(climb.name)
     page.facts["minutes"] = minutes
     page.add(f"{len(runs)} stages{answered}, {minutes:.0f} minutes of work; the model is in `{runs[-1].name}/final`.")
-    page.add_table("stages", stage_table(runs, plan), "Stages")
+    page.add_table("stages", stage_table(runs), "Stages")
     if climbing:
         page.add_table("held_out", pass_table(climbing), "Held-out problems")
         page.add_figures(over_stages(climb))
         page.add(*[f"**{run.name}** {run.collapse}" for run in climbing if run.collapse is not None])
         page.add(*_then_and_now(climbing), heading="Then and now")
-    lineage = io.StringIO()
-    report_lineage(runs[-1].path / "final", Console(file=lineage, width=160))
-    page.add(fenced(lineage.getvalue().rstrip()), heading="Where it came from")
+    model = runs[-1].path / "final"
+    page.add(printed(lambda console: report_lineage(model, console)), heading="Where it came from")
     page.write(plan.path / "report")
 
 
-def stage_table(runs: Sequence[Run], plan: ClimbPlan) -> Table:
-    """Every stage: what it ran, its steps, its minutes, and what came of it."""
-    rows: list[list[Cell]] = [
-        [run.name, stage.run, run.steps_done, round(run.minutes, 1), _outcome(run)]
-        for run, stage in zip(runs, plan.stages, strict=True)
-    ]
+def stage_table(runs: Sequence[Run]) -> Table:
+    """Every stage: what it was, its steps, its minutes, and what came of it."""
+    rows: list[list[Cell]] = [[run.name, run.kind, run.steps_done, run.minutes, _outcome(run)] for run in runs]
     return Table(["stage", "run", "steps", "minutes", "outcome"], rows, digits=1)
 
 
@@ -72,7 +64,7 @@ def _tasks(climbing: Sequence[Run]) -> list[str]:
 
 
 def _outcome(run: Run) -> str:
-    marks: list[Record] = run.evaluations
+    marks = run.evaluations
     if run.collapse is not None:
         return f"collapsed at step {run.collapse.step}"
     if marks and "pass@1" in marks[0]:

@@ -1,14 +1,20 @@
-"""A page of results under construction: Markdown for people, the same numbers as JSON for programs, and its figures."""
+"""A page of results under construction: Markdown or HTML for people, the same numbers as JSON for programs, figures."""
 
+import base64
+import io
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from markdown_it import MarkdownIt
+from rich.console import Console
+
 from mai_thinking.config.storage import atomic_file
-from mai_thinking.report.figures import Figure, save
+from mai_thinking.report.figures import MISSING, Figure, draw, save
+from mai_thinking.rl.trace_report import printable
 
 
 class Interval(NamedTuple):
@@ -70,8 +76,7 @@ class Document:
     """Parts of a page, in the order in which they are added."""
 
     def __init__(self, title: str) -> None:
-        self._parts = [f"# {title}"]
-        self._figures: list[Figure] = []
+        self._parts: list[str | Figure] = [f"# {title}"]
         self.facts: dict[str, Any] = {"name": title}
         """The content of summary.json."""
 
@@ -86,23 +91,37 @@ class Document:
 
     def add_figures(self, figures: Iterable[Figure]) -> None:
         """Figures, one below the other."""
-        for figure in figures:
-            if figure.panels:
-                self._figures.append(figure)
-                self._parts.append(f"![{figure.name}]({figure.name}.png)")
+        self._parts += [figure for figure in figures if figure.panels]
 
     def write(self, folder: Path) -> str:
         """`summary.md`, `summary.json` and the figures; returns the page."""
         folder.mkdir(parents=True, exist_ok=True)
-        parts = self._parts
-        drawn = [save(figure, folder / f"{figure.name}.png") for figure in self._figures]
-        if not all(drawn):
-            parts = [part for part in parts if not part.startswith("![")]
+        parts = []
+        for part in self._parts:
+            if isinstance(part, str):
+                parts.append(part)
+            elif save(part, folder / f"{part.name}.png"):
+                parts.append(f"![{part.name}]({part.name}.png)")
         text = "\n\n".join(parts) + "\n"
         for name, content in (("summary.md", text), ("summary.json", json.dumps(plain(self.facts), indent=1) + "\n")):
             with atomic_file(folder / name) as path:
                 path.write_text(content, encoding="utf-8")
         return text
+
+    def html(self) -> str:
+        """The same as HTML, figures included. Markup, links and images are no more than words; control characters are
+        spelled out."""
+        markdown = MarkdownIt("commonmark", {"html": False}).enable("table").disable(["link", "image", "autolink"])
+        parts = []
+        for part in self._parts:
+            if isinstance(part, str):
+                parts.append(markdown.render(printable(part)))
+            elif (image := draw(part)) is None:
+                parts.append(f"<p>{MISSING}</p>\n")
+            else:
+                source = f"data:image/png;base64,{base64.b64encode(image).decode()}"
+                parts.append(f'<p><img alt="{part.name}" src="{source}"></p>\n')
+        return "".join(parts)
 
 
 def plain(tree: Any) -> Any:
@@ -120,3 +139,10 @@ def fenced(text: str) -> str:
     while fence in text:
         fence += "`"
     return f"{fence}\n{text}\n{fence}"
+
+
+def printed(write: Callable[[Console], object]) -> str:
+    """What `write` prints on a console, as a Markdown code block."""
+    file = io.StringIO()
+    write(Console(file=file, width=160))
+    return fenced(file.getvalue().rstrip())

@@ -9,9 +9,9 @@ from rich.table import Table
 
 from mai_thinking.errors import UsageError
 from mai_thinking.launch.goodput import Account, account_of
-from mai_thinking.report.figures import Figure, Grid, Panel, condensed, save
+from mai_thinking.report.figures import Figure, Panel, Timeline, condensed, save
 from mai_thinking.report.projection import Costs, measure, once_a_period, projection, simulate
-from mai_thinking.report.reading import durations, read_config
+from mai_thinking.report.reading import read_config
 from mai_thinking.training.ledger import CATEGORIES, EVALUATION, PRODUCTIVE, SLOW
 
 COLOURS = dict(
@@ -21,8 +21,6 @@ COLOURS = dict(
         strict=True,
     )
 )
-_STRETCHES = 500
-"""Of the timeline; each shows what filled it most."""
 
 
 def report(run: Path, console: Console) -> None:
@@ -30,8 +28,7 @@ def report(run: Path, console: Console) -> None:
     if not (run / "events.jsonl").is_file():
         raise UsageError(f"{run}: no events.jsonl; name the output_dir of a run, such as runs/nano")
     result = account_of(run)
-    console.print(table(result, str(run)))
-    console.print(summary(result))
+    show(result, str(run), console)
     file = run / "report" / "goodput.png"
     try:
         if result.segments and save(figure(result), file):
@@ -66,21 +63,21 @@ def report_prediction(run: Path, period: float, steps: int | None, console: Cons
     )
 
 
-def table(result: Account, title: str) -> Table:
-    """Seconds and share of the wall-clock per category, and what each definition makes of it."""
+def show(result: Account, title: str, console: Console) -> None:
+    """Print seconds and share of the wall-clock per category, what each definition makes of it, and the counts."""
     view = Table(title=f"goodput of {title}")
     view.add_column("category")
     for name in ("seconds", "share", "report", "common"):
         view.add_column(name, justify="right")
     counts_in = {PRODUCTIVE: ("✓", "✓"), SLOW: ("", "✓"), EVALUATION: ("✓", "")}
     for category in CATEGORIES:
-        seconds = result.seconds[category]
-        share = f"{seconds / max(result.wall_clock, 1e-9):.2%}"
-        view.add_row(category, f"{seconds:,.1f}", share, *counts_in.get(category, ("", "")))
+        seconds, share = f"{result.seconds[category]:,.1f}", f"{result.share(category):.2%}"
+        view.add_row(category, seconds, share, *counts_in.get(category, ("", "")))
     view.add_section()
     goodputs = f"{result.report_goodput:.2%}", f"{result.common_goodput:.2%}"
     view.add_row("wall-clock", f"{result.wall_clock:,.1f}", "100.00%", *goodputs, style="bold")
-    return view
+    console.print(view)
+    console.print(summary(result))
 
 
 def summary(result: Account) -> str:
@@ -110,20 +107,19 @@ def figure(result: Account) -> Figure:
     return Figure("goodput", [timeline(result), panel], columns=1, size=(11, 2.6), heights=(1, 3))
 
 
-def timeline(result: Account) -> Grid:
-    """What filled each stretch of the run, without the time in which it was stopped on request."""
-    total = sum(segment.end - segment.begin for segment in result.segments)
-    ends = [total * (index + 1) / _STRETCHES for index in range(_STRETCHES)]
-    shares = [(category, result.seconds[category] / max(result.wall_clock, 1e-9)) for category in CATEGORIES]
-    return Grid(
+def timeline(result: Account) -> Timeline:
+    """What filled the run when, without the time in which it was stopped on request."""
+    stretches: dict[str, list[tuple[float, float]]] = {category: [] for category in CATEGORIES}
+    now = 0.0
+    for segment in result.segments:
+        stretches[segment.category].append((now, segment.end - segment.begin))
+        now += segment.end - segment.begin
+    seen = [category for category in CATEGORIES if result.seconds[category] > 0]
+    names = {category: f"{category} {result.share(category):.1%}" for category in seen}
+    return Timeline(
         f"goodput {result.report_goodput:.1%} (the report's), {result.common_goodput:.1%} (common)",
-        [""],
-        ends,
-        [[category] for category in durations(result, _STRETCHES)],
-        colours=COLOURS,
-        x_name="seconds",
-        height=84.0,
-        legend=[(f"{category} {share:.1%}", COLOURS[category]) for category, share in shares if share > 0],
+        {name: stretches[category] for category, name in names.items()},
+        {name: COLOURS[category] for category, name in names.items()},
     )
 
 

@@ -12,6 +12,7 @@ from rich.tree import Tree
 from mai_thinking.errors import UsageError
 from mai_thinking.provenance.lineage import stable_manifest
 from mai_thinking.provenance.record import RECORD, Data, Fault, Lineage, Record, file_faults, hash_file, read_lineage
+from mai_thinking.report.document import printed
 
 
 def report(path: Path, console: Console) -> bool:
@@ -36,24 +37,39 @@ def report(path: Path, console: Console) -> bool:
     return not inspection.faults
 
 
+def as_recorded(lineage: Lineage | str) -> str:
+    """The tree of a lineage as a Markdown code block, no file looked at; a text says why there is none."""
+    if isinstance(lineage, str):
+        return lineage
+    tree = Inspection(verify=False).tree_of(lineage, lineage.places.get(lineage.id))
+    checks = "As recorded; `python scripts/lineage.py` checks every file against its hash."
+    return f"{printed(lambda console: console.print(tree))}\n\n{checks}"
+
+
 class Inspection:
     """One check of several things that may share ancestors: each is read and drawn once."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, verify: bool = True) -> None:
+        """Without `verify` nothing is read but the records."""
         self.faults: list[Fault] = []
         self.files = 0
         """How many were read and found right."""
+        self._verify = verify
         self._drawn: set[str] = set()
         self._data_checked: dict[Path, list[Fault]] = {}
 
     def tree(self, folder: Path) -> Tree:
         """The tree of what lies in `folder`."""
         try:
-            lineage = read_lineage(folder)
+            return self.tree_of(read_lineage(folder), folder)
         except ValueError as error:
             self.faults.append(Fault(folder, str(error)))
             return Tree(f"[red]{escape(str(folder))} {escape(str(error))}[/]")
-        root = Tree(self._label(lineage.id, lineage, folder, self._check(folder, lineage.record)))
+
+    def tree_of(self, lineage: Lineage, folder: Path | None) -> Tree:
+        """The tree of a lineage, of what lies in `folder`."""
+        state = "" if folder is None else self._check(folder, lineage.record)
+        root = Tree(self._label(lineage.id, lineage, folder, state))
         self._grow(root, lineage, lineage.id)
         return root
 
@@ -90,7 +106,7 @@ class Inspection:
     def _data_label(self, data: Data, place: Path | None) -> str:
         sources = "; ".join(f"{s.name} ({', '.join(filter(None, (s.licence, s.provenance)))})" for s in data.sources)
         state = ""
-        if data.manifest is not None and place is not None and place.is_dir():
+        if self._verify and data.manifest is not None and place is not None and place.is_dir():
             if place not in self._data_checked:
                 self._data_checked[place] = data_faults(place, data)
                 self.faults += self._data_checked[place]
@@ -98,6 +114,8 @@ class Inspection:
         return f"data: {escape(sources)}{state}"
 
     def _check(self, folder: Path, record: Record, *, complete: bool = True) -> str:
+        if not self._verify:
+            return ""
         faults = [*file_faults(folder, record, complete=complete), *_config_faults(folder, record)]
         self.faults += faults
         self.files += 0 if faults else len(record.files)
@@ -105,20 +123,20 @@ class Inspection:
 
     def _check_ancestor(self, place: Path | None, id: str, record: Record) -> str:
         """An ancestor's files, if they are still where they were; a later run may have put others there."""
-        if record.kind == "random-weights":
+        if record.kind == "random-weights" or not self._verify:
             return ""
         if place is None or not place.is_dir():
             return " [dim]not there any more[/]"
-        if (place / RECORD).exists():
-            try:
-                now = read_lineage(place)
-            except ValueError as error:
-                self.faults.append(Fault(place, str(error)))
-                return f" [red]✗ {escape(str(error))}[/]"
-            if now.id != id and any(now.record.files.get(name) != was for name, was in record.files.items()):
-                return " [yellow]another is there now[/]"
-            return self._check(place, record, complete=now.id == id)
-        return self._check(place, record, complete=False)
+        if not (place / RECORD).exists():
+            return self._check(place, record, complete=False)
+        try:
+            now = read_lineage(place)
+        except ValueError as error:
+            self.faults.append(Fault(place, str(error)))
+            return f" [red]✗ {escape(str(error))}[/]"
+        if now.id != id and any(now.record.files.get(name) != was for name, was in record.files.items()):
+            return " [yellow]another is there now[/]"
+        return self._check(place, record, complete=now.id == id)
 
 
 def _subjects(folder: Path) -> Iterator[Path]:

@@ -7,7 +7,6 @@ import json
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -161,24 +160,6 @@ def then_and_now(samples: Sequence[Record], shown: int = 2) -> list[list[Record]
         if len(of_task) < shown:
             of_task.append(story)
     return [story for task in sorted(kept) for story in kept[task]]
-
-
-def durations(account_: Account, stretches: int) -> list[str]:
-    """The category that fills each of so many equal stretches of the wall-clock most."""
-    total = sum(segment.end - segment.begin for segment in account_.segments)
-    shares: list[dict[str, float]] = [{} for _ in range(stretches)]
-    place = 0.0
-    for segment in account_.segments:
-        end = place + (segment.end - segment.begin) / max(total, 1e-9) * stretches
-        edges = [place, *range(int(place) + 1, min(stretches, int(end) + 1)), end]
-        for low, high in pairwise(edges):
-            share = shares[min(stretches - 1, int(low))]
-            share[segment.category] = share.get(segment.category, 0.0) + high - low
-        place = end
-    found: list[str] = []
-    for share in shares:
-        found.append(max(share, key=lambda category: share[category]) if share else found[-1])
-    return found
 
 
 def read_config(path: Path) -> dict[str, Any]:

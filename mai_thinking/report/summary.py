@@ -19,12 +19,13 @@ def write_summary(folder: Path) -> None:
     run = read_run(folder)
     if run.kind != "reinforcement learning" and not run.notes and (folder / "report" / "summary.md").exists():
         return
-    summarize(run).write(folder / "report")
-
-
-def summarize(run: Run) -> Document:
-    """The page of a run of any recipe."""
     page = Document(run.name)
+    add_run(page, run)
+    page.write(folder / "report")
+
+
+def add_run(page: Document, run: Run) -> None:
+    """What there is to say of a run of any recipe."""
     page.facts |= {"kind": run.kind, "status": run.status, "steps": run.steps_done}
     if start := run.config.get("init_from"):
         page.add(f"From `{start}`.")
@@ -48,7 +49,6 @@ def summarize(run: Run) -> Document:
         page.add(f"Loss {first:.4f} at the first step, {last:.4f} at the last.")
     page.add_figures(figures_of(run))
     _add_samples(page, run)
-    return page
 
 
 def _add_problems(page: Document, run: Run) -> None:
