@@ -28,14 +28,6 @@ class VariantSection(Section):
     """Laid over the ladder's `scale`."""
 
 
-class BudgetSection(Section):
-    """What a ladder may spend in all, over all workers, restarts included; null is no limit."""
-
-    seconds: float | None = Field(None, gt=0, le=1e12)
-    """Wall-clock of the runs, one after the other: two workers spend two a second."""
-    flops: float | None = Field(None, gt=0, le=1e40)
-
-
 class LadderConfig(Section):
     """A ladder: every variant at every depth with every seed, each run as long as its active parameters ask for."""
 
@@ -56,7 +48,6 @@ class LadderConfig(Section):
     """Share of the steps."""
     baseline: VariantSection
     candidates: tuple[VariantSection, ...] = Field(min_length=1)
-    budget: BudgetSection = BudgetSection()
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
@@ -78,25 +78,22 @@ class StepTime:
     """False: reckoned from another rung's."""
 
 
-class StepTimer:
-    """Measures steps on random tokens, each architecture once; runs that differ in their data alone take the same."""
-
-    def __init__(self) -> None:
-        self._known: dict[str, StepTime] = {}
-        self._flops_per_second = 0.0
-
-    def __call__(self, run: PlannedRun) -> StepTime:
-        """Of `run` on this machine. Ask for smaller runs first."""
-        config = run.config
+def time_steps(runs: Sequence[PlannedRun]) -> dict[str, StepTime]:
+    """By the run's name, on this machine; each architecture is measured once, and the smaller ones first."""
+    known: dict[str, StepTime] = {}
+    times: dict[str, StepTime] = {}
+    flops_per_second = 0.0
+    for run in runs:
+        config, flops = run.config, run.flops / run.config.steps
         key = json.dumps([config.model, config.batch.model_dump(), config.execution.model_dump()], sort_keys=True)
-        if key not in self._known:
-            flops = run.flops / config.steps
-            if self._flops_per_second and flops / self._flops_per_second > _LONGEST_STEP:
-                self._known[key] = StepTime(flops / self._flops_per_second, measured=False)
+        if key not in known:
+            if flops > _LONGEST_STEP * flops_per_second > 0:
+                known[key] = StepTime(flops / flops_per_second, measured=False)
             else:
-                self._known[key] = StepTime(measure_step(config), measured=True)
-                self._flops_per_second = flops / self._known[key].seconds
-        return self._known[key]
+                known[key] = StepTime(measure_step(config), measured=True)
+                flops_per_second = flops / known[key].seconds
+        times[run.name] = known[key]
+    return times
 
 
 def measure_step(config: PretrainConfig) -> float:
@@ -134,26 +131,26 @@ def _random_batches(
     return batches
 
 
-def plan_table(runs: Iterable[PlannedRun], times: Mapping[str, StepTime]) -> str:
-    """A line for each config and rung, and the total, of what is not yet done; `times` by the run's name."""
-    heading = (
+def plan_table(runs: Sequence[PlannedRun]) -> str:
+    """A line for each config and rung, and the total of what is not yet done."""
+    times = time_steps(runs)
+    lines = [
         f"{'config':<24}{'rung':>5}{'runs':>5}{'done':>5}{'total':>9}{'active':>9}{'tokens':>9}{'steps':>8}{'FLOPs':>9}"
         f"{'s/step':>9}{'hours':>8}"
-    )
-    lines = [heading]
+    ]
     groups: dict[tuple[str, int], list[PlannedRun]] = {}
     for run in runs:
         groups.setdefault((run.variant, run.rung), []).append(run)
     flops = hours = 0.0
     for (variant, rung), members in groups.items():
-        first, time_ = members[0], times[members[0].name]
+        first, step = members[0], times[members[0].name]
         missing = [run for run in members if not run.folder.finished]
-        group_hours = len(missing) * first.config.steps * time_.seconds / 3600
+        group_hours = len(missing) * first.config.steps * step.seconds / 3600
         flops, hours = flops + sum(run.flops for run in missing), hours + group_hours
         lines.append(
-            f"{variant:<24}{'L' + str(rung):>5}{len(members):>5}{len(members) - len(missing):>5}"
-            f"{quantity(first.total):>9}{quantity(first.active):>9}{quantity(first.tokens):>9}{first.config.steps:>8,}{quantity(first.flops):>9}"
-            f"{'' if time_.measured else '≈'}{time_.seconds:>9.3f}{group_hours:>8.3f}"
+            f"{variant:<24}{f'L{rung}':>5}{len(members):>5}{len(members) - len(missing):>5}"
+            f"{quantity(first.total):>9}{quantity(first.active):>9}{quantity(first.tokens):>9}{first.config.steps:>8,}"
+            f"{quantity(first.flops):>9}{'' if step.measured else '≈'}{step.seconds:>9.3f}{group_hours:>8.3f}"
         )
     lines.append(f"still to do: {quantity(flops)} FLOPs, {hours:.2f} hours of training on one worker like this machine")
     return "\n".join(lines)

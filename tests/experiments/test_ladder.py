@@ -1,4 +1,4 @@
-"""A ladder's plan and its workers: nothing is run twice, budgets hold, what is killed goes on, all ends in a page."""
+"""A ladder's plan and its workers: nothing is run twice, what is killed goes on, all ends in a page."""
 
 import json
 import multiprocessing
@@ -17,12 +17,11 @@ from mai_thinking.config.ladder import LadderConfig
 from mai_thinking.config.loading import load_config
 from mai_thinking.errors import RunError, UsageError
 from mai_thinking.experiments import ladder as ladder_module
-from mai_thinking.experiments.ladder import Worker, run_ladder, with_one_yardstick
-from mai_thinking.experiments.ladder_plan import PlannedRun, StepTime, plan_runs
+from mai_thinking.experiments.ladder import run_ladder, with_one_yardstick, work
+from mai_thinking.experiments.ladder_plan import PlannedRun, plan_runs
 from mai_thinking.experiments.scaling.points import Point
 from mai_thinking.report.ladder import write_report
 from mai_thinking.training.metrics import read_records
-from mai_thinking.training.stop import StopRequest
 
 ROOT = Path(__file__).parents[2]
 LADDERS = ROOT / "configs" / "ladders"
@@ -91,7 +90,6 @@ def test_the_reports_rule_where_nothing_is_scaled(tmp_path: Path) -> None:
         ("rungs=[2, 2]", "rungs: .* has one twice"),
         ("candidates.0.name=fast", "candidates: .* has one twice"),
         ("rungs=[0]", "rungs.0: input should be greater than or equal to 1"),
-        ("bugdet.seconds=5", "did you mean 'budget'"),
     ],
 )
 def test_a_mistake_gets_one_line(tmp_path: Path, override: str, message: str) -> None:
@@ -147,17 +145,12 @@ def pretend(monkeypatch: pytest.MonkeyPatch, train: Trainer) -> None:
     def read_point(run: PlannedRun) -> Point:
         return Point(config=run.variant, seed=run.seed, flops=run.flops, loss={"code": 3.0}, rung=run.rung)
 
-    def spent_on(run: PlannedRun) -> tuple[float, float]:
-        return (1.0, run.flops) if run.folder.finished else (0.0, 0.0)
-
-    for stand_in in (pretrain, read_point, spent_on):
+    for stand_in in (pretrain, read_point):
         monkeypatch.setattr(ladder_module, stand_in.__name__, stand_in)
 
 
-def worker(ladder: LadderConfig) -> Worker:
-    for name in ("claims", "logs", "runs"):
-        (ladder.folder / name).mkdir(parents=True, exist_ok=True)
-    return Worker(ladder, plan_runs(ladder), lambda run: StepTime(0.0, True))  # type: ignore[arg-type]
+def work_on(ladder: LadderConfig) -> int:
+    return work(ladder, plan_runs(ladder))
 
 
 def finished(ladder: LadderConfig) -> list[str]:
@@ -176,7 +169,7 @@ def test_two_workers_share_the_runs_and_take_none_twice(tmp_path: Path, monkeypa
 
     pretend(monkeypatch, train)
     fork = multiprocessing.get_context("fork")
-    processes = [fork.Process(target=worker(ladder).work) for _ in range(3)]
+    processes = [fork.Process(target=work_on, args=(ladder,)) for _ in range(3)]
     for process in processes:
         process.start()
     for process in processes:
@@ -198,49 +191,17 @@ def test_the_claim_of_a_dead_worker_is_free_again(tmp_path: Path, monkeypatch: p
 
     with monkeypatch.context() as patch:
         pretend(patch, hang)
-        process = fork.Process(target=worker(ladder).work)
+        process = fork.Process(target=work_on, args=(ladder,))
         process.start()
         assert training.wait(20)
     taken: list[str] = []
     pretend(monkeypatch, lambda config: taken.append(config.name) or 0)  # type: ignore[func-returns-value]
-    assert worker(ladder).work() == 0
+    assert work_on(ladder) == 0
     assert taken == ["slow-L1-s0"]  # the first is the other's while it lives
     os.kill(process.pid or 0, signal.SIGKILL)
     process.join()
-    assert worker(ladder).work() == 0
+    assert work_on(ladder) == 0
     assert taken == ["slow-L1-s0", "fast-L1-s0"]
-
-
-def test_a_budget_of_flops_ends_a_ladder_with_whole_rungs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pretend(monkeypatch, lambda config: 0)
-    costs = [run.flops for run in plan_runs(tiny(tmp_path / "ladder"))]
-    ladder = tiny(tmp_path / "ladder", f"budget.flops={sum(costs[:4]) * 1.001}")
-    for _ in range(2):  # the second has nothing left to spend
-        assert worker(ladder).work() == 0
-        assert finished(ladder) == ["fast-L1-s0", "fast-L2-s0", "slow-L1-s0", "slow-L2-s0"]
-    points = json.loads((ladder.folder / "points.json").read_text())
-    assert {(p["config"], p["rung"]) for p in points["points"]} == {(c, r) for c in ("fast", "slow") for r in (1, 2)}
-
-
-def test_a_budget_of_seconds_stops_a_run_in_the_middle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs that take longer than their steps promised are asked to save and stop."""
-
-    def train(config: Any) -> int:
-        stop = StopRequest()
-        try:
-            deadline = time.monotonic() + 30
-            while not stop.requested and time.monotonic() < deadline:
-                time.sleep(0.01)
-            return 75 if stop.requested else 0
-        finally:
-            stop.close()
-
-    pretend(monkeypatch, train)
-    begin = time.monotonic()
-    spent = lambda run: (time.monotonic() - begin if run.rung == 1 and run.variant == "fast" else 0.0, 0.0)  # noqa: E731
-    monkeypatch.setattr(ladder_module, "spent_on", spent)
-    assert worker(tiny(tmp_path / "ladder", "budget.seconds=0.5")).work() == 0
-    assert 0.4 < time.monotonic() - begin < 10
 
 
 def test_a_stop_from_outside_is_an_interruption(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -252,7 +213,7 @@ def test_a_stop_from_outside_is_an_interruption(tmp_path: Path, monkeypatch: pyt
         return 75
 
     pretend(monkeypatch, train)
-    assert worker(tiny(tmp_path / "ladder")).work() == 75
+    assert work_on(tiny(tmp_path / "ladder")) == 75
     assert len(names) == 1
 
 
@@ -266,7 +227,7 @@ def test_a_run_that_fails_is_told_and_the_others_go_on(
 
     pretend(monkeypatch, train)
     ladder = tiny(tmp_path / "ladder")
-    assert worker(ladder).work() == 1
+    assert work_on(ladder) == 1
     assert "slow-L2-s0 failed: step 3: the loss is not finite" in capsys.readouterr().out
     assert len(finished(ladder)) == 7
 
@@ -313,5 +274,5 @@ def test_killed_and_started_again_it_spends_nothing_twice(tmp_path: Path, capsys
     assert points[2]["loss"]["maths"] < points[0]["loss"]["maths"]
     assert points[2]["flops"] == pytest.approx(planned["fast-L2-s0"].flops)
 
-    assert worker(ladder).work() == 0  # nothing is left to do
+    assert work_on(ladder) == 0  # nothing is left to do
     assert read_records(third / "events.jsonl") == events
