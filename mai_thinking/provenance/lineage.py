@@ -20,7 +20,7 @@ import json
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 from mai_thinking.errors import UsageError
 from mai_thinking.provenance.record import (
@@ -103,51 +103,39 @@ def resuming_from(checkpoint: Path, parents: Sequence[Lineage]) -> tuple[list[Li
 # -------------------------------------------------------------------------------------------------- what a run writes
 
 
-def record_model(
-    folder: Path,
-    *,
-    parents: Sequence[Lineage],
-    config: Path,
-    data: "PreparedData | Sequence[Source] | None" = None,
-    seed: int,
-    steps: int,
-    code: Sequence[CodeVersion] = (),
-) -> None:
+class Origin(TypedDict, total=False):
+    """Where a run's models, checkpoints and traces come from."""
+
+    parents: Sequence[Lineage]
+    """What the run started from, and learned from where that has a record."""
+    config: Path
+    """Its config.yaml."""
+    data: "PreparedData | Sequence[Source] | None"
+    """What it reads: prepared text, or sources; by default nothing."""
+    seed: int
+    code: Sequence[CodeVersion]
+    """What `resuming_from` said of the checkpoint; by default nothing."""
+
+
+def record_model(folder: Path, *, steps: int, **origin: Unpack[Origin]) -> None:
     """Record a model folder, all files in it; call it as `save_model`'s `record`, so that it comes with the weights.
 
-    `parents` is what the run started from, and learned from where that has a record; `config` its config.yaml. Of
-    prepared text, the manifest is put beside the weights. `code` is what `resuming_from` said of the checkpoint.
+    Of prepared text, the manifest is put beside the weights.
     """
+    data = origin.get("data")
     if data is not None and not isinstance(data, Sequence):
         (folder / DATA_MANIFEST).write_text(stable_manifest(data.manifest), encoding="utf-8")
-    _write(folder, "model", hash_files(folder), parents, config, data, seed, steps, code)
+    _write(folder, "model", hash_files(folder), steps, origin)
 
 
-def record_checkpoint(
-    folder: Path,
-    *,
-    parents: Sequence[Lineage],
-    config: Path,
-    data: "PreparedData | Sequence[Source] | None" = None,
-    seed: int,
-    code: Sequence[CodeVersion] = (),
-) -> None:
-    """Record a checkpoint by its manifest, before it is committed: `Checkpointer(…, seal=…)`. As `record_model`."""
+def record_checkpoint(folder: Path, **origin: Unpack[Origin]) -> None:
+    """Record a checkpoint by its manifest, before it is committed: `Checkpointer(…, seal=…)`."""
     manifest = folder / CHECKPOINT_MANIFEST
     steps = json.loads(manifest.read_bytes())["step"]
-    _write(folder, "checkpoint", {manifest.name: hash_file(manifest)}, parents, config, data, seed, steps, code)
+    _write(folder, "checkpoint", {manifest.name: hash_file(manifest)}, steps, origin)
 
 
-def record_traces(
-    folder: Path,
-    *,
-    parent: Lineage,
-    config: Path,
-    data: Sequence[Source] | None = None,
-    seed: int,
-    steps: int | None = None,
-    code: Sequence[CodeVersion] = (),
-) -> None:
+def record_traces(folder: Path, *, parent: Lineage, steps: int | None = None, **origin: Unpack[Origin]) -> None:
     """Record a folder of traces that a run from `parent` writes; again whenever it has grown, on rank 0 when all ranks
     have written.
 
@@ -158,7 +146,8 @@ def record_traces(
         known = dict(read_lineage(folder).record.files) if (folder / RECORD).exists() else {}
     except ValueError as error:
         raise UsageError(f"{folder}: {error}; restore it, or remove the traces and make them again") from None
-    _write(folder, "traces", hash_files(folder, known), [parent], config, data, seed, steps, code)
+    origin["parents"] = [parent]
+    _write(folder, "traces", hash_files(folder, known), steps, origin)
 
 
 @functools.cache
@@ -186,26 +175,17 @@ def stable_manifest(manifest: Mapping[str, Any]) -> str:
 # ------------------------------------------------------------------------------------------------------------ details
 
 
-def _write(
-    folder: Path,
-    kind: Kind,
-    files: Mapping[str, FileHash],
-    parents: Sequence[Lineage],
-    config: Path,
-    data: "PreparedData | Sequence[Source] | None",
-    seed: int,
-    steps: int | None,
-    code: Sequence[CodeVersion],
-) -> None:
+def _write(folder: Path, kind: Kind, files: Mapping[str, FileHash], steps: int | None, origin: Origin) -> None:
+    parents, data = origin["parents"], origin.get("data")
     marks = dict.fromkeys(mark for parent in parents for mark in parent.record.overrides)
     record = Record(
         kind=kind,
         parents=tuple(dict.fromkeys(parent.id for parent in parents)),
         files=dict(files),
-        config=hash_file(config).sha256,
-        code=tuple(dict.fromkeys([*code, code_version()])),
+        config=hash_file(origin["config"]).sha256,
+        code=tuple(dict.fromkeys([*origin.get("code", ()), code_version()])),
         data=_data(data),
-        seed=seed,
+        seed=origin["seed"],
         steps=steps,
         overrides=tuple(marks),
     )

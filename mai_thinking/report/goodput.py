@@ -43,8 +43,7 @@ def report_projection(run: Path, failures_per_gpu_hour: float, console: Console)
     console.print(_spell_costs(costs))
     console.print(f"one failure in {1 / failures_per_gpu_hour:,.0f} GPU-hours; the costs are taken to stay the same")
     view = Table(title=f"expected goodput, from the costs of {run}")
-    headings = "GPUs", "hours between faults", f"saving every {every} steps", "best interval, s", "goodput"
-    for name in (*headings, "Young's interval, s", "closed form (Daly)"):
+    for name in ("GPUs", "hours between faults", f"saving every {every} steps", "Young's interval, s", "goodput"):
         view.add_column(name, justify="right")
     for row in projection(costs, every, failures_per_gpu_hour):
         view.add_row(*row)

@@ -1,9 +1,8 @@
-"""What goodput to expect elsewhere: measured costs and a failure rate in, an event simulation and a closed form out.
+"""What goodput to expect elsewhere: measured costs and a failure rate in, an event simulation out.
 
 A run works in cycles of `every` steps and a save. A fault costs a restart, and throws the run back to the newest
-committed checkpoint unless a rank that is left saves (`JitCheckpoint`). Closed forms, for runs without such a rank:
-J. W. Young, "A first order approximation to the optimum checkpoint interval" (CACM 1974), for the interval; J. T. Daly,
-"A higher order estimate of the optimum checkpoint interval for restart dumps" (FGCS 2006), for the expected wall-clock.
+committed checkpoint unless a rank that is left saves (`JitCheckpoint`). The interval between saves that is proposed is
+that of J. W. Young, "A first order approximation to the optimum checkpoint interval" (CACM 1974).
 """
 
 import itertools
@@ -132,14 +131,6 @@ def simulate(costs: Costs, every: int, faults: Iterator[float], steps: float) ->
             fault = next(faults)
 
 
-def closed_form(costs: Costs, every: float, rate: float) -> float:
-    """Daly's expected wall-clock for a cycle, as a goodput; without start-up, and with commits that take no time."""
-    between_faults = 1 / rate
-    cycle = every * costs.cadence + costs.stall
-    wall = between_faults * math.exp(costs.restart / between_faults) * math.expm1(cycle / between_faults)
-    return every * (costs.ideal_step + costs.evaluation) / wall
-
-
 def young_interval(costs: Costs, rate: float) -> float:
     """Seconds of work between saves that waste least, to first order: √(2 · stall / rate)."""
     return math.sqrt(2 * costs.stall / rate)
@@ -151,32 +142,15 @@ def expected(costs: Costs, every: int, rate: float, *, faults: int = _FAULTS, se
     return simulate(costs, every, poisson(rate, random.Random(seed)), steps)
 
 
-def best_interval(costs: Costs, rate: float) -> tuple[int, float]:
-    """(steps between saves, goodput) that simulates best, by scanning from an eighth of Young's interval to 64
-    of it; the same faults for all. No interval is shorter than a commit takes."""
-    centre = young_interval(costs, rate) / costs.cadence
-    least = max(1, math.ceil(costs.commit / costs.cadence))
-    candidates = sorted({max(least, round(centre * 2 ** (power / 4))) for power in range(-12, 25)})
-    return max(((every, expected(costs, every, rate)) for every in candidates), key=lambda pair: pair[1])
-
-
 def projection(costs: Costs, every: int, rate_per_gpu_hour: float) -> list[tuple[str, ...]]:
-    """Rows for 8 … 8,192 GPUs: GPUs, hours between faults, goodput at `every`, best interval, its goodput, Young's
-    interval, the closed form's goodput there. The costs are taken to stay what they are on the measured machine."""
+    """Rows for 8 … 8,192 GPUs: GPUs, hours between faults, goodput at `every`, Young's interval in seconds, but no
+    shorter than a commit takes, and goodput there. The costs are taken to stay what they are on the measured machine.
+    """
     rows: list[tuple[str, ...]] = []
     for gpus in GPUS:
         rate = gpus * rate_per_gpu_hour / 3600
-        best, goodput = best_interval(costs, rate)
-        young = young_interval(costs, rate)
-        rows.append(
-            (
-                f"{gpus:,}",
-                f"{1 / rate / 3600:,.1f}",
-                f"{expected(costs, every, rate):.2%}",
-                f"{best * costs.cadence:,.1f}",
-                f"{goodput:.2%}",
-                f"{young:,.1f}",
-                f"{closed_form(costs, young / costs.cadence, rate):.2%}",
-            )
-        )
+        interval = max(young_interval(costs, rate), costs.commit)
+        steps = max(1, round(interval / costs.cadence))
+        at_every, at_interval = (f"{expected(costs, count, rate):.2%}" for count in (every, steps))
+        rows.append((f"{gpus:,}", f"{1 / rate / 3600:,.1f}", at_every, f"{steps * costs.cadence:,.1f}", at_interval))
     return rows
