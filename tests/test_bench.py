@@ -181,7 +181,7 @@ def test_local_layers_alone(tmp_path: Path, tiny_config: Callable[..., PretrainC
 def test_rollouts(options: Options) -> None:
     result = rollout.compare(tiny_model(), options, about="tiny", requests=3, longest=6, slots=2)
     assert [row.case.get("lengths") for row in result.rows[:2]] == ["as they fall", "all 3"]
-    assert result.rows[0].figures.keys() == {"engine", "generate", "ratio"}
+    assert result.rows[0].figures.keys() == {"engine", "generate", "engine to generate"}
 
 
 def test_the_last_line_is_json(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

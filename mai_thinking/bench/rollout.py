@@ -54,7 +54,9 @@ def measure(options: Options) -> Result:
         config = load_config(PretrainConfig, CONFIG)
         model, about = build_model(config, model_config(config)), "fresh weights"
     model.eval()
-    return compare_on_gpu(model.cuda(), options, about=about) if on_gpu else compare(model, options, about=about)
+    if on_gpu:
+        return compare(model.cuda(), options, about=about, requests=256, longest=128)
+    return compare(model, options, about=about)
 
 
 def fresh_l12(device: str) -> MaiThinkingForCausalLM:
@@ -75,55 +77,40 @@ def compare(
     slots: int = 256,
 ) -> Result:
     """`requests` of each kind of lengths; a quarter of `options.rounds` rounds, since each takes many seconds."""
+    on_gpu = model.device.type == "cuda"
+    dtype = torch.bfloat16 if on_gpu else None
     rng = np.random.default_rng(0)
     prompts = _prompts(model, rng, requests)
+    if on_gpu:
+        model.set_attn_implementation("windowed_sdpa")  # the learner's
+        peer = inference_copy(model, torch.bfloat16)
+        peer.set_attn_implementation("sdpa")
+        kinds = [Kind(f"all {longest}", np.full(requests, longest), None)]
+    else:
+        peer = model
+        kinds = [
+            Kind("as they fall", rng.integers(4, longest + 1, requests), model.config.eos_token_id),
+            Kind(f"all {longest // 2}", np.full(requests, longest // 2), None),
+        ]
     rows: list[Row] = []
-    profile: list[Row] = []
-    kinds = [
-        Kind("as they fall", rng.integers(4, longest + 1, requests), model.config.eos_token_id),
-        Kind(f"all {longest // 2}", np.full(requests, longest // 2), None),
-    ]
+    shares: list[Row] = []
     for kind in kinds:
-        asked = _asked(prompts, kind)
-        ours = _ours(_engine(model, slots, end_of_text=kind.end), asked)
-        turns = alternate(
-            {"engine": ours, "generate": _theirs(model, slots, asked, kind)}, rounds=max(2, options.rounds // 4)
-        )
+        asked = [Rollout(number, prompts[number // 16], int(limit)) for number, limit in enumerate(kind.limits)]
+        engine = _engine(model, slots, dtype=dtype, end_of_text=kind.end)
+        sides = {"engine": _ours(engine, asked), "generate": _theirs(peer, slots, asked, kind)}
+        if on_gpu:
+            sides["no graphs"] = _ours(_engine(model, slots, dtype=dtype, backend="static"), asked)
+        turns = alternate(sides, rounds=max(2, options.rounds // 4), clock=_clock)
         figures = {side: rate(taken, "tokens/s") for side, taken in turns.items()}
-        rows.append(Row({"lengths": kind.name}, figures | {"ratio": ratio(turns["generate"], turns["engine"])}))
-        profile = profile or profile_rows(ours)
-    notes = [f"{about}; shares: operators' own time of the engine, lengths as they fall"]
-    return Result("rollout", [*rows, *profile, _mismatch(model, _engine(model, slots), asked[:64], None)], notes)
-
-
-def compare_on_gpu(
-    model: MaiThinkingForCausalLM,
-    options: Options,
-    *,
-    about: str,
-    requests: int = 256,
-    length: int = 128,
-    slots: int = 256,
-) -> Result:
-    """`requests` of one length, a quarter of `options.rounds` rounds."""
-    dtype = torch.bfloat16
-    model.set_attn_implementation("windowed_sdpa")  # the learner's
-    peer = inference_copy(model, dtype)
-    peer.set_attn_implementation("sdpa")
-    kind = Kind(f"all {length}", np.full(requests, length), None)
-    asked = _asked(_prompts(model, np.random.default_rng(0), requests), kind)
-    engine = _engine(model, slots, dtype=dtype)
-    sides = {
-        "engine": _ours(engine, asked),
-        "no graphs": _ours(_engine(model, slots, dtype=dtype, backend="static"), asked),
-        "generate": _theirs(peer, slots, asked, kind),
-    }
-    turns = alternate(sides, rounds=max(2, options.rounds // 4), clock=_clock)
-    figures = {side: rate(taken, "tokens/s") for side, taken in turns.items()}
-    for side in ("no graphs", "generate"):
-        figures[f"engine to {side}"] = ratio(turns[side], turns["engine"])
-    rows = [Row({"lengths": kind.name}, figures), _mismatch(model, engine, asked[:64], dtype)]
-    notes = [f"{about}, {torch.cuda.get_device_name()}, all in bf16; mismatch: of {min(64, requests)} responses"]
+        others = [side for side in sides if side != "engine"]
+        figures |= {f"engine to {side}": ratio(turns[side], turns["engine"]) for side in others}
+        rows.append(Row({"lengths": kind.name}, figures))
+        if not on_gpu and not shares:
+            shares = profile_rows(sides["engine"])
+    rows += [*shares, _mismatch(model, engine, asked[:64], dtype)]
+    notes = [f"{about}; mismatch: of {min(64, requests)} responses"]
+    notes += [f"{torch.cuda.get_device_name()}, all in bf16"] if on_gpu else []
+    notes += ["shares: operators' own time of the engine, lengths as they fall"] if shares else []
     return Result("rollout", rows, notes)
 
 
@@ -157,10 +144,6 @@ def _prompts(model: MaiThinkingForCausalLM, rng: np.random.Generator, requests: 
     return [rng.integers(2, model.config.vocab_size, rng.integers(10, 31)).tolist() for _ in range(-(-requests // 16))]
 
 
-def _asked(prompts: Sequence[list[int]], kind: Kind) -> list[Rollout]:
-    return [Rollout(i, prompts[i // 16], int(limit)) for i, limit in enumerate(kind.limits)]
-
-
 def _engine(model: MaiThinkingForCausalLM, slots: int, end_of_text: Any = None, **how: Any) -> BatchedEngine:
     return BatchedEngine(model, slots=slots, temperature=1.0, top_p=TOP_P, seed=0, end_of_text=end_of_text, **how)
 
@@ -175,7 +158,8 @@ def _theirs(model: MaiThinkingForCausalLM, slots: int, asked: Sequence[Rollout],
 
 
 def _clock() -> float:
-    torch.cuda.synchronize()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     return time.perf_counter()
 
 

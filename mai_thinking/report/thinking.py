@@ -8,7 +8,7 @@ import math
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import fmean
+from statistics import correlation, fmean
 from typing import Any
 
 from mai_thinking.errors import UsageError
@@ -105,10 +105,7 @@ class ThinkingRun:
         y = [record["pass@1"] for record in later[: end + 1]]
         if len(x) < 3 or len(set(y)) == 1:
             return None
-        mx, my = fmean(x), fmean(y)
-        sxy = sum((a - mx) * (b - my) for a, b in zip(x, y, strict=True))
-        sxx, syy = sum((a - mx) ** 2 for a in x), sum((b - my) ** 2 for b in y)
-        return sxy * sxy / (sxx * syy)
+        return correlation(x, y) ** 2
 
 
 def write(

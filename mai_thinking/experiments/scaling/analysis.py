@@ -28,7 +28,7 @@ class Analysis:
     @property
     def candidates(self) -> list[str]:
         """All configs but the baseline."""
-        return [config for config in self.points.configs if config != self.points.baseline]
+        return self.points.configs[1:]
 
     def gains(self, candidate: str, score: str) -> list[Efficiency]:
         """A candidate's gains under one score, a kind of cost each."""

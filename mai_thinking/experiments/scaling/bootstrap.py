@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mai_thinking.experiments.scaling.points import PointSet
+from mai_thinking.experiments.scaling.points import Point, PointSet
 from mai_thinking.experiments.scaling.power_law import ALPHA_BOUNDS, Array, PowerLaw, fit, refit
 
 LEAST_RUNGS = 4
@@ -47,20 +47,15 @@ class Curve:
 
     @classmethod
     def of(cls, points: PointSet, config: str, score: str, cost: str) -> "Curve":
-        """Take one curve out of all points."""
-        rungs = points.rungs(config)
-        costs = [float(np.median([getattr(point, cost) for point in rung])) for rung in rungs]
-        losses = tuple(np.array([points.score(point, score) for point in rung]) for rung in rungs)
-        curve = cls(config, score, cost, np.array(costs), losses, tuple(rung[0].rung for rung in rungs))
-        return curve.sorted()
+        """Take one curve out of all points; its rungs may be in another order by seconds than by FLOPs."""
 
-    def sorted(self) -> "Curve":
-        """Rungs in the order of this cost: seconds may order them otherwise than FLOPs."""
-        order = np.argsort(self.costs_R, kind="stable")
-        depths = tuple(self.depths[i] for i in order) if self.depths else ()
-        return Curve(
-            self.config, self.score, self.cost, self.costs_R[order], tuple(self.losses[i] for i in order), depths
-        )
+        def cost_of(rung: list[Point]) -> float:
+            return float(np.median([getattr(point, cost) for point in rung]))
+
+        rungs = sorted(points.rungs(config), key=cost_of)
+        losses = tuple(np.array([points.score(point, score) for point in rung]) for rung in rungs)
+        depths = tuple(rung[0].rung for rung in rungs)
+        return cls(config, score, cost, np.array([cost_of(rung) for rung in rungs]), losses, depths)
 
     @property
     def runs(self) -> int:

@@ -70,9 +70,7 @@ class Crossing:
 def cross(first: BootstrapFit, second: BootstrapFit, rng: np.random.Generator) -> Crossing:
     """Compare two configs; their costs must be of one kind."""
     lawful = all(fit.problem is None and not fit.lack_of_fit for fit in (first, second))
-    finder = _by_laws if lawful else _by_lines
-    rungs = _orders(first, second)
-    status, at, low, high, sign_below = finder(first, second, rng)
+    status, at, low, high, sign_below = _by_laws(first, second) if lawful else _by_lines(first, second, rng)
     below = None if at is None else (first if sign_below < 0 else second).curve.config
     open_ = lawful and status in ("crosses beyond", "undecided")
     settled_by = _settling_cost(first, second, at) if open_ else None
@@ -81,7 +79,7 @@ def cross(first: BootstrapFit, second: BootstrapFit, rng: np.random.Generator) -
         second=second.curve.config,
         score=first.curve.score,
         cost=first.curve.cost,
-        rungs=rungs,
+        rungs=_orders(first, second),
         method="laws" if lawful else "lines between rungs",
         status=status,
         at=at,
@@ -97,9 +95,10 @@ Found = tuple[Status, float | None, float | None, float | None, int]
 """Status, crossing, its interval, and the sign of the difference below it."""
 
 
-def _by_laws(first: BootstrapFit, second: BootstrapFit, rng: np.random.Generator) -> Found:
-    smallest, largest = _range(first.curve, second.curve)
-    grid_G = np.geomspace(smallest, largest * HORIZON, _GRID)
+def _by_laws(first: BootstrapFit, second: BootstrapFit) -> Found:
+    costs = np.concatenate([first.curve.costs_R, second.curve.costs_R])
+    largest = float(costs.max())
+    grid_G = np.geomspace(costs.min(), largest * HORIZON, _GRID)
     difference_G = np.log(first.law.loss(grid_G)) - np.log(second.law.loss(grid_G))
     differences_BG = np.log(first.replicates[:, None].loss(grid_G)) - np.log(second.replicates[:, None].loss(grid_G))
     return _judge(grid_G, difference_G, differences_BG, largest)
@@ -107,11 +106,9 @@ def _by_laws(first: BootstrapFit, second: BootstrapFit, rng: np.random.Generator
 
 def _by_lines(first: BootstrapFit, second: BootstrapFit, rng: np.random.Generator) -> Found:
     costs_R, difference_R, error_R = _differences(first, second)
-    if len(costs_R) < 2:
-        return "undecided", None, None, None, 0
     seeds = first.seeds
-    if seeds.freedom == 0:
-        return "undecided", None, None, None, 0  # no scatter is known, so no difference can be told from chance
+    if len(costs_R) < 2 or seeds.freedom == 0:  # without known scatter no difference can be told from chance
+        return "undecided", None, None, None, 0
     spread_B = np.sqrt(seeds.draw(rng, REPLICATES) / seeds.variance) if seeds.variance else np.zeros(REPLICATES)
     fresh_BR = rng.standard_normal((REPLICATES, len(costs_R)))
     differences_BR = difference_R + fresh_BR * spread_B[:, None] * error_R
@@ -153,12 +150,6 @@ def _roots(grid_G: Array, difference_G: Array) -> Array:
     left, right = difference_G[index], difference_G[index + 1]
     share = left / (left - right)
     return np.asarray(np.exp(np.log(grid_G[index]) * (1 - share) + np.log(grid_G[index + 1]) * share))
-
-
-def _range(first: Curve, second: Curve) -> tuple[float, float]:
-    """From the smallest to the largest cost of either."""
-    costs = np.concatenate([first.costs_R, second.costs_R])
-    return float(costs.min()), float(costs.max())
 
 
 def _differences(first: BootstrapFit, second: BootstrapFit) -> tuple[Array, Array, Array]:
