@@ -7,7 +7,7 @@ resolved config, and the records of lineage of the models and traces that it beg
 
 import json
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -65,6 +65,11 @@ class Stage:
         """Where it runs."""
         return RunFolder(self.config.folder)
 
+    @property
+    def ended(self) -> bool:
+        """Whether nothing is left to run of it."""
+        return self.state in ("finished", "collapsed")
+
     @cached_property
     def collapse(self) -> Verdict | None:
         """The verdict, if it has collapsed."""
@@ -110,8 +115,7 @@ class ClimbPlan:
         for stage in self.stages:
             if stage.state == "collapsed" and stage.name not in answered and not self._accepted(stage):
                 raise RunError(f"stage {stage.name}: {stage.collapse}. {self._no_answer()}")
-        done = ("finished", "collapsed")
-        return [stage for stage in self.stages if stage.state not in done and self._waits_for(stage) is None]
+        return [stage for stage in self.stages if not stage.ended and self._waits_for(stage) is None]
 
     def remember_inputs(self, stage: Stage) -> None:
         """Write down what `stage` begins with, before it does."""
@@ -166,8 +170,7 @@ class ClimbPlan:
         reset = self.config.reset
         first, left = stage, stage.config.steps
         traces: list[dict[str, Any]] = []
-        while stage.state == "collapsed" and reset is not None and len(traces) < reset.at_most:
-            assert stage.collapse is not None
+        while stage.state == "collapsed" and stage.collapse and reset and len(traces) < reset.at_most:
             good = stage.collapse.last_good_step
             if good < 1:
                 break  # nothing is older than the damage
@@ -212,8 +215,8 @@ class ClimbPlan:
         """The first of the stages that it begins with that has not come to its end."""
         for parent in stage.parents:
             before = self._stage_of(parent)
-            done = ("finished",) if parent.name == "final" else ("finished", "collapsed")
-            if before is not None and before.state not in done:
+            # One that has collapsed has traces and no model.
+            if before is not None and not (before.ended if parent.name != "final" else before.state == "finished"):
                 return before
         return None
 
@@ -222,27 +225,26 @@ class ClimbPlan:
     def text(self) -> str:
         """The plan as a table: each stage, its state, and an estimate of its time."""
         rows = [("stage", "run", "from", "steps", "state", "minutes")]
-        for stage, minutes in self.minutes():
-            rows.append(
-                (stage.name, stage.run, self._spell_parents(stage), f"{stage.config.steps:,}", _spell(stage), minutes)
-            )
-        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-        return "\n".join([f"{self.config.name} in {self.path}", "", *lines, "", self._spell_total()])
-
-    def minutes(self) -> Iterator[tuple[Stage, str]]:
-        """Each stage with its minutes: those that it took, or are still to come."""
+        spent = known = unknown = 0.0
         for stage in self.stages:
             left = self.seconds_left(stage)
-            if stage.state in ("finished", "collapsed"):
-                yield stage, f"{stage.seconds / 60:.1f}"
-            else:
-                yield stage, "unknown" if left is None else f"about {left / 60:.1f} to come"
+            minutes = "unknown" if left is None else f"about {left / 60:.1f} to come"
+            if stage.ended:
+                minutes = f"{stage.seconds / 60:.1f}"
+            spent += stage.seconds if stage.ended or stage.state == "begun" else 0.0
+            known, unknown = known + (left or 0.0), unknown + (left is None)
+            steps = f"{stage.config.steps:,}"
+            rows.append((stage.name, stage.run, self._spell_parents(stage), steps, _spell(stage), minutes))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+        rest = f" and {unknown:.0f} stages of unknown length" if unknown else ""
+        total = f"{spent / 60:.0f} minutes so far; about {known / 60:.0f} minutes{rest} to come"
+        return "\n".join([f"{self.config.name} in {self.path}", "", *lines, "", total])
 
     def seconds_left(self, stage: Stage) -> float | None:
         """Estimate of what `stage` will still take: by its own steps so far, else by what its config declares, times
         what the climb's steps so far took against what was declared of them. None if nothing is known."""
-        if stage.state in ("finished", "collapsed"):
+        if stage.ended:
             return 0.0
         done = stage.steps_done if stage.state == "begun" else 0
         if done:
@@ -252,20 +254,9 @@ class ClimbPlan:
     @cached_property
     def _pace(self) -> float:
         """How long a second of the declared times is here."""
-        measured = declared = 0.0
-        for stage in self.stages:
-            if stage.state in ("finished", "collapsed") and stage.seconds_per_step is not None:
-                measured += stage.seconds
-                declared += stage.seconds_per_step * stage.steps_done
-        return measured / declared if declared else 1.0
-
-    def _spell_total(self) -> str:
-        left = [self.seconds_left(stage) for stage in self.stages]
-        known = sum(seconds for seconds in left if seconds is not None) / 60
-        spent = sum(stage.seconds for stage in self.stages if stage.state in ("finished", "collapsed", "begun")) / 60
-        unknown = sum(seconds is None for seconds in left)
-        rest = f" and {unknown} stages of unknown length" if unknown else ""
-        return f"{spent:.0f} minutes so far; about {known:.0f} minutes{rest} to come"
+        timed = [stage for stage in self.stages if stage.ended and stage.seconds_per_step is not None]
+        declared = sum(stage.seconds_per_step * stage.steps_done for stage in timed)  # type: ignore[operator]
+        return sum(stage.seconds for stage in timed) / declared if declared else 1.0
 
     def _spell_parents(self, stage: Stage) -> str:
         """The stages that `stage` begins with, or folders from elsewhere."""

@@ -44,7 +44,6 @@ class Segment:
     category: str
     begin: float
     end: float
-    attempt: int
 
 
 @dataclass
@@ -63,7 +62,6 @@ class Account:
     """Steps computed for the first time."""
     recomputed_steps: int = 0
     best_step_seconds: float = 0.0
-    first_step_excess: float = 0.0
     recoveries: list[float] = field(default_factory=list)
     """For each restart after a fault, the seconds from the last event before it to the first completed step."""
     rescued: int = 0
@@ -72,7 +70,6 @@ class Account:
     """What each checkpoint cost the loop."""
     step_seconds: list[tuple[float, float]] = field(default_factory=list)
     """(end in Unix seconds, seconds without waiting for data) of every step computed for the first time."""
-    causes: list[str] = field(default_factory=list)
 
     @property
     def wall_clock(self) -> float:
@@ -125,7 +122,7 @@ class _Walk:
         end, seconds = event["time"], event.get("seconds", 0.0)
         match event["event"]:
             case "attempt":
-                self._begin_attempt(end, event.get("cause"))
+                self._begin_attempt(end)
             case "step":
                 self._cover_until(end - seconds, self.starting if self.in_start else OTHER)
                 self._step(event)
@@ -140,7 +137,7 @@ class _Walk:
                 self._cover_until(end, self.starting if self.in_start else OTHER)
                 self.ended = True
 
-    def _begin_attempt(self, start: float, cause: str | None) -> None:
+    def _begin_attempt(self, start: float) -> None:
         if self.result.attempts == 0:
             self.cursor = self.result.begin = start
         elif self.ended:
@@ -153,8 +150,6 @@ class _Walk:
         self.result.attempts += 1
         self.starting = START_UP if self.result.attempts == 1 or self.ended else RESTART
         self.in_start, self.ended = True, False
-        if cause:
-            self.result.causes.append(cause)
 
     def _step(self, event: Record) -> None:
         end, seconds, data_wait = event["time"], event["seconds"], event["data_wait"]
@@ -182,10 +177,10 @@ class _Walk:
         length = max(0.0, end - self.cursor)
         if length:
             segments = self.result.segments
-            if segments and segments[-1].category == category and segments[-1].attempt == self.result.attempts:
+            if segments and segments[-1].category == category:
                 segments[-1].end = end
             else:
-                segments.append(Segment(category, self.cursor, end, self.result.attempts))
+                segments.append(Segment(category, self.cursor, end))
             self.result.seconds[category] += length
             self.cursor = end
         return length
@@ -207,7 +202,6 @@ def _separate_slow_steps(result: Account, first_steps: list[tuple[float, str]]) 
     result.best_step_seconds = best
     for taken, starting in first_steps:
         excess = max(0.0, taken - best)
-        result.first_step_excess += excess
         result.seconds[PRODUCTIVE] -= excess
         result.seconds[starting] += excess
     slow = sum(seconds) - best * len(seconds)
