@@ -255,7 +255,7 @@ class ClimbPlan:
     def _pace(self) -> float:
         """How long a second of the declared times is here."""
         timed = [stage for stage in self.stages if stage.ended and stage.seconds_per_step is not None]
-        declared = sum(stage.seconds_per_step * stage.steps_done for stage in timed)  # type: ignore[operator]
+        declared = sum((stage.seconds_per_step or 0.0) * stage.steps_done for stage in timed)
         return sum(stage.seconds for stage in timed) / declared if declared else 1.0
 
     def _spell_parents(self, stage: Stage) -> str:

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from mai_thinking.experiments.plan import ClimbPlan
 from mai_thinking.report.document import Cell, Document, Table, fenced, printed
 from mai_thinking.report.lineage import report as report_lineage
-from mai_thinking.report.panels import PASS, best_of, over_stages
+from mai_thinking.report.panels import PASS, best_of, over_stages, parts_of
 from mai_thinking.report.reading import Climb, Run, read_run
 from mai_thinking.report.summary import interval_of
 from mai_thinking.rl.trace_report import printable
@@ -58,9 +58,7 @@ def pass_table(climbing: Sequence[Run]) -> Table:
 
 
 def _tasks(climbing: Sequence[Run]) -> list[str]:
-    """In the order in which they first come."""
-    names = (name for run in climbing for record in run.evaluations for name in record if name.startswith(PASS))
-    return [name.removeprefix(PASS) for name in dict.fromkeys(names)]
+    return parts_of([record for run in climbing for record in run.evaluations], PASS)
 
 
 def _outcome(run: Run) -> str:

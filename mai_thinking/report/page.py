@@ -95,6 +95,7 @@ def _rule(weights: Mapping[str, float]) -> str:
 
 
 def _rollout(trace: Mapping[str, Any]) -> str:
+    """Prompt, response, and what became of it."""
     facts: dict[str, Cell] = {
         "step": trace["step"],
         "tokens": f"{len(trace['response_ids'])}{'' if trace['finished'] else ', cut off'}",
@@ -106,5 +107,5 @@ def _rollout(trace: Mapping[str, Any]) -> str:
         "reward": trace["reward"],
     }
     facts |= {f"R {name}": trace[f"reward_{name}"] for name in ("task", *TERMS)}
-    words = fenced(printable(trace["prompt"] + trace["response"]))
-    return f"{words}\n\n{Table(list(facts), [list(facts.values())]).markdown()}"
+    words = [fenced(printable(trace[name])) for name in ("prompt", "response")]
+    return "\n\n".join([*words, Table(list(facts), [list(facts.values())]).markdown()])

@@ -70,7 +70,7 @@ def held_out(run: Run) -> list[Figure]:
         figures.append(Figure("thought", thought))
     if by_size := size_panels(marks):
         figures.append(Figure("size", by_size))
-    if categories := _parts(marks, BITS):
+    if categories := parts_of(marks, BITS):
         yardsticks = run.notes.get("compressors", {})
         bits = [_field(marks, BITS + category, name=category) for category in categories]
         guides = [(yardsticks[c]["xz"], place) for place, c in enumerate(categories) if c in yardsticks]
@@ -82,7 +82,7 @@ def held_out(run: Run) -> list[Figure]:
 def thought_panels(marks: Sequence[Record]) -> list[Panel]:
     """Whether the thought decides the answer: pass@1 with the model's own, half of it, another's and none, in all and
     by task; and how many responses have one."""
-    tasks = _parts(marks, PASS)
+    tasks = parts_of(marks, PASS)
     panels = []
     for suffix in ("", *(f"/{task}" for task in tasks if len(tasks) > 1)):
         passed = [_field(marks, name + suffix, name=title) for name, title in THOUGHTS.items()]
@@ -139,7 +139,7 @@ def load(run: Run) -> list[Figure]:
 def pass_series(marks: Sequence[Record], at: Clock = lambda record: record["step"]) -> list[Series]:
     """Held-out pass@1 of each task with its interval."""
     lines = []
-    for task in _parts(marks, PASS):
+    for task in parts_of(marks, PASS):
         name = PASS + task
         told = [record for record in marks if name in record]
         ends = [[record.get(f"pass@1_{end}/{task}") for record in told] for end in ("low", "high")]
@@ -174,7 +174,7 @@ def over_stages(climb: Climb) -> list[Figure]:
     for stage, begin in climbing:
         for series in pass_series(stage.evaluations, _clock(stage, begin)):
             lines.append(replace(series, colour=places.setdefault(series.name, len(places))))
-        for task in _parts(stage.evaluations, PASS):
+        for task in parts_of(stage.evaluations, PASS):
             x, y = _points(stage.evaluations, f"{best_of(stage.evaluations[-1])}/{task}", _clock(stage, begin))
             lines.append(Series("", x, y, style="dotted", colour=places[printable(task)]))
     shared: dict[str, Any] = {"x_name": "minutes of work", "marks": marks, "bands": bands}
@@ -206,7 +206,7 @@ def _field(marks: Sequence[Record], field: str, *, name: str, **options: Any) ->
     return Series(name, *_points(marks, field, lambda record: record["step"]), **options)
 
 
-def _parts(marks: Sequence[Record], prefix: str) -> list[str]:
+def parts_of(marks: Sequence[Record], prefix: str) -> list[str]:
     """What follows `prefix` in the records' fields, in the order in which it first comes."""
     names = dict.fromkeys(name for record in marks for name in record if name.startswith(prefix))
     return [name.removeprefix(prefix) for name in names]

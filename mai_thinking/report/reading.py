@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from mai_thinking.errors import UsageError
+from mai_thinking.experiments.plan import INPUTS
 from mai_thinking.launch.goodput import Account, account
 from mai_thinking.provenance.record import RECORD, Lineage, read_lineage
 from mai_thinking.rl.collapse import COLLAPSE, Verdict, read_verdict
@@ -22,8 +23,6 @@ from mai_thinking.training.ledger import RESTART
 from mai_thinking.training.metrics import Record, read_records
 from mai_thinking.training.run_folder import NOTES, SAMPLES
 
-STAGES = "stages.json"
-"""In a climb's folder: the ids of the lineage records that each stage began with."""
 CHOICES: tuple[tuple[str, Order], ...] = (
     ("Newest", "newest"),
     ("Highest reward", "best"),
@@ -97,7 +96,7 @@ class Climb:
 
 def read(path: Path) -> Run | Climb:
     """The run or the climb in the folder `path`. UsageError if there is neither."""
-    names = read_json(path / STAGES)
+    names = read_json(path / INPUTS)
     if names is not None:
         stages = []
         for name in names:

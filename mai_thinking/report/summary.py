@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mai_thinking.report.document import Document, Interval, Table, fenced
-from mai_thinking.report.panels import BITS, PASS, best_of, figures_of
+from mai_thinking.report.panels import BITS, PASS, best_of, figures_of, parts_of
 from mai_thinking.report.reading import Run, read_run, then_and_now
 from mai_thinking.rl.trace_report import printable
 from mai_thinking.training.metrics import Record
@@ -66,17 +66,16 @@ def bits_table(run: Run) -> Table:
     """Model, `gzip -9` and `xz -9e` on the same held-out bytes."""
     last, yardsticks = run.evaluations[-1], run.notes.get("compressors", {})
     rows: list[list[Any]] = []
-    for name in (name for name in last if name.startswith(BITS)):
-        category = name.removeprefix(BITS)
+    for category in parts_of([last], BITS):
         beside = yardsticks.get(category, {})
-        rows.append([category, last[name], beside.get("gzip"), beside.get("xz")])
+        rows.append([category, last[BITS + category], beside.get("gzip"), beside.get("xz")])
     rows.append(["weighted", last["bits_per_byte"], None, None])
     return Table(["category", "model", "gzip -9", "xz -9e"], rows, digits=4)
 
 
 def pass_table(first: Record, last: Record) -> Table:
     """pass@1 with its 95 % interval before and after, and pass@k after, by task."""
-    tasks = [name.removeprefix(PASS) for name in last if name.startswith(PASS)]
+    tasks = parts_of([last], PASS)
     k = best_of(last)
     columns = ["task", "pass@1 before", "pass@1 after", *([] if k == "pass@1" else [f"{k} after"])]
     cells = [
