@@ -50,10 +50,9 @@ def report_projection(run: Path, failures_per_gpu_hour: float, console: Console)
     console.print(view)
 
 
-def report_prediction(run: Path, period: float, steps: int | None, console: Console) -> None:
+def report_prediction(run: Path, period: float, steps: int, console: Console) -> None:
     """Print the goodput that a run like the one in folder `run` should have with one kill in every `period` seconds."""
     costs, every = measure(run), _saves_every(run)
-    steps = steps or account_of(run).steps
     outcomes = [simulate(costs, every, once_a_period(period, random.Random(seed)), steps) for seed in range(200)]
     console.print(_spell_costs(costs))
     console.print(

@@ -112,20 +112,28 @@ def read(path: Path) -> Run | Climb:
 def read_run(path: Path) -> Run:
     """The run in the folder `path`, which has a config.yaml and perhaps no more. UsageError for a damaged config."""
     config = read_config(path)
-    records, events = read_records(path / "metrics.jsonl"), read_records(path / "events.jsonl")
+    events = read_records(path / "events.jsonl")
+    steps, evaluations = read_metrics(path)
     return Run(
         path=path,
         config=config,
         kind=_kind(config),
         status=_status(path, events),
-        steps=[record for record in records if "kind" not in record],
-        evaluations=[record for record in records if record.get("kind") == "evaluation"],
+        steps=steps,
+        evaluations=evaluations,
         account=account(events),
         notes=read_json(path / NOTES) or {},
         samples=read_samples(path),
         lineage=_lineage(path),
         collapse=read_verdict(path) if read_json(path / COLLAPSE) else None,
     )
+
+
+def read_metrics(path: Path) -> tuple[list[Record], list[Record]]:
+    """(steps, evaluations) of the run in the folder `path`, as far as it has come."""
+    records = read_records(path / "metrics.jsonl")
+    steps = [record for record in records if "kind" not in record]
+    return steps, [record for record in records if record.get("kind") == "evaluation"]
 
 
 def read_samples(path: Path) -> list[Record]:

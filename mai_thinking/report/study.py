@@ -12,9 +12,11 @@ from mai_thinking.report.comparison import spread, student
 from mai_thinking.report.document import Cell, Difference, Document, Table
 from mai_thinking.report.figures import Figure, Panel, Series
 from mai_thinking.report.panels import best_of
-from mai_thinking.training.metrics import Record, read_records
+from mai_thinking.report.reading import read_metrics
+from mai_thinking.training.metrics import Record
 
-WHEN = ("at first", "at last")
+WHEN = {"at first": 0, "at last": -1}
+"""Which evaluation is meant."""
 
 
 @dataclass(frozen=True)
@@ -56,12 +58,10 @@ def measure(config: StudyConfig, plan: ClimbPlan) -> dict[str, Measurement]:
     """By arm, from the records of its measured stages."""
     found: dict[str, Measurement] = {}
     for arm in config.arms:
-        ends = [_ends(plan, config.measured_stage(arm.name, seed)) for seed in config.seeds]
-        k = best_of(ends[0][0])
-        by_time = [list(records) for records in zip(*ends, strict=True)]
+        by_seed = [_metrics(plan, config.measured_stage(arm.name, seed))[1] for seed in config.seeds]
+        k = best_of(by_seed[0][0])
         pass_1, pass_k = (
-            {when: [record[name] for record in records] for when, records in zip(WHEN, by_time, strict=True)}
-            for name in ("pass@1", k)
+            {when: [marks[place][name] for marks in by_seed] for when, place in WHEN.items()} for name in ("pass@1", k)
         )
         found[arm.name] = Measurement(pass_1, pass_k, k)
     return found
@@ -97,22 +97,22 @@ def verdict_of(low: float | None, high: float | None, expected: str) -> str:
 
 def _value(plan: ClimbPlan, name: str, metric: str) -> float:
     """Of the last evaluation; the mean over the steps where evaluations do not have it."""
-    last = _ends(plan, name)[1]
-    if metric in last:
-        return float(last[metric])
-    records = read_records(next(stage for stage in plan.stages if stage.name == name).folder.metrics)
-    values = [record[metric] for record in records if "kind" not in record and metric in record]
+    steps, marks = _metrics(plan, name)
+    if metric in marks[-1]:
+        return float(marks[-1][metric])
+    values = [record[metric] for record in steps if metric in record]
     if not values:
         raise RunError(f"stage {name}: its metrics have no {metric!r}; mend the arm's `expect`")
     return fmean(values)
 
 
-def _ends(plan: ClimbPlan, name: str) -> tuple[Record, Record]:
+def _metrics(plan: ClimbPlan, name: str) -> tuple[list[Record], list[Record]]:
+    """(steps, evaluations) of the stage `name`, which has at least one evaluation."""
     stage = next(stage for stage in plan.stages if stage.name == name)
-    marks = [record for record in read_records(stage.folder.metrics) if record.get("kind") == "evaluation"]
+    steps, marks = read_metrics(stage.folder.path)
     if not marks:
         raise RunError(f"stage {name}: it has no evaluation; set evaluation.every")
-    return marks[0], marks[-1]
+    return steps, marks
 
 
 def collapses(config: StudyConfig, plan: ClimbPlan) -> list[str]:

@@ -16,9 +16,9 @@ from mai_thinking.report.comparison import student
 from mai_thinking.report.document import Cell, Document, Table
 from mai_thinking.report.figures import Figure, Panel, Series
 from mai_thinking.report.panels import THOUGHTS
-from mai_thinking.report.reading import read_samples, then_and_now
+from mai_thinking.report.reading import read_metrics, read_samples, then_and_now
 from mai_thinking.report.summary import tell
-from mai_thinking.training.metrics import Record, read_records
+from mai_thinking.training.metrics import Record
 
 SIZE = "pass@1_size/"
 WAYS = ("with_thought", "other_thought", "half_thought")
@@ -35,9 +35,7 @@ class ThinkingRun:
         what they do at first is what was and what is. UsageError if there is no RL run."""
         self.folder = folder
         self._beyond: list[float | None] = [_first_pass(other) for other in beyond] or [None, None]
-        records = read_records(folder / "metrics.jsonl")
-        self.evaluations = [record for record in records if record.get("kind") == "evaluation"]
-        self.steps = [record for record in records if "kind" not in record]
+        self.steps, self.evaluations = read_metrics(folder)
         if not self.evaluations or "thought_share" not in self.evaluations[0]:
             raise UsageError(f"{folder}: no evaluations of an RL run there; name the output_dir of one")
 
@@ -67,11 +65,11 @@ class ThinkingRun:
             "r_squared": self._r_squared(),
         }
 
-    def by_size(self, record: Record, prefix: str = SIZE) -> dict[int, float]:
-        """Problem size → mean over the tasks of a metric."""
+    def by_size(self, record: Record) -> dict[int, float]:
+        """Problem size → pass@1, the mean over the tasks."""
         found: dict[int, list[float]] = {}
         for name, value in record.items():
-            if name.startswith(prefix):
+            if name.startswith(SIZE):
                 found.setdefault(int(name.rpartition("/")[2]), []).append(value)
         return {size: fmean(values) for size, values in sorted(found.items())}
 
