@@ -227,6 +227,16 @@ _CLASSES = {
 }
 """What the library's Auto classes make of a model folder."""
 
+_LEAST = {
+    "rope_theta": 1.0,
+    "rms_norm_eps": 1e-30,
+    "initializer_range": 0.0,
+    "router_aux_loss_coef": 0.0,
+    "router_z_loss_coef": 0.0,
+}
+_LARGEST = 1e12
+"""The bounds of numbers that are no sizes: what is beyond them is a slip, or is infinite in fp32 when multiplied."""
+
 _SHORTHANDS: dict[str, Any] = {"ladder": (int | None, None), "preset": (Literal["mai-base-1"] | None, None)}
 """Keys of a `model:` section that stand for many fields."""
 
@@ -245,11 +255,17 @@ def _check(config: MaiThinkingConfig) -> None:
     """Sizes that do not fit together, each with the fix."""
     sizes = (
         "vocab_size hidden_size num_hidden_layers intermediate_size num_attention_heads num_key_value_heads head_dim "
-        "attention_period sliding_window moe_period num_experts num_experts_per_tok latent_size moe_intermediate_size"
+        "attention_period sliding_window moe_period num_experts num_experts_per_tok latent_size moe_intermediate_size "
+        "max_position_embeddings"
     )
     for name in sizes.split():
-        if getattr(config, name) < 1:
-            raise UsageError(f"model.{name}: must be at least 1, got {getattr(config, name)}")
+        size = getattr(config, name)
+        if not isinstance(size, int) or not 1 <= size < 2**31:
+            raise UsageError(f"model.{name}: must be a whole number of at least 1 and less than 2^31, got {size!r}")
+    for name, least in _LEAST.items():
+        number = getattr(config, name)
+        if not isinstance(number, int | float) or not least <= number <= _LARGEST:  # NaN is not either
+            raise UsageError(f"model.{name}: must be a number from {least:g} to {_LARGEST:g}, got {number!r}")
     layers, period = config.num_hidden_layers, config.attention_period
     if layers % period:
         raise UsageError(

@@ -1,5 +1,6 @@
 """The ladder against the report's Table 1, and sizes that do not fit."""
 
+import math
 import time
 
 import pytest
@@ -102,6 +103,27 @@ def test_bad_sizes_get_one_line(changes: dict[str, object], message: str) -> Non
     with pytest.raises(UsageError, match=message) as caught:
         MaiThinkingConfig.from_section(section)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [
+        *((name, math.nan) for name in ("rms_norm_eps", "rope_theta", "initializer_range", "dropout")),
+        *((name, math.inf) for name in ("rms_norm_eps", "rope_theta", "router_aux_loss_coef", "router_z_loss_coef")),
+        *((name, -1.0) for name in ("rms_norm_eps", "rope_theta", "initializer_range", "router_aux_loss_coef")),
+        ("rms_norm_eps", 0.0),
+        ("rope_theta", "1e4"),
+        ("hidden_size", 32.0),
+        ("vocab_size", 10**12),
+        ("max_position_embeddings", -5),
+    ],
+)
+def test_numbers_have_bounds_however_the_config_is_made(name: str, wrong: object) -> None:
+    """In YAML, in Python and in a model folder's `config.json`."""
+    with pytest.raises(UsageError, match=rf"^model\.{name}: [^\n]*$"):
+        MaiThinkingConfig(**SIZES | {name: wrong})
+    with pytest.raises(UsageError, match=rf"^model[^\n]*{name}[^\n]*$"):
+        MaiThinkingConfig.from_section(SIZES | {name: wrong})
 
 
 def test_section_round_trip() -> None:
