@@ -86,6 +86,66 @@ def test_it_learns_and_leaves_what_it_promises(tiny_run: Path) -> None:
         assert f"({figure}.png)" in summary
 
 
+class LostTracker:
+    """Its service goes away after two steps, and is not there at the end either."""
+
+    name = "lost"
+
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        self.steps.append(step)
+        if step > 2:
+            raise ConnectionError("503\nService unavailable")
+
+    def finish(self) -> None:
+        raise ConnectionError("503")
+
+
+def test_a_tracker_that_fails_costs_no_step(
+    tiny_run: Path, tiny_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    tracker = LostTracker()
+    monkeypatch.setattr(
+        "accelerate.Accelerator.init_trackers", lambda self, *names, **settings: self.trackers.append(tracker)
+    )
+    assert pretrain(tiny_config(tmp_path / "run", "tracking.trackers=[tensorboard]")) == 0
+    assert untimed(tmp_path / "run") == untimed(tiny_run)
+    assert tracker.steps == [1, 2, 3]
+    told = [line for line in capsys.readouterr().out.splitlines() if "lost failed" in line]
+    assert told == ["tracking.trackers: lost failed and is left out from now on: 503 Service unavailable"]
+
+
+def test_a_tracker_that_cannot_start_is_told_in_a_line(
+    tiny_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(self: object, *names: object, **settings: object) -> None:
+        raise RuntimeError("no account\nlog in first")
+
+    monkeypatch.setattr("accelerate.Accelerator.init_trackers", refuse)
+    with pytest.raises(UsageError, match=r"^tracking\.trackers: [^\n]*no account[^\n]*$"):
+        pretrain(tiny_config(tmp_path / "run", "tracking.trackers=[tensorboard]"))
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("config.json", b"{"),
+        ("config.json", b"[]"),
+        ("config.json", b'{"hidden_size": "x"}'),
+        ("generation_config.json", b"null"),
+        ("model.safetensors", b""),
+        ("tokenizer.json", b"\xff"),
+    ],
+)
+def test_a_damaged_model_folder_is_told_in_a_line(tiny_run: Path, tmp_path: Path, file: str, content: bytes) -> None:
+    shutil.copytree(tiny_run / "final", tmp_path / "final")
+    (tmp_path / "final" / file).write_bytes(content)
+    with pytest.raises(UsageError, match=r"^\S*final: [^\n]*$"):
+        load_model_and_tokenizer(tmp_path / "final")
+
+
 def test_final_is_a_hugging_face_folder(tiny_run: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny_run / "final")
     for name, value in last_state(tiny_run)["model"].items():

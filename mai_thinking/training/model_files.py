@@ -104,7 +104,12 @@ def load_model_config(folder: str | Path) -> MaiThinkingConfig:
         command = f"`python scripts/pretrain.py {recipe}` makes it" if recipe.is_file() else _DEFAULT_HINT
         hint = "the run is not finished" if unfinished else command
         raise UsageError(f"{folder}: no model here (config.json is missing); {hint}")
-    config = MaiThinkingConfig.from_pretrained(path)
+    try:
+        config = MaiThinkingConfig.from_pretrained(path)
+    except UsageError as error:
+        raise UsageError(f"{folder}: config.json: {error}") from None
+    except Exception as error:  # the library's own for a wrong type, a missing brace, ...
+        raise UsageError(f"{folder}: config.json cannot be read: {' '.join(str(error).split())[:200]}") from None
     if config.model_type != MaiThinkingConfig.model_type:
         raise UsageError(f"{folder}: a {config.model_type!r} model, not {MaiThinkingConfig.model_type!r}")
     return config
@@ -121,7 +126,7 @@ def load_model(folder: str | Path, **changes: object) -> MaiThinkingForCausalLM:
         return model
     try:
         return MaiThinkingForCausalLM.from_pretrained(Path(folder).expanduser(), dtype=torch.float32, **changes)
-    except (SafetensorError, OSError, RuntimeError) as error:
+    except (SafetensorError, OSError, RuntimeError, TypeError, ValueError) as error:  # of any of its files
         raise UsageError(f"{folder}: the weights cannot be loaded: {' '.join(str(error).split())}") from None
 
 

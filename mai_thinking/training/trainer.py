@@ -261,7 +261,11 @@ class Trainer:
         self.context.line = ProgressLine(self.config.steps, done=step, every=tracking.print_every, show=self.is_main)
         if tracking.trackers:
             about = {"name": self.config.name, "seed": self.config.seed}
-            self.context.accelerator.init_trackers(self.config.name, config=about)
+            try:
+                self.context.accelerator.init_trackers(self.config.name, config=about)
+            except Exception as error:  # no account, no network
+                reason = " ".join(str(error).split())[:200]
+                raise UsageError(f"tracking.trackers: cannot start: {reason}; mend that, or remove it") from None
         if step:
             checkpoint = step_folder(self.folder.checkpoints, step)
             self._parents, self._earlier_code = resuming_from(checkpoint, self._parents)
@@ -304,9 +308,19 @@ class Trainer:
         self._last_record = record
         if self._metrics is not None:
             self._metrics.append(record, exact=exact)
-        if self.config.tracking.trackers:
-            numbers: dict[str, Any] = {k: v for k, v in record.items() if isinstance(v, int | float)}
-            self.context.accelerator.log(numbers, step=record["step"])
+        numbers: dict[str, Any] = {k: v for k, v in record.items() if isinstance(v, int | float)}
+        self._for_trackers(lambda tracker: tracker.log(numbers, step=record["step"]))
+
+    def _for_trackers(self, act: Callable[[Any], object]) -> None:
+        """No tracker costs a step: one that fails is told of, and left out from then on."""
+        trackers = self.context.accelerator.trackers
+        for tracker in list(trackers):
+            try:
+                act(tracker)
+            except Exception as error:  # of the network, of another library's service: anything
+                trackers.remove(tracker)
+                reason = " ".join(str(error).split())[:200] or type(error).__name__
+                self.context.log(f"tracking.trackers: {tracker.name} failed and is left out from now on: {reason}")
 
     def _record_for_the_dead(self, step: int) -> None:
         """Rank 0 may have died between an update and its record: write what it would have written of `step`."""
@@ -372,5 +386,4 @@ class Trainer:
         if self._metrics is not None:
             self._metrics.close()
         # Accelerate's `end_training` would also take the ranks' connection from the next run of this process.
-        for tracker in self.context.accelerator.trackers:
-            tracker.finish()
+        self._for_trackers(lambda tracker: tracker.finish())
