@@ -7,6 +7,9 @@ class UsageError(Exception):
     The message is a single line that says what is wrong and names the fix. Scripts print it and exit with code 2.
     """
 
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.splitlines()))  # what it quotes, such as a field's name, may have any text
+
 
 class DataError(UsageError):
     """Bad input that came to light in mid-run, such as a late line of a stream: save the last whole step, then end."""

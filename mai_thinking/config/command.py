@@ -29,7 +29,8 @@ EXIT_INTERRUPTED = 75
 TOLD_VARIABLE = "MAI_TOLD"
 """The launcher names in this environment variable a folder in which ranks mark what one of them has told."""
 
-
+_OF_THE_PATH = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EACCES, errno.EPERM, errno.EROFS)
+"""What is wrong with a path that was given, and not with what is done there."""
 _LONGEST_TMPDIR = 64
 """A socket's path may have 107 bytes, of which multiprocessing takes some 40 below TMPDIR."""
 
@@ -99,16 +100,23 @@ def exit_with(main: Callable[[], int | None]) -> NoReturn:
     except RunError as error:
         problem, code = str(error), EXIT_FAILED
     except (MemoryError, RuntimeError) as error:
-        if not _is_lack_of_memory(error):
+        if _is_lack_of_memory(error):
+            problem = (
+                f"out of memory ({str(error).splitlines()[0][:80] if str(error) else 'no more to be had'}); take less "
+                "at once (batch.micro_batch_size, packing.rows, rollouts.slots): the same command goes on"
+            )
+        elif "home directory" in str(error):  # what `~name` is to `Path.expanduser` where there is no such user
+            problem = "a path begins with ~ and a name, but no user is called so; write it in full"
+        else:
             raise
-        problem = (
-            f"out of memory ({str(error).splitlines()[0][:80] if str(error) else 'no more to be had'}); take less at "
-            "once (batch.micro_batch_size, packing.rows, rollouts.slots): the same command goes on"
-        )
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            where = f" for {error.filename}" if error.filename else ""
+            problem = f"no space left on the disk{where}; free some and rerun"
+        elif error.errno in _OF_THE_PATH and error.filename:
+            problem = f"{error.filename}: {error.strerror}; name another path"
+        else:
             raise
-        problem = f"no space left on the disk{f' for {error.filename}' if error.filename else ''}; free some and rerun"
     if _is_first_to_tell(problem):
         print(f"error: {problem}", file=sys.stderr)
     sys.exit(code)
@@ -147,7 +155,7 @@ class _Terminal:
 
 
 def _is_lack_of_memory(error: BaseException) -> bool:
-    words = ("can't allocate memory", "not enough memory")
+    words = ("can't allocate memory", "not enough memory", "size calculation overflowed")
     named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
     return named or any(word in str(error) for word in words)
 

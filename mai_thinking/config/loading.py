@@ -3,6 +3,7 @@
 Every failure is a `UsageError` of one line that names the key and the fix.
 """
 
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -96,8 +97,17 @@ class _Loader(yaml.SafeLoader):
             self._refuse("a NUL or half a surrogate pair is no text; remove it", node)
         return super().construct_scalar(node)
 
+    def construct_yaml_float(self, node: yaml.ScalarNode) -> float:
+        number = float(super().construct_yaml_float(node))
+        if not math.isfinite(number):  # also where a key takes anything, such as the `options` of a task
+            self._refuse("a number has to be finite", node)
+        return number
+
     def _refuse(self, problem: str, node: yaml.Node) -> NoReturn:
         raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:float", _Loader.construct_yaml_float)
 
 
 def parse_yaml(text: str, where: str) -> Any:

@@ -124,4 +124,5 @@ def _unreadable(path: Path, error: BaseException) -> UsageError:
 def nearest(name: str, names: list[str]) -> str:
     """The end of a message on a field or column that is not there."""
     near = difflib.get_close_matches(name, names, n=1)
-    return f"; did you mean {near[0]!r}?" if near else f"; set `text_field` to one of: {', '.join(names) or '(none)'}"
+    some = ", ".join(f"{name:.40}" for name in names[:8]) + (" …" if len(names) > 8 else "")
+    return f"; did you mean {near[0]!r}?" if near else f"; set `text_field` to one of: {some or '(none)'}"

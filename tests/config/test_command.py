@@ -55,6 +55,28 @@ def test_options_are_bounded_as_keys_are(
     assert told.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    "code",
+    [
+        "open('x' * 300)",
+        "open('/dev/null/x')",
+        "open('.', 'w')",
+        "from pathlib import Path; Path('~nobody-of-that-name/x').expanduser()",
+        "import torch; torch.empty(2**31, 2**31)",
+    ],
+)
+def test_a_path_or_size_that_cannot_be_is_told_in_a_line(code: str) -> None:
+    ended = run(code)
+    assert ended.returncode == 2
+    assert ended.stderr.startswith("error: ")
+    assert ended.stderr.count("\n") == 1
+
+
+def test_a_file_that_should_be_there_is_no_mistake_of_the_user() -> None:
+    """The negative control: what is not about a path's form keeps its traceback."""
+    assert "Traceback" in run("open('no-such-file')").stderr
+
+
 def test_a_file_with_an_equals_sign_in_its_path_is_the_config(tmp_path: Path) -> None:
     path = tmp_path / "lr=0.02" / "config.yaml"
     path.parent.mkdir()

@@ -132,7 +132,7 @@ def test_options_of_the_launcher_are_bounded(name: str, text: str) -> None:
 @given(st.lists(st.builds("{}={}".format, st.sampled_from(PATHS["tiny"]), values), min_size=1, max_size=2))
 def test_a_dry_run_ends_with_a_known_exit_code(given_overrides: list[str]) -> None:
     """No traceback: whatever is not an exit code of ours is raised here."""
-    from mai_thinking.pretraining import pretrain
+    from mai_thinking.recipes.pretrain import pretrain
 
     def main() -> int:
         return int(pretrain(load_config(PretrainConfig, CONFIGS / "tiny.yaml", given_overrides), dry_run=True) or 0)

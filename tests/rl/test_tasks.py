@@ -230,6 +230,12 @@ def test_a_bad_line_is_named(tmp_path: Path, line: str) -> None:
         make_task(jsonl_section(path))
 
 
+def test_an_answer_may_be_a_number_of_any_size(tmp_path: Path) -> None:
+    path = tmp_path / "qa.jsonl"
+    path.write_text("\n".join(f'{{"q": "Question {i}?", "a": {"7" * 400}}}' for i in range(60)))
+    assert make_task(jsonl_section(path)).problem("train", 0).answer == "7" * 400
+
+
 def questions_of(task: Any) -> set[str]:
     return {task.problem(split, index).question for split in ("train", "held_out") for index in range(200)}
 

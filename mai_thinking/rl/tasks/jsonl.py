@@ -59,7 +59,7 @@ class JsonlTask:
         where, texts = f"{shown(self._path)}, line {line.number}", []
         for option, field in (("question_field", section.question_field), ("answer_field", section.answer_field)):
             value = line.value.get(field) if isinstance(line.value, dict) else None
-            number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+            number = type(value) is int or (isinstance(value, float) and math.isfinite(value))
             if not (number or isinstance(value, str)) or not str(value).strip():
                 raise UsageError(f"{where}: no text in field {field!r}; mend the line, or name the field in `{option}`")
             texts.append(check_text(str(value), f"{where}, field {field!r}"))
