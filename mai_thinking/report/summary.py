@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mai_thinking.config.sampling import SamplingSection
 from mai_thinking.report.document import Document, Interval, Table, fenced
 from mai_thinking.report.panels import BITS, PASS, best_of, figures_of, parts_of
 from mai_thinking.report.reading import Run, read_run, then_and_now
@@ -52,8 +53,8 @@ def add_run(page: Document, run: Run) -> None:
 
 
 def _add_problems(page: Document, run: Run) -> None:
-    groups, size = run.config.get("groups_per_step"), run.config.get("sampling", {}).get("full_size")
-    page.add(f"{run.steps_done:,} steps of {groups} groups of {size} rollouts.")
+    groups, sampling = run.config.get("groups_per_step"), SamplingSection.model_validate(run.config.get("sampling", {}))
+    page.add(f"{run.steps_done:,} steps of {groups} groups of {sampling.full_size} rollouts.")
     if not run.evaluations:
         return
     first, last = run.evaluations[0], run.evaluations[-1]

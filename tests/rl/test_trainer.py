@@ -101,7 +101,9 @@ def test_it_leaves_what_it_promises(climbed: Path, tiny_run: Path) -> None:
     assert [record["max_length"] for record in steps] == [8, 8, 8, 8, 16, 16]
     evaluations = [record for record in records if record.get("kind") == "evaluation"]
     assert [record["step"] for record in evaluations] == [0, 3, 6]
-    assert "pass@1 after" in (climbed / "report" / "summary.md").read_text()
+    summary = (climbed / "report" / "summary.md").read_text()
+    assert "pass@1 after" in summary
+    assert " groups of 8 rollouts." in summary
     assert (climbed / "report" / "climb.png").read_bytes().startswith(b"\x89PNG")
     before, after = (load_model(folder / "final").state_dict() for folder in (tiny_run, climbed))
     assert any(not torch.equal(before[name], after[name]) for name in before)
