@@ -47,7 +47,8 @@ def write_report(config: StudyConfig, plan: ClimbPlan) -> None:
         page.add(
             "The effect is the arm's metric less that of the first arm, seed by seed, with Student's 95 % interval. "
             "The metric is of the last evaluation, or the mean over all steps where evaluations do not have it. "
-            "*confirmed*: the interval lies on the expected side of 0; *reversed*: on the other; *not seen*: it has 0."
+            "*confirmed*: the interval lies on the expected side of 0; *reversed*: on the other; *not seen*: it has 0. "
+            "*cannot be asked*: the same number to the last digit in every seed, since what differs never came to act."
         )
     page.add(*collapses(config, plan))
     page.add_figures([_figure(config, measured)])
@@ -78,7 +79,7 @@ def claims(config: StudyConfig, plan: ClimbPlan) -> list[dict[str, Any]]:
                 for name in (arm.name, config.arms[0].name)
             )
             effect, low, high = student([a - b for a, b in zip(own, first, strict=True)])
-            verdict = verdict_of(low, high, expected)
+            verdict = verdict_of(low, high, expected) if own != first else "cannot be asked"
             found.append(
                 {"arm": arm.name, "about": arm.about, "metric": metric, "expected": expected, "effect": effect}
                 | {"low": low, "high": high, "verdict": verdict, "values": own, "values_of_first": first}

@@ -173,6 +173,8 @@ def test_the_table_goes_by_seeds(make: Make, tmp_path: Path) -> None:
         assert [claim["effect"], claim["low"], claim["high"]] == pytest.approx([scale * 0.1, *bounds])
         assert claim["verdict"] == "not seen"
     assert found["entropy"]["values"] == pytest.approx([1.8, 1.9, 2.3])
+    same = make(tmp_path / "x", "seeds=[0, 1, 2]", "arms.0.expect={pass@1: lower}")  # an arm beside itself
+    assert [claim["verdict"] for claim in claims(same, ClimbPlan(same.as_climb()))] == ["cannot be asked"]
 
 
 @pytest.mark.parametrize(
