@@ -211,7 +211,8 @@ def _(seen: Seen) -> None:
 
 @judges("32-crlf-text")
 def _(seen: Seen) -> None:
-    assert len(re.findall(r"\b930\b", seen.text)) >= 2, "the file's 930 bytes are not what is measured"
+    (size,) = re.findall(r"(\d+) bytes in the file", seen.text)
+    assert re.search(rf"crlf\.txt .*\b{size}$", seen.text, re.M), f"the file's {size} bytes are not what is measured"
 
 
 @judges("33-one-line-a-rank")
