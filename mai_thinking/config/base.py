@@ -6,7 +6,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from mai_thinking.config.names import nearest_name
+from mai_thinking.config.names import RENAMED, nearest_name
 
 Count = Annotated[int, Field(ge=1, lt=2**31)]
 """How many of something there are, of which there must be one."""
@@ -71,7 +71,8 @@ class Section(BaseModel):
         """Pydantic's own error for an unknown key does not say which there are."""
         for key in fields if isinstance(fields, dict) else ():
             if key not in cls.model_fields:
-                hint = nearest_name(str(key), cls.model_fields)
+                new = RENAMED.get(str(key))
+                hint = f"it is called {new!r} now" if new else nearest_name(str(key), cls.model_fields)
                 raise PydanticCustomError(UNKNOWN_KEY, "{hint}", {"key": str(key), "hint": hint})
         return fields
 

@@ -1,8 +1,11 @@
-"""Suggestions for names that are mistyped."""
+"""Suggestions for names that are mistyped or of an earlier version."""
 
 import difflib
 from collections.abc import Iterable
 from pathlib import Path
+
+RENAMED = {"cut_off_share": "long_share", "survivor_seconds": "jit_seconds"}
+"""The last part of a config key of before → what it is called now."""
 
 
 def nearest_name(name: str, known: Iterable[str]) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from mai_thinking.config.loading import parse_yaml, save_config
+from mai_thinking.config.names import RENAMED
 from mai_thinking.config.run import RunConfig
 from mai_thinking.config.storage import atomic_file
 from mai_thinking.errors import UsageError
@@ -76,6 +77,12 @@ class RunFolder:
                 raise UsageError(f"{self.path}: holds files but no config.yaml of a run; choose another output_dir")
             return
         changed = self.changed_keys(config)
+        if old := [key for key in changed if key.rpartition(".")[2] in RENAMED]:
+            new = RENAMED[old[0].rpartition(".")[2]]
+            raise UsageError(
+                f"{self.path}: belongs to a run of an earlier version (its config says {old[0]} for {new}); "
+                "choose another name or output_dir, or finish it with that version"
+            )
         if changed:
             shown = ", ".join(changed[:3]) + (f" and {len(changed) - 3} more" if len(changed) > 3 else "")
             raise UsageError(
