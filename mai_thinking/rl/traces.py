@@ -29,7 +29,7 @@ from mai_thinking.rl.rollout import Group
 
 FOLDER = "traces"
 """Below a run's folder."""
-_PART = re.compile(r"batch-(\d{8,})-rank-(\d{5,})\.parquet")
+_PART = re.compile(r"(?:batch|wave)-(\d{8,})-rank-(\d{5,})\.parquet")
 
 Trace = dict[str, Any]
 """One rollout: a row of the store, by column."""
@@ -108,14 +108,16 @@ class TraceStore:
         left behind, if it cannot be written.
         """
         table = pa.table(_columns(traces), schema=SCHEMA)
-        path = self.folder / f"batch-{batch:08d}-rank-{self.rank:05d}.parquet"
+        name = f"-{batch:08d}-rank-{self.rank:05d}.parquet"
+        path = old if (old := self.folder / f"wave{name}").exists() else self.folder / f"batch{name}"
         if path.exists():
             try:
                 before = _read_part(path)
             except (OSError, ValueError) as error:
                 print(f"{path}: damaged ({_one_line(error)}); written again", file=sys.stderr, flush=True)
             else:
-                self._compare(batch, before, table)
+                stored = [name for name in pq.read_schema(path).names if name in SCHEMA.names]
+                self._compare(batch, before.select(stored), table)
                 return False
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -167,7 +169,7 @@ class TraceStore:
         return sorted(found, key=found.__getitem__)
 
     def _compare(self, batch: int, before: pa.Table, now: pa.Table) -> None:
-        changed = [name for name in SCHEMA.names if _fingerprint(before[name]) != _fingerprint(now[name])]
+        changed = [name for name in before.column_names if _fingerprint(before[name]) != _fingerprint(now[name])]
         if changed:
             step = f"step {now['step'][0]}, " if len(now) else ""
             raise NotReproducedError(
@@ -219,19 +221,25 @@ def _read_part(
     columns: Sequence[str] | None = None,
 ) -> pa.Table:
     """The chosen rows of one file. OSError or ValueError if it is damaged."""
-    if not {"step", "task"} <= set(pq.read_schema(path).names):
+    names = set(pq.read_schema(path).names)
+    if not {"step", "task"} <= names:
         raise ValueError("not a trace file")
     conditions = [
         pc.field(name).isin(list(values)) for name, values in (("step", steps), ("task", tasks)) if values is not None
     ]
-    return pq.read_table(
+    columns = list(columns or SCHEMA.names)
+    table = pq.read_table(
         path,
         schema=SCHEMA,
-        columns=columns,
+        columns=[*columns, *({"reward_task"} - set(columns))],
         filters=functools.reduce(operator.and_, conditions) if conditions else None,
         partitioning=None,
         page_checksum_verification=True,
     )
+    if "passed" in columns and "passed" not in names:  # a store of before: what had earned something passed, then
+        place = table.column_names.index("passed")
+        table = table.set_column(place, SCHEMA.field("passed"), pc.greater(table["reward_task"], 0.0))
+    return table.select(columns)
 
 
 def _one_line(error: Exception) -> str:

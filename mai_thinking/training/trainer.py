@@ -226,6 +226,7 @@ class Trainer:
             **self.recipe.state(),
             "random": PerRank(RandomState()),
             "progress": {"step": self.step, "tokens": self.tokens, **self.recipe.progress()},
+            "ledger": self.ledger,
         }
 
     @property

@@ -116,6 +116,11 @@ class BatchedEngine:
         backend: Backend | None = None,
         heartbeat: Callable[[], None] = lambda: None,
     ) -> None:
+        if slots < 1 or temperature < 0.0 or not 0.0 < top_p <= 1.0:
+            raise UsageError(
+                f"rollouts: slots {slots}, temperature {temperature}, top_p {top_p}; "
+                "they must be at least 1, at least 0, and in (0, 1]"
+            )
         self.heartbeat = heartbeat
         self.slots, self.temperature, self.seed, self.end_of_text = slots, temperature, seed, end_of_text
         self._model = inference_copy(model, dtype)

@@ -223,7 +223,7 @@ def test_a_generation_that_keeps_failing_is_an_error(
     assert "\n" not in str(raised.value)
 
 
-def test_bad_requests_name_themselves() -> None:
+def test_bad_requests_and_settings_name_themselves() -> None:
     model = tiny_model()
     for bad in (Rollout(7, [], 5), Rollout(7, [3], 0)):
         with pytest.raises(UsageError, match="rollout 7"):
@@ -231,3 +231,5 @@ def test_bad_requests_name_themselves() -> None:
     with pytest.raises(UsageError, match="same id"):
         engine(model).generate([Rollout(7, [3], 5), Rollout(7, [4], 5)])
     assert engine(model).generate([]) == []
+    with pytest.raises(UsageError, match=r"top_p 1\.5"):
+        engine(model, top_p=1.5)
