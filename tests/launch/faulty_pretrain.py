@@ -21,7 +21,7 @@ from mai_thinking.training.trainer import Trainer
 
 FAULTS = json.loads(os.environ.get("FAULTS", "[]"))
 RANK = int(os.environ.get("RANK", "0"))
-now: dict[str, Any] = {"step": 0, "forwards": 0, "folder": None, "saving": 0}
+now: dict[str, Any] = {"step": 0, "forwards": 0, "folder": None}
 
 
 def strike(place: str, step: int) -> None:
@@ -34,17 +34,9 @@ def strike(place: str, step: int) -> None:
                 return
             if fault["how"] == "tear":
                 checkpoints = now["folder"] / "checkpoints"
-                settle(checkpoints)
                 file = step_folder(checkpoints, visible_steps(checkpoints)[-1]) / "rank-00001.safetensors"
                 os.truncate(file, file.stat().st_size // 2)
             os.kill(os.getpid(), signal.SIGSTOP if fault["how"] == "hang" else signal.SIGKILL)
-
-
-def settle(checkpoints: Path) -> None:
-    """Wait for a save that is under way: once it ends it would be the newest checkpoint, and whole."""
-    deadline = time.monotonic() + 60
-    while max(visible_steps(checkpoints), default=0) < now["saving"] and time.monotonic() < deadline:
-        time.sleep(0.02)
 
 
 def patch(owner: Any, name: str, before: Any) -> None:
@@ -73,7 +65,6 @@ def at_write(writer: CheckpointWriter, name: str, *_: Any) -> None:
 
 
 patch(Trainer, "take_step", at_step)
-patch(Trainer, "save", lambda run, *_: now.update(saving=run.step))
 patch(TextLoss, "forward", at_forward)
 patch(learner, "clip_gradients", lambda *_: strike("update", now["step"]))
 patch(CheckpointWriter, "write_file", at_write)

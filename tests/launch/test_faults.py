@@ -108,9 +108,9 @@ def test_every_kind_of_fault(
     undisturbed: dict[str, Any], tmp_path: Path, tiny_config: Callable[..., Any], survivors_save: bool
 ) -> None:
     """Killed between micro-batches, before an update, in mid-checkpoint; hung; and stopped by SIGTERM and started
-    again. Where the rank that is left saves, nothing is computed twice; where it may not, the newest checkpoint is
-    also torn."""
-    job = Job(tmp_path / "job", tiny_config)
+    again. Where the rank that is left saves, nothing is computed twice; where it may not, and steps wait for what is
+    saved, the newest checkpoint is also torn: none is on its way that would be newer."""
+    job = Job(tmp_path / "job", tiny_config, f"checkpoint.asynchronous={str(survivors_save).lower()}")
     faults = [
         fault(3, "between", 0),  # before there is a checkpoint
         fault(6, "update", 1),
@@ -118,7 +118,7 @@ def test_every_kind_of_fault(
         fault(14, "update", 0, "kill" if survivors_save else "tear"),
         fault(17, "between", 1, "hang"),
     ]
-    process = job.start(faults, hang_seconds=6, jit_seconds=60 if survivors_save else 0)
+    process = job.start(faults, hang_seconds=12, jit_seconds=60 if survivors_save else 0)
     job.wait_for(18)
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=120)
