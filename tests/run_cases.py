@@ -31,6 +31,12 @@ RENAMED = {
     "t._problems": "t.problems",
     # Each of its files has a run of its own, now that the first is no longer refused.
     "train data.sources.0.path=$p ": "train data.sources.0.path=$p output_dir=$OUT/$f ",
+    # A grade has a score and a verdict; a grader passes answers only if it says so, and in one case it must not.
+    "in zip(rows, got)": "in zip(rows, [grade.score for grade in got])",
+    'pattern: "[a-m].*"': 'pattern: "[a-m].*", passes: true',
+    "c.yaml steps=3 > log": "c.yaml steps=3 tasks.0.graders.0.passes=false > log",
+    # What is left out is told at the start, and not in the last line.
+    'steps=30 2>&1 | tail -1; echo "exit': 'steps=30 2>&1 | grep -a "left out\\|error:"; echo "exit',
 }
 """What the cases call by a name of before → its name now; read in all their files."""
 
@@ -277,7 +283,10 @@ def _(seen: Seen) -> None:
 def _(seen: Seen) -> None:
     assert seen.codes == [0] or (seen.codes == [2] and "row_length" in seen.text), f"exit codes {seen.codes}"
     assert seen.codes == [0] or "step-" not in seen.text, "found in mid-run"
-    assert "another config" not in seen.after("as the message says"), "the advice is refused"
+    if seen.codes == [0]:
+        assert re.search(r"^left out .*q\.jsonl, line \d+.* tokens", seen.text, re.M), "left out without a word"
+    else:  # a run that has gone well advises nothing
+        assert "another config" not in seen.after("as the message says"), "the advice is refused"
 
 
 @judges("pass1-counts-format")
