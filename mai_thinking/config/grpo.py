@@ -34,8 +34,11 @@ class RolloutSection(Section):
     lead: Whole = 0
     """How many updates the engine is ahead of the learner: 0 learns from what the newest weights wrote; with n, as in
     an asynchronous climb, rollouts are n updates old when their turn comes."""
+    workers: Whole = 0
+    """Processes of each rank that generate while the learner learns; 0: generation, then learning, in one process."""
     max_staleness: Whole = 8
-    """A rollout older than so many updates is dropped."""
+    """A rollout older than so many updates is dropped. Workers begin only what can be learned from in time; with 0 they
+    answer what one process would, and the learner waits for them."""
     replay_nucleus: bool = True
     """The learner's softmax runs over the nucleus that the token was drawn from."""
     replay_experts: bool = True
@@ -43,6 +46,8 @@ class RolloutSection(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        if self.lead and self.workers:
+            raise ValueError("rollouts.lead: the workers are ahead by themselves; leave it out, or rollouts.workers")
         if self.lead > self.max_staleness:
             raise ValueError(
                 f"rollouts.lead: {self.lead} updates ahead, every rollout would be older than max_staleness "

@@ -9,12 +9,16 @@ import time
 from dataclasses import asdict
 from typing import Any
 
+import torch
+
 from mai_thinking.config.command import EXIT_COLLAPSED
 from mai_thinking.config.grpo import GrpoConfig
 from mai_thinking.data.tokenizer import load_tokenizer
+from mai_thinking.errors import UsageError
 from mai_thinking.model import MaiThinkingForCausalLM
 from mai_thinking.rl.buffer import RolloutBuffer
 from mai_thinking.rl.collapse import COLLAPSE, CollapseDetector, write_verdict
+from mai_thinking.rl.controller import Ahead, Controller, Executor, InProcess, InTurn
 from mai_thinking.rl.evaluation import HeldOut, show_evaluation
 from mai_thinking.rl.grading import GradingPool
 from mai_thinking.rl.length_curriculum import LengthCurriculum
@@ -25,10 +29,15 @@ from mai_thinking.rl.policy_loss import PolicyLoss
 from mai_thinking.rl.policy_model import check_lengths, describe, make_engine, policy_config, policy_model
 from mai_thinking.rl.problem_filter import FilterCounts
 from mai_thinking.rl.rollout_worker import Responder, RolloutWorker
+from mai_thinking.rl.schedule import FOLDER as ROLLOUTS
+from mai_thinking.rl.schedule import Schedule, Spool
+from mai_thinking.rl.shared_weights import SharedWeights
 from mai_thinking.rl.task_sources import check_same_tasks, source_of, task_contents
 from mai_thinking.rl.tasks import TaskSampler
 from mai_thinking.rl.template import Template
 from mai_thinking.rl.traces import FOLDER, TraceStore
+from mai_thinking.rl.worker_pool import WorkerPool
+from mai_thinking.rl.worker_process import WorkerSetup
 from mai_thinking.training.context import RunContext
 from mai_thinking.training.learner import Learner
 from mai_thinking.training.ledger import EVALUATION
@@ -74,11 +83,16 @@ class GrpoRecipe(Recipe):
             GradingPool(config.tasks, workers=grading.workers, seconds=grading.seconds, megabytes=grading.megabytes)
         )
         self.learner = Learner(model, config, context.accelerator, balance=config.balance)
-        self.engine = make_engine(self.learner.unwrap(), config, context, self.tokenizer)
+        bf16 = context.accelerator.mixed_precision == "bf16"
+        self.engine = make_engine(self.learner.unwrap(), config, self.tokenizer, bf16=bf16, heartbeat=context.heartbeat)
         self.responder = Responder(self.engine, pool, Template(config.template), self.tokenizer)
         self.traces = context.folder.path / FOLDER
-        store = TraceStore(self.traces, rank)
-        self.worker = RolloutWorker(config, mix, self.responder, store, rank=rank, ranks=ranks)
+        self.mix, worker = mix, RolloutWorker(config, mix, self.responder, ranks=ranks)
+        self.weights: SharedWeights | None = None
+        executor = self._start_workers() if config.rollouts.workers else InProcess(worker)
+        self.controller = Controller(
+            config, executor, TraceStore(self.traces, rank), problems=worker.problems, rank=rank, ranks=ranks
+        )
         self.held_out = HeldOut(mix, config.evaluation, rank=rank, ranks=ranks)
         self.evaluate_every = config.evaluation.every
         self.buffer = RolloutBuffer()
@@ -92,7 +106,7 @@ class GrpoRecipe(Recipe):
 
     def state(self) -> dict[str, Any]:
         """k, the length's stage, what waits to be learned from, and which problem comes next."""
-        own = {"buffer": PerRank(self.buffer), "collector": PerRank(self.worker)}
+        own = {"buffer": PerRank(self.buffer), "collector": PerRank(self.controller)}
         return {"objective": self.objective, "curriculum": self.curriculum, **own}
 
     def progress(self) -> dict[str, Any]:
@@ -145,7 +159,7 @@ class GrpoRecipe(Recipe):
         """pass@1 and pass@k on the held-out problems, with the newest weights."""
         assert self.context.ledger is not None
         with self.context.ledger.span(EVALUATION):
-            self.engine.update_weights(self.learner.unwrap())
+            self._give_weights()
             metrics, samples = self.held_out.evaluate(self.responder, self.curriculum.max_length)
         show_evaluation(self.context, step, metrics, samples, self.config.evaluation.show)
         return metrics
@@ -153,7 +167,7 @@ class GrpoRecipe(Recipe):
     def report(self, model: MaiThinkingForCausalLM) -> None:
         """What was left out, for the page of results; of a collapsed run the verdict with its evidence, where the next
         stage looks for it."""
-        if notes := self.worker.mix.notes:
+        if notes := self.mix.notes:
             self.context.folder.note(left_out="\n".join(f"- {note}" for note in notes))
         if self.ending is not None and self.ending.exit_code:
             write_verdict(self.context.folder.path, self.detector.verdict)
@@ -162,22 +176,21 @@ class GrpoRecipe(Recipe):
         """Give the engine the learner's weights, and the buffer what the steps up to the next time take; → metrics, and
         what became of the problems of all ranks."""
         rollouts = self.config.rollouts
-        self.engine.update_weights(self.learner.unwrap())
+        self._give_weights(version)
         stale = self.buffer.drop_stale(version - rollouts.max_staleness)
         wanted = self.groups_per_step * rollouts.steps_per_update * (1 + rollouts.lead)
         self.buffer.add(
-            self.worker.collect(
+            self.controller.collect(
                 wanted - len(self.buffer),
-                step=done,
                 version=version,
+                buffered=len(self.buffer),
                 max_length=self.curriculum.max_length,
                 penalise_length=self.curriculum.penalises_length,
-                checkpoint=f"{self.config.name}/step-{done:08d}",
                 heartbeat=self.context.heartbeat,
                 hopeless=lambda counts: self.config.collapse.enabled and self.detector.hopeless(counts),
             )
         )
-        mine = asdict(self.worker.take_counts()) | {"missing": max(0, wanted - len(self.buffer))}
+        mine = asdict(self.controller.take_counts()) | {"missing": max(0, wanted - len(self.buffer))}
         sums = {name: round(value) for name, value in self.context.sum(mine).items()}
         missing, counts = sums.pop("missing"), FilterCounts(**sums)
         # A rank gives up because all is too easy, or too hard; what all of them drew tells which.
@@ -187,6 +200,34 @@ class GrpoRecipe(Recipe):
         elif missing:
             self.ending = Ending(f"after step {done} hardly a problem is left to learn from: the tasks are solved")
         return {"groups_stale": stale, **counts.metrics()}, counts
+
+    def _give_weights(self, version: int | None = None) -> None:
+        """The learner's to the engine, and as `version` to the workers."""
+        if self.weights is not None:
+            self.weights.retract()
+        self.engine.update_weights(self.learner.unwrap())
+        if self.weights is not None and version is not None:
+            self.weights.publish(version)
+
+    def _start_workers(self) -> Executor:
+        """Rollout workers on the engine's weights, and what hands them their orders."""
+        config, context, rollouts = self.config, self.context, self.config.rollouts
+        if context.device.type != "cpu":
+            raise UsageError(f"rollouts.workers: {rollouts.workers} workers share a CPU's memory; on a GPU make it 0")
+        threads = max(1, torch.get_num_threads() // (1 + rollouts.workers))
+        torch.set_num_threads(threads)
+        self.weights = SharedWeights(self.engine.model)
+        folder = context.folder.path / ROLLOUTS
+        spool = Spool(folder, context.rank)
+        beats = torch.zeros(rollouts.workers, dtype=torch.float64).share_memory_()
+        fields = config.model_dump(mode="json")
+        setup = WorkerSetup(fields, context.rank, context.ranks, self.weights, folder, beats, threads)
+        pool = context.stack.enter_context(WorkerPool(setup, spool, count=rollouts.workers))
+        if not rollouts.max_staleness:
+            return InTurn(pool)
+        schedule = Schedule(folder / f"schedule-{context.rank:05d}.jsonl")
+        per_update = self.groups_per_step * rollouts.steps_per_update
+        return Ahead(pool, schedule, max_staleness=rollouts.max_staleness, per_update=per_update)
 
     def _end_if_collapsed(self) -> None:
         if self.config.collapse.enabled and self.detector.verdict is not None:

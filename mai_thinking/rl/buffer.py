@@ -49,11 +49,11 @@ class RolloutBuffer:
 
     def state_dict(self) -> dict[str, Any]:
         """A tree of tensors and plain values."""
-        return {"groups": [_pack_group(group) for group in self._groups]}
+        return {"groups": [pack_group(group) for group in self._groups]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from `state_dict()`."""
-        self._groups = deque(_unpack_group(group) for group in state["groups"])
+        self._groups = deque(unpack_group(group) for group in state["groups"])
 
     def load_from_world(self, states: list[Any], rank: int, world: int) -> None:
         """All ranks' groups in the order of their problems, every `world`-th of them to this rank."""
@@ -61,8 +61,8 @@ class RolloutBuffer:
         self.load_state_dict({"groups": groups[rank::world]})
 
 
-def _pack_group(group: Group) -> dict[str, Any]:
-    """What the learner and the metrics of its step need."""
+def pack_group(group: Group) -> dict[str, Any]:
+    """What the learner and the metrics of its step need, as a tree of tensors and plain values."""
     rollouts = group.rollouts
     plain = {name: [getattr(rollout, name) for rollout in rollouts] for name in _PLAIN}
     arrays = {name: np.concatenate([getattr(rollout, name) for rollout in rollouts]) for name in _ARRAYS}
@@ -80,7 +80,8 @@ def _pack_group(group: Group) -> dict[str, Any]:
     }
 
 
-def _unpack_group(state: dict[str, Any]) -> Group:
+def unpack_group(state: dict[str, Any]) -> Group:
+    """The group of `pack_group`."""
     lengths, prompt = state["lengths"], state["prompt"]
     arrays: dict[str, Any] = {name: np.split(state[name].numpy(), np.cumsum(lengths)[:-1]) for name in _ARRAYS}
     places = np.cumsum([len(prompt) + length - 1 for length in lengths])[:-1]

@@ -1,5 +1,7 @@
 """What an RL run is made from, and what it will cost."""
 
+from collections.abc import Callable
+
 import torch
 from transformers import PreTrainedTokenizerBase
 
@@ -14,7 +16,6 @@ from mai_thinking.rl.engine import BatchedEngine
 from mai_thinking.rl.length_curriculum import LengthCurriculum
 from mai_thinking.rl.tasks import Problem, TaskSampler
 from mai_thinking.rl.template import Template
-from mai_thinking.training.context import RunContext
 from mai_thinking.training.model_files import load_model, load_model_config
 from mai_thinking.training.plan import GRADIENT, MOMENTS, WEIGHT, quantity
 
@@ -42,11 +43,16 @@ def policy_model(
 
 
 def make_engine(
-    model: MaiThinkingForCausalLM, config: GrpoConfig, context: RunContext, tokenizer: PreTrainedTokenizerBase
+    model: MaiThinkingForCausalLM,
+    config: GrpoConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    bf16: bool,
+    heartbeat: Callable[[], None],
 ) -> BatchedEngine:
-    """What generates rollouts, also the evaluation's. On a CPU it stays in fp32, whose products are the faster ones
-    there."""
-    casts = context.accelerator.mixed_precision == "bf16" and context.device.type == "cuda"
+    """What generates rollouts, also the evaluation's; on the model's device. On a CPU it stays in fp32, whose products
+    are the faster ones there."""
+    casts = bf16 and model.device.type == "cuda"
     return BatchedEngine(
         model,
         slots=config.rollouts.slots,
@@ -55,7 +61,7 @@ def make_engine(
         seed=config.seed,
         end_of_text=tokenizer.eos_token_id,
         dtype=torch.bfloat16 if casts else None,
-        heartbeat=context.heartbeat,
+        heartbeat=heartbeat,
     )
 
 

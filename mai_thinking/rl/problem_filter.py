@@ -5,7 +5,7 @@ decide whether a problem is worth a whole group, and the whole group's pass rate
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from mai_thinking.config.sampling import SamplingSection
 from mai_thinking.rl.rollout import Group, Rollout, Verdict
@@ -99,6 +99,11 @@ class FilterCounts:
             self.long += 2 * len(rollout.response_ids) > rollout.max_new_tokens
             self.cut_off += not rollout.finished
             self.thoughts += rollout.has_thought
+
+    def add(self, more: "FilterCounts") -> None:
+        """Take in those of further problems."""
+        for name, value in asdict(more).items():
+            setattr(self, name, getattr(self, name) + value)
 
     def metrics(self) -> dict[str, float]:
         """`groups_kept`, `groups_dropped/RULE`, and `rollouts_used`, the share of the rollouts that is learned from."""

@@ -1,17 +1,17 @@
-"""From problems to groups worth learning from: draw, generate, grade, filter, reward, and keep a trace of everything.
+"""From problems to groups worth learning from: draw, generate, grade, filter and reward.
 
 MAI-Thinking-1 report §3.1. A *batch* is some problems taken together through both stages of the problem filter.
 """
 
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from mai_thinking.config.grpo import GrpoConfig
 from mai_thinking.data.tokenizer import Encoder
-from mai_thinking.errors import RunError
 from mai_thinking.rl.engine import Engine
 from mai_thinking.rl.grading import GradingPool
 from mai_thinking.rl.objective import group_advantages
@@ -20,10 +20,7 @@ from mai_thinking.rl.rewards import reward_group
 from mai_thinking.rl.rollout import Group, Rollout, Verdict
 from mai_thinking.rl.tasks import Grade, Problem, TaskSampler
 from mai_thinking.rl.template import Template
-from mai_thinking.rl.traces import TraceStore, trace_rows
-
-FRUITLESS_BATCHES = 50
-"""So many batches in a row without a group to learn from end the run: the tasks are out of the policy's reach."""
+from mai_thinking.rl.traces import Trace, trace_rows
 
 
 class Responder:
@@ -68,82 +65,74 @@ class Responder:
         return self.tokenizer.batch_decode([rollout.response_ids for rollout in rollouts], skip_special_tokens=True)
 
 
+@dataclass(frozen=True)
+class Order:
+    """A batch of problems to be answered: as many as fill the engine's slots with early rollouts."""
+
+    number: int
+    """Of the batch in the run."""
+    first: int
+    """Number of its first problem; the others of this rank follow at a distance of the number of ranks."""
+    max_length: int
+    penalise_length: bool
+    version: int | None = None
+    """Of the weights that alone may answer it; None: whichever are the newest."""
+
+
+@dataclass
+class Batch:
+    """What became of an order."""
+
+    order: Order
+    version: int
+    """Of the weights at its beginning."""
+    groups: list[Group]
+    """Those to learn from."""
+    counts: FilterCounts
+    traces: list[Trace]
+    """Of all rollouts."""
+    switches: list[tuple[int, int]] = field(default_factory=list)
+    """(n, version): newer weights that took over after n decoding steps."""
+    seconds: float = 0.0
+    """That it took."""
+
+
 class RolloutWorker:
-    """One rank's supply of groups. Its state says which problem and batch come next; a batch that is collected again
-    from the same weights gives the same groups."""
+    """Answers batches: draws the problems, generates, grades, filters and rewards. The same order gives the same groups
+    if the weights are the same, whoever answers it."""
 
-    def __init__(
-        self, config: GrpoConfig, mix: TaskSampler, responder: Responder, traces: TraceStore, *, rank: int, ranks: int
-    ) -> None:
-        self.config, self.mix, self.responder, self.traces = config, mix, responder, traces
+    def __init__(self, config: GrpoConfig, mix: TaskSampler, responder: Responder, *, ranks: int) -> None:
+        self.config, self.mix, self.responder, self.ranks = config, mix, responder, ranks
         self.filter = ProblemFilter(config.sampling)
-        self.rank, self.ranks = rank, ranks
-        self.next_problem, self.next_batch = rank, 0
-        self.counts = FilterCounts()
-        """Of what was collected since the last `take_counts`."""
-
-    def collect(
-        self, wanted: int, *, step: int, version: int, max_length: int, penalise_length: bool, checkpoint: str,
-        heartbeat: Callable[[], None], hopeless: Callable[[FilterCounts], bool],
-    ) -> list[Group]:  # fmt: skip
-        """At least `wanted` groups to learn from, batch by batch; fewer if the tasks are solved, or it is `hopeless`,
-        by the counts since the last `take_counts`, to go on. RunError if none comes up for too long."""
-        section = self.config.reward if penalise_length else self.config.reward.model_copy(update={"w_length": 0.0})
-        groups: list[Group] = []
-        fruitless = 0
-        while len(groups) < wanted:
-            batch = self._batch(version, max_length)
-            rows = []
-            for group in batch:
-                reward_group(group, section)
-                advantages = group_advantages([rollout.reward for rollout in group.rollouts])
-                for rollout, advantage in zip(group.rollouts, advantages, strict=True):
-                    rollout.advantage = advantage
-                self.counts.count(group)
-                rows += trace_rows(group, step=step, checkpoint=checkpoint, lineage=self.config.init_from)
-            self.traces.append(self.next_batch, rows)
-            self.next_batch += 1
-            found = [group for group in batch if group.verdict is Verdict.KEPT]
-            groups += found
-            if len(groups) < wanted and (self.counts.solved or hopeless(self.counts)):
-                break
-            fruitless = 0 if found else fruitless + 1
-            if fruitless == FRUITLESS_BATCHES:
-                raise RunError(
-                    f"step {step}: {FRUITLESS_BATCHES} batches of problems without one to learn from "
-                    f"({self.counts.metrics()}); easier tasks, wider sampling ranges or larger groups would help"
-                )
-            heartbeat()
-        return groups
-
-    def take_counts(self) -> FilterCounts:
-        """What became of the problems since the last call."""
-        counts, self.counts = self.counts, FilterCounts()
-        return counts
-
-    def state_dict(self) -> dict[str, Any]:
-        """Plain values."""
-        return {"next_problem": self.next_problem, "next_batch": self.next_batch}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from `state_dict()`."""
-        self.next_problem, self.next_batch = state["next_problem"], state["next_batch"]
-
-    def load_from_world(self, states: list[Any], rank: int, world: int) -> None:
-        """Behind the furthest of all ranks, in step with the new number of them."""
-        first = max(state["next_problem"] for state in states)
-        self.next_problem = (first // world + 1) * world + rank
-        self.next_batch = max(state["next_batch"] for state in states)
-
-    def _batch(self, version: int, max_length: int) -> list[Group]:
-        """As many problems as fill the engine's slots with early rollouts, through both stages."""
-        section = self.config.sampling
+        section = config.sampling
         first_stage = section.early_size if section.early_range else section.full_size
-        count = max(1, self.config.rollouts.slots // first_stage)
-        numbers = range(self.next_problem, self.next_problem + count * self.ranks, self.ranks)
-        self.next_problem = numbers.stop
+        self.problems = max(1, config.rollouts.slots // first_stage)
+        """Of a batch."""
+
+    def answer(self, order: Order, version: int) -> Batch:
+        """From weights of `version`."""
+        begin = time.perf_counter()
+        section = self.config.reward
+        if not order.penalise_length:
+            section = section.model_copy(update={"w_length": 0.0})
+        groups = self._generate(order, version)
+        counts, traces, step = FilterCounts(), [], version * self.config.rollouts.steps_per_update
+        checkpoint = f"{self.config.name}/step-{step:08d}"
+        for group in groups:
+            reward_group(group, section)
+            advantages = group_advantages([rollout.reward for rollout in group.rollouts])
+            for rollout, advantage in zip(group.rollouts, advantages, strict=True):
+                rollout.advantage = advantage
+            counts.count(group)
+            traces += trace_rows(group, step=step, checkpoint=checkpoint, lineage=self.config.init_from)
+        kept = [group for group in groups if group.verdict is Verdict.KEPT]
+        return Batch(order, version, kept, counts, traces, seconds=time.perf_counter() - begin)
+
+    def _generate(self, order: Order, version: int) -> list[Group]:
+        """All groups of the batch, decided, through both stages."""
+        numbers = range(order.first, order.first + self.problems * self.ranks, self.ranks)
         groups = [self.filter.open(number, version) for number in numbers]
-        while asked := [one for group in groups for one in self._asked(group, max_length)]:
+        while asked := [one for group in groups for one in self._asked(group, order.max_length)]:
             answered = iter(self.responder.respond(asked))
             for group in groups:
                 self.filter.add(group, list(islice(answered, self.filter.wanted(group))))

@@ -8,19 +8,16 @@ each update's last reduction: whoever gets through that knows that every rank ha
 
 import contextlib
 import copy
-import json
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 
 from mai_thinking.errors import RunError
 from mai_thinking.training.checkpoint import Checkpointer, State
-from mai_thinking.training.state import ModelState, OptimizerState, PerRank, join_tree, split_tree
+from mai_thinking.training.state import ModelState, OptimizerState, PerRank, read_tree, write_tree
 
 
 @runtime_checkable
@@ -67,7 +64,7 @@ class JitCheckpoint:
         self._folder.mkdir(exist_ok=True)
         own = {name: value.state for name, value in self._state().items() if isinstance(value, PerRank)}
         trees = {name: self._queue(name, s) if isinstance(s, Queue) else s.state_dict() for name, s in own.items()}
-        _write(self._file(self._checkpointer.rank, step), {"step": step, "own": trees})
+        write_tree(self._file(self._checkpointer.rank, step), {"step": step, "own": trees})
 
     def completed(self, step: int) -> None:
         """The update of `step` is done, and all that goes with it."""
@@ -106,38 +103,24 @@ class JitCheckpoint:
         """Write what is in it if that has grown since; → which file that is, and how much was taken since."""
         if self._grown.get(name, (-1, 0))[0] != queue.grown:
             self._grown[name] = queue.grown, queue.taken
-            _write(self._file(self._checkpointer.rank, queue.grown, name), queue.state_dict())
+            write_tree(self._file(self._checkpointer.rank, queue.grown, name), queue.state_dict())
         return {"grown": queue.grown, "taken": queue.taken - self._grown[name][1]}
 
     def _read(self, rank: int, step: int) -> dict[str, Any]:
         """What `rank` had of its own after `step`."""
-        written = _read(self._file(rank, step))
+        written = read_tree(self._file(rank, step))
         if written["step"] != step:
             raise RuntimeError(f"rank {rank} left its state of step {written['step']}, not of {step}")
         own: dict[str, Any] = written["own"]
         for name, value in self._state().items():
             if isinstance(value, PerRank) and isinstance(value.state, Queue):
-                content = _read(self._file(rank, own[name]["grown"], name))
+                content = read_tree(self._file(rank, own[name]["grown"], name))
                 own[name] = value.state.after_taking(content, own[name]["taken"])
         return own
 
     def _file(self, rank: int, number: int, name: str = "own") -> Path:
         """Two of each take turns: while one is written, the one before may be needed."""
         return self._folder / f"rank-{rank:05d}-{name}-{number % 2}.safetensors"
-
-
-def _write(path: Path, tree: dict[str, Any]) -> None:
-    """A process died, which the page cache outlives: no waiting for the disk."""
-    tensors: dict[str, torch.Tensor] = {}
-    skeleton = split_tree(tree, "", tensors)
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, {"tree": json.dumps(skeleton)})
-
-
-def _read(path: Path) -> dict[str, Any]:
-    with safe_open(path, "pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-        tree: dict[str, Any] = join_tree(json.loads(file.metadata()["tree"]), tensors)
-    return tree
 
 
 def _is_live(value: Any) -> bool:

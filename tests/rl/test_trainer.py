@@ -23,13 +23,14 @@ from mai_thinking.launch.goodput import account_of
 from mai_thinking.provenance.lineage import require_own
 from mai_thinking.recipes.grpo import grpo
 from mai_thinking.report import conclude
+from mai_thinking.rl.controller import Controller
 from mai_thinking.rl.engine import BatchedEngine
 from mai_thinking.rl.objective import Objective
 from mai_thinking.rl.packing import pack
 from mai_thinking.rl.policy_loss import PolicyLoss
 from mai_thinking.rl.policy_model import check_lengths
 from mai_thinking.rl.rollout import Group, Rollout, Verdict
-from mai_thinking.rl.rollout_worker import Responder, RolloutWorker
+from mai_thinking.rl.rollout_worker import Responder
 from mai_thinking.rl.tasks import Grade, TaskSampler
 from mai_thinking.rl.traces import FOLDER, TraceStore
 from mai_thinking.training.checkpoint import CheckpointReader
@@ -200,9 +201,9 @@ def test_a_climb_ends_when_its_tasks_are_solved(
     make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """From the second filling on every response is right: then no group is left to learn from."""
-    respond, collect, fillings = Responder.respond, RolloutWorker.collect, []
+    respond, collect, fillings = Responder.respond, Controller.collect, []
 
-    def counted(self: RolloutWorker, *arguments: Any, **settings: Any) -> Any:
+    def counted(self: Controller, *arguments: Any, **settings: Any) -> Any:
         fillings.append(self.next_batch)
         return collect(self, *arguments, **settings)
 
@@ -212,7 +213,7 @@ def test_a_climb_ends_when_its_tasks_are_solved(
             rollout.grade = Grade(1.0, True)
         return rollouts
 
-    monkeypatch.setattr(RolloutWorker, "collect", counted)
+    monkeypatch.setattr(Controller, "collect", counted)
     monkeypatch.setattr(Responder, "respond", all_right)
     config = make(tmp_path / "run", "evaluation.every=2")
     assert grpo(config) == 0

@@ -12,7 +12,7 @@ import copy
 import logging
 import sys
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
@@ -98,7 +98,8 @@ class BatchedEngine:
 
     `dtype` is that of autocast in the learner: what autocast would cast, the copy holds in it. None: all in the
     weights' own. The decode `backend` is left to the device unless given: CUDA graphs in bf16 on a GPU. `heartbeat` is
-    called once for each token that the slots take together.
+    called once for each token that the slots take together, between its draw and the next one's forward pass: there
+    it may load newer weights.
 
     On a CPU, many slots pay: a step reads the experts' weights once for all of them.
     """
@@ -123,14 +124,14 @@ class BatchedEngine:
             )
         self.heartbeat = heartbeat
         self.slots, self.temperature, self.seed, self.end_of_text = slots, temperature, seed, end_of_text
-        self._model = inference_copy(model, dtype)
-        on_gpu = self._model.device.type == "cuda"
+        self.model = inference_copy(model, dtype)
+        on_gpu = self.model.device.type == "cuda"
         # The library's grouped products in fp32 ask the host for sizes, which no graph can.
         fastest: Backend = "cuda_graph" if dtype is torch.bfloat16 else "static"
         self._kind: Backend = backend or (fastest if on_gpu else "eager")
         # Both take the decoding step's masks.
-        self._model.set_attn_implementation("sdpa" if self._kind == "eager" else SLOT_ATTENTION)
-        head_VD = self._model.lm_head.weight.detach()
+        self.model.set_attn_implementation("sdpa" if self._kind == "eager" else SLOT_ATTENTION)
+        head_VD = self.model.lm_head.weight.detach()
         head_dtype = dtype if dtype and on_gpu else head_VD.dtype  # as in the learner: see `half_precision`
         self._sampler = Sampler(head_VD.to(head_dtype), top_p)
         self._experts_shape = len(model.config.moe_layers), model.config.num_experts_per_tok
@@ -139,10 +140,14 @@ class BatchedEngine:
 
     def update_weights(self, model: MaiThinkingForCausalLM) -> None:
         """Copy `model`'s weights. Until then, rollouts come from those of the last call, whatever the learner does."""
+        self.load_parameters(model.parameters())
+
+    def load_parameters(self, parameters: Iterable[torch.Tensor]) -> None:
+        """The same of the weights alone, in the model's order."""
         with torch.no_grad():  # in place: graphs know the addresses
-            for mine, theirs in zip(self._model.parameters(), model.parameters(), strict=True):
+            for mine, theirs in zip(self.model.parameters(), parameters, strict=True):
                 mine.copy_(theirs)
-            self._sampler.head_VD.copy_(self._model.lm_head.weight)
+            self._sampler.head_VD.copy_(self.model.lm_head.weight)
 
     def generate(self, asked: Sequence[Rollout], temperature: float | None = None) -> list[Rollout]:
         """The rollouts with their responses; see `Engine.generate`.
@@ -173,14 +178,14 @@ class BatchedEngine:
         if not asked:
             return
         cache, backend = self._room(max(len(one.prompt_ids) + one.max_new_tokens for one in asked))
-        waiting = _Waiting(self._model, asked)
+        waiting = _Waiting(self.model, asked)
         running: list[_Running] = []
-        hidden_AD = self._model.lm_head.weight.new_empty(0, self._model.config.hidden_size)
+        hidden_AD = self.model.lm_head.weight.new_empty(0, self.model.config.hidden_size)
         experts_aMK = torch.zeros(0, *self._experts_shape, dtype=torch.long, device=hidden_AD.device)
         while waiting or running:
-            self.heartbeat()
             hidden_AD = torch.cat((hidden_AD, *self._admit(waiting, running, cache)))
             self._draw(backend, hidden_AD, experts_aMK, running, temperature)
+            self.heartbeat()
             running = self._retire(running, cache, done)
             if running:
                 positions_A = np.array([one.position for one in running])
@@ -190,7 +195,7 @@ class BatchedEngine:
 
     def _attention_kernels(self) -> AbstractContextManager[None]:
         """On a GPU not cuDNN's, which plan anew for every length of a prompt."""
-        if self._model.device.type == "cpu":
+        if self.model.device.type == "cpu":
             return nullcontext()
         return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
 
@@ -198,10 +203,10 @@ class BatchedEngine:
         """A cache for sequences of `length` tokens, and what works on it; the last ones, if large enough."""
         if self._cache is None or self._backend is None or self._cache.length < length:
             self._cache = self._backend = None  # before there is a second one
-            first: Any = self._model.model.layers[0]
+            first: Any = self.model.model.layers[0]
             room = length if self._kind == "eager" else padded_keys(length, sys.maxsize)
-            self._cache = SlotCache(self._model.config, self.slots, room, first.attention.v_proj.weight)
-            self._backend = _BACKENDS[self._kind](self._model, self._cache, self._sampler)
+            self._cache = SlotCache(self.model.config, self.slots, room, first.attention.v_proj.weight)
+            self._backend = _BACKENDS[self._kind](self.model, self._cache, self._sampler)
         return self._cache, self._backend
 
     def _admit(self, waiting: "_Waiting", running: list[_Running], cache: SlotCache) -> list[torch.Tensor]:

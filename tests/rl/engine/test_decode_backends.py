@@ -102,10 +102,10 @@ def test_longer_sequences_get_new_steps_and_new_weights_do_not() -> None:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(1.1)
-    addresses = [parameter.data_ptr() for parameter in mine._model.parameters()]
+    addresses = [parameter.data_ptr() for parameter in mine.model.parameters()]
     mine.update_weights(model)
     after = mine.generate(requests(longest=30))
-    assert addresses == [parameter.data_ptr() for parameter in mine._model.parameters()]
+    assert addresses == [parameter.data_ptr() for parameter in mine.model.parameters()]
     assert mine._backend is first
     assert all(
         same(*pair, tolerance=1e-5) for pair in zip(after, engine(model).generate(requests(longest=30)), strict=True)
@@ -162,11 +162,11 @@ def test_a_copy_in_bf16_computes_what_autocast_does(backend: Any) -> None:
     model = tiny_model(**GPU_SIZES)
     wanted = requests()
     cast = engine(model, dtype=torch.bfloat16, backend=backend)
-    assert cast._model.lm_head.weight.dtype == torch.float32
-    assert {p.dtype for name, p in cast._model.named_parameters() if "norm" in name or "router" in name} == {
+    assert cast.model.lm_head.weight.dtype == torch.float32
+    assert {p.dtype for name, p in cast.model.named_parameters() if "norm" in name or "router" in name} == {
         torch.float32
     }
-    assert {p.dtype for name, p in cast._model.named_parameters() if "proj" in name} == {torch.bfloat16}
+    assert {p.dtype for name, p in cast.model.named_parameters() if "proj" in name} == {torch.bfloat16}
     # The fused kernel rounds otherwise for one row than for many where a processor multiplies bf16 itself.
     with sdpa_kernel(SDPBackend.MATH):
         figures = {

@@ -1,0 +1,126 @@
+"""What an asynchronous climb must remember to be the same climb again: which batch was begun and which arrived when,
+and the batches that arrived, until a checkpoint has what was learned from them.
+
+    rollouts/schedule-00000.jsonl               orders and arrivals of rank 0, a line each, in their order
+    rollouts/batch-00000012-rank-00000.safetensors
+"""
+
+import json
+from collections import deque
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mai_thinking.config.storage import atomic_file
+from mai_thinking.rl.buffer import pack_group, unpack_group
+from mai_thinking.rl.problem_filter import FilterCounts
+from mai_thinking.rl.rollout_worker import Batch, Order
+from mai_thinking.training.metrics import read_records
+from mai_thinking.training.state import read_tree, write_tree
+
+FOLDER = "rollouts"
+"""Below a run's folder."""
+
+
+class Spool:
+    """Answered batches of one rank, on disk: written whole by a worker, read by the controller."""
+
+    def __init__(self, folder: Path, rank: int) -> None:
+        self.folder, self.rank = folder, rank
+
+    def path(self, number: int) -> Path:
+        """Of a batch."""
+        return self.folder / f"batch-{number:08d}-rank-{self.rank:05d}.safetensors"
+
+    def write(self, batch: Batch) -> None:
+        """Raises OSError."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        tree = {
+            "order": asdict(batch.order),
+            "version": batch.version,
+            "groups": [pack_group(group) for group in batch.groups],
+            "counts": asdict(batch.counts),
+            "traces": [_with_tensors(trace) for trace in batch.traces],
+            "switches": batch.switches,
+            "seconds": batch.seconds,
+        }
+        with atomic_file(self.path(batch.order.number), durable=True) as path:
+            write_tree(path, tree)
+
+    def read(self, order: Order) -> Batch | None:
+        """The answer to the order; None if there is none, or that to an earlier order of this number."""
+        try:
+            tree = read_tree(self.path(order.number))
+        except FileNotFoundError:
+            return None
+        if tree["order"] != asdict(order):
+            return None
+        return Batch(
+            order,
+            tree["version"],
+            [unpack_group(group) for group in tree["groups"]],
+            FilterCounts(**tree["counts"]),
+            [_with_arrays(trace) for trace in tree["traces"]],
+            [tuple(switch) for switch in tree["switches"]],
+            tree["seconds"],
+        )
+
+    def discard(self, number: int) -> None:
+        """Of a batch that nobody needs again."""
+        self.path(number).unlink(missing_ok=True)
+
+
+class Schedule:
+    """One rank's orders and arrivals, with the version of the learner's weights at which each came."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        records = read_records(path)
+        self._recorded = deque(records)
+        self._arrived = [(record["version"], record["arrived"]) for record in records if "arrived" in record]
+
+    @property
+    def ahead(self) -> bool:
+        """Whether there is something on record that has not been done again."""
+        return bool(self._recorded)
+
+    def next_of(self, version: int) -> Order | int | None:
+        """What is on record of this version and comes next: an order, or the number of a batch that arrived."""
+        while self._recorded and self._recorded[0]["version"] < version:  # a checkpoint has it
+            self._recorded.popleft()
+        if not self._recorded or self._recorded[0]["version"] > version:
+            return None
+        record = self._recorded.popleft()
+        return Order(**record["order"]) if "order" in record else int(record["arrived"])
+
+    def add_order(self, version: int, order: Order) -> None:
+        """It is about to be begun."""
+        self._append({"version": version, "order": asdict(order)})
+
+    def add_arrival(self, version: int, batch: Batch) -> None:
+        """It is about to be learned from."""
+        weights = [[0, batch.version], *batch.switches]
+        seconds = round(batch.seconds, 3)
+        self._append({"version": version, "arrived": batch.order.number, "weights": weights, "seconds": seconds})
+        self._arrived.append((version, batch.order.number))
+
+    def forget_before(self, version: int) -> list[int]:
+        """The batches that arrived before `version`, once each."""
+        gone = [number for when, number in self._arrived if when < version]
+        self._arrived = [one for one in self._arrived if one[0] >= version]
+        return gone
+
+    def _append(self, record: dict[str, Any]) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+
+
+def _with_tensors(trace: dict[str, Any]) -> dict[str, Any]:
+    return trace | {name: torch.from_numpy(trace[name]) for name in ("response_ids", "logprobs")}
+
+
+def _with_arrays(trace: dict[str, Any]) -> dict[str, Any]:
+    return trace | {name: trace[name].numpy() for name in ("response_ids", "logprobs")}

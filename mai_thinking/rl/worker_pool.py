@@ -1,0 +1,201 @@
+"""Rollout workers as processes on this machine: hands out orders, and sees to it that each is answered.
+
+A worker that dies, or does not move for `hang_seconds`, is started again, and its orders go to whoever is free. One
+that dies again and again rests, longer each time, and is tried with one order before it is trusted again. What a killed
+worker may still have had to say is not listened to: its connection went with it.
+"""
+
+import sys
+import time
+from collections import deque
+from collections.abc import Callable
+from multiprocessing.connection import wait
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+import torch.multiprocessing
+
+from mai_thinking.errors import RunError
+from mai_thinking.rl.rollout_worker import Batch, Order
+from mai_thinking.rl.schedule import Spool
+from mai_thinking.rl.worker_process import WorkerSetup, work
+
+HANG_SECONDS = 120.0
+"""A worker with an order that does not move for so long is hung; at its start it has as long."""
+_DEATHS = 3
+"""In a row, before a worker rests."""
+_REST_SECONDS = 5.0
+"""The first time; twice as long each time."""
+_LAST_DEATH = 8
+"""In a row, of every worker: the run ends."""
+_PATIENCE = 0.2
+
+
+class WorkerPool:
+    """`count` workers, for one thread."""
+
+    def __init__(self, setup: WorkerSetup, spool: Spool, *, count: int, hang_seconds: float = HANG_SECONDS) -> None:
+        """Returns at once; they are started when there is something to do."""
+        self.count, self.spool, self.hang_seconds = count, spool, hang_seconds
+        self.deaths = 0
+        """Of all workers so far."""
+        self._setup = setup
+        self._context = torch.multiprocessing.get_context("spawn")
+        self._workers = [_Worker(number) for number in range(count)]
+        self._waiting: deque[Order] = deque()
+        self._begun: set[Order] = set()
+        self._answered: set[Order] = set()
+        for worker in self._workers:
+            self._start(worker)
+
+    def begin(self, order: Order) -> None:
+        """Have it answered, unless that is under way or done."""
+        if order not in self._begun:
+            self._begun.add(order)
+            self._waiting.append(order)
+            self._hand_out()
+
+    def take(self, order: Order) -> Batch | None:
+        """Its answer, if it is there."""
+        batch = None if order in self._begun and order not in self._answered else self.spool.read(order)
+        if batch is not None:
+            self._begun.discard(order)
+            self._answered.discard(order)
+        return batch
+
+    def discard(self, number: int) -> None:
+        """The answer is no longer needed."""
+        self.spool.discard(number)
+
+    def give_up(self) -> None:
+        """All orders that are not answered: they are for weights that are to be retracted."""
+        self._setup.weights.retract()
+        for order in self._begun:
+            self.spool.discard(order.number)
+        self._waiting.clear()
+        self._begun.clear()
+        self._answered.clear()
+
+    def poll(self) -> None:
+        """Take note of what has happened."""
+        self._advance(0.0)
+
+    def wait(self, heartbeat: Callable[[], None]) -> None:
+        """Until something happens, or for a moment. `heartbeat` is called if a worker has moved. RunError if none of
+        them can live."""
+        before = self._setup.beats.clone()
+        self._advance(_PATIENCE)
+        if not torch.equal(before, self._setup.beats):
+            heartbeat()
+
+    def close(self) -> None:
+        """End the processes."""
+        for worker in self._workers:
+            worker.end()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def _start(self, worker: "_Worker") -> None:
+        self._setup.beats[worker.number] = time.monotonic()
+        worker.start(self._context, self._setup)
+
+    def _advance(self, timeout: float) -> None:
+        living = [worker for worker in self._workers if worker.process is not None]
+        wait([worker.connection for worker in living], timeout)
+        for worker in living:
+            for order, problem in worker.read():
+                if problem is not None:
+                    raise RunError(f"a rollout worker cannot go on: {problem}")
+                if order in self._begun:
+                    self._answered.add(order)
+        now = time.monotonic()
+        for worker in living:
+            idle = now - float(self._setup.beats[worker.number])
+            if worker.asked and idle > self.hang_seconds and not worker.ended:
+                worker.process.kill()  # also one that is stopped
+                self._bury(worker, f"did not move for {idle:.0f} s")
+            elif worker.ended:
+                self._bury(worker, "died")
+        for worker in self._workers:
+            if worker.process is None and now >= worker.rests_until:
+                self._start(worker)
+        self._hand_out()
+
+    def _bury(self, worker: "_Worker", how: str) -> None:
+        """Its orders are the next to be handed out."""
+        self._waiting.extendleft(order for order in reversed(worker.asked) if order in self._begun)
+        worker.end()
+        self.deaths += 1
+        rest = _REST_SECONDS * 2 ** (worker.deaths - _DEATHS) if worker.deaths >= _DEATHS else 0.0
+        worker.rests_until = time.monotonic() + rest
+        note = f"; it rests for {rest:.0f} s" if rest else ""
+        print(f"rollout worker {worker.number} {how}; others answer for it{note}", file=sys.stderr, flush=True)
+        if all(one.deaths >= _LAST_DEATH for one in self._workers):
+            raise RunError("all rollout workers die, one start after the other; their last words are above")
+
+    def _hand_out(self) -> None:
+        """One order each, then a second, so that nobody waits for this process; but one at a time to whoever died."""
+        for most in (1, 2):
+            for worker in self._workers:
+                room = worker.process is not None and len(worker.asked) < (1 if worker.deaths else most)
+                if room and self._waiting:
+                    worker.ask(self._waiting.popleft())
+
+
+class _Worker:
+    """One process, and what it has been asked."""
+
+    process: Any = None
+    connection: Any = None
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.asked: deque[Order] = deque()
+        self.deaths = 0
+        """In a row, without an answer."""
+        self.rests_until = 0.0
+        self.ended = False
+
+    def start(self, context: Any, setup: WorkerSetup) -> None:
+        """Returns at once."""
+        self.connection, its_end = context.Pipe()
+        self.process = context.Process(target=work, args=(setup, self.number, its_end), daemon=False)
+        self.process.start()
+        its_end.close()
+        self.ended = False
+
+    def ask(self, order: Order) -> None:
+        """Answer this one too."""
+        self.asked.append(order)
+        try:
+            self.connection.send(order)
+        except OSError:
+            self.ended = True
+
+    def read(self) -> list[tuple[Order, str | None]]:
+        """Orders that are dealt with, and what went wrong. Sets `ended`."""
+        found = []
+        try:
+            while self.connection.poll():
+                found.append(self.connection.recv())
+                self.asked.popleft()
+                self.deaths = 0
+        except (EOFError, OSError):
+            self.ended = True
+        return found
+
+    def end(self) -> None:
+        """Kill the process if it lives, and forget what it was asked."""
+        if self.process is None:
+            return
+        self.deaths += bool(self.asked) or self.ended
+        self.process.kill()
+        self.process.join()
+        self.connection.close()
+        self.process = None
+        self.asked.clear()

@@ -1,0 +1,137 @@
+"""A rollout worker as a process of its own: an engine with graders, which answers the orders that it is sent.
+
+It takes newer weights between two decoding steps, without stopping what it decodes, unless the order is for one version
+alone: that is given up when the weights are no longer that version's.
+"""
+
+import os
+import signal
+import time
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mai_thinking.config.grpo import GrpoConfig
+from mai_thinking.data.tokenizer import load_tokenizer
+from mai_thinking.errors import RunError, UsageError
+from mai_thinking.rl.engine import BatchedEngine
+from mai_thinking.rl.grading import GradingPool
+from mai_thinking.rl.policy_model import check_lengths, make_engine, policy_config, policy_model
+from mai_thinking.rl.rollout_worker import Order, Responder, RolloutWorker
+from mai_thinking.rl.schedule import Spool
+from mai_thinking.rl.shared_weights import SharedWeights
+from mai_thinking.rl.tasks import TaskSampler
+from mai_thinking.rl.template import Template
+
+_PAUSE = 0.002
+
+
+@dataclass(frozen=True)
+class WorkerSetup:
+    """What a worker is told at its start."""
+
+    config: dict[str, Any]
+    rank: int
+    ranks: int
+    weights: SharedWeights
+    spool: Path
+    beats: torch.Tensor
+    """[workers] float64: when each last moved, by the monotonic clock."""
+    threads: int
+
+
+class GivenUpError(Exception):
+    """The weights that an order is for are gone."""
+
+
+def work(setup: WorkerSetup, worker: int, connection: Connection) -> None:
+    """Answer orders until the other end closes. For each sends its number and None, or what went wrong for good."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the trainer
+    torch.set_num_threads(setup.threads)
+    config = GrpoConfig.model_validate(setup.config)
+    tokenizer = load_tokenizer(config.init_from)
+    mix = TaskSampler(config.tasks, config.seed)
+    check_lengths(config, mix)
+    model, _ = policy_model(config, policy_config(config))
+    weights = _Weights(setup.weights, setup.beats, worker)
+    engine = weights.engine = make_engine(model, config, tokenizer, bf16=False, heartbeat=weights.between_tokens)
+    del model
+    grading, spool = config.grading, Spool(setup.spool, setup.rank)
+    with GradingPool(
+        config.tasks, workers=grading.workers, seconds=grading.seconds, megabytes=grading.megabytes
+    ) as pool:
+        answering = RolloutWorker(
+            config, mix, Responder(engine, pool, Template(config.template), tokenizer), ranks=setup.ranks
+        )
+        while True:
+            try:
+                order = connection.recv()
+            except EOFError:
+                return
+            try:
+                weights.begin(order)
+                batch = answering.answer(order, weights.version)
+                batch.switches = weights.switches
+                weights.check()
+                spool.write(batch)
+                outcome = None
+            except GivenUpError:
+                outcome = None
+            except (RunError, UsageError, OSError) as error:
+                outcome = str(error)
+            connection.send((order, outcome))
+
+
+class _Weights:
+    """The engine's, and which they were in the course of an order."""
+
+    engine: BatchedEngine
+
+    def __init__(self, shared: SharedWeights, beats: torch.Tensor, worker: int) -> None:
+        self.shared, self.beats, self.worker = shared, beats, worker
+        self.parent = os.getppid()
+        self.version = -1
+        self.order: Order | None = None
+        self.steps = 0
+        self.switches: list[tuple[int, int]] = []
+
+    def begin(self, order: Order) -> None:
+        """Have the order's weights, or the newest."""
+        self.order, self.steps, self.switches = order, 0, []
+        self.beat()
+        while self.version < 0 or (order.version is not None and self.version != order.version):
+            self.check()
+            self._load()
+        if self.shared.version not in (None, self.version):
+            self._load()
+
+    def between_tokens(self) -> None:
+        """Take newer weights, if there are any."""
+        self.beat()
+        self.check()
+        self.steps += 1
+        if self.shared.version not in (None, self.version):
+            self._load()
+            self.switches.append((self.steps, self.version))
+
+    def check(self) -> None:
+        """GivenUpError if nobody wants the order's answer any more."""
+        if self.order is not None and self.order.version not in (None, self.shared.version):
+            raise GivenUpError
+
+    def beat(self) -> None:
+        """Say that this worker moves; end with the trainer."""
+        self.beats[self.worker] = time.monotonic()
+        if os.getppid() != self.parent:
+            os._exit(0)
+
+    def _load(self) -> None:
+        """The newest, whole."""
+        while (version := self.shared.read(self.engine.load_parameters)) is None:
+            self.beat()
+            self.check()
+            time.sleep(_PAUSE)
+        self.version = version
