@@ -39,6 +39,9 @@ class RolloutSection(Section):
     max_staleness: Whole = 8
     """A rollout older than so many updates is dropped. Workers begin only what can be learned from in time; with 0 they
     answer what one process would, and the learner waits for them."""
+    replay: str | None = None
+    """The folder of a run with workers: its batches are made again, by its schedule, in one process, which ends with
+    the same weights, bit for bit."""
     replay_nucleus: bool = True
     """The learner's softmax runs over the nucleus that the token was drawn from."""
     replay_experts: bool = True
@@ -46,8 +49,8 @@ class RolloutSection(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.lead and self.workers:
-            raise ValueError("rollouts.lead: the workers are ahead by themselves; leave it out, or rollouts.workers")
+        if (self.lead > 0) + (self.workers > 0) + (self.replay is not None) > 1:
+            raise ValueError("rollouts: lead, workers and replay each say who generates when; leave one of them")
         if self.lead > self.max_staleness:
             raise ValueError(
                 f"rollouts.lead: {self.lead} updates ahead, every rollout would be older than max_staleness "

@@ -18,7 +18,7 @@ from mai_thinking.errors import UsageError
 from mai_thinking.model import MaiThinkingForCausalLM
 from mai_thinking.rl.buffer import RolloutBuffer
 from mai_thinking.rl.collapse import COLLAPSE, CollapseDetector, write_verdict
-from mai_thinking.rl.controller import Ahead, Controller, Executor, InProcess, InTurn
+from mai_thinking.rl.controller import Ahead, Controller, Executor, InProcess, InTurn, Replay
 from mai_thinking.rl.evaluation import HeldOut, show_evaluation
 from mai_thinking.rl.grading import GradingPool
 from mai_thinking.rl.length_curriculum import LengthCurriculum
@@ -29,8 +29,7 @@ from mai_thinking.rl.policy_loss import PolicyLoss
 from mai_thinking.rl.policy_model import check_lengths, describe, make_engine, policy_config, policy_model
 from mai_thinking.rl.problem_filter import FilterCounts
 from mai_thinking.rl.rollout_worker import Responder, RolloutWorker
-from mai_thinking.rl.schedule import FOLDER as ROLLOUTS
-from mai_thinking.rl.schedule import Schedule, Spool
+from mai_thinking.rl.schedule import Schedule, Spool, recorded_schedule, schedule_path
 from mai_thinking.rl.shared_weights import SharedWeights
 from mai_thinking.rl.task_sources import check_same_tasks, source_of, task_contents
 from mai_thinking.rl.tasks import TaskSampler
@@ -38,6 +37,7 @@ from mai_thinking.rl.template import Template
 from mai_thinking.rl.traces import FOLDER, TraceStore
 from mai_thinking.rl.worker_pool import WorkerPool
 from mai_thinking.rl.worker_process import WorkerSetup
+from mai_thinking.training.checkpoint_storage import visible_steps
 from mai_thinking.training.context import RunContext
 from mai_thinking.training.learner import Learner
 from mai_thinking.training.ledger import EVALUATION
@@ -89,7 +89,12 @@ class GrpoRecipe(Recipe):
         self.traces = context.folder.path / FOLDER
         self.mix, worker = mix, RolloutWorker(config, mix, self.responder, ranks=ranks)
         self.weights: SharedWeights | None = None
-        executor = self._start_workers() if config.rollouts.workers else InProcess(worker)
+        self.replay: Replay | None = None
+        executor: Executor = InProcess(worker)
+        if config.rollouts.workers:
+            executor = self._start_workers()
+        elif config.rollouts.replay:
+            executor = self.replay = Replay(worker, self.engine, recorded_schedule(config.rollouts.replay, rank))
         self.controller = Controller(
             config, executor, TraceStore(self.traces, rank), problems=worker.problems, rank=rank, ranks=ranks
         )
@@ -206,8 +211,12 @@ class GrpoRecipe(Recipe):
         if self.weights is not None:
             self.weights.retract()
         self.engine.update_weights(self.learner.unwrap())
-        if self.weights is not None and version is not None:
+        if version is None:
+            return
+        if self.weights is not None:
             self.weights.publish(version)
+        if self.replay is not None:
+            self.replay.remember(version)
 
     def _start_workers(self) -> Executor:
         """Rollout workers on the engine's weights, and what hands them their orders."""
@@ -217,17 +226,22 @@ class GrpoRecipe(Recipe):
         threads = max(1, torch.get_num_threads() // (1 + rollouts.workers))
         torch.set_num_threads(threads)
         self.weights = SharedWeights(self.engine.model)
-        folder = context.folder.path / ROLLOUTS
-        spool = Spool(folder, context.rank)
+        spool = Spool(context.folder.path, context.rank)
         beats = torch.zeros(rollouts.workers, dtype=torch.float64).share_memory_()
         fields = config.model_dump(mode="json")
-        setup = WorkerSetup(fields, context.rank, context.ranks, self.weights, folder, beats, threads)
-        pool = context.stack.enter_context(WorkerPool(setup, spool, count=rollouts.workers))
+        setup = WorkerSetup(fields, context.ranks, self.weights, spool, beats, threads)
+        pool = context.stack.enter_context(WorkerPool(setup, count=rollouts.workers))
         if not rollouts.max_staleness:
             return InTurn(pool)
-        schedule = Schedule(folder / f"schedule-{context.rank:05d}.jsonl")
-        per_update = self.groups_per_step * rollouts.steps_per_update
-        return Ahead(pool, schedule, max_staleness=rollouts.max_staleness, per_update=per_update)
+        return Ahead(
+            pool,
+            Schedule(schedule_path(context.folder.path, context.rank)),
+            max_staleness=rollouts.max_staleness,
+            per_update=self.groups_per_step * rollouts.steps_per_update,
+            needed_from=lambda: (
+                -(-min(visible_steps(context.folder.checkpoints), default=0) // rollouts.steps_per_update)
+            ),
+        )
 
     def _end_if_collapsed(self) -> None:
         if self.config.collapse.enabled and self.detector.verdict is not None:

@@ -1,21 +1,25 @@
 """The controller of a climb: which problems are begun when, and what becomes of their rollouts (report §3.1, §3.6).
 
-One loop, three executors. `InProcess`: generation, then learning, in one process. `InTurn`: workers generate, and only
+One loop, four executors. `InProcess`: generation, then learning, in one process. `InTurn`: workers generate, and only
 what the newest weights made is learned from, bit for bit as in one process. `Ahead`: workers generate while the learner
 learns; a batch is begun only if its groups can be learned from within `max_staleness` updates, so that none is thrown
-away for being slow. What arrived when is on record, so that a run that was killed learns from the same groups again.
+away for being slow. What arrived when is on record, so that a run that was killed learns from the same groups again;
+`Replay` makes them again, in one process.
 """
 
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any, Protocol
 
+from torch import Tensor
+
 from mai_thinking.config.grpo import GrpoConfig
 from mai_thinking.errors import RunError
+from mai_thinking.rl.engine import BatchedEngine
 from mai_thinking.rl.problem_filter import FilterCounts
 from mai_thinking.rl.rollout import Group
 from mai_thinking.rl.rollout_worker import Batch, Order, RolloutWorker
-from mai_thinking.rl.schedule import Schedule
+from mai_thinking.rl.schedule import Arrival, Schedule
 from mai_thinking.rl.traces import TraceStore
 from mai_thinking.rl.worker_pool import WorkerPool
 
@@ -159,23 +163,29 @@ class Ahead:
     """Workers answer orders while the learner learns. Orders and arrivals are on record, and the record comes first:
     what it has of this step is done again before anything new."""
 
-    def __init__(self, pool: WorkerPool, schedule: Schedule, *, max_staleness: int, per_update: int) -> None:
-        """`per_update`: groups that this rank learns from between two updates of the weights."""
-        self.pool, self.schedule = pool, schedule
+    def __init__(
+        self,
+        pool: WorkerPool,
+        schedule: Schedule,
+        *,
+        max_staleness: int,
+        per_update: int,
+        needed_from: Callable[[], int] = lambda: 0,
+    ) -> None:
+        """`per_update`: groups that this rank learns from between two updates of the weights. `needed_from`: the
+        version from which on a checkpoint may have to learn again."""
+        self.pool, self.schedule, self.needed_from = pool, schedule, needed_from
         self.max_staleness, self.per_update = max_staleness, per_update
         self._kept = [1, 1]  # problems begun, and groups of them that were kept
 
     def next(self, controller: Controller, wanted: int) -> Batch | None:
         """As `Executor.next`."""
-        while event := self.schedule.next_of(controller.version):
-            if isinstance(event, Order):
-                controller.redraw(event)
-            else:
-                return self._count(controller, self._recorded(event, controller))
+        if arrival := next_arrival(self.schedule, controller):
+            return self._count(controller, self._arrived(arrival.number, controller))
         if self.schedule.ahead:  # the run was killed later than this
-            if wanted:
-                raise RunError(f"{self.schedule.path}: at update {controller.version} it lacks groups")
             return None
+        for number in self.schedule.forget_before(self.needed_from()):
+            self.pool.discard(number)
         for order in controller.under_way.values():
             self.pool.begin(order)
         while True:
@@ -189,7 +199,7 @@ class Ahead:
                 return None
             self.pool.wait(controller.heartbeat)
 
-    def _recorded(self, number: int, controller: Controller) -> Batch:
+    def _arrived(self, number: int, controller: Controller) -> Batch:
         """The batch whose arrival is on record."""
         batch = self.pool.take(controller.under_way[number])
         if batch is None:
@@ -213,3 +223,52 @@ class Ahead:
             order = controller.draw()
             self.schedule.add_order(controller.version, order)
             self.pool.begin(order)
+
+
+class Replay:
+    """Does what a schedule has on record again, in one process: each batch with the weights that wrote it, from
+    decoding step to decoding step."""
+
+    def __init__(self, worker: RolloutWorker, engine: BatchedEngine, schedule: Schedule) -> None:
+        self.worker, self.engine, self.schedule = worker, engine, schedule
+        self._weights: dict[int, list[Tensor]] = {}
+        self._lag = max((arrival.version - arrival.weights[0][1] for arrival in schedule.arrivals), default=0)
+
+    def remember(self, version: int) -> None:
+        """That the engine's weights are this version now."""
+        self._weights[version] = [parameter.clone() for parameter in self.engine.model.parameters()]
+        self._weights.pop(version - self._lag - 1, None)
+
+    def next(self, controller: Controller, wanted: int) -> Batch | None:
+        """As `Executor.next`."""
+        if arrival := next_arrival(self.schedule, controller):
+            return self._answer(controller.under_way[arrival.number], arrival.weights)
+        if wanted:
+            raise RunError(f"{self.schedule.path}: ends at update {controller.version}; make `steps` as few")
+        return None
+
+    def _answer(self, order: Order, weights: list[tuple[int, int]]) -> Batch:
+        """The batch as it was written then."""
+        steps, at = 0, dict(weights)
+        heartbeat = self.engine.heartbeat
+
+        def between_tokens() -> None:
+            nonlocal steps
+            steps += 1
+            heartbeat()
+            if steps in at:
+                self.engine.load_parameters(self._weights[at[steps]])
+
+        self.engine.load_parameters(self._weights[at[0]])
+        self.engine.heartbeat = between_tokens
+        try:
+            return self.worker.answer(order, at[0])
+        finally:
+            self.engine.heartbeat = heartbeat
+
+
+def next_arrival(schedule: Schedule, controller: Controller) -> Arrival | None:
+    """The next one on record of the controller's version, when the orders before it are drawn again."""
+    while isinstance(event := schedule.next_of(controller.version), Order):
+        controller.redraw(event)
+    return event

@@ -9,26 +9,32 @@ import json
 from collections import deque
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from mai_thinking.config.storage import atomic_file
+from mai_thinking.errors import UsageError
 from mai_thinking.rl.buffer import pack_group, unpack_group
 from mai_thinking.rl.problem_filter import FilterCounts
 from mai_thinking.rl.rollout_worker import Batch, Order
 from mai_thinking.training.metrics import read_records
 from mai_thinking.training.state import read_tree, write_tree
 
-FOLDER = "rollouts"
-"""Below a run's folder."""
+_FOLDER = "rollouts"
+
+
+def schedule_path(run: Path, rank: int) -> Path:
+    """Of a rank's schedule in a run's folder."""
+    return run / _FOLDER / f"schedule-{rank:05d}.jsonl"
 
 
 class Spool:
     """Answered batches of one rank, on disk: written whole by a worker, read by the controller."""
 
-    def __init__(self, folder: Path, rank: int) -> None:
-        self.folder, self.rank = folder, rank
+    def __init__(self, run: Path, rank: int) -> None:
+        """In a run's folder."""
+        self.folder, self.rank = run / _FOLDER, rank
 
     def path(self, number: int) -> Path:
         """Of a batch."""
@@ -72,28 +78,39 @@ class Spool:
         self.path(number).unlink(missing_ok=True)
 
 
+class Arrival(NamedTuple):
+    """That a batch was taken in."""
+
+    version: int
+    """Of the learner's weights then."""
+    number: int
+    weights: list[tuple[int, int]]
+    """(n, version): the weights that the batch was written with after n decoding steps."""
+
+
 class Schedule:
-    """One rank's orders and arrivals, with the version of the learner's weights at which each came."""
+    """One rank's orders and arrivals, in their order."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         records = read_records(path)
         self._recorded = deque(records)
-        self._arrived = [(record["version"], record["arrived"]) for record in records if "arrived" in record]
+        self.arrivals = [_arrival(record) for record in records if "arrived" in record]
+        """On record, and not forgotten."""
 
     @property
     def ahead(self) -> bool:
         """Whether there is something on record that has not been done again."""
         return bool(self._recorded)
 
-    def next_of(self, version: int) -> Order | int | None:
-        """What is on record of this version and comes next: an order, or the number of a batch that arrived."""
+    def next_of(self, version: int) -> Order | Arrival | None:
+        """What is on record of this version and comes next."""
         while self._recorded and self._recorded[0]["version"] < version:  # a checkpoint has it
             self._recorded.popleft()
         if not self._recorded or self._recorded[0]["version"] > version:
             return None
         record = self._recorded.popleft()
-        return Order(**record["order"]) if "order" in record else int(record["arrived"])
+        return Order(**record["order"]) if "order" in record else _arrival(record)
 
     def add_order(self, version: int, order: Order) -> None:
         """It is about to be begun."""
@@ -101,21 +118,39 @@ class Schedule:
 
     def add_arrival(self, version: int, batch: Batch) -> None:
         """It is about to be learned from."""
-        weights = [[0, batch.version], *batch.switches]
-        seconds = round(batch.seconds, 3)
-        self._append({"version": version, "arrived": batch.order.number, "weights": weights, "seconds": seconds})
-        self._arrived.append((version, batch.order.number))
+        arrival = Arrival(version, batch.order.number, [(0, batch.version), *batch.switches])
+        self._append(
+            {
+                "version": version,
+                "arrived": arrival.number,
+                "weights": arrival.weights,
+                "seconds": round(batch.seconds, 3),
+            }
+        )
+        self.arrivals.append(arrival)
 
     def forget_before(self, version: int) -> list[int]:
-        """The batches that arrived before `version`, once each."""
-        gone = [number for when, number in self._arrived if when < version]
-        self._arrived = [one for one in self._arrived if one[0] >= version]
+        """The numbers of the batches that arrived before `version`, once each."""
+        gone = [arrival.number for arrival in self.arrivals if arrival.version < version]
+        self.arrivals = [arrival for arrival in self.arrivals if arrival.version >= version]
         return gone
 
     def _append(self, record: dict[str, Any]) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a") as file:
             file.write(json.dumps(record) + "\n")
+
+
+def recorded_schedule(run: str, rank: int) -> Schedule:
+    """UsageError if there is none."""
+    path = schedule_path(Path(run), rank)
+    if not path.exists():
+        raise UsageError(f"rollouts.replay: {path} does not exist; name the folder of a run with rollouts.workers")
+    return Schedule(path)
+
+
+def _arrival(record: dict[str, Any]) -> Arrival:
+    return Arrival(record["version"], record["arrived"], [(steps, version) for steps, version in record["weights"]])
 
 
 def _with_tensors(trace: dict[str, Any]) -> dict[str, Any]:

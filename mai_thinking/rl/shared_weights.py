@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import nn
 
-_NONE = -1
+_NONE, _CLOSED = -1, -2
 
 
 class SharedWeights:
@@ -27,7 +27,16 @@ class SharedWeights:
     def version(self) -> int | None:
         """None while they are being written, or are of no version."""
         version = int(self._version)
-        return None if version == _NONE else version
+        return None if version < 0 else version
+
+    @property
+    def closed(self) -> bool:
+        """Whether nobody is to read any more."""
+        return int(self._version) == _CLOSED
+
+    def close(self) -> None:
+        """For good."""
+        self._version.fill_(_CLOSED)
 
     def retract(self) -> None:
         """Before they are written: nobody begins to read."""

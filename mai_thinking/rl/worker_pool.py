@@ -18,7 +18,6 @@ import torch.multiprocessing
 
 from mai_thinking.errors import RunError
 from mai_thinking.rl.rollout_worker import Batch, Order
-from mai_thinking.rl.schedule import Spool
 from mai_thinking.rl.worker_process import WorkerSetup, work
 
 HANG_SECONDS = 120.0
@@ -30,14 +29,15 @@ _REST_SECONDS = 5.0
 _LAST_DEATH = 8
 """In a row, of every worker: the run ends."""
 _PATIENCE = 0.2
+_CLOSE_SECONDS = 3.0
 
 
 class WorkerPool:
     """`count` workers, for one thread."""
 
-    def __init__(self, setup: WorkerSetup, spool: Spool, *, count: int, hang_seconds: float = HANG_SECONDS) -> None:
+    def __init__(self, setup: WorkerSetup, *, count: int, hang_seconds: float = HANG_SECONDS) -> None:
         """Returns at once; they are started when there is something to do."""
-        self.count, self.spool, self.hang_seconds = count, spool, hang_seconds
+        self.count, self.spool, self.hang_seconds = count, setup.spool, hang_seconds
         self.deaths = 0
         """Of all workers so far."""
         self._setup = setup
@@ -90,8 +90,13 @@ class WorkerPool:
             heartbeat()
 
     def close(self) -> None:
-        """End the processes."""
+        """End the processes: they are asked to, and have a moment."""
+        self._setup.weights.close()
+        deadline = time.monotonic() + _CLOSE_SECONDS
         for worker in self._workers:
+            if worker.process is not None:
+                worker.connection.close()
+                worker.process.join(max(0.0, deadline - time.monotonic()))
             worker.end()
 
     def __enter__(self) -> Self:

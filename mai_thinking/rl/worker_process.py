@@ -6,10 +6,10 @@ alone: that is given up when the weights are no longer that version's.
 
 import os
 import signal
+import sys
 import time
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,17 +34,16 @@ class WorkerSetup:
     """What a worker is told at its start."""
 
     config: dict[str, Any]
-    rank: int
     ranks: int
     weights: SharedWeights
-    spool: Path
+    spool: Spool
     beats: torch.Tensor
     """[workers] float64: when each last moved, by the monotonic clock."""
     threads: int
 
 
-class GivenUpError(Exception):
-    """The weights that an order is for are gone."""
+class GivenUp(BaseException):
+    """The weights that an order is for are gone. No error: no generation is tried again for it."""
 
 
 def work(setup: WorkerSetup, worker: int, connection: Connection) -> None:
@@ -59,7 +58,7 @@ def work(setup: WorkerSetup, worker: int, connection: Connection) -> None:
     weights = _Weights(setup.weights, setup.beats, worker)
     engine = weights.engine = make_engine(model, config, tokenizer, bf16=False, heartbeat=weights.between_tokens)
     del model
-    grading, spool = config.grading, Spool(setup.spool, setup.rank)
+    grading = config.grading
     with GradingPool(
         config.tasks, workers=grading.workers, seconds=grading.seconds, megabytes=grading.megabytes
     ) as pool:
@@ -69,16 +68,16 @@ def work(setup: WorkerSetup, worker: int, connection: Connection) -> None:
         while True:
             try:
                 order = connection.recv()
-            except EOFError:
+            except (EOFError, OSError):  # nobody is there any more
                 return
             try:
                 weights.begin(order)
                 batch = answering.answer(order, weights.version)
                 batch.switches = weights.switches
                 weights.check()
-                spool.write(batch)
+                setup.spool.write(batch)
                 outcome = None
-            except GivenUpError:
+            except GivenUp:
                 outcome = None
             except (RunError, UsageError, OSError) as error:
                 outcome = str(error)
@@ -118,15 +117,15 @@ class _Weights:
             self.switches.append((self.steps, self.version))
 
     def check(self) -> None:
-        """GivenUpError if nobody wants the order's answer any more."""
+        """GivenUp if nobody wants the order's answer any more."""
         if self.order is not None and self.order.version not in (None, self.shared.version):
-            raise GivenUpError
+            raise GivenUp
 
     def beat(self) -> None:
-        """Say that this worker moves; end with the trainer."""
+        """Say that this worker moves; end with the trainer, or when it says so."""
         self.beats[self.worker] = time.monotonic()
-        if os.getppid() != self.parent:
-            os._exit(0)
+        if os.getppid() != self.parent or self.shared.closed:
+            sys.exit()
 
     def _load(self) -> None:
         """The newest, whole."""

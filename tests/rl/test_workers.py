@@ -1,0 +1,158 @@
+"""Rollout workers on configs/tiny-grpo.yaml: the climb of one process where nothing may be stale, the same climb again
+by its schedule where it may, and nothing lost when something dies."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from checksums import sha256_of
+from mai_thinking.config.grpo import GrpoConfig
+from mai_thinking.config.loading import load_config, save_config
+from mai_thinking.errors import UsageError
+from mai_thinking.recipes.grpo import grpo
+from mai_thinking.rl.schedule import Schedule, schedule_path
+from mai_thinking.rl.traces import FOLDER, TraceStore
+from mai_thinking.training.metrics import read_records
+from mai_thinking.training.model_files import load_model
+
+ROOT = Path(__file__).parents[2]
+EXACT = ("step", "loss", "grad_norm", "reward", "pass@1", "clip_relaxation", "max_length")
+Make = Callable[..., GrpoConfig]
+
+
+@pytest.fixture(scope="module")
+def make(tiny_run: Path) -> Make:
+    """`make(folder, "key=value", …)`: configs/tiny-grpo.yaml, with updates of two steps."""
+
+    def config(folder: Path, *overrides: str) -> GrpoConfig:
+        settings = [
+            f"output_dir={folder}",
+            f"init_from={tiny_run / 'final'}",
+            "rollouts.steps_per_update=2",
+            *overrides,
+        ]
+        return load_config(GrpoConfig, ROOT / "configs" / "tiny-grpo.yaml", settings)
+
+    return config
+
+
+def outcome(folder: Path) -> dict[str, Any]:
+    """All that must not depend on who generated."""
+    traces = TraceStore(folder / FOLDER).read().to_pylist()
+    return {
+        "metrics": [{name: r[name] for name in EXACT if name in r} for r in read_records(folder / "metrics.jsonl")],
+        "traces": sorted(traces, key=lambda trace: trace["request_id"]),
+        "final": sha256_of(load_model(folder / "final").state_dict()),
+    }
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether each batch that was taken in is there once, with all that it began with."""
+    arrived = [arrival.number for arrival in Schedule(schedule_path(folder, 0)).arrivals]
+    stored = sorted(int(path.name.split("-")[1]) for path in (folder / FOLDER).glob("batch-*"))
+    return len(set(arrived)) == len(arrived) and stored == sorted(arrived)
+
+
+def test_nothing_stale_is_the_climb_of_one_process(make: Make, tmp_path: Path) -> None:
+    """Two workers, of which one is always ahead of what is wanted and gives up."""
+    for name, workers in (("alone", 0), ("workers", 2)):
+        assert grpo(make(tmp_path / name, "rollouts.max_staleness=0", f"rollouts.workers={workers}")) == 0
+    assert outcome(tmp_path / "workers") == outcome(tmp_path / "alone")
+    assert not list((tmp_path / "workers" / "rollouts").glob("*.safetensors"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 3])
+def test_fifty_updates_with_nothing_stale(make: Make, tmp_path: Path, workers: int) -> None:
+    settings = ["rollouts.max_staleness=0", "steps=50", "rollouts.steps_per_update=1", "collapse.enabled=false"]
+    for name, count in (("alone", 0), ("workers", workers)):
+        assert grpo(make(tmp_path / name, *settings, f"rollouts.workers={count}")) == 0
+    assert outcome(tmp_path / "workers") == outcome(tmp_path / "alone")
+
+
+class Job:
+    """scripts/grpo.py in a process of its own."""
+
+    def __init__(self, config: GrpoConfig, folder: Path) -> None:
+        self.run, self.config = config.folder, folder / "config.yaml"
+        save_config(config, self.config)
+        self.start()
+
+    def start(self) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, str(ROOT / "scripts" / "grpo.py"), str(self.config)],
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+
+    def finish(self) -> str:
+        output, _ = self.process.communicate(timeout=240)
+        assert self.process.returncode == 0, output
+        return output
+
+    def wait_for(self, step: int) -> None:
+        deadline = time.monotonic() + 120
+        while not any(r["step"] >= step for r in read_records(self.run / "metrics.jsonl") if "kind" not in r):
+            assert self.process.poll() is None, self.process.stdout.read()
+            assert time.monotonic() < deadline, f"step {step} was not reached"
+            time.sleep(0.02)
+
+    def workers(self) -> list[int]:
+        """Process ids."""
+        found = []
+        for path in Path("/proc").glob("[0-9]*/stat"):
+            try:
+                parent = int(path.read_text().rsplit(")", 1)[1].split()[1])
+                command = (path.parent / "cmdline").read_bytes()
+            except (OSError, IndexError):
+                continue
+            if parent == self.process.pid and b"spawn_main" in command:
+                found.append(int(path.parent.name))
+        return found
+
+    def kill(self) -> None:
+        """The trainer alone: its workers are to end by themselves."""
+        self.process.kill()
+        self.process.communicate()
+
+
+def test_killed_and_replayed_it_is_the_same_climb(make: Make, tmp_path: Path) -> None:
+    """Workers ahead of the learner: one is killed, one is stopped and lost with the trainer, which is killed. Then the
+    climb goes on with what had arrived, and its schedule, done again in one process, gives the same weights."""
+    settings = ["rollouts.max_staleness=3", "steps=16", "checkpoint.every=6", "evaluation.every=8"]
+    job = Job(make(tmp_path / "run", *settings, "rollouts.workers=2"), tmp_path)
+    job.wait_for(2)
+    os.kill(job.workers()[0], signal.SIGKILL)
+    job.wait_for(9)
+    workers = job.workers()
+    job.kill()
+    deadline = time.monotonic() + 30
+    while any(Path(f"/proc/{pid}").exists() for pid in workers):
+        assert time.monotonic() < deadline, "a worker outlives the trainer"
+        time.sleep(0.05)
+    job.start()
+    job.finish()
+    assert is_whole(tmp_path / "run")
+    steps = [record for record in read_records(tmp_path / "run" / "metrics.jsonl") if "kind" not in record]
+    assert [record["step"] for record in steps] == list(range(1, 17))
+    assert max(record["staleness"] for record in steps) > 0
+    assert all(record["groups_stale"] == 0 for record in steps if "groups_stale" in record)
+    assert grpo(make(tmp_path / "again", *settings, f"rollouts.replay={tmp_path / 'run'}")) == 0
+    assert outcome(tmp_path / "again") == outcome(tmp_path / "run")
+
+
+def test_a_replay_needs_a_schedule(make: Make, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"rollouts\.replay: .* does not exist; name the folder"):
+        grpo(make(tmp_path / "again", f"rollouts.replay={tmp_path / 'nowhere'}"))
+    with pytest.raises(UsageError, match="leave one of them"):
+        make(tmp_path / "both", "rollouts.workers=1", "rollouts.lead=1")
