@@ -93,6 +93,9 @@ class Batch:
     """Of all rollouts."""
     switches: list[tuple[int, int]] = field(default_factory=list)
     """(n, version): newer weights that took over after n decoding steps."""
+    worker: int = 0
+    began: float = 0.0
+    """Unix time."""
     seconds: float = 0.0
     """That it took."""
 
@@ -111,7 +114,7 @@ class RolloutWorker:
 
     def answer(self, order: Order, version: int) -> Batch:
         """From weights of `version`."""
-        begin = time.perf_counter()
+        began, begin = time.time(), time.perf_counter()
         section = self.config.reward
         if not order.penalise_length:
             section = section.model_copy(update={"w_length": 0.0})
@@ -126,7 +129,7 @@ class RolloutWorker:
             counts.count(group)
             traces += trace_rows(group, step=step, checkpoint=checkpoint, lineage=self.config.init_from)
         kept = [group for group in groups if group.verdict is Verdict.KEPT]
-        return Batch(order, version, kept, counts, traces, seconds=time.perf_counter() - begin)
+        return Batch(order, version, kept, counts, traces, began=began, seconds=time.perf_counter() - begin)
 
     def _generate(self, order: Order, version: int) -> list[Group]:
         """All groups of the batch, decided, through both stages."""
