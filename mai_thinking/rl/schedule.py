@@ -50,7 +50,7 @@ class Spool:
             "counts": asdict(batch.counts),
             "traces": [_with_tensors(trace) for trace in batch.traces],
             "switches": batch.switches,
-            "seconds": batch.seconds,
+            "times": {"worker": batch.worker, "began": batch.began, "seconds": batch.seconds},
         }
         with atomic_file(self.path(batch.order.number), durable=True) as path:
             write_tree(path, tree)
@@ -69,8 +69,8 @@ class Spool:
             [unpack_group(group) for group in tree["groups"]],
             FilterCounts(**tree["counts"]),
             [_with_arrays(trace) for trace in tree["traces"]],
-            [tuple(switch) for switch in tree["switches"]],
-            tree["seconds"],
+            tree["switches"],
+            **tree["times"],
         )
 
     def discard(self, number: int) -> None:
@@ -119,14 +119,9 @@ class Schedule:
     def add_arrival(self, version: int, batch: Batch) -> None:
         """It is about to be learned from."""
         arrival = Arrival(version, batch.order.number, [(0, batch.version), *batch.switches])
-        self._append(
-            {
-                "version": version,
-                "arrived": arrival.number,
-                "weights": arrival.weights,
-                "seconds": round(batch.seconds, 3),
-            }
-        )
+        record = {"version": version, "arrived": arrival.number, "weights": arrival.weights}
+        times = {"worker": batch.worker, "began": round(batch.began, 3), "seconds": round(batch.seconds, 3)}
+        self._append(record | times)
         self.arrivals.append(arrival)
 
     def forget_before(self, version: int) -> list[int]:

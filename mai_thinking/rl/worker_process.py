@@ -73,7 +73,7 @@ def work(setup: WorkerSetup, worker: int, connection: Connection) -> None:
             try:
                 weights.begin(order)
                 batch = answering.answer(order, weights.version)
-                batch.switches = weights.switches
+                batch.switches, batch.worker = weights.switches, worker
                 weights.check()
                 setup.spool.write(batch)
                 outcome = None
