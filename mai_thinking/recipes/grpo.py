@@ -174,6 +174,7 @@ class GrpoRecipe(Recipe):
         stage looks for it."""
         if notes := self.mix.notes:
             self.context.folder.note(left_out="\n".join(f"- {note}" for note in notes))
+        Spool(self.context.folder.path, self.context.rank).clear()
         if self.ending is not None and self.ending.exit_code:
             write_verdict(self.context.folder.path, self.detector.verdict)
 

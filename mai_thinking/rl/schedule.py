@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 
 from mai_thinking.config.storage import atomic_file
 from mai_thinking.errors import UsageError
@@ -56,10 +57,10 @@ class Spool:
             write_tree(path, tree)
 
     def read(self, order: Order) -> Batch | None:
-        """The answer to the order; None if there is none, or that to an earlier order of this number."""
+        """The answer to the order; None if there is none, a damaged one, or that to an earlier order of this number."""
         try:
             tree = read_tree(self.path(order.number))
-        except FileNotFoundError:
+        except (OSError, ValueError, SafetensorError):
             return None
         if tree["order"] != asdict(order):
             return None
@@ -76,6 +77,11 @@ class Spool:
     def discard(self, number: int) -> None:
         """Of a batch that nobody needs again."""
         self.path(number).unlink(missing_ok=True)
+
+    def clear(self) -> None:
+        """At the end of the run: the schedule alone makes it again."""
+        for path in self.folder.glob("batch-*"):
+            path.unlink()
 
 
 class Arrival(NamedTuple):

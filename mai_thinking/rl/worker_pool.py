@@ -21,7 +21,9 @@ from mai_thinking.rl.rollout_worker import Batch, Order
 from mai_thinking.rl.worker_process import WorkerSetup, work
 
 HANG_SECONDS = 120.0
-"""A worker with an order that does not move for so long is hung; at its start it has as long."""
+"""A worker with an order that does not move for so long is hung."""
+_START_SECONDS = 180.0
+"""More that it has at its start, for imports and the model."""
 _DEATHS = 3
 """In a row, before a worker rests."""
 _REST_SECONDS = 5.0
@@ -50,9 +52,13 @@ class WorkerPool:
             self._start(worker)
 
     def begin(self, order: Order) -> None:
-        """Have it answered, unless that is under way or done."""
-        if order not in self._begun:
-            self._begun.add(order)
+        """Have it answered, unless that is under way or, by an earlier process of the run, done."""
+        if order in self._begun:
+            return
+        self._begun.add(order)
+        if self.spool.read(order) is not None:
+            self._answered.add(order)
+        else:
             self._waiting.append(order)
             self._hand_out()
 
@@ -106,7 +112,7 @@ class WorkerPool:
         self.close()
 
     def _start(self, worker: "_Worker") -> None:
-        self._setup.beats[worker.number] = time.monotonic()
+        self._setup.beats[worker.number] = time.monotonic() + _START_SECONDS
         worker.start(self._context, self._setup)
 
     def _advance(self, timeout: float) -> None:

@@ -16,7 +16,6 @@ import torch
 
 from mai_thinking.config.grpo import GrpoConfig
 from mai_thinking.data.tokenizer import load_tokenizer
-from mai_thinking.errors import RunError, UsageError
 from mai_thinking.rl.engine import BatchedEngine
 from mai_thinking.rl.grading import GradingPool
 from mai_thinking.rl.policy_model import check_lengths, make_engine, policy_config, policy_model
@@ -48,7 +47,8 @@ class GivenUp(BaseException):
 
 def work(setup: WorkerSetup, worker: int, connection: Connection) -> None:
     """Answer orders until the other end closes. For each sends its number and None, or what went wrong for good."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the trainer
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # they are for the trainer, which ends this one
+        signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(setup.threads)
     config = GrpoConfig.model_validate(setup.config)
     tokenizer = load_tokenizer(config.init_from)
@@ -79,8 +79,8 @@ def work(setup: WorkerSetup, worker: int, connection: Connection) -> None:
                 outcome = None
             except GivenUp:
                 outcome = None
-            except (RunError, UsageError, OSError) as error:
-                outcome = str(error)
+            except Exception as error:
+                outcome = f"{type(error).__name__}: {error}"
             connection.send((order, outcome))
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import ValidationError
 
 from mai_thinking.config.loading import parse_yaml, save_config
 from mai_thinking.config.names import RENAMED
@@ -112,7 +113,9 @@ class RunFolder:
             before = None
         if not isinstance(before, dict):
             raise UsageError(f"{self.config}: is damaged; restore it from a copy")
-        now = yaml.safe_load(yaml.safe_dump(config.model_dump(mode="json")))
+        with contextlib.suppress(ValidationError):  # a key that did not exist then has its default
+            before = type(config).model_validate(before).model_dump(mode="json")
+        before, now = (yaml.safe_load(yaml.safe_dump(tree)) for tree in (before, config.model_dump(mode="json")))
         return [key for key in _differences(before, now) if not _is_free(key)]
 
     def rounds_otherwise(self, config: RunConfig) -> bool:

@@ -1,0 +1,125 @@
+"""The pool's part alone: workers that die, hang or come too late, played by a function that does just that."""
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mai_thinking.errors import RunError
+from mai_thinking.rl import worker_pool
+from mai_thinking.rl.problem_filter import FilterCounts
+from mai_thinking.rl.rollout_worker import Batch, Order
+from mai_thinking.rl.schedule import Spool
+from mai_thinking.rl.shared_weights import SharedWeights
+from mai_thinking.rl.worker_pool import WorkerPool
+from mai_thinking.rl.worker_process import WorkerSetup
+
+
+def faulty(setup: WorkerSetup, worker: int, connection: Connection) -> None:
+    """Answers each order with a batch that says who made it, unless `config` has a fault for its number: `kill`,
+    `stop` or `slow`, once; `always_dies`, every time; `fails`, which cannot be helped."""
+    while True:
+        try:
+            order = connection.recv()
+        except (EOFError, OSError):
+            return
+        setup.beats[worker] = time.monotonic()
+        fault = setup.config.get(str(order.number), setup.config.get("every"))
+        mark = Path(setup.config["marks"]) / f"{order.number}-{fault}"
+        if fault == "always_dies" or (fault and not mark.exists()):
+            mark.touch()
+            if fault == "slow":
+                time.sleep(1)
+            elif fault != "fails":
+                os.kill(os.getpid(), signal.SIGSTOP if fault == "stop" else signal.SIGKILL)
+        if fault != "fails":
+            setup.spool.write(Batch(order, order.version or 0, [], FilterCounts(kept=order.number), [], worker=worker))
+        connection.send((order, "no room" if fault == "fails" else None))
+
+
+@pytest.fixture
+def pool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """`pool(faults by number, count=2)`: a context with a pool of such workers, which hang after two seconds."""
+    monkeypatch.setattr(worker_pool, "work", faulty)
+
+    @contextmanager
+    def make(faults: dict[str, Any], count: int = 2) -> Iterator[WorkerPool]:
+        weights, beats = SharedWeights(torch.nn.Linear(2, 2)), torch.zeros(count, dtype=torch.float64).share_memory_()
+        setup = WorkerSetup(faults | {"marks": str(tmp_path)}, 1, weights, Spool(tmp_path, 0), beats, 1)
+        with WorkerPool(setup, count=count, hang_seconds=2 if "stop" in faults.values() else 60) as made:
+            yield made
+
+    return make
+
+
+def orders(count: int, version: int | None = None) -> list[Order]:
+    return [Order(number, 4 * number, 8, True, version) for number in range(count)]
+
+
+def answer(pool: WorkerPool, asked: list[Order]) -> dict[int, int]:
+    """Have them all answered; number → how often an answer was there to take."""
+    for order in asked:
+        pool.begin(order)
+    taken: dict[int, int] = {}
+    deadline = time.monotonic() + 60
+    while len(taken) < len(asked):
+        assert time.monotonic() < deadline, f"answered: {sorted(taken)}"
+        pool.wait(lambda: None)
+        for order in [order for order in asked if order.number not in taken]:
+            if batch := pool.take(order):
+                assert batch.counts.kept == order.number
+                taken[order.number] = taken.get(order.number, 0) + 1
+    return taken
+
+
+def test_what_a_dead_or_hung_worker_was_asked_others_answer(pool: Any, capfd: pytest.CaptureFixture[str]) -> None:
+    with pool({"1": "kill", "4": "stop", "6": "kill"}) as workers:
+        assert answer(workers, orders(8)) == dict.fromkeys(range(8), 1)
+        assert workers.deaths == 3
+    told = capfd.readouterr().err
+    assert told.count("died; others answer for it") == 2
+    assert "did not move for" in told
+
+
+def test_workers_that_only_die_end_the_run(pool: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After some rest in between."""
+    monkeypatch.setattr(worker_pool, "_REST_SECONDS", 0.001)
+    with pool({"every": "always_dies"}, count=1) as workers, pytest.raises(RunError, match="all rollout workers die"):
+        answer(workers, orders(1))
+    assert workers.deaths == 8
+
+
+def test_what_no_worker_can_do_ends_the_run_at_once(pool: Any) -> None:
+    with pool({"2": "fails"}) as workers, pytest.raises(RunError, match="cannot go on: no room"):
+        answer(workers, orders(4))
+    assert workers.deaths == 0
+
+
+def test_an_answer_that_was_given_up_is_not_believed(pool: Any) -> None:
+    """It comes when its number has been drawn again, for newer weights."""
+    with pool({"0": "slow"}, count=1) as workers:
+        (old,), (new,) = orders(1, version=1), orders(1, version=2)
+        workers.begin(old)
+        time.sleep(0.5)
+        workers.give_up()
+        assert answer(workers, [new]) == {0: 1}
+        assert workers.spool.read(new).version == 2
+        assert workers.spool.read(old) is None
+
+
+def test_what_arrived_before_a_crash_is_not_made_again(pool: Any, tmp_path: Path) -> None:
+    """Unless it is damaged."""
+    for order in orders(2):
+        Spool(tmp_path, 0).write(Batch(order, 0, [], FilterCounts(kept=order.number), [], worker=77))
+    damaged = Spool(tmp_path, 0).path(1)
+    damaged.write_bytes(damaged.read_bytes()[:40])
+    with pool({}) as workers:
+        answer(workers, orders(2))
+        assert [workers.spool.read(order).worker == 77 for order in orders(2)] == [True, False]
