@@ -22,12 +22,13 @@ def main() -> None:
     parser.add_argument("--blocks", type=option(Whole), default=4, help="in which runs take turns to be timed")
     parser.add_argument("--kills", type=option(Whole), default=50, help="of random processes in one run")
     parser.add_argument("--max-staleness", type=option(Count), default=2, help="where workers are ahead")
+    parser.add_argument("--traces", type=Path, help="an RL run whose responses' lengths are simulated with")
     options = parser.parse_intermixed_args()
 
     from mai_thinking.experiments.rocket import Proof
 
     Proof(options.config, options.overrides, options.work, options.updates, options.max_staleness).write(
-        options.out, exact=options.exact, blocks=options.blocks, kills=options.kills
+        options.out, exact=options.exact, blocks=options.blocks, kills=options.kills, traces=options.traces
     )
     print(f"{options.out}/summary.md")
 

@@ -14,12 +14,15 @@ from statistics import median
 from typing import Any
 
 import torch
+from pyarrow import parquet
 
 from mai_thinking.config.grpo import GrpoConfig
 from mai_thinking.config.loading import load_config
 from mai_thinking.errors import RunError
+from mai_thinking.experiments.pacing import WAYS, measured_problems, simulate
 from mai_thinking.report.document import Document, Table
 from mai_thinking.rl.schedule import Schedule, schedule_path
+from mai_thinking.rl.traces import FOLDER
 from mai_thinking.training.metrics import Record, read_records
 from mai_thinking.training.model_files import load_model
 
@@ -94,10 +97,10 @@ class Proof:
         checked = load_config(GrpoConfig, config, list(overrides))
         self.command = [config, *overrides, "collapse.enabled=false"]
         self.steps, self.per_update = updates * checked.rollouts.steps_per_update, checked.rollouts.steps_per_update
-        self.work, self.max_staleness, self.slots = work, max_staleness, checked.rollouts.slots
+        self.work, self.max_staleness, self.config = work, max_staleness, checked
 
-    def write(self, out: Path, *, exact: Sequence[int], blocks: int, kills: int) -> None:
-        """Make what is not there yet, and the page."""
+    def write(self, out: Path, *, exact: Sequence[int], blocks: int, kills: int, traces: Path | None) -> None:
+        """Make what is not there yet, and the page. `traces`: the run whose lengths are simulated with."""
         numbers: dict[str, Any] = {"updates": self.steps // self.per_update, "max_staleness": self.max_staleness}
         if exact:
             numbers["staleness_0_differences"] = self.exact(exact)
@@ -105,9 +108,13 @@ class Proof:
             numbers |= self.times(blocks)
         if kills:
             numbers |= self.faults(kills)
+        simulated = self.simulated(traces or self.work / "time-1") if blocks else []
         page = Document(out.name)
         page.facts |= numbers
         page.add(Table(["figure", "value"], [[name, json.dumps(value)] for name, value in numbers.items()]).markdown())
+        if simulated:
+            rows = [list(row.values()) for row in simulated]
+            page.add_table("simulated", Table(list(simulated[0]), rows), "Simulated, with the lengths of a run")
         page.write(out)
 
     def exact(self, workers: Sequence[int]) -> dict[str, int]:
@@ -140,6 +147,26 @@ class Proof:
             "staleness": sum(r["staleness"] for r in sides["asynchronous"].steps) / self.steps,
         }
 
+    def simulated(self, run: Path) -> list[dict[str, Any]]:
+        """Eight and 64 workers, of four problems each at a time, with the timed learner and the lengths of `run`."""
+        timed = self.work / "time-1"
+        steps = [r for r in read_records(timed / "metrics.jsonl") if "kind" not in r]
+        arrived = [r for r in read_records(schedule_path(timed, 0)) if "arrived" in r]
+        token = sum(r["seconds"] for r in arrived) / sum(_longest(timed, r["arrived"]) for r in arrived)
+        learn = median(r["seconds"] - r["rollout_seconds"] for r in steps)
+        problems, rows = measured_problems(run), []
+        for workers in (8, 64):
+            for staleness in (1, 2, 8):
+                for way in WAYS:
+                    found = simulate(
+                        problems, way, slots=4 * workers, per_update=2 * workers, learn_seconds=learn,
+                        token_seconds=token, max_staleness=staleness, updates=100, config=self.config,
+                    )  # fmt: skip
+                    row = {"workers": workers, "max_staleness": staleness, "way": way, "learner_waits": found.waits}
+                    names = ("learned_longest", "learned_middle", "learned_shortest")
+                    rows.append(row | dict(zip(names, found.learned, strict=True)))
+        return rows
+
     def faults(self, kills: int) -> dict[str, Any]:
         """One run in which processes are killed at random, at even steps; and its schedule done again undisturbed."""
         ahead = [f"rollouts.max_staleness={self.max_staleness}"]
@@ -160,7 +187,7 @@ class Proof:
         arrived = sorted(arrival.number for arrival in Schedule(schedule_path(struck.folder, 0)).arrivals)
         return json.loads(record.read_text()) | {
             "batches": len(arrived),
-            "rollouts_lost": self.slots * len(set(range(arrived[-1] + 1)) - set(arrived)),
+            "rollouts_lost": self.config.rollouts.slots * len(set(range(arrived[-1] + 1)) - set(arrived)),
             "batches_learned_twice": len(arrived) - len(set(arrived)),
             "groups_stale": sum(r.get("groups_stale", 0) for r in struck.steps),
             "replay_differences": struck.differences(again),
@@ -202,6 +229,12 @@ class Proof:
 
     def _run(self, name: str, settings: Sequence[str], threads: int = 1) -> Run:
         return Run([*self.command, f"steps={self.steps}", f"name={name}", *settings], self.work / name, threads)
+
+
+def _longest(run: Path, batch: int) -> int:
+    """Tokens of a batch's longest response."""
+    table = parquet.read_table(run / FOLDER / f"batch-{batch:08d}-rank-00000.parquet", columns=["response_ids"])
+    return int(max(table["response_ids"].combine_chunks().value_lengths().to_pylist()))
 
 
 def _processes() -> Iterator[tuple[int, int, str]]:

@@ -48,6 +48,7 @@ class Controller:
         """By number: begun, and not taken in."""
         self.counts = FilterCounts()
         """Of what was taken in since the last `take_counts`."""
+        self.patience = FRUITLESS_BATCHES
         self.version = self.buffered = self._fruitless = 0
         self._lengths = (0, True)
         self.heartbeat: Callable[[], None] = lambda: None
@@ -68,9 +69,9 @@ class Controller:
             if len(groups) < wanted and (self.counts.solved or hopeless(self.counts)):
                 break
             self._fruitless = 0 if batch.groups else self._fruitless + 1
-            if self._fruitless == FRUITLESS_BATCHES:
+            if self._fruitless == self.patience:
                 raise RunError(
-                    f"step {version * self.config.rollouts.steps_per_update}: {FRUITLESS_BATCHES} batches of problems "
+                    f"step {version * self.config.rollouts.steps_per_update}: {self.patience} batches of problems "
                     f"without one to learn from ({self.counts.metrics()}); easier tasks, wider sampling ranges or "
                     "larger groups would help"
                 )
@@ -176,6 +177,7 @@ class Ahead:
         version from which on a checkpoint may have to learn again."""
         self.pool, self.schedule, self.needed_from = pool, schedule, needed_from
         self.max_staleness, self.per_update = max_staleness, per_update
+        self._resumed = False  # what was under way when the run was killed
         self._kept = [1, 1]  # problems begun, and groups of them that were kept
 
     def next(self, controller: Controller, wanted: int) -> Batch | None:
@@ -186,8 +188,10 @@ class Ahead:
             return None
         for number in self.schedule.forget_before(self.needed_from()):
             self.pool.discard(number)
-        for order in controller.under_way.values():
-            self.pool.begin(order)
+        if not self._resumed:
+            self._resumed = True
+            for order in controller.under_way.values():
+                self.pool.begin(order)
         while True:
             self._admit(controller)
             self.pool.poll()

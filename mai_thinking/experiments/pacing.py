@@ -1,0 +1,198 @@
+"""Pacing simulated (MAI-Thinking-1 report §3.6): the controller's own rule on a virtual clock, with the lengths and
+pass rates of a run that was made.
+
+Three ways to have rollouts for a learner: *synchronous*, generate and then learn; *dropping*, generate without a pause
+and throw away what has become too old; *pacing*, begin only what can be learned from in time.
+"""
+
+import bisect
+import heapq
+import os
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+from mai_thinking.config.grpo import GrpoConfig
+from mai_thinking.rl.controller import Ahead, Controller, Executor
+from mai_thinking.rl.problem_filter import FilterCounts
+from mai_thinking.rl.rollout import Group
+from mai_thinking.rl.rollout_worker import Batch, Order
+from mai_thinking.rl.schedule import Schedule
+from mai_thinking.rl.traces import TraceStore
+from mai_thinking.rl.worker_pool import WorkerPool
+
+WAYS = ("synchronous", "dropping", "pacing")
+
+
+class Measured(NamedTuple):
+    """A problem of a run."""
+
+    longest: int
+    """Tokens of its longest response: what its group takes."""
+    pass_rate: float
+    kept: bool
+
+
+class Simulated(NamedTuple):
+    """What became of so many updates."""
+
+    waits: float
+    """Share of the time that the learner waits."""
+    learned: list[float]
+    """Of the groups worth learning from that were generated, the share that was learned from: of the longest third, the
+    middle one, the shortest."""
+
+
+def measured_problems(run: Path) -> list[Measured]:
+    """Of the later half of a run's traces."""
+    store = TraceStore(run / "traces")
+    rows = store.read(columns=["step", "group_id", "response_ids", "pass_rate", "verdict"])
+    columns = {name: rows[name].to_pylist() for name in ("step", "group_id", "pass_rate", "verdict")}
+    lengths = rows["response_ids"].combine_chunks().value_lengths().to_pylist()
+    half = max(columns["step"]) / 2
+    found: dict[int, Measured] = {}
+    for step, group, rate, verdict, length in zip(*columns.values(), lengths, strict=True):
+        if step >= half:
+            longest = max(length, found[group].longest if group in found else 0)
+            found[group] = Measured(longest, rate, verdict == "kept")
+    return list(found.values())
+
+
+def simulate(
+    problems: Sequence[Measured],
+    way: str,
+    *,
+    slots: int,
+    per_update: int,
+    learn_seconds: float,
+    token_seconds: float,
+    max_staleness: int,
+    updates: int,
+    config: GrpoConfig,
+) -> Simulated:
+    """`slots` problems are generated at once, all workers together; a token of each takes `token_seconds`, an update of
+    `per_update` groups `learn_seconds`."""
+    pool = _VirtualPool(problems, token_seconds, slots)
+    schedule = Schedule(Path(os.devnull))
+    executors: dict[str, Executor] = {
+        "synchronous": _InRounds(pool),
+        "dropping": _Always(pool),
+        "pacing": Ahead(cast(WorkerPool, pool), schedule, max_staleness=max_staleness, per_update=per_update),
+    }
+    store: Any = _NoTraces()
+    controller = Controller(config, executors[way], store, problems=1, rank=0, ranks=1)
+    controller.patience = updates * slots  # a batch is one problem here
+    ready: list[Group] = []
+    waited, learned = 0.0, []
+    for version in range(updates):
+        pool.published.append(pool.now)
+        begin = pool.now
+        while len(ready) < per_update:
+            ready += controller.collect(
+                per_update - len(ready), version=version, buffered=len(ready), max_length=1, penalise_length=True,
+                heartbeat=lambda: None, hopeless=lambda counts: False,
+            )  # fmt: skip
+            ready = [group for group in ready if group.version >= version - max_staleness]
+        waited += pool.now - begin
+        learned += ready[:per_update]
+        ready = ready[per_update:]
+        pool.now += learn_seconds
+    worth = [order for order in pool.finished() if problems[pool.which(order)].kept]
+    got = {group.number for group in learned}
+    by_length = sorted(worth, key=lambda order: -problems[pool.which(order)].longest)
+    thirds = [by_length[len(by_length) * i // 3 : len(by_length) * (i + 1) // 3] for i in range(3)]
+    shares = [sum(order.first in got for order in third) / max(1, len(third)) for third in thirds]
+    return Simulated(waited / pool.now, shares)
+
+
+class _VirtualPool:
+    """What `Ahead` asks of a `WorkerPool`; nothing runs. An order beyond the slots begins when one is free."""
+
+    def __init__(self, problems: Sequence[Measured], token_seconds: float, slots: int) -> None:
+        self.problems, self.token_seconds = problems, token_seconds
+        self.slots = self.count = slots
+        self.now = 0.0
+        self.published: list[float] = []
+        """When each version was."""
+        self._begun: dict[Order, tuple[float, float]] = {}
+        self._free = [0.0] * slots
+        self._ends: list[float] = []
+
+    def which(self, order: Order) -> int:
+        """The problem that an order is about: any, but always the same."""
+        return random.Random(order.first).randrange(len(self.problems))
+
+    def begin(self, order: Order) -> None:
+        if order not in self._begun:
+            start = max(self.now, heapq.heappop(self._free))
+            end = start + self.problems[self.which(order)].longest * self.token_seconds
+            self._begun[order] = start, end
+            heapq.heappush(self._free, end)
+            heapq.heappush(self._ends, end)
+
+    def take(self, order: Order) -> Batch | None:
+        start, end = self._begun[order]
+        if end > self.now:
+            return None
+        version = bisect.bisect_right(self.published, start) - 1
+        groups = [Group(order.first, version)] if self.problems[self.which(order)].kept else []
+        return Batch(order, version, groups, FilterCounts(), [])
+
+    def poll(self) -> None:
+        """Nothing comes by itself."""
+
+    def wait(self, heartbeat: Any) -> None:
+        """Until the next one is done."""
+        while self._ends and self._ends[0] <= self.now:
+            heapq.heappop(self._ends)
+        self.now = self._ends[0]
+
+    def discard(self, number: int) -> None:
+        """Nothing is stored."""
+
+    def finished(self) -> list[Order]:
+        """All orders that are done, but for the last few, which nobody could have learned from yet."""
+        done = sorted((end, order.number, order) for order, (_, end) in self._begun.items() if end <= self.now)
+        return [order for _, _, order in done[: -4 * self.slots]]
+
+
+class _Always:
+    """All slots are in use all the time."""
+
+    def __init__(self, pool: _VirtualPool) -> None:
+        self.pool = pool
+
+    def next(self, controller: Controller, wanted: int) -> Batch | None:
+        """As `Executor.next`."""
+        while True:
+            while len(controller.under_way) < 2 * self.pool.slots:
+                self.pool.begin(controller.draw())
+            for order in controller.under_way.values():
+                if batch := self.pool.take(order):
+                    return batch
+            if not wanted:
+                return None
+            self.pool.wait(None)
+
+
+class _InRounds(_Always):
+    """Slots are filled together, and emptied to the last before anything is learned."""
+
+    def next(self, controller: Controller, wanted: int) -> Batch | None:
+        """As `Executor.next`."""
+        if not controller.under_way:
+            if not wanted:
+                return None
+            for _ in range(self.pool.slots):
+                self.pool.begin(controller.draw())
+        while True:
+            for order in controller.under_way.values():
+                if batch := self.pool.take(order):
+                    return batch
+            self.pool.wait(None)
+
+
+class _NoTraces:
+    def append(self, number: int, traces: Any) -> None:
+        """Nothing to keep."""
