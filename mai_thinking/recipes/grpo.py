@@ -224,8 +224,10 @@ class GrpoRecipe(Recipe):
         config, context, rollouts = self.config, self.context, self.config.rollouts
         if context.device.type != "cpu":
             raise UsageError(f"rollouts.workers: {rollouts.workers} workers share a CPU's memory; on a GPU make it 0")
-        threads = max(1, torch.get_num_threads() // (1 + rollouts.workers))
+        before = torch.get_num_threads()
+        threads = max(1, before // (1 + rollouts.workers))
         torch.set_num_threads(threads)
+        context.stack.callback(torch.set_num_threads, before)
         self.weights = SharedWeights(self.engine.model)
         spool = Spool(context.folder.path, context.rank)
         beats = torch.zeros(rollouts.workers, dtype=torch.float64).share_memory_()

@@ -115,6 +115,7 @@ def describe(config: GrpoConfig) -> str:
         ("steps", f"{config.steps:,} of {batch}"),
         ("tokens", f"at most {quantity(tokens)} of responses, at the first stage's {config.curriculum.start} each"),
         ("engine", f"{config.rollouts.slots} slots, new weights every {config.rollouts.steps_per_update} steps"),
+        *_workers(config, total),
         (
             "memory",
             f"{total * weights / 2**30:,.2f} GiB per rank for weights, gradients, optimiser and the engine's copy",
@@ -123,3 +124,12 @@ def describe(config: GrpoConfig) -> str:
     if dropout := load_model_config(config.init_from).dropout:
         rows.append(("dropout", f"off, which {config.init_from} was trained with at {dropout}"))
     return "\n".join(f"{name:<12}  {value}" for name, value in rows)
+
+
+def _workers(config: GrpoConfig, parameters: int) -> list[tuple[str, str]]:
+    """The line about rollout workers, if there are any."""
+    workers, stale = config.rollouts.workers, config.rollouts.max_staleness
+    if not workers:
+        return []
+    pace = f"at most {stale} updates ahead" if stale else "in turn with the learner"
+    return [("workers", f"{workers} a rank, {pace}, each with {parameters * WEIGHT / 2**30:,.2f} GiB of weights")]

@@ -100,6 +100,9 @@ class Schedule:
     def __init__(self, path: Path) -> None:
         self.path = path
         records = read_records(path)
+        torn = path.is_file() and not path.read_bytes().endswith(b"\n")
+        self._gap = "\n" if torn else ""
+        """Before the next line: a machine's death may have cut the last one off."""
         self._recorded = deque(records)
         self.arrivals = [_arrival(record) for record in records if "arrived" in record]
         """On record, and not forgotten."""
@@ -139,7 +142,8 @@ class Schedule:
     def _append(self, record: dict[str, Any]) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a") as file:
-            file.write(json.dumps(record) + "\n")
+            file.write(f"{self._gap}{json.dumps(record)}\n")
+        self._gap = ""
 
 
 def recorded_schedule(run: str, rank: int) -> Schedule:

@@ -117,7 +117,10 @@ class WorkerPool:
 
     def _advance(self, timeout: float) -> None:
         living = [worker for worker in self._workers if worker.process is not None]
-        wait([worker.connection for worker in living], timeout)
+        if living:
+            wait([worker.connection for worker in living], timeout)
+        else:
+            time.sleep(timeout)  # all rest
         for worker in living:
             for order, problem in worker.read():
                 if problem is not None:

@@ -75,6 +75,7 @@ def work(setup: WorkerSetup, worker: int, connection: Connection) -> None:
                 batch = answering.answer(order, weights.version)
                 batch.switches, batch.worker = weights.switches, worker
                 weights.check()
+                weights.beat()  # of a trainer that is gone, the next one's workers write this batch
                 setup.spool.write(batch)
                 outcome = None
             except GivenUp:

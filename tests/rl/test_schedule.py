@@ -1,0 +1,31 @@
+"""The record of who made what when."""
+
+from pathlib import Path
+
+from mai_thinking.rl.problem_filter import FilterCounts
+from mai_thinking.rl.rollout_worker import Batch, Order
+from mai_thinking.rl.schedule import Arrival, Schedule
+
+
+def test_what_is_on_record_comes_again_in_its_order(tmp_path: Path) -> None:
+    """From the version on that a checkpoint does not have yet; a line that was cut off takes no other along."""
+    path = tmp_path / "rollouts" / "schedule-00000.jsonl"
+    first, second, third = (Order(number, 4 * number, 8, True) for number in range(3))
+    batch = Batch(first, 0, [], FilterCounts(), [], [(7, 1)])
+    schedule = Schedule(path)
+    schedule.add_order(0, first)
+    schedule.add_order(1, second)
+    schedule.add_arrival(1, batch)
+    schedule.add_order(1, third)
+    path.write_bytes(path.read_bytes()[:-9])  # a machine's death
+    again = Schedule(path)
+    again.add_order(2, third)
+    last = Schedule(path)
+    assert last.next_of(1) == second
+    assert last.ahead
+    assert last.next_of(1) == Arrival(1, 0, [(0, 0), (7, 1)])
+    assert last.next_of(1) is None
+    assert last.next_of(2) == third
+    assert not last.ahead
+    assert last.forget_before(2) == [0]
+    assert last.forget_before(2) == []
