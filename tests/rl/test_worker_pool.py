@@ -88,6 +88,7 @@ def test_what_a_dead_or_hung_worker_was_asked_others_answer(pool: Any, capfd: py
     assert "did not move for" in told
 
 
+@pytest.mark.slow
 def test_workers_that_only_die_end_the_run(pool: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """After some rest in between."""
     monkeypatch.setattr(worker_pool, "_REST_SECONDS", 0.001)
@@ -97,7 +98,7 @@ def test_workers_that_only_die_end_the_run(pool: Any, monkeypatch: pytest.Monkey
 
 
 def test_what_no_worker_can_do_ends_the_run_at_once(pool: Any) -> None:
-    with pool({"2": "fails"}) as workers, pytest.raises(RunError, match="cannot go on: no room"):
+    with pool({"2": "fails"}, count=1) as workers, pytest.raises(RunError, match="cannot go on: no room"):
         answer(workers, orders(4))
     assert workers.deaths == 0
 
@@ -120,6 +121,6 @@ def test_what_arrived_before_a_crash_is_not_made_again(pool: Any, tmp_path: Path
         Spool(tmp_path, 0).write(Batch(order, 0, [], FilterCounts(kept=order.number), [], worker=77))
     damaged = Spool(tmp_path, 0).path(1)
     damaged.write_bytes(damaged.read_bytes()[:40])
-    with pool({}) as workers:
+    with pool({}, count=1) as workers:
         answer(workers, orders(2))
         assert [workers.spool.read(order).worker == 77 for order in orders(2)] == [True, False]
