@@ -9,8 +9,6 @@ import time
 from dataclasses import asdict
 from typing import Any
 
-import torch
-
 from mai_thinking.config.command import EXIT_COLLAPSED
 from mai_thinking.config.grpo import GrpoConfig
 from mai_thinking.data.tokenizer import load_tokenizer
@@ -36,7 +34,7 @@ from mai_thinking.rl.tasks import TaskSampler
 from mai_thinking.rl.template import Template
 from mai_thinking.rl.traces import FOLDER, TraceStore
 from mai_thinking.rl.worker_pool import WorkerPool
-from mai_thinking.rl.worker_process import WorkerSetup
+from mai_thinking.rl.worker_process import share_machine
 from mai_thinking.training.checkpoint_storage import visible_steps
 from mai_thinking.training.context import RunContext
 from mai_thinking.training.learner import Learner
@@ -89,6 +87,7 @@ class GrpoRecipe(Recipe):
         self.traces = context.folder.path / FOLDER
         self.mix, worker = mix, RolloutWorker(config, mix, self.responder, ranks=ranks)
         self.weights: SharedWeights | None = None
+        self.workers: WorkerPool | None = None
         self.replay: Replay | None = None
         executor: Executor = InProcess(worker)
         if config.rollouts.workers:
@@ -104,6 +103,7 @@ class GrpoRecipe(Recipe):
         self.objective = Objective(config.objective)
         self.curriculum = LengthCurriculum(config.curriculum)
         self.detector = CollapseDetector(config.collapse)
+        self.filling = (0.0, 0.0)  # when the last one began, and what it took
 
     def describe(self) -> str:
         """What it costs."""
@@ -133,7 +133,8 @@ class GrpoRecipe(Recipe):
         drawn, counts = self._fill(step - 1, version) if in_turn == 0 else ({}, FilterCounts())
         if self.ending is not None:
             return None
-        generated = time.perf_counter()
+        waited = time.perf_counter() - begin
+        self.filling = self.filling if in_turn else (begin, waited)
         groups = self.buffer.take(self.groups_per_step)
         rollouts = [rollout for group in groups for rollout in group.rollouts]
         summary = rollout_metrics(groups, version, self.context)
@@ -158,7 +159,11 @@ class GrpoRecipe(Recipe):
         if self.curriculum.update(counts.long, counts.rollouts):
             self.context.log(f"step {step}: responses may be {self.curriculum.max_length} tokens long from here on")
         note = f"pass rate {summary['pass_rate']:.2f}  entropy {metrics['entropy']:.2f}  k {k:g}"
-        return Step(metrics | {"rollout_seconds": generated - begin}, tokens, note)
+        if self.workers:
+            now = time.perf_counter()
+            metrics["idle/learner"] = waited / (now - begin)
+            note += f"  waits {self.filling[1] / (now - self.filling[0]):.0%}  staleness {summary['staleness']:.1f}"
+        return Step(metrics | {"rollout_seconds": waited}, tokens, note)
 
     def evaluate(self, step: int, *, last: bool) -> dict[str, Any] | None:
         """pass@1 and pass@k on the held-out problems, with the newest weights."""
@@ -205,7 +210,8 @@ class GrpoRecipe(Recipe):
             self._end_if_collapsed()
         elif missing:
             self.ending = Ending(f"after step {done} hardly a problem is left to learn from: the tasks are solved")
-        return {"groups_stale": stale, **counts.metrics()}, counts
+        idle = {"idle/workers": self.workers.idle_share()} if self.workers else {}
+        return {"groups_stale": stale, **counts.metrics(), **idle}, counts
 
     def _give_weights(self, version: int | None = None) -> None:
         """The learner's to the engine, and as `version` to the workers."""
@@ -224,16 +230,9 @@ class GrpoRecipe(Recipe):
         config, context, rollouts = self.config, self.context, self.config.rollouts
         if context.device.type != "cpu":
             raise UsageError(f"rollouts.workers: {rollouts.workers} workers share a CPU's memory; on a GPU make it 0")
-        before = torch.get_num_threads()
-        threads = max(1, before // (1 + rollouts.workers))
-        torch.set_num_threads(threads)
-        context.stack.callback(torch.set_num_threads, before)
-        self.weights = SharedWeights(self.engine.model)
-        spool = Spool(context.folder.path, context.rank)
-        beats = torch.zeros(rollouts.workers, dtype=torch.float64).share_memory_()
-        fields = config.model_dump(mode="json")
-        setup = WorkerSetup(fields, context.ranks, self.weights, spool, beats, threads)
-        pool = context.stack.enter_context(WorkerPool(setup, count=rollouts.workers))
+        self.weights, spool = SharedWeights(self.engine.model), Spool(context.folder.path, context.rank)
+        setup = share_machine(config, context.ranks, self.weights, spool, context.stack)
+        pool = self.workers = context.stack.enter_context(WorkerPool(setup, count=rollouts.workers))
         if not rollouts.max_staleness:
             return InTurn(pool)
         return Ahead(

@@ -48,6 +48,8 @@ class WorkerPool:
         self._waiting: deque[Order] = deque()
         self._begun: set[Order] = set()
         self._answered: set[Order] = set()
+        self._taken: list[tuple[float, float]] = []  # begin and end of batches since the last `idle_share`
+        self._told = time.time()
         for worker in self._workers:
             self._start(worker)
 
@@ -68,6 +70,11 @@ class WorkerPool:
         if batch is not None:
             self._begun.discard(order)
             self._answered.discard(order)
+            end = batch.began + batch.seconds
+            self._taken.append((batch.began, end))
+            for worker in self._workers:
+                if worker.number == batch.worker:
+                    worker.free_since = max(worker.free_since, end)
         return batch
 
     def discard(self, number: int) -> None:
@@ -94,6 +101,16 @@ class WorkerPool:
         self._advance(_PATIENCE)
         if not torch.equal(before, self._setup.beats):
             heartbeat()
+
+    def idle_share(self) -> float:
+        """Of all workers' time since the last call, the share in which they neither made a batch that was taken nor, as
+        far as this process knows, are at one now."""
+        begin, now = self._told, time.time()
+        at_work = [max(worker.asked[0][1], worker.free_since) for worker in self._workers if worker.asked]
+        spans = [*self._taken, *((start, now) for start in at_work)]
+        busy = sum(max(0.0, min(end, now) - max(start, begin)) for start, end in spans)
+        self._told, self._taken = now, []
+        return min(1.0, max(0.0, 1 - busy / (self.count * max(now - begin, 1e-9))))
 
     def close(self) -> None:
         """End the processes: they are asked to, and have a moment."""
@@ -142,7 +159,7 @@ class WorkerPool:
 
     def _bury(self, worker: "_Worker", how: str) -> None:
         """Its orders are the next to be handed out."""
-        self._waiting.extendleft(order for order in reversed(worker.asked) if order in self._begun)
+        self._waiting.extendleft(order for order, _ in reversed(worker.asked) if order in self._begun)
         worker.end()
         self.deaths += 1
         rest = _REST_SECONDS * 2 ** (worker.deaths - _DEATHS) if worker.deaths >= _DEATHS else 0.0
@@ -169,10 +186,13 @@ class _Worker:
 
     def __init__(self, number: int) -> None:
         self.number = number
-        self.asked: deque[Order] = deque()
+        self.asked: deque[tuple[Order, float]] = deque()
+        """And when, in Unix time."""
         self.deaths = 0
         """In a row, without an answer."""
         self.rests_until = 0.0
+        self.free_since = 0.0
+        """Unix time of its last answer that was taken."""
         self.ended = False
 
     def start(self, context: Any, setup: WorkerSetup) -> None:
@@ -185,7 +205,7 @@ class _Worker:
 
     def ask(self, order: Order) -> None:
         """Answer this one too."""
-        self.asked.append(order)
+        self.asked.append((order, time.time()))
         try:
             self.connection.send(order)
         except OSError:

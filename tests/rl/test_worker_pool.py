@@ -7,7 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -124,3 +126,47 @@ def test_what_arrived_before_a_crash_is_not_made_again(pool: Any, tmp_path: Path
     with pool({}, count=1) as workers:
         answer(workers, orders(2))
         assert [workers.spool.read(order).worker == 77 for order in orders(2)] == [True, False]
+
+
+def test_the_idle_share_is_of_the_time_of_all_workers(pool: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock and workers of the test's own."""
+    clock, ends = SimpleNamespace(now=100.0), []
+
+    def start(worker: Any, context: Any, setup: WorkerSetup) -> None:
+        worker.process = Mock()
+        worker.connection, its_end = context.Pipe()
+        ends.append(its_end)
+
+    monkeypatch.setattr(worker_pool, "time", SimpleNamespace(time=lambda: clock.now, monotonic=time.monotonic))
+    monkeypatch.setattr(worker_pool._Worker, "start", start)
+    with pool({}) as workers:
+        asked = orders(7)
+
+        def answered(worker: int, number: int, began: float, seconds: float) -> None:
+            batch = Batch(asked[number], 0, [], FilterCounts(), [], worker=worker, began=began, seconds=seconds)
+            workers.spool.write(batch)
+            ends[worker].send((asked[number], None))
+
+        def share(*numbers: int, at: float) -> float:
+            clock.now = at
+            workers.poll()
+            assert all(workers.take(asked[number]) for number in numbers)
+            return workers.idle_share()
+
+        for number in range(3):  # 0 and then 2 for one worker, 1 for the other
+            workers.begin(asked[number])
+        answered(0, 0, 100, 6)
+        assert share(0, at=110) == 0  # both are at work, one at its second order
+        answered(0, 2, 106, 8)
+        assert share(2, at=120) == pytest.approx(6 / 20)  # from 114 on one has nothing to do
+        workers.begin(asked[3])
+        answered(0, 3, 121, 5)
+        answered(1, 1, 100, 22)
+        assert share(1, 3, at=130) == pytest.approx(1 - (5 + 2) / 20)
+        workers.begin(asked[4])
+        answered(0, 4, 130, 1)
+        clock.now = 140  # nobody has looked for that answer when more is asked
+        workers.begin(asked[5])
+        workers.begin(asked[6])
+        assert share(4, at=150) == pytest.approx(1 - (1 + 10 + 10) / 40)
+        assert share(at=160) == 0
