@@ -101,7 +101,7 @@ class Document:
             if isinstance(part, str):
                 parts.append(part)
             elif save(part, folder / f"{part.name}.png"):
-                parts.append(f"![{part.name}]({part.name}.png)")
+                parts += [f"![{part.name}]({part.name}.png)", *filter(None, [part.caption])]
         text = "\n\n".join(parts) + "\n"
         for name, content in (("summary.md", text), ("summary.json", json.dumps(plain(self.facts), indent=1) + "\n")):
             with atomic_file(folder / name) as path:
@@ -120,7 +120,7 @@ class Document:
                 parts.append(f"<p>{MISSING}</p>\n")
             else:
                 source = f"data:image/png;base64,{base64.b64encode(image).decode()}"
-                parts.append(f'<p><img alt="{part.name}" src="{source}"></p>\n')
+                parts.append(f'<p><img alt="{part.name}" src="{source}"></p>\n{markdown.render(part.caption)}')
         return "".join(parts)
 
 

@@ -43,8 +43,8 @@ class Series:
     def draw(self, axes: Any, place: int) -> None:
         """Draw on matplotlib's `axes`, as the panel's series number `place`."""
         colour = PALETTE[(place if self.colour is None else self.colour) % len(PALETTE)]
-        if self.shade is not None:  # from blue over red to yellow-brown
-            colour = colorsys.hls_to_rgb((0.62 + 0.5 * self.shade) % 1, 0.5, 0.7)  # type: ignore[assignment]
+        if self.shade is not None:
+            colour = shade(self.shade)
         y = self.y
         if len(self.low):
             axes.fill_between(self.x, self.low, self.high, color=colour, alpha=0.16, linewidth=0)
@@ -136,18 +136,25 @@ class Timeline:
     """Stretches of time, each of a colour."""
 
     title: str
-    stretches: Mapping[str, Sequence[tuple[float, float]]]
-    """Name, for the legend → (begin, duration) in seconds."""
+    lanes: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]]
+    """Lane → name, for the legend → (begin, duration) in seconds."""
     colours: Mapping[str, str]
 
     def draw(self, axes: Any) -> None:
         """Draw on matplotlib's `axes`."""
-        for name, stretches in self.stretches.items():
-            axes.broken_barh(stretches, (0, 1), color=self.colours[name], linewidth=0, label=name)
+        edge = {"edgecolor": "white", "linewidth": 0.8} if len(self.lanes) > 1 else {"linewidth": 0}
+        for place, stretches in enumerate(self.lanes.values()):
+            for name, pieces in stretches.items():
+                axes.broken_barh(pieces, (place, 1), facecolor=self.colours[name], label=name, **edge)
         axes.margins(0)
-        axes.set_yticks([])
+        axes.invert_yaxis()
+        axes.set_yticks([place + 0.5 for place in range(len(self.lanes))], list(self.lanes))
+        axes.tick_params(axis="y", length=0)
         axes.set_xlabel("seconds")
-        axes.legend(fontsize=7, ncols=5, loc="lower center", bbox_to_anchor=(0.5, 1.25))
+        handles, labels = axes.get_legend_handles_labels()
+        entries = dict(zip(labels, handles, strict=True))  # a name may be in several lanes
+        where = {"loc": "lower center", "bbox_to_anchor": (0.5, 1 + 0.4 / len(self.lanes))}
+        axes.legend(entries.values(), entries.keys(), fontsize=7, ncols=5, **where)
 
 
 @dataclass(frozen=True)
@@ -162,6 +169,8 @@ class Figure:
     """Inches, of one panel."""
     heights: Sequence[float] = ()
     """Of the rows, where they differ."""
+    caption: str = ""
+    """What is said below it."""
 
 
 def draw(figure: Figure) -> bytes | None:
@@ -195,6 +204,12 @@ def save(figure: Figure, path: Path) -> bool:
         with atomic_file(path) as temporary:
             temporary.write_bytes(image)
     return image is not None
+
+
+def shade(place: float) -> str:
+    """The colour of a place between 0 and 1 in the palette for ordered things: from blue over red to yellow-brown."""
+    red, green, blue = colorsys.hls_to_rgb((0.62 + 0.5 * place) % 1, 0.5, 0.7)
+    return f"#{round(255 * red):02x}{round(255 * green):02x}{round(255 * blue):02x}"
 
 
 def condensed(name: str, x: Sequence[float], y: Sequence[float], **options: Any) -> Series:

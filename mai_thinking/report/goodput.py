@@ -116,7 +116,7 @@ def timeline(result: Account) -> Timeline:
     names = {category: f"{category} {result.share(category):.1%}" for category in seen}
     return Timeline(
         f"goodput {result.report_goodput:.1%} (the report's), {result.common_goodput:.1%} (common)",
-        {name: stretches[category] for category, name in names.items()},
+        {"": {name: stretches[category] for category, name in names.items()}},
         {name: COLOURS[category] for category, name in names.items()},
     )
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from mai_thinking.report.figures import Figure, HeatMap, Panel, Series, condensed
 from mai_thinking.report.reading import Climb, Run
+from mai_thinking.report.timeline import timeline
 from mai_thinking.rl.trace_report import printable
 from mai_thinking.training.metrics import Record
 
@@ -41,6 +42,8 @@ CURVES = (
     Curve("repetition", "Share of responses that loop"),
     Curve("rollouts_used", "Share of rollouts learned from"),
     Curve("staleness", "Staleness, updates"),
+    Curve("idle/learner", "Share of a step that the learner waits"),
+    Curve("idle/workers", "Share of the time that workers are idle"),
     Curve("mismatch", "Mismatch, learner against engine", log_y=True),
     Curve("grad_norm", "Gradient norm", log_y=True),
     Curve("lr", "Learning rate"),
@@ -57,7 +60,7 @@ Clock = Callable[[Record], float]
 
 def figures_of(run: Run) -> list[Figure]:
     """All figures of a run."""
-    return [*held_out(run), curves(run), *load(run)] if run.steps else held_out(run)
+    return [*held_out(run), curves(run), *load(run), *timeline(run)] if run.steps else held_out(run)
 
 
 def held_out(run: Run) -> list[Figure]:

@@ -18,6 +18,7 @@ from mai_thinking.report.goodput import report as report_goodput
 from mai_thinking.report.goodput import timeline
 from mai_thinking.report.panels import curves, figures_of, load
 from mai_thinking.report.reading import read_run
+from mai_thinking.report.timeline import timeline as who_did_what
 from mai_thinking.rl.traces import FOLDER, Trace, TraceStore
 from mai_thinking.training.metrics import read_records
 
@@ -164,8 +165,44 @@ def test_a_long_curve_is_drawn_by_its_means_and_ranges(tmp_path: Path) -> None:
 
 
 def test_the_timeline_covers_the_run(tmp_path: Path) -> None:
-    stretches = timeline(read_run(rl_run(tmp_path / "run")).account).stretches
-    assert stretches == {"productive steps 99.5%": [(3.0, 600.0)], "start-up 0.5%": [(0.0, 3.0)]}
+    lanes = timeline(read_run(rl_run(tmp_path / "run")).account).lanes
+    assert lanes[""] == {"productive steps 99.5%": [(3.0, 600.0)], "start-up 0.5%": [(0.0, 3.0)]}
+
+
+def test_who_did_what_in_the_last_updates(tmp_path: Path) -> None:
+    """Steps end at 1005, 1007, …; each third fills the buffer, in its first half second."""
+    folder = rl_run(tmp_path / "run", steps=30)
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    (folder / "config.yaml").write_text(yaml.safe_dump(config | {"rollouts": {"workers": 3}}))
+    records = read_records(folder / "metrics.jsonl")
+    for record in records:
+        filling = {"groups_stale": 0, "idle/workers": 0.25} if record["step"] % 3 == 1 else {}
+        record |= {"rollout_seconds": 0.5 if filling else 0.0, "idle/learner": 0.1} | filling
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    begin = 1003 + 2 * 12  # of step 13, the first of the last six updates
+    batches = [(0, 2, -50, 20), (0, 3, -5, 7), (2, 4, 3, 4), (0, 4, 30, 100)]  # worker, version, begin, seconds
+    lines = [{"version": 0, "order": {"number": 0}}, {"version": 0, "arrived": 9, "weights": [[0, 0]]}]  # one without
+    lines += [
+        {"version": 5, "arrived": 0, "weights": [[0, version], [3, version + 1]], "worker": worker,
+         "began": begin + start, "seconds": seconds}
+        for worker, version, start, seconds in batches
+    ]  # fmt: skip
+    (folder / "rollouts").mkdir()
+    (folder / "rollouts" / "schedule-00000.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (figure,) = who_did_what(read_run(folder))
+    lanes = figure.panels[0].lanes
+    assert lanes["learner"]["wait for rollouts"] == [(2.0 * step, 0.5 if step % 3 == 0 else 0.0) for step in range(18)]
+    assert lanes["learner"]["learn"][:2] == [(0.5, 1.5), (2.0, 2.0)]
+    assert {lane: dict(named) for lane, named in lanes.items() if lane != "learner"} == {
+        "worker 0": {"weights 3": [(0.0, 2.0)], "weights 4": [(30.0, 6.0)]},
+        "worker 1": {},
+        "worker 2": {"weights 4": [(3.0, 4.0)]},
+    }
+    parsed = assert_of_one_piece(page_of(folder, tmp_path / "page.html"))
+    assert "timeline" in {image["alt"] for image in parsed.all("img")}
+    assert figure.caption in parsed.text
+    titles = {panel.title for panel in curves(read_run(folder)).panels}
+    assert {"Share of a step that the learner waits", "Share of the time that workers are idle"} <= titles
 
 
 def test_words_of_a_model_stay_words(tmp_path: Path) -> None:

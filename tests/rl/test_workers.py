@@ -17,6 +17,8 @@ from mai_thinking.config.grpo import GrpoConfig
 from mai_thinking.config.loading import load_config, save_config
 from mai_thinking.errors import UsageError
 from mai_thinking.recipes.grpo import grpo
+from mai_thinking.report.reading import read_run
+from mai_thinking.report.timeline import LEARN, WAIT, timeline
 from mai_thinking.rl.schedule import Schedule, schedule_path
 from mai_thinking.rl.traces import FOLDER, TraceStore
 from mai_thinking.training.metrics import read_records
@@ -126,6 +128,30 @@ class Job:
         self.process.communicate()
 
 
+def assert_who_did_what(folder: Path, steps: list[dict[str, Any]]) -> None:
+    """The records' idle shares, and the page's timeline of the last six of eight updates."""
+    for record in steps:
+        assert record["idle/learner"] == pytest.approx(record["rollout_seconds"] / record["seconds"], abs=0.05)
+        assert ("idle/workers" in record) == (record["step"] % 2 == 1)
+    assert any(0 < record["idle/workers"] < 1 for record in steps[::2])
+    (figure,) = timeline(read_run(folder))
+    assert f"![timeline](timeline.png)\n\n{figure.caption}\n" in (folder / "report" / "summary.md").read_text()
+    lanes = figure.panels[0].lanes
+    assert list(lanes) == ["learner", "worker 0", "worker 1"]
+    spent = {name: sum(seconds for _, seconds in stretches) for name, stretches in lanes["learner"].items()}
+    waited = sum(record["rollout_seconds"] for record in steps[4:])
+    assert spent[WAIT] == pytest.approx(waited, abs=1e-3)
+    assert spent[LEARN] == pytest.approx(sum(record["seconds"] for record in steps[4:]) - waited, abs=1e-3)
+    ends = [begin + seconds for stretches in lanes["learner"].values() for begin, seconds in stretches]
+    arrivals = [one for one in read_records(schedule_path(folder, 0)) if one.get("version", 0) >= 6 and "began" in one]
+    for number in (0, 1):
+        shown = sorted((begin, name) for name, spans in lanes[f"worker {number}"].items() for begin, _ in spans)
+        mine = sorted((one["began"], one["weights"][0][1]) for one in arrivals if one["worker"] == number)
+        last = [f"weights {version}" for _, version in mine]
+        assert [name for _, name in shown][-len(last) or len(shown) :] == last
+        assert all(0 <= begin < max(ends) for begin, _ in shown)
+
+
 def test_killed_and_replayed_it_is_the_same_climb(make: Make, tmp_path: Path) -> None:
     """Workers ahead of the learner: one is killed, one is stopped and lost with the trainer, which is killed. Then the
     climb goes on with what had arrived, and its schedule, done again in one process, gives the same weights."""
@@ -147,6 +173,7 @@ def test_killed_and_replayed_it_is_the_same_climb(make: Make, tmp_path: Path) ->
     assert [record["step"] for record in steps] == list(range(1, 17))
     assert max(record["staleness"] for record in steps) > 0
     assert all(record["groups_stale"] == 0 for record in steps if "groups_stale" in record)
+    assert_who_did_what(tmp_path / "run", steps)
     assert grpo(make(tmp_path / "again", *settings, f"rollouts.replay={tmp_path / 'run'}")) == 0
     assert outcome(tmp_path / "again") == outcome(tmp_path / "run")
 
