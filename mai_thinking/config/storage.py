@@ -32,7 +32,9 @@ def atomic_file(path: Path, *, durable: bool = False) -> Iterator[Path]:
     temporary = _beside(path, "tmp" if durable else secrets.token_hex(4))
     try:
         os.close(os.open(temporary, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o666))  # the mode follows the umask
+        mode = temporary.stat().st_mode & 0o666
         yield temporary
+        temporary.chmod(mode)  # a library may have put a private file in its place
         if durable:
             synchronise(temporary)
         os.replace(temporary, path)

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 from mai_thinking.config.grpo import GrpoConfig
-from mai_thinking.rl.controller import Ahead, Controller, Executor
+from mai_thinking.rl.controller import Controller, Executor
+from mai_thinking.rl.executors import Ahead
 from mai_thinking.rl.problem_filter import FilterCounts
 from mai_thinking.rl.rollout import Group
 from mai_thinking.rl.rollout_worker import Batch, Order
@@ -157,7 +158,7 @@ class _VirtualPool:
         return [order for _, _, order in done[: -4 * self.slots]]
 
 
-class _Always:
+class _Always(Executor):
     """All slots are in use all the time."""
 
     def __init__(self, pool: _VirtualPool) -> None:

@@ -12,12 +12,12 @@ from typing import Any
 from mai_thinking.config.command import EXIT_COLLAPSED
 from mai_thinking.config.grpo import GrpoConfig
 from mai_thinking.data.tokenizer import load_tokenizer
-from mai_thinking.errors import UsageError
 from mai_thinking.model import MaiThinkingForCausalLM
 from mai_thinking.rl.buffer import RolloutBuffer
 from mai_thinking.rl.collapse import COLLAPSE, CollapseDetector, write_verdict
-from mai_thinking.rl.controller import Ahead, Controller, Executor, InProcess, InTurn, Replay
+from mai_thinking.rl.controller import Controller
 from mai_thinking.rl.evaluation import HeldOut, show_evaluation
+from mai_thinking.rl.executors import make_executor
 from mai_thinking.rl.grading import GradingPool
 from mai_thinking.rl.length_curriculum import LengthCurriculum
 from mai_thinking.rl.metrics import rollout_metrics
@@ -27,15 +27,10 @@ from mai_thinking.rl.policy_loss import PolicyLoss
 from mai_thinking.rl.policy_model import check_lengths, describe, make_engine, policy_config, policy_model
 from mai_thinking.rl.problem_filter import FilterCounts
 from mai_thinking.rl.rollout_worker import Responder, RolloutWorker
-from mai_thinking.rl.schedule import Schedule, Spool, recorded_schedule, schedule_path
-from mai_thinking.rl.shared_weights import SharedWeights
 from mai_thinking.rl.task_sources import check_same_tasks, source_of, task_contents
 from mai_thinking.rl.tasks import TaskSampler
 from mai_thinking.rl.template import Template
 from mai_thinking.rl.traces import FOLDER, TraceStore
-from mai_thinking.rl.worker_pool import WorkerPool
-from mai_thinking.rl.worker_process import share_machine
-from mai_thinking.training.checkpoint_storage import visible_steps
 from mai_thinking.training.context import RunContext
 from mai_thinking.training.learner import Learner
 from mai_thinking.training.ledger import EVALUATION
@@ -76,34 +71,22 @@ class GrpoRecipe(Recipe):
         self.tokenizer = load_tokenizer(config.init_from)
         model, parent = policy_model(config, self.architecture)
         self.parents = [parent]
-        grading = config.grading
-        pool = context.stack.enter_context(
-            GradingPool(config.tasks, workers=grading.workers, seconds=grading.seconds, megabytes=grading.megabytes)
-        )
+        pool = context.stack.enter_context(GradingPool(config.tasks, **config.grading.model_dump()))
         self.learner = Learner(model, config, context.accelerator, balance=config.balance)
-        bf16 = context.accelerator.mixed_precision == "bf16"
-        self.engine = make_engine(self.learner.unwrap(), config, self.tokenizer, bf16=bf16, heartbeat=context.heartbeat)
+        precision, policy = context.accelerator.mixed_precision, self.learner.unwrap()
+        self.engine = make_engine(policy, config, self.tokenizer, precision, context.heartbeat)
         self.responder = Responder(self.engine, pool, Template(config.template), self.tokenizer)
         self.traces = context.folder.path / FOLDER
         self.mix, worker = mix, RolloutWorker(config, mix, self.responder, ranks=ranks)
-        self.weights: SharedWeights | None = None
-        self.workers: WorkerPool | None = None
-        self.replay: Replay | None = None
-        executor: Executor = InProcess(worker)
-        if config.rollouts.workers:
-            executor = self._start_workers()
-        elif config.rollouts.replay:
-            executor = self.replay = Replay(worker, self.engine, recorded_schedule(config.rollouts.replay, rank))
-        self.controller = Controller(
-            config, executor, TraceStore(self.traces, rank), problems=worker.problems, rank=rank, ranks=ranks
-        )
+        self.executor = make_executor(config, context, worker, self.engine)
+        store = TraceStore(self.traces, rank)
+        self.controller = Controller(config, self.executor, store, problems=worker.problems, rank=rank, ranks=ranks)
         self.held_out = HeldOut(mix, config.evaluation, rank=rank, ranks=ranks)
         self.evaluate_every = config.evaluation.every
         self.buffer = RolloutBuffer()
         self.objective = Objective(config.objective)
         self.curriculum = LengthCurriculum(config.curriculum)
         self.detector = CollapseDetector(config.collapse)
-        self.filling = (0.0, 0.0)  # when the last one began, and what it took
 
     def describe(self) -> str:
         """What it costs."""
@@ -134,7 +117,6 @@ class GrpoRecipe(Recipe):
         if self.ending is not None:
             return None
         waited = time.perf_counter() - begin
-        self.filling = self.filling if in_turn else (begin, waited)
         groups = self.buffer.take(self.groups_per_step)
         rollouts = [rollout for group in groups for rollout in group.rollouts]
         summary = rollout_metrics(groups, version, self.context)
@@ -159,17 +141,16 @@ class GrpoRecipe(Recipe):
         if self.curriculum.update(counts.long, counts.rollouts):
             self.context.log(f"step {step}: responses may be {self.curriculum.max_length} tokens long from here on")
         note = f"pass rate {summary['pass_rate']:.2f}  entropy {metrics['entropy']:.2f}  k {k:g}"
-        if self.workers:
-            now = time.perf_counter()
-            metrics["idle/learner"] = waited / (now - begin)
-            note += f"  waits {self.filling[1] / (now - self.filling[0]):.0%}  staleness {summary['staleness']:.1f}"
+        if self.config.rollouts.workers:
+            metrics["idle/learner"] = idle = waited / (time.perf_counter() - begin)
+            note += f"  waits {idle:.0%}  staleness {summary['staleness']:.1f}"
         return Step(metrics | {"rollout_seconds": waited}, tokens, note)
 
     def evaluate(self, step: int, *, last: bool) -> dict[str, Any] | None:
         """pass@1 and pass@k on the held-out problems, with the newest weights."""
         assert self.context.ledger is not None
         with self.context.ledger.span(EVALUATION):
-            self._give_weights()
+            self.executor.give_weights(self.engine, self.learner.unwrap())
             metrics, samples = self.held_out.evaluate(self.responder, self.curriculum.max_length)
         show_evaluation(self.context, step, metrics, samples, self.config.evaluation.show)
         return metrics
@@ -179,7 +160,7 @@ class GrpoRecipe(Recipe):
         stage looks for it."""
         if notes := self.mix.notes:
             self.context.folder.note(left_out="\n".join(f"- {note}" for note in notes))
-        Spool(self.context.folder.path, self.context.rank).clear()
+        self.executor.finish()
         if self.ending is not None and self.ending.exit_code:
             write_verdict(self.context.folder.path, self.detector.verdict)
 
@@ -187,7 +168,7 @@ class GrpoRecipe(Recipe):
         """Give the engine the learner's weights, and the buffer what the steps up to the next time take; → metrics, and
         what became of the problems of all ranks."""
         rollouts = self.config.rollouts
-        self._give_weights(version)
+        self.executor.give_weights(self.engine, self.learner.unwrap(), version)
         stale = self.buffer.drop_stale(version - rollouts.max_staleness)
         wanted = self.groups_per_step * rollouts.steps_per_update * (1 + rollouts.lead)
         self.buffer.add(
@@ -210,40 +191,7 @@ class GrpoRecipe(Recipe):
             self._end_if_collapsed()
         elif missing:
             self.ending = Ending(f"after step {done} hardly a problem is left to learn from: the tasks are solved")
-        idle = {"idle/workers": self.workers.idle_share()} if self.workers else {}
-        return {"groups_stale": stale, **counts.metrics(), **idle}, counts
-
-    def _give_weights(self, version: int | None = None) -> None:
-        """The learner's to the engine, and as `version` to the workers."""
-        if self.weights is not None:
-            self.weights.retract()
-        self.engine.update_weights(self.learner.unwrap())
-        if version is None:
-            return
-        if self.weights is not None:
-            self.weights.publish(version)
-        if self.replay is not None:
-            self.replay.remember(version)
-
-    def _start_workers(self) -> Executor:
-        """Rollout workers on the engine's weights, and what hands them their orders."""
-        config, context, rollouts = self.config, self.context, self.config.rollouts
-        if context.device.type != "cpu":
-            raise UsageError(f"rollouts.workers: {rollouts.workers} workers share a CPU's memory; on a GPU make it 0")
-        self.weights, spool = SharedWeights(self.engine.model), Spool(context.folder.path, context.rank)
-        setup = share_machine(config, context.ranks, self.weights, spool, context.stack)
-        pool = self.workers = context.stack.enter_context(WorkerPool(setup, count=rollouts.workers))
-        if not rollouts.max_staleness:
-            return InTurn(pool)
-        return Ahead(
-            pool,
-            Schedule(schedule_path(context.folder.path, context.rank)),
-            max_staleness=rollouts.max_staleness,
-            per_update=self.groups_per_step * rollouts.steps_per_update,
-            needed_from=lambda: (
-                -(-min(visible_steps(context.folder.checkpoints), default=0) // rollouts.steps_per_update)
-            ),
-        )
+        return {"groups_stale": stale, **counts.metrics(), **self.executor.metrics()}, counts
 
     def _end_if_collapsed(self) -> None:
         if self.config.collapse.enabled and self.detector.verdict is not None:

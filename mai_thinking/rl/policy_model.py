@@ -46,13 +46,12 @@ def make_engine(
     model: MaiThinkingForCausalLM,
     config: GrpoConfig,
     tokenizer: PreTrainedTokenizerBase,
-    *,
-    bf16: bool,
+    precision: str,
     heartbeat: Callable[[], None],
 ) -> BatchedEngine:
     """What generates rollouts, also the evaluation's; on the model's device. On a CPU it stays in fp32, whose products
     are the faster ones there."""
-    casts = bf16 and model.device.type == "cuda"
+    casts = precision == "bf16" and model.device.type == "cuda"
     return BatchedEngine(
         model,
         slots=config.rollouts.slots,

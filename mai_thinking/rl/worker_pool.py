@@ -39,7 +39,8 @@ class WorkerPool:
 
     def __init__(self, setup: WorkerSetup, *, count: int, hang_seconds: float = HANG_SECONDS) -> None:
         """Returns at once; they are started when there is something to do."""
-        self.count, self.spool, self.hang_seconds = count, setup.spool, hang_seconds
+        self.count, self.hang_seconds = count, hang_seconds
+        self.weights, self.spool = setup.weights, setup.spool
         self.deaths = 0
         """Of all workers so far."""
         self._setup = setup
@@ -83,7 +84,7 @@ class WorkerPool:
 
     def give_up(self) -> None:
         """All orders that are not answered: they are for weights that are to be retracted."""
-        self._setup.weights.retract()
+        self.weights.retract()
         for order in self._begun:
             self.spool.discard(order.number)
         self._waiting.clear()
@@ -114,7 +115,7 @@ class WorkerPool:
 
     def close(self) -> None:
         """End the processes: they are asked to, and have a moment."""
-        self._setup.weights.close()
+        self.weights.close()
         deadline = time.monotonic() + _CLOSE_SECONDS
         for worker in self._workers:
             if worker.process is not None:

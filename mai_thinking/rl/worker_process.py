@@ -69,12 +69,9 @@ def work(setup: WorkerSetup, worker: int, connection: Connection) -> None:
     check_lengths(config, mix)
     model, _ = policy_model(config, policy_config(config))
     weights = _Weights(setup.weights, setup.beats, worker)
-    engine = weights.engine = make_engine(model, config, tokenizer, bf16=False, heartbeat=weights.between_tokens)
+    engine = weights.engine = make_engine(model, config, tokenizer, "no", weights.between_tokens)
     del model
-    grading = config.grading
-    with GradingPool(
-        config.tasks, workers=grading.workers, seconds=grading.seconds, megabytes=grading.megabytes
-    ) as pool:
+    with GradingPool(config.tasks, **config.grading.model_dump()) as pool:
         answering = RolloutWorker(
             config, mix, Responder(engine, pool, Template(config.template), tokenizer), ranks=setup.ranks
         )

@@ -1,10 +1,11 @@
 """The record of who made what when."""
 
+import os
 from pathlib import Path
 
 from mai_thinking.rl.problem_filter import FilterCounts
 from mai_thinking.rl.rollout_worker import Batch, Order
-from mai_thinking.rl.schedule import Arrival, Schedule
+from mai_thinking.rl.schedule import Arrival, Schedule, Spool
 
 
 def test_what_is_on_record_comes_again_in_its_order(tmp_path: Path) -> None:
@@ -29,3 +30,13 @@ def test_what_is_on_record_comes_again_in_its_order(tmp_path: Path) -> None:
     assert not last.ahead
     assert last.forget_before(2) == [0]
     assert last.forget_before(2) == []
+
+
+def test_a_batch_is_readable_by_whom_the_umask_lets(tmp_path: Path) -> None:
+    spool = Spool(tmp_path, 0)
+    before = os.umask(0o022)
+    try:
+        spool.write(Batch(Order(0, 0, 8, True), 0, [], FilterCounts(), []))
+    finally:
+        os.umask(before)
+    assert spool.path(0).stat().st_mode & 0o777 == 0o644

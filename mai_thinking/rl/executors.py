@@ -1,0 +1,218 @@
+"""Who answers a controller's orders, and when (MAI-Thinking-1 report §3.6).
+
+`InProcess`: generation, then learning, in one process. `InTurn`: workers generate, and only what the newest weights
+made is learned from, bit for bit as in one process. `Ahead`: workers generate while the learner learns; a batch is
+begun only if its groups can be learned from within `max_staleness` updates, so that none is thrown away for being
+slow. What arrived when is on record, so that a run that was killed learns from the same groups again; `Replay` makes
+them again, in one process.
+"""
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from mai_thinking.config.grpo import GrpoConfig
+from mai_thinking.errors import RunError, UsageError
+from mai_thinking.rl.controller import Controller, Executor
+from mai_thinking.rl.engine import BatchedEngine
+from mai_thinking.rl.rollout_worker import Batch, Order, RolloutWorker
+from mai_thinking.rl.schedule import Arrival, Schedule, Spool, recorded_schedule, schedule_path
+from mai_thinking.rl.shared_weights import SharedWeights
+from mai_thinking.rl.worker_pool import WorkerPool
+from mai_thinking.rl.worker_process import share_machine
+from mai_thinking.training.checkpoint_storage import visible_steps
+from mai_thinking.training.context import RunContext
+
+
+class InProcess(Executor):
+    """Generates when groups are lacking, in this process."""
+
+    def __init__(self, worker: RolloutWorker) -> None:
+        self.worker = worker
+
+    def next(self, controller: Controller, wanted: int) -> Batch | None:
+        """As `Executor.next`."""
+        return self.worker.answer(controller.draw(), controller.version) if wanted else None
+
+
+class _ByWorkers(Executor):
+    """On weights in shared memory."""
+
+    def __init__(self, pool: WorkerPool) -> None:
+        self.pool = pool
+
+    def retract(self) -> None:
+        """As `Executor.retract`."""
+        self.pool.weights.retract()
+
+    def publish(self, version: int) -> None:
+        """As `Executor.publish`."""
+        self.pool.weights.publish(version)
+
+    def metrics(self) -> dict[str, float]:
+        """As `Executor.metrics`."""
+        return {"idle/workers": self.pool.idle_share()}
+
+    def finish(self) -> None:
+        """As `Executor.finish`."""
+        self.pool.spool.clear()
+
+
+class InTurn(_ByWorkers):
+    """Workers answer the orders that one process would answer, with the same weights, and what they answer is taken in
+    in the same order. What they began beyond that is given up."""
+
+    def next(self, controller: Controller, wanted: int) -> Batch | None:
+        """As `Executor.next`."""
+        if not wanted:
+            self.pool.give_up()
+            controller.put_back()
+            return None
+        while len(controller.under_way) < self.pool.count:
+            self.pool.begin(controller.draw(only_newest=True))
+        order = controller.under_way[min(controller.under_way)]
+        while (batch := self.pool.take(order)) is None:
+            self.pool.wait(controller.heartbeat)
+        self.pool.discard(order.number)
+        return batch
+
+
+class Ahead(_ByWorkers):
+    """Workers answer orders while the learner learns. Orders and arrivals are on record, and the record comes first:
+    what it has of this step is done again before anything new."""
+
+    def __init__(
+        self,
+        pool: WorkerPool,
+        schedule: Schedule,
+        *,
+        max_staleness: int,
+        per_update: int,
+        needed_from: Callable[[], int] = lambda: 0,
+    ) -> None:
+        """`per_update`: groups that this rank learns from between two updates of the weights. `needed_from`: the
+        version from which on a checkpoint may have to learn again."""
+        super().__init__(pool)
+        self.schedule, self.needed_from = schedule, needed_from
+        self.max_staleness, self.per_update = max_staleness, per_update
+        self._resumed = False  # what was under way when the run was killed
+        self._kept = [1, 1]  # problems begun, and groups of them that were kept
+
+    def next(self, controller: Controller, wanted: int) -> Batch | None:
+        """As `Executor.next`."""
+        if arrival := next_arrival(self.schedule, controller):
+            return self._count(controller, self._arrived(arrival.number, controller))
+        if self.schedule.ahead:  # the run was killed later than this
+            return None
+        for number in self.schedule.forget_before(self.needed_from()):
+            self.pool.discard(number)
+        if not self._resumed:
+            self._resumed = True
+            for order in controller.under_way.values():
+                self.pool.begin(order)
+        while True:
+            self._admit(controller)
+            self.pool.poll()
+            for order in controller.under_way.values():
+                if batch := self.pool.take(order):
+                    self.schedule.add_arrival(controller.version, batch)
+                    return self._count(controller, batch)
+            if not wanted:
+                return None
+            self.pool.wait(controller.heartbeat)
+
+    def _arrived(self, number: int, controller: Controller) -> Batch:
+        """The batch whose arrival is on record."""
+        batch = self.pool.take(controller.under_way[number])
+        if batch is None:
+            raise RunError(f"{self.schedule.path}: batch {number} arrived, and is gone")
+        return batch
+
+    def _count(self, controller: Controller, batch: Batch) -> Batch:
+        self._kept = [self._kept[0] + controller.problems, self._kept[1] + len(batch.groups)]
+        return batch
+
+    def _admit(self, controller: Controller) -> None:
+        """Begin batches whose last group would, by the share that was kept so far, be learned from in time; and one in
+        any case where groups are lacking and none is under way."""
+        expected = controller.problems * self._kept[1] / self._kept[0]
+        while len(controller.under_way) < 2 * self.pool.count:
+            before = controller.buffered + len(controller.under_way) * expected
+            in_time = (before + expected - 1) // self.per_update <= self.max_staleness
+            lacking = controller.buffered < self.per_update and not controller.under_way
+            if not (in_time or lacking):
+                break
+            order = controller.draw()
+            self.schedule.add_order(controller.version, order)
+            self.pool.begin(order)
+
+
+class Replay(Executor):
+    """Does what a schedule has on record again, in one process: each batch with the weights that wrote it, from
+    decoding step to decoding step."""
+
+    def __init__(self, worker: RolloutWorker, engine: BatchedEngine, schedule: Schedule) -> None:
+        self.worker, self.engine, self.schedule = worker, engine, schedule
+        self._weights: dict[int, list[Tensor]] = {}
+        self._lag = max((arrival.version - arrival.weights[0][1] for arrival in schedule.arrivals), default=0)
+
+    def publish(self, version: int) -> None:
+        """As `Executor.publish`."""
+        self._weights[version] = [parameter.clone() for parameter in self.engine.model.parameters()]
+        self._weights.pop(version - self._lag - 1, None)
+
+    def next(self, controller: Controller, wanted: int) -> Batch | None:
+        """As `Executor.next`."""
+        if arrival := next_arrival(self.schedule, controller):
+            return self._answer(controller.under_way[arrival.number], arrival.weights)
+        if wanted:
+            raise RunError(f"{self.schedule.path}: ends at update {controller.version}; make `steps` as few")
+        return None
+
+    def _answer(self, order: Order, weights: list[tuple[int, int]]) -> Batch:
+        """The batch as it was written then."""
+        steps, at = 0, dict(weights)
+        heartbeat = self.engine.heartbeat
+
+        def between_tokens() -> None:
+            nonlocal steps
+            steps += 1
+            heartbeat()
+            if steps in at:
+                self.engine.load_parameters(self._weights[at[steps]])
+
+        self.engine.load_parameters(self._weights[at[0]])
+        self.engine.heartbeat = between_tokens
+        try:
+            return self.worker.answer(order, at[0])
+        finally:
+            self.engine.heartbeat = heartbeat
+
+
+def make_executor(config: GrpoConfig, context: RunContext, worker: RolloutWorker, engine: BatchedEngine) -> Executor:
+    """As `config.rollouts` says. Workers are started; they end with `context.stack`. UsageError if it cannot be had."""
+    rollouts, run, rank = config.rollouts, context.folder.path, context.rank
+    if rollouts.replay:
+        return Replay(worker, engine, recorded_schedule(rollouts.replay, rank))
+    if not rollouts.workers:
+        return InProcess(worker)
+    if context.device.type != "cpu":
+        raise UsageError(f"rollouts.workers: {rollouts.workers} workers share a CPU's memory; on a GPU make it 0")
+    setup = share_machine(config, context.ranks, SharedWeights(engine.model), Spool(run, rank), context.stack)
+    pool = context.stack.enter_context(WorkerPool(setup, count=rollouts.workers))
+    if not rollouts.max_staleness:
+        return InTurn(pool)
+    return Ahead(
+        pool,
+        Schedule(schedule_path(run, rank)),
+        max_staleness=rollouts.max_staleness,
+        per_update=config.groups_per_step // context.ranks * rollouts.steps_per_update,
+        needed_from=lambda: -(-min(visible_steps(context.folder.checkpoints), default=0) // rollouts.steps_per_update),
+    )
+
+
+def next_arrival(schedule: Schedule, controller: Controller) -> Arrival | None:
+    """The next one on record of the controller's version, when the orders before it are drawn again."""
+    while isinstance(event := schedule.next_of(controller.version), Order):
+        controller.redraw(event)
+    return event
