@@ -18,7 +18,7 @@ from mai_thinking.rl.controller import Controller, Executor
 from mai_thinking.rl.executors import Ahead
 from mai_thinking.rl.problem_filter import FilterCounts
 from mai_thinking.rl.rollout import Group
-from mai_thinking.rl.rollout_worker import Batch, Order
+from mai_thinking.rl.rollout_worker import Batch, Order, RolloutWorker
 from mai_thinking.rl.schedule import Schedule
 from mai_thinking.rl.traces import TraceStore
 from mai_thinking.rl.worker_pool import WorkerPool
@@ -79,7 +79,13 @@ def simulate(
     executors: dict[str, Executor] = {
         "synchronous": _InRounds(pool),
         "dropping": _Always(pool),
-        "pacing": Ahead(cast(WorkerPool, pool), schedule, max_staleness=max_staleness, per_update=per_update),
+        "pacing": Ahead(
+            cast(WorkerPool, pool),
+            cast(RolloutWorker, None),
+            schedule,
+            max_staleness=max_staleness,
+            per_update=per_update,
+        ),
     }
     store: Any = _NoTraces()
     controller = Controller(config, executors[way], store, problems=1, rank=0, ranks=1)
@@ -139,6 +145,9 @@ class _VirtualPool:
         version = bisect.bisect_right(self.published, start) - 1
         groups = [Group(order.first, version)] if self.problems[self.which(order)].kept else []
         return Batch(order, version, groups, FilterCounts(), [])
+
+    def withdraw(self) -> None:
+        """The learner answers none itself: it is another machine."""
 
     def poll(self) -> None:
         """Nothing comes by itself."""

@@ -142,7 +142,8 @@ class GrpoRecipe(Recipe):
             self.context.log(f"step {step}: responses may be {self.curriculum.max_length} tokens long from here on")
         note = f"pass rate {summary['pass_rate']:.2f}  entropy {metrics['entropy']:.2f}  k {k:g}"
         if self.config.rollouts.workers:
-            metrics["idle/learner"] = idle = waited / (time.perf_counter() - begin)
+            idle = (waited - drawn.get("generation_seconds", 0.0)) / (time.perf_counter() - begin)
+            metrics["idle/learner"] = idle
             note += f"  waits {idle:.0%}  staleness {summary['staleness']:.1f}"
         return Step(metrics | {"rollout_seconds": waited}, tokens, note)
 

@@ -31,17 +31,18 @@ def timeline(run: Run) -> list[Figure]:
     versions = sorted({version for _, version, _, _ in batches})
     colours = {f"weights {v}": shade(place / max(1, len(versions) - 1)) for place, v in enumerate(versions)}
     lanes: dict[str, _Stretches] = {"learner": {name: [] for name in _COLOURS}}
-    lanes |= {f"worker {number}": {name: [] for name in colours} for number in range(workers)}
+    makers = [*(f"worker {number}" for number in range(workers)), "learner, in waiting"]
+    lanes |= {maker: {name: [] for name in colours} for maker in makers[: 1 + max((b[0] for b in batches), default=0)]}
     named = [("learner", *piece) for piece in pieces]
-    named += [(f"worker {worker}", f"weights {version}", *span) for worker, version, *span in batches]
+    named += [(makers[worker], f"weights {version}", *span) for worker, version, *span in batches]
     for lane, name, start, stop in named:
         lanes[lane][name].append((start - begin, stop - start))
     found = {lane: {name: spans for name, spans in by_name.items() if spans} for lane, by_name in lanes.items()}
     panel = Timeline(f"The last {len(updates)} updates", found, _COLOURS | colours)
     caption = (
-        "At the top is what the learner did, below it each worker's batches that have arrived, generation with "
-        "grading, in the colour of the weights that they were begun with (weights 3: those after three updates); where "
-        "a lane is white, none of this went on."
+        "At the top is what the learner did, below it the batches that have arrived, each worker's and those that the "
+        "learner made rather than wait: generation with grading, in the colour of the weights that they were begun "
+        "with (weights 3: those after three updates); where a lane is white, none of this went on."
     )
     return [Figure("timeline", [panel], columns=1, size=(11, 1.1 + 0.45 * len(found)), caption=caption)]
 

@@ -78,12 +78,14 @@ class InTurn(_ByWorkers):
 
 
 class Ahead(_ByWorkers):
-    """Workers answer orders while the learner learns. Orders and arrivals are on record, and the record comes first:
-    what it has of this step is done again before anything new."""
+    """Workers answer orders while the learner learns; rather than wait for them, this process answers one too. Orders
+    and arrivals are on record, and the record comes first: what it has of this step is done again before anything
+    new."""
 
     def __init__(
         self,
         pool: WorkerPool,
+        worker: RolloutWorker,
         schedule: Schedule,
         *,
         max_staleness: int,
@@ -93,8 +95,9 @@ class Ahead(_ByWorkers):
         """`per_update`: groups that this rank learns from between two updates of the weights. `needed_from`: the
         version from which on a checkpoint may have to learn again."""
         super().__init__(pool)
-        self.schedule, self.needed_from = schedule, needed_from
+        self.worker, self.schedule, self.needed_from = worker, schedule, needed_from
         self.max_staleness, self.per_update = max_staleness, per_update
+        self._generated = 0.0
         self._resumed = False  # what was under way when the run was killed
         self._kept = [1, 1]  # problems begun, and groups of them that were kept
 
@@ -119,7 +122,22 @@ class Ahead(_ByWorkers):
                     return self._count(controller, batch)
             if not wanted:
                 return None
+            if mine := self.pool.withdraw():
+                return self._count(controller, self._answer(mine, controller.version))
             self.pool.wait(controller.heartbeat)
+
+    def metrics(self) -> dict[str, float]:
+        """As `Executor.metrics`; `generation_seconds` are this process's own."""
+        generated, self._generated = self._generated, 0.0
+        return super().metrics() | {"generation_seconds": generated}
+
+    def _answer(self, order: Order, version: int) -> Batch:
+        """From this process's engine, whose weights the workers share."""
+        batch = self.worker.answer(order, version)
+        batch.worker, self._generated = self.pool.count, self._generated + batch.seconds
+        self.pool.spool.write(batch)
+        self.schedule.add_arrival(version, batch)
+        return batch
 
     def _arrived(self, number: int, controller: Controller) -> Batch:
         """The batch whose arrival is on record."""
@@ -136,7 +154,7 @@ class Ahead(_ByWorkers):
         """Begin batches whose last group would, by the share that was kept so far, be learned from in time; and one in
         any case where groups are lacking and none is under way."""
         expected = controller.problems * self._kept[1] / self._kept[0]
-        while len(controller.under_way) < 2 * self.pool.count:
+        while len(controller.under_way) < 2 * self.pool.count + 1:
             before = controller.buffered + len(controller.under_way) * expected
             in_time = (before + expected - 1) // self.per_update <= self.max_staleness
             lacking = controller.buffered < self.per_update and not controller.under_way
@@ -204,6 +222,7 @@ def make_executor(config: GrpoConfig, context: RunContext, worker: RolloutWorker
         return InTurn(pool)
     return Ahead(
         pool,
+        worker,
         Schedule(schedule_path(run, rank)),
         max_staleness=rollouts.max_staleness,
         per_update=config.groups_per_step // context.ranks * rollouts.steps_per_update,

@@ -65,6 +65,14 @@ class WorkerPool:
             self._waiting.append(order)
             self._hand_out()
 
+    def withdraw(self) -> Order | None:
+        """An order that no worker has been sent, if there is one: the caller answers it."""
+        if not self._waiting:
+            return None
+        order = self._waiting.pop()
+        self._begun.discard(order)
+        return order
+
     def take(self, order: Order) -> Batch | None:
         """Its answer, if it is there."""
         batch = None if order in self._begun and order not in self._answered else self.spool.read(order)

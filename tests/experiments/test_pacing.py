@@ -32,6 +32,6 @@ def test_pacing_does_not_starve_long_responses_where_dropping_does() -> None:
     dropping, pacing, synchronous = (run(way, 2, 3.0) for way in ("dropping", "pacing", "synchronous"))
     assert min(synchronous.learned) == 1
     assert dropping.learned[0] < dropping.learned[2] - 0.2
-    assert pacing.learned[0] > pacing.learned[2] - 0.1
+    assert pacing.learned[2] - pacing.learned[0] < (dropping.learned[2] - dropping.learned[0]) / 2
     assert min(pacing.learned) > 0.85
     assert max(pacing.waits, dropping.waits) < 0.05 < synchronous.waits
