@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 from typing import Any
 
 import torch
@@ -135,16 +135,18 @@ class Proof:
             for run in sides.values():
                 run.finish(until=(block + 1) * self.steps // blocks if block + 1 < blocks else None)
         first = {block * self.steps // blocks + skip for block in range(blocks) for skip in (1, 2)}
-        seconds = {
-            side: median(r["seconds"] for r in run.steps if r["step"] not in first) for side, run in sides.items()
-        }
-        waits = sum(r["rollout_seconds"] for r in sides["asynchronous"].steps if r["step"] not in first)
-        whole = sum(r["seconds"] for r in sides["asynchronous"].steps if r["step"] not in first)
+        steps = {side: [r for r in run.steps if r["step"] not in first] for side, run in sides.items()}
+        seconds = {side: [r["seconds"] for r in rows] for side, rows in steps.items()}
+        means, medians = ({side: f(values) for side, values in seconds.items()} for f in (fmean, median))
+        stale = steps["asynchronous"]
         return {
-            "seconds": seconds,
-            "time_ratio": seconds["asynchronous"] / seconds["synchronous"],
-            "learner_waits": waits / whole,
-            "staleness": sum(r["staleness"] for r in sides["asynchronous"].steps) / self.steps,
+            "seconds": means,
+            "seconds_median": medians,
+            # Of the whole time: beside a learner steps are short or long, as groups are there or not.
+            "time_ratio": means["asynchronous"] / means["synchronous"],
+            "time_ratio_median": medians["asynchronous"] / medians["synchronous"],
+            "learner_idle": sum(r["idle/learner"] * r["seconds"] for r in stale) / sum(r["seconds"] for r in stale),
+            "staleness": fmean(r["staleness"] for r in stale),
         }
 
     def simulated(self, run: Path) -> list[dict[str, Any]]:
