@@ -23,6 +23,8 @@ _CLIMB = (  # an untrained policy, all of whose answers are wrong
 )
 _FAULTS = "--hang-seconds 10 --restarts 100"
 
+_BESIDE = "OMP_NUM_THREADS=1 python scripts/grpo.py configs/nano-think-grpo.yaml"
+
 ADDED = {
     "python scripts/pretrain.py": f"steps=8 {_SOON}",
     "python scripts/sample.py runs/nano": "--prompt 'def '",
@@ -35,6 +37,8 @@ ADDED = {
     "python scripts/pretrain.py configs/nano-longer.yaml": f"steps=4 {_SOON}",
     "python scripts/pretrain.py configs/nano-think.yaml": f"steps=4 {_QUICK}",
     "python scripts/grpo.py configs/nano-think-grpo.yaml": _CLIMB,
+    f"{_BESIDE} rollouts.workers=1 rollouts.max_staleness=2 name=beside": _CLIMB,
+    f"{_BESIDE} rollouts.replay=runs/beside rollouts.max_staleness=2 name=again": _CLIMB,
     "python scripts/launch.py --nproc 2 scripts/grpo.py": f"name=two-climb {_CLIMB}",
     "python scripts/grpo.py objective.entropy_control=fixed name=fixed": _CLIMB,
     "python scripts/self_distill.py": (

@@ -48,14 +48,15 @@ def faulty(setup: WorkerSetup, worker: int, connection: Connection) -> None:
 
 @pytest.fixture
 def pool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """`pool(faults by number, count=2)`: a context with a pool of such workers, which hang after two seconds."""
+    """`pool(faults by number, count=2)`: a context with a pool of such workers. Twelve seconds are a hang: no slow disk
+    takes as long."""
     monkeypatch.setattr(worker_pool, "work", faulty)
 
     @contextmanager
     def make(faults: dict[str, Any], count: int = 2) -> Iterator[WorkerPool]:
         weights, beats = SharedWeights(torch.nn.Linear(2, 2)), torch.zeros(count, dtype=torch.float64).share_memory_()
         setup = WorkerSetup(faults | {"marks": str(tmp_path)}, 1, weights, Spool(tmp_path, 0), beats, 1)
-        with WorkerPool(setup, count=count, hang_seconds=2 if "stop" in faults.values() else 60) as made:
+        with WorkerPool(setup, count=count, hang_seconds=12 if "stop" in faults.values() else 60) as made:
             yield made
 
     return make
@@ -70,7 +71,7 @@ def answer(pool: WorkerPool, asked: list[Order]) -> dict[int, int]:
     for order in asked:
         pool.begin(order)
     taken: dict[int, int] = {}
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 180
     while len(taken) < len(asked):
         assert time.monotonic() < deadline, f"answered: {sorted(taken)}"
         pool.wait(lambda: None)

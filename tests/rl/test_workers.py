@@ -131,13 +131,16 @@ class Job:
 def assert_who_did_what(folder: Path, steps: list[dict[str, Any]]) -> None:
     """The records' idle shares, and the page's timeline of the last six of eight updates."""
     for record in steps:
-        assert record["idle/learner"] == pytest.approx(record["rollout_seconds"] / record["seconds"], abs=0.05)
+        idle = record["rollout_seconds"] - record.get("generation_seconds", 0.0)
+        # Of the step's time until its record is made, which is a little less than the whole.
+        assert idle / record["seconds"] - 1e-6 <= record["idle/learner"] <= idle / record["seconds"] + 0.2
         assert ("idle/workers" in record) == (record["step"] % 2 == 1)
     assert any(0 < record["idle/workers"] < 1 for record in steps[::2])
     (figure,) = timeline(read_run(folder))
     assert f"![timeline](timeline.png)\n\n{figure.caption}\n" in (folder / "report" / "summary.md").read_text()
     lanes = figure.panels[0].lanes
-    assert list(lanes) == ["learner", "worker 0", "worker 1"]
+    assert list(lanes)[:3] == ["learner", "worker 0", "worker 1"]
+    assert list(lanes)[3:] in ([], ["learner, in waiting"])
     spent = {name: sum(seconds for _, seconds in stretches) for name, stretches in lanes["learner"].items()}
     waited = sum(record["rollout_seconds"] for record in steps[4:])
     assert spent[WAIT] == pytest.approx(waited, abs=1e-3)
@@ -171,8 +174,7 @@ def test_killed_and_replayed_it_is_the_same_climb(make: Make, tmp_path: Path) ->
     assert is_whole(tmp_path / "run")
     steps = [record for record in read_records(tmp_path / "run" / "metrics.jsonl") if "kind" not in record]
     assert [record["step"] for record in steps] == list(range(1, 17))
-    assert max(record["staleness"] for record in steps) > 0
-    assert all(record["groups_stale"] == 0 for record in steps if "groups_stale" in record)
+    assert 0 < max(record["staleness"] for record in steps) <= 3
     assert_who_did_what(tmp_path / "run", steps)
     assert grpo(make(tmp_path / "again", *settings, f"rollouts.replay={tmp_path / 'run'}")) == 0
     assert outcome(tmp_path / "again") == outcome(tmp_path / "run")
