@@ -70,11 +70,13 @@ class RunFolder:
         """Raise `UsageError` if the folder belongs to another run, naming the first keys that differ."""
         if int(os.environ.get("RANK", "0")) == 0:
             self._check_writable()
-        if not self.path.exists():
-            return
         if not self.config.exists():
+            try:
+                names = os.listdir(self.path)
+            except FileNotFoundError:  # or it was there for a moment, made by another rank to try whether it can be
+                return
             # What is hidden is being written, or was when a process died.
-            if any(entry.name != "lock" and entry.name[0] != "." for entry in self.path.iterdir()):
+            if any(name != "lock" and name[0] != "." for name in names):
                 raise UsageError(f"{self.path}: holds files but no config.yaml of a run; choose another output_dir")
             return
         changed = self.changed_keys(config)

@@ -1,0 +1,34 @@
+"""A run's folder, as several ranks find it."""
+
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mai_thinking.training.run_folder import RunFolder
+
+
+def test_a_rank_may_look_while_another_tries_whether_the_folder_can_be_made(
+    tiny_config: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rank 0 makes it and takes it away again."""
+    config, done = tiny_config(tmp_path / "run"), threading.Event()
+
+    def make_and_remove() -> None:
+        while not done.is_set():
+            (tmp_path / "run").mkdir()
+            (tmp_path / "run").rmdir()
+
+    monkeypatch.setenv("RANK", "1")
+    thread = threading.Thread(target=make_and_remove)
+    thread.start()
+    try:
+        end = time.monotonic() + 1
+        while time.monotonic() < end:
+            RunFolder(tmp_path / "run").check(config)
+    finally:
+        done.set()
+        thread.join()
