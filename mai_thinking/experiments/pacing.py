@@ -1,5 +1,5 @@
-"""Pacing simulated (MAI-Thinking-1 report §3.6): the controller's own rule on a virtual clock, with the lengths and
-pass rates of a run that was made.
+"""Pacing simulated (MAI-Thinking-1 report §3.6): the controller's own rule on a virtual clock, with the lengths of a
+run that was made.
 
 Three ways to have rollouts for a learner: *synchronous*, generate and then learn; *dropping*, generate without a pause
 and throw away what has become too old; *pacing*, begin only what can be learned from in time.
@@ -31,7 +31,6 @@ class Measured(NamedTuple):
 
     longest: int
     """Tokens of its longest response: what its group takes."""
-    pass_rate: float
     kept: bool
 
 
@@ -48,15 +47,15 @@ class Simulated(NamedTuple):
 def measured_problems(run: Path) -> list[Measured]:
     """Of the later half of a run's traces."""
     store = TraceStore(run / "traces")
-    rows = store.read(columns=["step", "group_id", "response_ids", "pass_rate", "verdict"])
-    columns = {name: rows[name].to_pylist() for name in ("step", "group_id", "pass_rate", "verdict")}
+    rows = store.read(columns=["step", "group_id", "response_ids", "verdict"])
+    columns = {name: rows[name].to_pylist() for name in ("step", "group_id", "verdict")}
     lengths = rows["response_ids"].combine_chunks().value_lengths().to_pylist()
     half = max(columns["step"]) / 2
     found: dict[int, Measured] = {}
-    for step, group, rate, verdict, length in zip(*columns.values(), lengths, strict=True):
+    for step, group, verdict, length in zip(*columns.values(), lengths, strict=True):
         if step >= half:
             longest = max(length, found[group].longest if group in found else 0)
-            found[group] = Measured(longest, rate, verdict == "kept")
+            found[group] = Measured(longest, verdict == "kept")
     return list(found.values())
 
 

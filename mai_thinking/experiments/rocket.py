@@ -170,7 +170,7 @@ class Proof:
         return rows
 
     def faults(self, kills: int) -> dict[str, Any]:
-        """One run in which processes are killed at random, at even steps; and its schedule done again undisturbed."""
+        """One run in which processes are killed at random; and its schedule done again undisturbed."""
         ahead = [f"rollouts.max_staleness={self.max_staleness}"]
         struck = self._run("struck", [*ahead, "rollouts.workers=2"])
         made: dict[str, list[int]] = {}

@@ -2,9 +2,9 @@
 
 `InProcess`: generation, then learning, in one process. `InTurn`: workers generate, and only what the newest weights
 made is learned from, bit for bit as in one process. `Ahead`: workers generate while the learner learns; a batch is
-begun only if its groups can be learned from within `max_staleness` updates, so that none is thrown away for being
-slow. What arrived when is on record, so that a run that was killed learns from the same groups again; `Replay` makes
-them again, in one process.
+begun only if its groups can, by the share kept so far, be learned from within `max_staleness` updates, so that
+little is thrown away for being slow. What arrived when is on record, so that a run that was killed learns from the
+same groups again; `Replay` makes them again, in one process.
 """
 
 from collections.abc import Callable
@@ -64,10 +64,14 @@ class InTurn(_ByWorkers):
 
     def next(self, controller: Controller, wanted: int) -> Batch | None:
         """As `Executor.next`."""
-        if not wanted:
+        begun_before = any(order.version != controller.version for order in controller.under_way.values())
+        if not wanted or begun_before:  # the latter by a filling that was broken off
             self.pool.give_up()
             controller.put_back()
+        if not wanted:
             return None
+        if begun_before:
+            self.publish(controller.version)
         while len(controller.under_way) < self.pool.count:
             self.pool.begin(controller.draw(only_newest=True))
         order = controller.under_way[min(controller.under_way)]

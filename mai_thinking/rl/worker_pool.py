@@ -38,7 +38,7 @@ class WorkerPool:
     """`count` workers, for one thread."""
 
     def __init__(self, setup: WorkerSetup, *, count: int, hang_seconds: float = HANG_SECONDS) -> None:
-        """Returns at once; they are started when there is something to do."""
+        """Starts them; returns at once."""
         self.count, self.hang_seconds = count, hang_seconds
         self.weights, self.spool = setup.weights, setup.spool
         self.deaths = 0

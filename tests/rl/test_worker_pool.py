@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 from unittest.mock import Mock
 
 import pytest
@@ -16,6 +16,8 @@ import torch
 
 from mai_thinking.errors import RunError
 from mai_thinking.rl import worker_pool
+from mai_thinking.rl.controller import Controller
+from mai_thinking.rl.executors import InTurn
 from mai_thinking.rl.problem_filter import FilterCounts
 from mai_thinking.rl.rollout_worker import Batch, Order
 from mai_thinking.rl.schedule import Spool
@@ -171,3 +173,21 @@ def test_the_idle_share_is_of_the_time_of_all_workers(pool: Any, monkeypatch: py
         workers.begin(asked[6])
         assert share(4, at=150) == pytest.approx(1 - (1 + 10 + 10) / 40)
         assert share(at=160) == 0
+
+
+def test_a_filling_that_was_broken_off_is_drawn_again(pool: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it had begun is for weights that are gone: nobody waits for that."""
+    with pool({}, count=1) as workers:
+        controller: Any = Controller(cast(Any, None), InTurn(workers), cast(Any, None), problems=4, rank=0, ranks=1)
+        controller.version = 1
+        begun = controller.draw(only_newest=True)
+        controller.version = 2
+        deadline, wait = time.monotonic() + 120, workers.wait
+
+        def waiting(heartbeat: Any) -> None:
+            assert time.monotonic() < deadline
+            wait(heartbeat)
+
+        monkeypatch.setattr(workers, "wait", waiting)
+        batch = controller.executor.next(controller, 1)
+        assert (batch.order.number, batch.order.first, batch.order.version) == (begun.number, begun.first, 2)
