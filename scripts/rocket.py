@@ -1,12 +1,16 @@
 """Is generation beside learning exact, does it lose nothing, and what does it save? `python scripts/rocket.py CONFIG
-[key.path=value …] --out results/rocket --work runs/rocket`: the proof of `rollouts.workers`, on any RL config.
+[key.path=value …] --out results/rocket --work runs/rocket --parts exact faults …`: the proof of `rollouts.workers`, on
+any RL config.
 
-Writes summary.md and summary.json. Each part is a few runs of scripts/grpo.py; one that is finished is not done again.
+Each part is a few runs of scripts/grpo.py, of which one that is finished is not done again. It leaves a file of its own
+in the folder `--out`; summary.md and summary.json are drawn from all that are there.
 """
 
+import shlex
+import sys
 from pathlib import Path
 
-from mai_thinking.config.base import Count, Whole
+from mai_thinking.config.base import Count, Seconds
 from mai_thinking.config.command import Parser, exit_with, option
 
 
@@ -17,19 +21,40 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="values that replace the file's")
     parser.add_argument("--out", type=Path, required=True, help="the folder to write to")
     parser.add_argument("--work", type=Path, required=True, help="the folder for the runs")
+    parts = ["exact", "time", "faults", "deaths", "shares", "jit", "staleness"]
+    parser.add_argument("--parts", nargs="+", choices=parts, default=parts[:-1], help="what to show")
     parser.add_argument("--updates", type=option(Count), default=50, help="of each run (default: 50)")
-    parser.add_argument("--exact", type=option(Count), nargs="*", default=[1, 2, 3], help="workers, with nothing stale")
-    parser.add_argument("--blocks", type=option(Whole), default=4, help="in which runs take turns to be timed")
-    parser.add_argument("--kills", type=option(Whole), default=50, help="of random processes in one run")
+    parser.add_argument("--workers", type=option(Count), nargs="+", default=[1, 2, 3], help="of `exact`")
+    parser.add_argument("--blocks", type=option(Count), default=4, help="in which runs take turns to be timed")
+    parser.add_argument("--kills", type=option(Count), default=50, help="of `faults`; half as many of `deaths`")
     parser.add_argument("--max-staleness", type=option(Count), default=2, help="where workers are ahead")
-    parser.add_argument("--traces", type=Path, help="an RL run whose responses' lengths are simulated with")
+    parser.add_argument("--lengths", type=Path, help="an RL run whose responses' lengths are simulated with")
+    parser.add_argument("--period", type=option(Seconds), default=20.0, help="of `jit`: seconds for each kill")
+    parser.add_argument("--studies", type=Path, nargs="+", help="of `staleness`: of nano-staleness, and without ratio")
     options = parser.parse_intermixed_args()
+    if "staleness" in options.parts and options.studies is None:
+        parser.error("--parts staleness wants --studies")
 
     from mai_thinking.experiments.rocket import Proof
+    from mai_thinking.experiments.rocket_page import draw, staleness, write_part
 
-    Proof(options.config, options.overrides, options.work, options.updates, options.max_staleness).write(
-        options.out, exact=options.exact, blocks=options.blocks, kills=options.kills, traces=options.traces
-    )
+    proof = Proof(options.config, options.overrides, options.work, options.updates, options.max_staleness)
+    ways = {
+        "exact": lambda: proof.exact(options.workers),
+        "time": lambda: proof.time(options.blocks, options.lengths),
+        "faults": lambda: proof.faults(options.kills),
+        "deaths": lambda: proof.deaths(options.kills // 2, options.blocks),
+        "shares": proof.shares,
+        "jit": lambda: proof.jit(options.period),
+        "staleness": lambda: staleness(*options.studies),
+    }
+    command = "python " + shlex.join(sys.argv)
+    for part in options.parts:
+        found = ways[part]()
+        commits = sorted({commit for run in proof.runs for commit in run.commits()})
+        write_part(options.out, part, found, command, commits, proof.config.seed)
+        proof.runs.clear()
+    draw(options.out)
     print(f"{options.out}/summary.md")
 
 

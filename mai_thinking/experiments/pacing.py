@@ -9,9 +9,13 @@ import bisect
 import heapq
 import os
 import random
+from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any, NamedTuple, cast
+
+from pyarrow import parquet
 
 from mai_thinking.config.grpo import GrpoConfig
 from mai_thinking.rl.controller import Controller, Executor
@@ -19,9 +23,11 @@ from mai_thinking.rl.executors import Ahead
 from mai_thinking.rl.problem_filter import FilterCounts
 from mai_thinking.rl.rollout import Group
 from mai_thinking.rl.rollout_worker import Batch, Order, RolloutWorker
-from mai_thinking.rl.schedule import Schedule
-from mai_thinking.rl.traces import TraceStore
+from mai_thinking.rl.schedule import Schedule, schedule_path
+from mai_thinking.rl.tasks import TaskSampler
+from mai_thinking.rl.traces import FOLDER, TraceStore
 from mai_thinking.rl.worker_pool import WorkerPool
+from mai_thinking.training.metrics import read_records
 
 WAYS = ("synchronous", "dropping", "pacing")
 
@@ -59,6 +65,56 @@ def measured_problems(run: Path) -> list[Measured]:
     return list(found.values())
 
 
+def seconds_of_a_token(run: Path) -> float:
+    """Of a run with workers: a batch takes as many steps as its longest response has tokens."""
+    arrived = [r for r in read_records(schedule_path(run, 0)) if "arrived" in r]
+    return sum(r["seconds"] for r in arrived) / sum(
+        max(_read_batch(run, r["arrived"], "response_ids")["response_ids"].combine_chunks().value_lengths().to_pylist())
+        for r in arrived
+    )
+
+
+def shares_by_size(run: Path, config: GrpoConfig, max_staleness: int) -> list[dict[str, Any]]:
+    """What became of the groups worth learning from of a run with workers, by the size of their problems: how many
+    there were, the mean length of their responses, and the share that was learned from. By the run's schedule, as the
+    buffer goes; what still waited at the end is not counted."""
+    mix = TaskSampler(config.tasks, config.seed)
+    per_update = config.groups_per_step * config.rollouts.steps_per_update
+    arrivals = deque(Schedule(schedule_path(run, 0)).arrivals)
+    buffer: deque[tuple[int, int]] = deque()  # (group, version)
+    sizes: dict[int, int] = {}
+    lengths: dict[int, list[int]] = {}
+    learned: set[int] = set()
+    for version in range(arrivals[-1].version + 1):
+        oldest = version - max_staleness
+        buffer = deque(one for one in buffer if one[1] >= oldest)
+        while arrivals and arrivals[0].version == version:
+            arrival = arrivals.popleft()
+            rows = _read_batch(run, arrival.number, "group_id", "verdict", "response_ids")
+            tokens = rows["response_ids"].combine_chunks().value_lengths().to_pylist()
+            for group, verdict, length in zip(
+                rows["group_id"].to_pylist(), rows["verdict"].to_pylist(), tokens, strict=True
+            ):
+                if verdict == "kept":
+                    if group not in sizes and arrival.weights[0][1] >= oldest:
+                        buffer.append((group, arrival.weights[0][1]))
+                    sizes[group] = mix.problem("train", group).size
+                    lengths.setdefault(group, []).append(length)
+        learned |= {buffer.popleft()[0] for _ in range(min(per_update, len(buffer)))}
+    decided = sizes.keys() - {group for group, _ in buffer}
+    rows = []
+    for size in sorted(set(sizes.values())):
+        groups = [group for group in decided if sizes[group] == size]
+        length = fmean(length for group in groups for length in lengths[group]) if groups else 0.0
+        share = sum(group in learned for group in groups) / max(1, len(groups))
+        rows.append({"size": size, "groups": len(groups), "response_length": length, "learned": share})
+    return rows
+
+
+def _read_batch(run: Path, batch: int, *columns: str) -> Any:
+    return parquet.read_table(run / FOLDER / f"batch-{batch:08d}-rank-00000.parquet", columns=list(columns))
+
+
 def simulate(
     problems: Sequence[Measured],
     way: str,
@@ -87,6 +143,8 @@ def simulate(
         ),
     }
     store: Any = _NoTraces()
+    rollouts = config.rollouts.model_copy(update={"max_staleness": max_staleness})
+    config = config.model_copy(update={"rollouts": rollouts})
     controller = Controller(config, executors[way], store, problems=1, rank=0, ranks=1)
     controller.patience = updates * slots  # a batch is one problem here
     ready: list[Group] = []

@@ -11,7 +11,7 @@ from multiprocessing import forkserver
 from pathlib import Path
 
 _ALWAYS = (
-    "mai_thinking.launch.warm_process",  # first, so that the server dies with its launcher from the start
+    "mai_thinking.training.warm_process",  # first, so that the server dies with its launcher from the start
     "torch",
     "torch.distributed",
     "torch.distributed.elastic.multiprocessing",

@@ -20,7 +20,7 @@ from mai_thinking.rl.evaluation import HeldOut, show_evaluation
 from mai_thinking.rl.executors import make_executor
 from mai_thinking.rl.grading import GradingPool
 from mai_thinking.rl.length_curriculum import LengthCurriculum
-from mai_thinking.rl.metrics import rollout_metrics
+from mai_thinking.rl.metrics import rollout_metrics, stale_metrics
 from mai_thinking.rl.objective import Objective
 from mai_thinking.rl.packing import pack
 from mai_thinking.rl.policy_loss import PolicyLoss
@@ -183,6 +183,7 @@ class GrpoRecipe(Recipe):
                 hopeless=lambda counts: self.config.collapse.enabled and self.detector.hopeless(counts),
             )
         )
+        stale += self.controller.take_stale()
         mine = asdict(self.controller.take_counts()) | {"missing": max(0, wanted - len(self.buffer))}
         sums = {name: round(value) for name, value in self.context.sum(mine).items()}
         missing, counts = sums.pop("missing"), FilterCounts(**sums)
@@ -192,7 +193,7 @@ class GrpoRecipe(Recipe):
             self._end_if_collapsed()
         elif missing:
             self.ending = Ending(f"after step {done} hardly a problem is left to learn from: the tasks are solved")
-        return {"groups_stale": stale, **counts.metrics(), **self.executor.metrics()}, counts
+        return {**stale_metrics(stale, self.context), **counts.metrics(), **self.executor.metrics()}, counts
 
     def _end_if_collapsed(self) -> None:
         if self.config.collapse.enabled and self.detector.verdict is not None:

@@ -9,8 +9,8 @@ from mai_thinking.training.metrics import read_records
 
 UPDATES = 6
 """That are shown."""
-LEARN, WAIT = "learn", "wait for rollouts"
-_COLOURS = {LEARN: "#3c4653", WAIT: "#dfe3e8", EVALUATION: "#8e99a6", CHECKPOINT: "#a9c4b0"}
+LEARN, WAIT, GRADE = "learn", "wait for rollouts", "grade"
+_COLOURS = {LEARN: "#3c4653", WAIT: "#dfe3e8", EVALUATION: "#8e99a6", CHECKPOINT: "#a9c4b0", GRADE: "#c23a5e"}
 _Stretches = dict[str, list[tuple[float, float]]]
 
 
@@ -31,10 +31,17 @@ def timeline(run: Run) -> list[Figure]:
     versions = sorted({version for _, version, _, _ in batches})
     colours = {f"weights {v}": shade(place / max(1, len(versions) - 1)) for place, v in enumerate(versions)}
     lanes: dict[str, _Stretches] = {"learner": {name: [] for name in _COLOURS}}
-    makers = [*(f"worker {number}" for number in range(workers)), "learner, in waiting"]
-    lanes |= {maker: {name: [] for name in colours} for maker in makers[: 1 + max((b[0] for b in batches), default=0)]}
+    most = max(workers, *(one["worker"] + 1 for one in arrivals))  # there may have been more once
+    makers = {number: f"worker {number}" for number in range(most)}
+    if any(batch[0] < 0 for batch in batches):
+        makers[-1] = "learner, in waiting"
+    lanes |= {maker: {name: [] for name in colours} for maker in makers.values()}
     named = [("learner", *piece) for piece in pieces]
     named += [(makers[worker], f"weights {version}", *span) for worker, version, *span in batches]
+    graded = [(one["began"] + after, seconds) for one in arrivals for after, seconds in one.get("graded", ())]
+    if graded:
+        lanes["graders"] = {GRADE: []}
+    named += [("graders", GRADE, start, min(end, start + s)) for start, s in graded if begin <= start < end]
     for lane, name, start, stop in named:
         lanes[lane][name].append((start - begin, stop - start))
     found = {lane: {name: spans for name, spans in by_name.items() if spans} for lane, by_name in lanes.items()}
@@ -42,7 +49,8 @@ def timeline(run: Run) -> list[Figure]:
     caption = (
         "At the top is what the learner did, below it the batches that have arrived, each worker's and those that the "
         "learner made rather than wait: generation with grading, in the colour of the weights that they were begun "
-        "with (weights 3: those after three updates); where a lane is white, none of this went on."
+        "with (weights 3: those after three updates); at the bottom, when their answers were graded. Where a lane is "
+        "white, none of this went on."
     )
     return [Figure("timeline", [panel], columns=1, size=(11, 1.1 + 0.45 * len(found)), caption=caption)]
 

@@ -31,11 +31,11 @@ class RolloutBuffer:
         self._groups.extend(groups)
         self.grown += 1
 
-    def drop_stale(self, oldest: int) -> int:
-        """Drop the groups of weights before version `oldest`; → how many."""
-        before = len(self._groups)
+    def drop_stale(self, oldest: int) -> list[Group]:
+        """Drop the groups of weights before version `oldest`; → them."""
+        stale = [group for group in self._groups if group.version < oldest]
         self._groups = deque(group for group in self._groups if group.version >= oldest)
-        return before - len(self._groups)
+        return stale
 
     def take(self, count: int) -> list[Group]:
         """The `count` oldest groups."""

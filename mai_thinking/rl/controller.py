@@ -62,6 +62,8 @@ class Controller:
         """By number: begun, and not taken in."""
         self.counts = FilterCounts()
         """Of what was taken in since the last `take_counts`."""
+        self.stale: list[Group] = []
+        """That were too old when they arrived, since the last `take_stale`."""
         self.patience = FRUITLESS_BATCHES
         self.version = self.buffered = self._fruitless = 0
         self._lengths = (0, True)
@@ -79,7 +81,9 @@ class Controller:
         while batch := self._next(wanted - len(groups), buffered + len(groups)):
             self.counts.add(batch.counts)
             self.traces.append(batch.order.number, batch.traces)
-            groups += batch.groups
+            oldest = version - self.config.rollouts.max_staleness
+            groups += [group for group in batch.groups if group.version >= oldest]
+            self.stale += [group for group in batch.groups if group.version < oldest]
             if len(groups) < wanted and (self.counts.solved or hopeless(self.counts)):
                 break
             self._fruitless = 0 if batch.groups else self._fruitless + 1
@@ -116,6 +120,11 @@ class Controller:
         """What became of the problems since the last call."""
         counts, self.counts = self.counts, FilterCounts()
         return counts
+
+    def take_stale(self) -> list[Group]:
+        """Those since the last call."""
+        stale, self.stale = self.stale, []
+        return stale
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values."""

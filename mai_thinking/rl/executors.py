@@ -135,10 +135,14 @@ class Ahead(_ByWorkers):
         generated, self._generated = self._generated, 0.0
         return super().metrics() | {"generation_seconds": generated}
 
+    def in_time(self, groups: float) -> bool:
+        """Whether the last of so many groups can be learned from before it is too old."""
+        return (groups - 1) // self.per_update <= self.max_staleness
+
     def _answer(self, order: Order, version: int) -> Batch:
         """From this process's engine, whose weights the workers share."""
         batch = self.worker.answer(order, version)
-        batch.worker, self._generated = self.pool.count, self._generated + batch.seconds
+        batch.worker, self._generated = -1, self._generated + batch.seconds
         self.pool.spool.write(batch)
         self.schedule.add_arrival(version, batch)
         return batch
@@ -160,9 +164,8 @@ class Ahead(_ByWorkers):
         expected = controller.problems * self._kept[1] / self._kept[0]
         while len(controller.under_way) < 2 * self.pool.count + 1:
             before = controller.buffered + len(controller.under_way) * expected
-            in_time = (before + expected - 1) // self.per_update <= self.max_staleness
             lacking = controller.buffered < self.per_update and not controller.under_way
-            if not (in_time or lacking):
+            if not (lacking or self.in_time(before + expected)):
                 break
             order = controller.draw()
             self.schedule.add_order(controller.version, order)

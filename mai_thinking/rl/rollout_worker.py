@@ -31,6 +31,8 @@ class Responder:
     ) -> None:
         self.engine, self.pool, self.template, self.tokenizer = engine, pool, template, tokenizer
         self.encoder = Encoder(tokenizer)
+        self.graded: list[tuple[float, float]] = []
+        """When `respond` had answers graded: begin in Unix time, seconds."""
 
     def ask(self, problem: Problem, ids: Sequence[int], max_new_tokens: int) -> list[Rollout]:
         """A rollout of the problem for each of `ids`, to be answered."""
@@ -43,7 +45,9 @@ class Responder:
         rollouts = self.engine.generate(asked, temperature)
         for rollout, text in zip(rollouts, self._texts(rollouts), strict=True):
             rollout.text, (rollout.thought, rollout.answer) = text, self.template.parse(text)
+        began, begin = time.time(), time.perf_counter()
         grades = self.pool.grade([(rollout.problem, rollout.answer) for rollout in rollouts])
+        self.graded.append((began, time.perf_counter() - begin))
         for rollout, grade in zip(rollouts, grades, strict=True):
             rollout.grade = grade
         return rollouts
@@ -94,10 +98,13 @@ class Batch:
     switches: list[tuple[int, int]] = field(default_factory=list)
     """(n, version): newer weights that took over after n decoding steps."""
     worker: int = 0
+    """Who made it; −1: the learner."""
     began: float = 0.0
     """Unix time."""
     seconds: float = 0.0
     """That it took."""
+    graded: list[tuple[float, float]] = field(default_factory=list)
+    """When its answers were graded: begin in Unix time, seconds."""
 
 
 class RolloutWorker:
@@ -115,6 +122,7 @@ class RolloutWorker:
     def answer(self, order: Order, version: int) -> Batch:
         """From weights of `version`."""
         began, begin = time.time(), time.perf_counter()
+        self.responder.graded.clear()
         section = self.config.reward
         if not order.penalise_length:
             section = section.model_copy(update={"w_length": 0.0})
@@ -129,7 +137,9 @@ class RolloutWorker:
             counts.count(group)
             traces += trace_rows(group, step=step, checkpoint=checkpoint, lineage=self.config.init_from)
         kept = [group for group in groups if group.verdict is Verdict.KEPT]
-        return Batch(order, version, kept, counts, traces, began=began, seconds=time.perf_counter() - begin)
+        batch = Batch(order, version, kept, counts, traces, began=began, graded=[*self.responder.graded])
+        batch.seconds = time.perf_counter() - begin
+        return batch
 
     def _generate(self, order: Order, version: int) -> list[Group]:
         """All groups of the batch, decided, through both stages."""

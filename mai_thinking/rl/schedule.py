@@ -23,6 +23,7 @@ from mai_thinking.training.metrics import read_records
 from mai_thinking.training.state import read_tree, write_tree
 
 _FOLDER = "rollouts"
+_TIMES = ("worker", "began", "seconds", "graded")
 
 
 def schedule_path(run: Path, rank: int) -> Path:
@@ -51,7 +52,7 @@ class Spool:
             "counts": asdict(batch.counts),
             "traces": [_with_tensors(trace) for trace in batch.traces],
             "switches": batch.switches,
-            "times": {"worker": batch.worker, "began": batch.began, "seconds": batch.seconds},
+            "times": {name: getattr(batch, name) for name in _TIMES},
         }
         with atomic_file(self.path(batch.order.number), durable=True) as path:
             write_tree(path, tree)
@@ -129,8 +130,9 @@ class Schedule:
         """It is about to be learned from."""
         arrival = Arrival(version, batch.order.number, [(0, batch.version), *batch.switches])
         record = {"version": version, "arrived": arrival.number, "weights": arrival.weights}
-        times = {"worker": batch.worker, "began": round(batch.began, 3), "seconds": round(batch.seconds, 3)}
-        self._append(record | times)
+        times = {"began": round(batch.began, 3), "seconds": round(batch.seconds, 3)}
+        graded = [[round(begin - batch.began, 3), round(seconds, 3)] for begin, seconds in batch.graded]
+        self._append(record | {"worker": batch.worker, **times, "graded": graded})
         self.arrivals.append(arrival)
 
     def forget_before(self, version: int) -> list[int]:

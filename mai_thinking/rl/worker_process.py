@@ -25,6 +25,7 @@ from mai_thinking.rl.schedule import Spool
 from mai_thinking.rl.shared_weights import SharedWeights
 from mai_thinking.rl.tasks import TaskSampler
 from mai_thinking.rl.template import Template
+from mai_thinking.training.allocator import keep_freed_memory
 
 _PAUSE = 0.002
 
@@ -62,6 +63,7 @@ def work(setup: WorkerSetup, worker: int, connection: Connection) -> None:
     """Answer orders until the other end closes. For each sends its number and None, or what went wrong for good."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # they are for the trainer, which ends this one
         signal.signal(number, signal.SIG_IGN)
+    keep_freed_memory()
     torch.set_num_threads(setup.threads)
     config = GrpoConfig.model_validate(setup.config)
     tokenizer = load_tokenizer(config.init_from)
@@ -133,7 +135,7 @@ class _Weights:
             raise GivenUp
 
     def beat(self) -> None:
-        """Say that this worker moves; end with the trainer, or when it says so."""
+        """Say that this worker moves; end with the trainer, with which the fork server goes, or when it says so."""
         self.beats[self.worker] = time.monotonic()
         if os.getppid() != self.parent or self.shared.closed:
             sys.exit()

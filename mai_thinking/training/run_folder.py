@@ -118,7 +118,12 @@ class RunFolder:
         with contextlib.suppress(ValidationError):  # a key that did not exist then has its default
             before = type(config).model_validate(before).model_dump(mode="json")
         before, now = (yaml.safe_load(yaml.safe_dump(tree)) for tree in (before, config.model_dump(mode="json")))
-        return [key for key in _differences(before, now) if not _is_free(key)]
+        workers = [(tree.get("rollouts") or {}).get("workers", 0) for tree in (before, now)]
+        return [
+            key
+            for key in _differences(before, now)
+            if not _is_free(key) and not (key == "rollouts.workers" and min(workers) > 0)  # another schedule, as exact
+        ]
 
     def rounds_otherwise(self, config: RunConfig) -> bool:
         """Whether `config` adds in another order than the run's first."""

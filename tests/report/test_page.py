@@ -180,11 +180,11 @@ def test_who_did_what_in_the_last_updates(tmp_path: Path) -> None:
         record |= {"rollout_seconds": 0.5 if filling else 0.0, "idle/learner": 0.1} | filling
     (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     begin = 1003 + 2 * 12  # of step 13, the first of the last six updates
-    batches = [(0, 2, -50, 20), (0, 3, -5, 7), (2, 4, 3, 4), (0, 4, 30, 100)]  # worker, version, begin, seconds
+    batches = [(0, 2, -50, 20), (0, 3, -5, 7), (2, 4, 3, 4), (-1, 4, 30, 100)]  # worker, version, begin, seconds
     lines = [{"version": 0, "order": {"number": 0}}, {"version": 0, "arrived": 9, "weights": [[0, 0]]}]  # one without
     lines += [
         {"version": 5, "arrived": 0, "weights": [[0, version], [3, version + 1]], "worker": worker,
-         "began": begin + start, "seconds": seconds}
+         "began": begin + start, "seconds": seconds, "graded": [[1.5, 0.25], [seconds - 0.5, 0.5]]}
         for worker, version, start, seconds in batches
     ]  # fmt: skip
     (folder / "rollouts").mkdir()
@@ -194,9 +194,11 @@ def test_who_did_what_in_the_last_updates(tmp_path: Path) -> None:
     assert lanes["learner"]["wait for rollouts"] == [(2.0 * step, 0.5 if step % 3 == 0 else 0.0) for step in range(18)]
     assert lanes["learner"]["learn"][:2] == [(0.5, 1.5), (2.0, 2.0)]
     assert {lane: dict(named) for lane, named in lanes.items() if lane != "learner"} == {
-        "worker 0": {"weights 3": [(0.0, 2.0)], "weights 4": [(30.0, 6.0)]},
+        "worker 0": {"weights 3": [(0.0, 2.0)]},
         "worker 1": {},
         "worker 2": {"weights 4": [(3.0, 4.0)]},
+        "learner, in waiting": {"weights 4": [(30.0, 6.0)]},
+        "graders": {"grade": [(1.5, 0.5), (4.5, 0.25), (6.5, 0.5), (31.5, 0.25)]},
     }
     parsed = assert_of_one_piece(page_of(folder, tmp_path / "page.html"))
     assert "timeline" in {image["alt"] for image in parsed.all("img")}

@@ -16,6 +16,7 @@ from checksums import sha256_of
 from mai_thinking.config.grpo import GrpoConfig
 from mai_thinking.config.loading import load_config, save_config
 from mai_thinking.errors import UsageError
+from mai_thinking.experiments.processes import climb_processes
 from mai_thinking.recipes.grpo import grpo
 from mai_thinking.report.reading import read_run
 from mai_thinking.report.timeline import LEARN, WAIT, timeline
@@ -71,7 +72,7 @@ def test_nothing_stale_is_the_climb_of_one_process(make: Make, tmp_path: Path) -
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize("workers", [1, 2, 3])
 def test_fifty_updates_with_nothing_stale(make: Make, tmp_path: Path, workers: int) -> None:
     settings = ["rollouts.max_staleness=0", "steps=50", "rollouts.steps_per_update=1", "collapse.enabled=false"]
     for name, count in (("alone", 0), ("workers", workers)):
@@ -111,21 +112,20 @@ class Job:
 
     def workers(self) -> list[int]:
         """Process ids."""
-        found = []
-        for path in Path("/proc").glob("[0-9]*/stat"):
-            try:
-                parent = int(path.read_text().rsplit(")", 1)[1].split()[1])
-                command = (path.parent / "cmdline").read_bytes()
-            except (OSError, IndexError):
-                continue
-            if parent == self.process.pid and b"spawn_main" in command:
-                found.append(int(path.parent.name))
-        return found
+        return climb_processes(self.process.pid)["worker"]
 
     def kill(self) -> None:
         """The trainer alone: its workers are to end by themselves."""
         self.process.kill()
-        self.process.communicate()
+        self.process.wait()
+        self.process.stdout.close()  # which a worker that is stopped still has
+
+
+def assert_ends(worker: int) -> None:
+    deadline = time.monotonic() + 60
+    while Path(f"/proc/{worker}").exists():
+        assert time.monotonic() < deadline, "a worker outlives the trainer"
+        time.sleep(0.05)
 
 
 def assert_who_did_what(folder: Path, steps: list[dict[str, Any]]) -> None:
@@ -140,7 +140,8 @@ def assert_who_did_what(folder: Path, steps: list[dict[str, Any]]) -> None:
     assert f"![timeline](timeline.png)\n\n{figure.caption}\n" in (folder / "report" / "summary.md").read_text()
     lanes = figure.panels[0].lanes
     assert list(lanes)[:3] == ["learner", "worker 0", "worker 1"]
-    assert list(lanes)[3:] in ([], ["learner, in waiting"])
+    assert list(lanes)[-1] == "graders"
+    assert {*lanes} - {"learner", "worker 0", "worker 1", "graders"} <= {"worker 2", "learner, in waiting"}
     spent = {name: sum(seconds for _, seconds in stretches) for name, stretches in lanes["learner"].items()}
     waited = sum(record["rollout_seconds"] for record in steps[4:])
     assert spent[WAIT] == pytest.approx(waited, abs=1e-3)
@@ -156,20 +157,24 @@ def assert_who_did_what(folder: Path, steps: list[dict[str, Any]]) -> None:
 
 
 def test_killed_and_replayed_it_is_the_same_climb(make: Make, tmp_path: Path) -> None:
-    """Workers ahead of the learner: one is killed, one is stopped and lost with the trainer, which is killed. Then the
-    climb goes on with what had arrived, and its schedule, done again in one process, gives the same weights."""
+    """Workers ahead of the learner: one is killed; one is stopped, and the trainer is killed. Then the climb goes on
+    with what had arrived and one worker more, beside the one that was stopped, which wakes up and may not answer any
+    more; and its schedule, done again in one process, gives the same weights."""
     settings = ["rollouts.max_staleness=3", "steps=16", "checkpoint.every=6", "evaluation.every=8"]
     job = Job(make(tmp_path / "run", *settings, "rollouts.workers=2"), tmp_path)
     job.wait_for(2)
     os.kill(job.workers()[0], signal.SIGKILL)
     job.wait_for(9)
-    workers = job.workers()
+    stopped, other = job.workers()
+    os.kill(stopped, signal.SIGSTOP)
     job.kill()
-    deadline = time.monotonic() + 30
-    while any(Path(f"/proc/{pid}").exists() for pid in workers):
-        assert time.monotonic() < deadline, "a worker outlives the trainer"
-        time.sleep(0.05)
+    assert_ends(other)
+    save_config(make(tmp_path / "run", *settings, "rollouts.workers=3"), job.config)
     job.start()
+    job.wait_for(10)
+    assert Path(f"/proc/{stopped}").exists()
+    os.kill(stopped, signal.SIGCONT)
+    assert_ends(stopped)
     job.finish()
     assert is_whole(tmp_path / "run")
     steps = [record for record in read_records(tmp_path / "run" / "metrics.jsonl") if "kind" not in record]

@@ -1,0 +1,92 @@
+"""The page of the proof of asynchronous RL, drawn from what its parts have left beside it: `part-NAME.json`, each with
+its own command, code and machine, since they need not be of one day."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from mai_thinking.bench.machine import describe
+from mai_thinking.config.storage import atomic_file
+from mai_thinking.report.document import Document, Table, plain
+from mai_thinking.report.reading import read_metrics
+
+_HEADINGS = {
+    "learned_by_size": "Pacing and dropping in a real run: of the groups worth learning from, the share learned from",
+    "simulated": "Simulated, with the lengths of a run: share of the time that the learner waits, and shares learned",
+    "jit": "Just-in-time checkpoints: two ranks, one killed again and again",
+    "staleness": "How stale may rollouts be",
+}
+
+
+def write_part(out: Path, name: str, found: dict[str, Any], command: str, commits: Sequence[str], seed: int) -> None:
+    """Keep what a part found, where the page is drawn from; `exact` of other numbers of workers stays. `commits` of its
+    runs' code."""
+    path = out / f"part-{name}.json"
+    if path.exists() and name == "exact":
+        before = json.loads(path.read_text())["found"]["staleness_0_differences"]
+        found["staleness_0_differences"] = before | found["staleness_0_differences"]
+    out.mkdir(parents=True, exist_ok=True)
+    made = {"command": command, "commits": commits, "seed": seed, **describe()}
+    with atomic_file(path) as file:
+        file.write_text(json.dumps(plain({"found": found, "made": made}), indent=1) + "\n")
+
+
+def draw(out: Path) -> None:
+    """`summary.md` and `summary.json` from the parts that are there."""
+    parts = {path.stem.removeprefix("part-"): json.loads(path.read_text()) for path in sorted(out.glob("part-*.json"))}
+    page = Document("Rocket: generation beside learning")
+    page.facts["made"] = {name: part["made"] for name, part in parts.items()}
+    figures: dict[str, Any] = {}
+    tables: dict[str, list[dict[str, Any]]] = {}
+    for part in parts.values():
+        for name, value in part["found"].items():
+            is_table = isinstance(value, list) and value and isinstance(value[0], dict)
+            (tables if is_table else figures)[name] = value
+    page.facts |= figures
+    page.add(Table(["figure", "value"], [[name, _spell(value)] for name, value in figures.items()]).markdown())
+    for name, rows in tables.items():
+        page.add_table(name, Table(list(rows[0]), [list(row.values()) for row in rows]), _HEADINGS[name])
+    page.add("What these figures say: [results](../../docs/results.md).", heading="How it was made")
+    lines = []
+    for name, part in parts.items():
+        made = part["made"]
+        commits = ", ".join(commit[:7] for commit in made["commits"])
+        lines.append(
+            f"- *{name}*: `{made['command']}`; code {commits}; {made['cpu']}, {made['cores']} cores, torch "
+            f"{made['torch']}, seed {made['seed']}"
+        )
+    page.add("\n".join(lines))
+    page.write(out)
+
+
+def staleness(corrected: Path, uncorrected: Path | None = None, seeds: Sequence[int] = (0, 1, 2)) -> dict[str, Any]:
+    """Two studies of rollouts that are n updates old when their turn comes, by arm: with the ratio's denominator of
+    when a token was drawn, and without. Means over the seeds."""
+    rows = []
+    for study, ratio in ((corrected, "of the weights that wrote the token"), (uncorrected, "of the learner's own")):
+        if study is None:
+            continue
+        stages = [path.name for path in study.glob(f"*-climb-{seeds[0]}")]
+        for arm in sorted(
+            (name.removesuffix(f"-climb-{seeds[0]}") for name in stages), key=lambda n: int(n.split("-")[-1])
+        ):
+            runs = [read_metrics(study / f"{arm}-climb-{seed}") for seed in seeds]
+            steps = [record for records, _ in runs for record in records]
+            last = [marks[-1]["pass@1"] for _, marks in runs]
+            row = {"updates_old": int(arm.split("-")[-1]), "denominator": ratio, "pass@1": fmean(last)}
+            row |= {"least": min(last), "most": max(last)}
+            row |= {"ratio_max": max(record["ratio_max"] for record in steps)}
+            names = ("clip_fraction", "outer_clip_fraction", "grad_norm", "entropy")
+            rows.append(row | {name: fmean(record[name] for record in steps) for name in names})
+    return {"staleness": rows}
+
+
+def _spell(value: Any) -> str:
+    match value:
+        case dict():
+            return ", ".join(f"{name}: {_spell(part)}" for name, part in value.items())
+        case float():
+            return f"{value:.3f}"
+    return str(value)
