@@ -14,6 +14,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
+from transformers.utils import logging
 
 from mai_thinking.config.grpo import GrpoConfig
 from mai_thinking.data.tokenizer import load_tokenizer
@@ -64,6 +65,7 @@ def work(setup: WorkerSetup, worker: int, connection: Connection) -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # they are for the trainer, which ends this one
         signal.signal(number, signal.SIG_IGN)
     keep_freed_memory()
+    logging.disable_progress_bar()
     torch.set_num_threads(setup.threads)
     config = GrpoConfig.model_validate(setup.config)
     tokenizer = load_tokenizer(config.init_from)
