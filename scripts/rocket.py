@@ -10,7 +10,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from mai_thinking.config.base import Count, Seconds
+from mai_thinking.config.base import Count
 from mai_thinking.config.command import Parser, exit_with, option
 
 
@@ -26,17 +26,18 @@ def main() -> None:
     parser.add_argument("--updates", type=option(Count), default=50, help="of each run (default: 50)")
     parser.add_argument("--workers", type=option(Count), nargs="+", default=[1, 2, 3], help="of `exact`")
     parser.add_argument("--blocks", type=option(Count), default=4, help="in which runs take turns to be timed")
-    parser.add_argument("--kills", type=option(Count), default=50, help="of `faults`; half as many of `deaths`")
+    parser.add_argument(
+        "--kills", type=option(Count), default=50, help="of `faults`; half of them of `deaths`, a tenth of `jit`"
+    )
     parser.add_argument("--max-staleness", type=option(Count), default=2, help="where workers are ahead")
     parser.add_argument("--lengths", type=Path, help="an RL run whose responses' lengths are simulated with")
-    parser.add_argument("--period", type=option(Seconds), default=20.0, help="of `jit`: seconds for each kill")
-    parser.add_argument("--studies", type=Path, nargs="+", help="of `staleness`: of nano-staleness, and without ratio")
+    parser.add_argument("--studies", type=Path, nargs=2, help="of `staleness`: of nano-staleness, and without ratio")
     options = parser.parse_intermixed_args()
     if "staleness" in options.parts and options.studies is None:
         parser.error("--parts staleness wants --studies")
 
     from mai_thinking.experiments.rocket import Proof
-    from mai_thinking.experiments.rocket_page import draw, staleness, write_part
+    from mai_thinking.experiments.rocket_page import draw, staleness, write_part, write_timeline
 
     proof = Proof(options.config, options.overrides, options.work, options.updates, options.max_staleness)
     ways = {
@@ -45,7 +46,7 @@ def main() -> None:
         "faults": lambda: proof.faults(options.kills),
         "deaths": lambda: proof.deaths(options.kills // 2, options.blocks),
         "shares": proof.shares,
-        "jit": lambda: proof.jit(options.period),
+        "jit": lambda: proof.jit(options.kills // 10),
         "staleness": lambda: staleness(*options.studies),
     }
     command = "python " + shlex.join(sys.argv)
@@ -54,6 +55,8 @@ def main() -> None:
         commits = sorted({commit for run in proof.runs for commit in run.commits()})
         write_part(options.out, part, found, command, commits, proof.config.seed)
         proof.runs.clear()
+        if part == "time":
+            write_timeline(options.work / "time-1", options.out)
     draw(options.out)
     print(f"{options.out}/summary.md")
 

@@ -107,7 +107,7 @@ class Proof:
         """Updates a second of a run whose workers are killed, in turns with one that is left alone."""
         settings = [*self.ahead, "rollouts.workers=2"]
         sides = {"undisturbed": self._run("calm", settings), "struck": self._run("deaths", settings)}
-        killer = _Killer(sides["struck"], [self.steps * (n + 0.5) / kills for n in range(kills)])
+        killer = _Killer(sides["struck"], self._moments(kills))
         steps = self._in_turns(sides, blocks, {"struck": killer})
         rates = {side: len(rows) / sum(r["seconds"] for r in rows) / self.per_update for side, rows in steps.items()}
         text = Path(f"{sides['struck'].folder}.log").read_text()
@@ -137,19 +137,19 @@ class Proof:
         ]
         return {"shares_updates": self.updates, "shares_max_staleness": self.max_staleness, "learned_by_size": rows}
 
-    def jit(self, period: float) -> _Found:
-        """Two ranks, of which one is killed in every `period` seconds: where the other one saves just in time, and
-        where, sharded, there are only checkpoints on a schedule."""
+    def jit(self, kills: int) -> _Found:
+        """Two ranks, of which one is killed `kills` times: where the other one saves just in time, and where, sharded,
+        there are only checkpoints on a schedule."""
         rows: list[Record] = []
         for name, parallel in (("before", "fsdp"), ("after", "ddp")):
             run = self._run(f"jit-{parallel}", [f"execution.parallel={parallel}"])
-            run.launched = ["--nproc", "2", "--restarts", "1000", "--chaos", f"kill:{period:g}s", "--chaos-seed", "1"]
-            run.finish()
+            run.launched = ["--nproc", "2", "--restarts", "1000"]
+            run.finish(beside=_Killer(run, self._moments(kills)))  # its launcher's workers are the ranks
             account = account_of(run.folder)
             row = {"just_in_time": name, "parallel": parallel, "restarts": len(account.recoveries)}
             row |= {"from_a_rank_that_was_left": account.rescued, "recovery_seconds": fmean(account.recoveries)}
             rows.append(row | {"steps": account.steps, "steps_computed_again": account.recomputed_steps})
-        return {"jit": rows, "jit_checkpoint_every": self.config.checkpoint.every, "jit_kill_seconds": period}
+        return {"jit": rows, "jit_checkpoint_every": self.config.checkpoint.every}
 
     def _simulated(self, timed: ClimbRun, lengths: Path | None) -> list[Record]:
         """Eight and 64 workers, of four problems each at a time, with the timed learner."""
@@ -179,6 +179,9 @@ class Proof:
         first = {block * self.steps // blocks + skip for block in range(blocks) for skip in (1, 2)}
         return {side: [r for r in run.steps if r["step"] not in first] for side, run in sides.items()}
 
+    def _moments(self, kills: int) -> list[float]:
+        return [self.steps * (n + 0.5) / kills for n in range(kills)]
+
     def _run(self, name: str, settings: Sequence[str], threads: int = 1) -> ClimbRun:
         command = [*self.command, f"steps={self.steps}", f"name={name}", *settings]
         self.runs.append(ClimbRun(command, self.work / name, threads))
@@ -189,8 +192,8 @@ class _Killer:
     """Kills a worker, one or the other, whenever the run has come to one of `moments`, in steps."""
 
     def __init__(self, run: ClimbRun, moments: Sequence[float]) -> None:
-        self.run, self.moments, self.draw = run, list(moments), random.Random(19)
-        self.moments = [moment for moment in self.moments if moment > len(run.steps)]
+        self.run, self.draw = run, random.Random(19)
+        self.moments = [moment for moment in moments if moment > len(run.steps)]
         self._step, self._since, self._seconds = len(run.steps), time.monotonic(), 0.0
 
     def __call__(self) -> None:

@@ -10,8 +10,11 @@ from typing import Any
 from mai_thinking.bench.machine import describe
 from mai_thinking.config.storage import atomic_file
 from mai_thinking.report.document import Document, Table, plain
-from mai_thinking.report.reading import read_metrics
+from mai_thinking.report.figures import save
+from mai_thinking.report.reading import read_metrics, read_run
+from mai_thinking.report.timeline import timeline
 
+_TIMELINE = "timeline.png"
 _HEADINGS = {
     "learned_by_size": "Pacing and dropping in a real run: of the groups worth learning from, the share learned from",
     "simulated": "Simulated, with the lengths of a run: share of the time that the learner waits, and shares learned",
@@ -33,6 +36,12 @@ def write_part(out: Path, name: str, found: dict[str, Any], command: str, commit
         file.write_text(json.dumps(plain({"found": found, "made": made}), indent=1) + "\n")
 
 
+def write_timeline(run: Path, out: Path) -> None:
+    """Who did what in a run with workers, for the page."""
+    for figure in timeline(read_run(run)):
+        save(figure, out / _TIMELINE)
+
+
 def draw(out: Path) -> None:
     """`summary.md` and `summary.json` from the parts that are there."""
     parts = {path.stem.removeprefix("part-"): json.loads(path.read_text()) for path in sorted(out.glob("part-*.json"))}
@@ -46,6 +55,8 @@ def draw(out: Path) -> None:
             (tables if is_table else figures)[name] = value
     page.facts |= figures
     page.add(Table(["figure", "value"], [[name, _spell(value)] for name, value in figures.items()]).markdown())
+    if (out / _TIMELINE).exists():
+        page.add(f"![who did what]({_TIMELINE})")
     for name, rows in tables.items():
         page.add_table(name, Table(list(rows[0]), [list(row.values()) for row in rows]), _HEADINGS[name])
     page.add("What these figures say: [results](../../docs/results.md).", heading="How it was made")
@@ -61,26 +72,40 @@ def draw(out: Path) -> None:
     page.write(out)
 
 
-def staleness(corrected: Path, uncorrected: Path | None = None, seeds: Sequence[int] = (0, 1, 2)) -> dict[str, Any]:
+def staleness(corrected: Path, uncorrected: Path) -> dict[str, Any]:
     """Two studies of rollouts that are n updates old when their turn comes, by arm: with the ratio's denominator of
-    when a token was drawn, and without. Means over the seeds."""
+    when a token was drawn, and without. Means over the seeds that are there; where only some are in both, a row of the
+    first is for those alone."""
     rows = []
-    for study, ratio in ((corrected, "of the weights that wrote the token"), (uncorrected, "of the learner's own")):
-        if study is None:
-            continue
-        stages = [path.name for path in study.glob(f"*-climb-{seeds[0]}")]
-        for arm in sorted(
-            (name.removesuffix(f"-climb-{seeds[0]}") for name in stages), key=lambda n: int(n.split("-")[-1])
-        ):
-            runs = [read_metrics(study / f"{arm}-climb-{seed}") for seed in seeds]
-            steps = [record for records, _ in runs for record in records]
-            last = [marks[-1]["pass@1"] for _, marks in runs]
-            row = {"updates_old": int(arm.split("-")[-1]), "denominator": ratio, "pass@1": fmean(last)}
-            row |= {"least": min(last), "most": max(last)}
-            row |= {"ratio_max": max(record["ratio_max"] for record in steps)}
-            names = ("clip_fraction", "outer_clip_fraction", "grad_norm", "entropy")
-            rows.append(row | {name: fmean(record[name] for record in steps) for name in names})
+    seeds = {arm: set(_runs(uncorrected, arm)) for arm in _arms(uncorrected)}
+    for arm in sorted({*_arms(corrected), *seeds}):
+        pairs = [("of the weights that wrote the token", _runs(corrected, arm))]
+        if arm in seeds:
+            both = {seed: run for seed, run in pairs[0][1].items() if seed in seeds[arm]}
+            pairs += [("the same", both)] if both.keys() != pairs[0][1].keys() else []
+            pairs.append(("of the weights that learn", _runs(uncorrected, arm)))
+        rows += [_row(arm, ratio, runs) for ratio, runs in pairs]
     return {"staleness": rows}
+
+
+def _arms(study: Path) -> set[int]:
+    return {int(path.parent.name.split("-")[1]) for path in study.glob("stale-*-climb-*/final")}
+
+
+def _runs(study: Path, arm: int) -> dict[int, Path]:
+    """By seed, those that are finished."""
+    return {int(path.parent.name[-1]): path.parent for path in study.glob(f"stale-{arm}-climb-?/final")}
+
+
+def _row(arm: int, ratio: str, runs: dict[int, Path]) -> dict[str, Any]:
+    read = [read_metrics(run) for run in runs.values()]
+    steps = [record for records, _ in read for record in records]
+    last = [marks[-1]["pass@1"] for _, marks in read]
+    row = {"updates_old": arm, "denominator": ratio, "seeds": ", ".join(map(str, sorted(runs)))}
+    row |= {"pass@1": fmean(last), "least": min(last), "most": max(last)}
+    row |= {"ratio_max": max(record["ratio_max"] for record in steps)}
+    names = ("clip_fraction", "outer_clip_fraction", "grad_norm", "entropy")
+    return row | {name: fmean(record[name] for record in steps) for name in names}
 
 
 def _spell(value: Any) -> str:
