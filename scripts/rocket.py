@@ -36,6 +36,7 @@ def main() -> None:
     if "staleness" in options.parts and options.studies is None:
         parser.error("--parts staleness wants --studies")
 
+    from mai_thinking.experiments.climb_run import commits_of
     from mai_thinking.experiments.rocket import Proof
     from mai_thinking.experiments.rocket_page import draw, staleness, write_part, write_timeline
 
@@ -52,8 +53,10 @@ def main() -> None:
     command = "python " + shlex.join(sys.argv)
     for part in options.parts:
         found = ways[part]()
-        commits = sorted({commit for run in proof.runs for commit in run.commits()})
-        write_part(options.out, part, found, command, commits, proof.config.seed)
+        runs = [run.folder for run in proof.runs]
+        if part == "staleness":
+            runs = [final.parent for study in options.studies for final in study.glob("stale-*/final")]
+        write_part(options.out, part, found, command, commits_of(runs), proof.config.seed)
         proof.runs.clear()
         if part == "time":
             write_timeline(options.work / "time-1", options.out)

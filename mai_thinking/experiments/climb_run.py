@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -99,9 +99,11 @@ class ClimbRun:
         mine, theirs = self.weights(), other.weights()
         return sum(not torch.equal(mine[name], theirs[name]) for name in mine)
 
-    def commits(self) -> list[str]:
-        """Of the code that it was made by, when it is finished."""
-        return [code.commit for code in read_lineage(self.folder / "final").record.code if code.commit]
-
     def _reached(self, step: int) -> bool:
         return bool(self.steps) and self.steps[-1]["step"] >= step
+
+
+def commits_of(runs: Iterable[Path]) -> list[str]:
+    """Of the code that made these finished runs."""
+    code = [version for run in runs for version in read_lineage(run / "final").record.code]
+    return sorted({version.commit for version in code if version.commit})

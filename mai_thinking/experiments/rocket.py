@@ -94,8 +94,8 @@ class Proof:
         again.finish()
         arrived = sorted(arrival.number for arrival in Schedule(schedule_path(struck.folder, 0)).arrivals)
         return json.loads(record.read_text()) | {
-            "updates": self.updates,
-            "max_staleness": self.max_staleness,
+            "faults_updates": self.updates,
+            "faults_max_staleness": self.max_staleness,
             "batches": len(arrived),
             "rollouts_lost": self.config.rollouts.slots * len(set(range(arrived[-1] + 1)) - set(arrived)),
             "batches_learned_twice": len(arrived) - len(set(arrived)),
