@@ -59,7 +59,8 @@ def draw(out: Path) -> None:
         page.add(f"![who did what]({_TIMELINE})")
     for name, rows in tables.items():
         page.add_table(name, Table(list(rows[0]), [list(row.values()) for row in rows]), _HEADINGS[name])
-    page.add("What these figures say: [results](../../docs/results.md).", heading="How it was made")
+    links = "What these figures say: [results](../../docs/results.md). Staleness arm by arm: "
+    page.add(links + "[nano-staleness](../nano-staleness/summary.md).", heading="How it was made")
     lines = []
     for name, part in parts.items():
         made = part["made"]
