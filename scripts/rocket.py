@@ -21,7 +21,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="values that replace the file's")
     parser.add_argument("--out", type=Path, required=True, help="the folder to write to")
     parser.add_argument("--work", type=Path, required=True, help="the folder for the runs")
-    parts = ["exact", "time", "faults", "deaths", "shares", "jit", "staleness"]
+    parts = ["exact", "time", "simulated", "faults", "deaths", "shares", "jit", "staleness"]
     parser.add_argument("--parts", nargs="+", choices=parts, default=parts[:-1], help="what to show")
     parser.add_argument("--updates", type=option(Count), default=50, help="of each run (default: 50)")
     parser.add_argument("--workers", type=option(Count), nargs="+", default=[1, 2, 3], help="of `exact`")
@@ -43,7 +43,8 @@ def main() -> None:
     proof = Proof(options.config, options.overrides, options.work, options.updates, options.max_staleness)
     ways = {
         "exact": lambda: proof.exact(options.workers),
-        "time": lambda: proof.time(options.blocks, options.lengths),
+        "time": lambda: proof.time(options.blocks),
+        "simulated": lambda: proof.simulated(options.lengths),
         "faults": lambda: proof.faults(options.kills),
         "deaths": lambda: proof.deaths(options.kills // 2, options.blocks),
         "shares": proof.shares,

@@ -19,7 +19,6 @@ from mai_thinking.launch.goodput import account_of
 from mai_thinking.rl.schedule import Schedule, schedule_path
 from mai_thinking.training.metrics import Record
 
-PARTS = ("exact", "time", "faults", "deaths", "shares", "jit")
 _KINDS = (("worker", 5), ("grader", 2), ("learner", 2), ("all", 1))
 """Whom to kill, and how many times in ten."""
 _Found = dict[str, Any]
@@ -51,9 +50,8 @@ class Proof:
             "staleness_0_differences": {str(n): runs[n].differences(runs[0]) for n in workers},
         }
 
-    def time(self, blocks: int, lengths: Path | None) -> _Found:
-        """Seconds of a step in turns: one process with all threads, and a learner beside one worker; and the same
-        simulated for many workers, with the lengths of the run `lengths`."""
+    def time(self, blocks: int) -> _Found:
+        """Seconds of a step in turns: one process with all threads, and a learner beside one worker."""
         threads = len(os.sched_getaffinity(0))
         ahead = ["rollouts.workers=1", *self.ahead]
         sides = {"synchronous": self._run("time-0", [], threads), "asynchronous": self._run("time-1", ahead, threads)}
@@ -73,7 +71,6 @@ class Proof:
             "learner_generates": sum(r.get("generation_seconds", 0.0) for r in stale) / whole,
             "worker_idle": fmean(r["idle/workers"] for r in stale if "idle/workers" in r),
             "staleness": fmean(r["staleness"] for r in stale),
-            "simulated": self._simulated(sides["asynchronous"], lengths),
         }
 
     def faults(self, kills: int) -> _Found:
@@ -151,8 +148,10 @@ class Proof:
             rows.append(row | {"steps": account.steps, "steps_computed_again": account.recomputed_steps})
         return {"jit": rows, "jit_checkpoint_every": self.config.checkpoint.every}
 
-    def _simulated(self, timed: ClimbRun, lengths: Path | None) -> list[Record]:
-        """Eight and 64 workers, of four problems each at a time, with the timed learner."""
+    def simulated(self, lengths: Path | None) -> _Found:
+        """Eight and 64 workers, of four problems each at a time, with the learner that was timed, on a virtual clock
+        with the lengths of the run `lengths`."""
+        timed = ClimbRun([], self.work / "time-1", 1)
         token = seconds_of_a_token(timed.folder)
         learn = median(r["seconds"] - r["rollout_seconds"] for r in timed.steps)
         problems, rows = measured_problems(lengths or timed.folder), []
@@ -166,7 +165,7 @@ class Proof:
                     row = {"workers": workers, "max_staleness": staleness, "way": way, "learner_waits": found.waits}
                     names = ("learned_longest", "learned_middle", "learned_shortest")
                     rows.append(row | dict(zip(names, found.learned, strict=True)))
-        return rows
+        return {"simulated": rows}
 
     def _in_turns(
         self, sides: dict[str, ClimbRun], blocks: int, beside: dict[str, Callable[[], None]] | None = None
