@@ -102,6 +102,6 @@ def test_parts_of_a_tiny_climb(tiny_run: Path, tmp_path: Path) -> None:
     assert ended.returncode == 0, ended.stderr
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert summary["staleness_0_differences"] == {"1": 0}
-    assert summary["deaths"] == 2
+    assert 1 <= summary["deaths"] <= 2
     assert 0 < summary["updates_under_deaths"] < 2
     assert sum(row["groups pacing"] for row in summary["learned_by_size"]) > 0
