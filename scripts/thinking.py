@@ -1,7 +1,8 @@
-"""Did it learn to think? `python scripts/thinking.py RUN [RUN …] --out results/NAME`: one RL run a seed.
+"""Did it learn to think, or to call tools? `python scripts/thinking.py RUN [RUN …] --out results/NAME`: one RL run a
+seed.
 
 Writes summary.md, summary.json and a figure: pass@1 with the own thought and without, length, share of thoughts, by
-size."""
+size; with `--needed` pass@1 with tools and without, and how often they are called."""
 
 from pathlib import Path
 
@@ -18,7 +19,15 @@ def main() -> None:
     parser.add_argument(
         "--beyond", type=Path, nargs="+", default=[], help="runs on larger problems: from the base, from each run's end"
     )
+    parser.add_argument("--needed", nargs="+", metavar="TASK", help="runs with tools: the tasks that need a call")
     options = parser.parse_args()
+
+    if options.needed:
+        from mai_thinking.report import acting
+
+        acting.write(options.runs, options.out, options.needed)
+        print(f"{options.out}/summary.md")
+        return
 
     from mai_thinking.report.thinking import write
 

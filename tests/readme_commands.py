@@ -39,6 +39,9 @@ ADDED = {
     "python scripts/grpo.py configs/nano-think-grpo.yaml": _CLIMB,
     f"{_BESIDE} rollouts.workers=1 rollouts.max_staleness=2 name=beside": _CLIMB,
     f"{_BESIDE} rollouts.replay=runs/beside rollouts.max_staleness=2 name=again": _CLIMB,
+    "python scripts/pretrain.py configs/nano-tools-worked.yaml": f"steps=4 {_SOON}",
+    "python scripts/pretrain.py configs/nano-tools-base.yaml": f"steps=4 {_SOON}",
+    "python scripts/grpo.py configs/nano-tools.yaml": _CLIMB,
     "python scripts/launch.py --nproc 2 scripts/grpo.py": f"name=two-climb {_CLIMB}",
     "python scripts/grpo.py objective.entropy_control=fixed name=fixed": _CLIMB,
     "python scripts/self_distill.py": (

@@ -19,6 +19,7 @@ from mai_thinking.config.objective import ObjectiveSection
 from mai_thinking.config.run import OptimizerSection, ScheduleSection, TrainingConfig
 from mai_thinking.config.sampling import CurriculumSection, SamplingSection
 from mai_thinking.config.tasks import GradingSection, RewardSection, TaskSection, TemplateSection
+from mai_thinking.config.tools import ToolsSection
 from mai_thinking.errors import UsageError
 
 
@@ -94,6 +95,7 @@ class GrpoConfig(TrainingConfig):
     """Start from `init_from` though no record leads from it back to random weights; see `provenance.lineage`."""
     tasks: tuple[TaskSection, ...] = Field(min_length=1)
     template: TemplateSection = TemplateSection()  # type: ignore[call-arg]
+    tools: ToolsSection = ToolsSection()
     groups_per_step: Count
     """Problems, each with its whole group of rollouts, in a gradient step over all ranks."""
     rollouts: RolloutSection = RolloutSection()

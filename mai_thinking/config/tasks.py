@@ -9,8 +9,10 @@ from pydantic import Field, field_validator, model_validator
 
 from mai_thinking.config.base import Coefficient, Name, Pattern, Seconds, Section, Weight
 
-SerialFamily = Literal["tally", "running", "cups", "chain", "repeat"]
-"""The families of `mai_thinking.data.serial`, whose problems need a step of work for each item; `repeat` needs none."""
+SerialFamily = Literal["tally", "running", "cups", "chain", "repeat", "numbers", "sums", "map"]
+"""The families of `mai_thinking.data.serial`, whose problems need a step of work for each item; `repeat` and `numbers`
+need none. `sums` and `map` are those of `mai_thinking.data.acting`, whose steps are calls of a tool; the items of
+`numbers` and `sums` are digits."""
 
 Family = Literal["sum", "difference", "largest", "count", "position", "sort", "next"]
 """The procedural families of `mai_thinking.rl.tasks.procedural`, beside the serial ones."""
@@ -42,8 +44,9 @@ class TaskSection(Section):
 
     name: Name
     """Unique in the run; letters, digits, `.`, `_` and `-`."""
-    kind: Family | SerialFamily | Literal["reasoning-gym", "jsonl"]
-    """A procedural family, a data set of the library reasoning-gym, or a file of questions and answers."""
+    kind: Family | SerialFamily | Literal["reasoning-gym", "jsonl", "repair"]
+    """A procedural family, a data set of the library reasoning-gym, a file of questions and answers, or programs to
+    repair."""
     weight: Weight = 1.0
     """Share of the problems, relative to the other tasks' weights."""
     digits: _Range | None = None
@@ -99,6 +102,10 @@ _PRESETS: dict[str, dict[str, str]] = {
         "thought_end": "</think>\n",
         "answer_start": "<answer>",
         "answer_end": "</answer>",
+        "call_start": "<call>",
+        "call_end": "</call>",
+        "result_start": "<result>",
+        "result_end": "</result>\n",
     },
     # The form of the embedded corpus of exercises, which a small base model knows.
     "exercise": {
@@ -106,6 +113,10 @@ _PRESETS: dict[str, dict[str, str]] = {
         "thought_end": "\n",
         "answer_start": "Answer:",
         "answer_end": "\n",
+        "call_start": "Call: ",
+        "call_end": "\n",
+        "result_start": "Result: ",
+        "result_end": "\n",
     },
 }
 
@@ -122,6 +133,14 @@ class TemplateSection(Section):
     """The answer is what follows the last of these …"""
     answer_end: str
     """… up to the next of these. Empty: the end of the text. A line break: the end of the line or of the text."""
+    call_start: str = Field(min_length=1)
+    """With tools: the calls of a step are what follows the last of these, with `&&` between them, …"""
+    call_end: str = Field(min_length=1)
+    """… up to the next of these, which ends the step."""
+    result_start: str
+    """What comes before what the calls gave, …"""
+    result_end: str = Field(min_length=1)
+    """… and behind it."""
 
     @model_validator(mode="before")
     @classmethod
@@ -158,5 +177,9 @@ class RewardSection(Section):
     """What one word of another language costs: R_language = max(1 − alpha·n, 0)."""
     w_length: Coefficient = 0.25
     """0 switches the term off, as in the last stage of the length curriculum."""
+    w_calls: Coefficient = 0.0
+    """What the most calls of a group cost, where all of it passes."""
+    w_waste: Coefficient = 0.0
+    """What it costs if all calls of a rollout are invalid or repeated."""
     flat_length: bool = False
     """A rival: the price on length is the same however many of a problem's rollouts pass (ρ = 1)."""

@@ -16,6 +16,7 @@ from itertools import pairwise
 
 from mai_thinking.config.data import SerialSection
 from mai_thinking.config.tasks import SerialFamily
+from mai_thinking.data.acting import Drawn, hidden_map, numbers, solve_acting, sums, written
 from mai_thinking.data.documents import Document
 from mai_thinking.data.questions import Split, split_of
 
@@ -34,11 +35,13 @@ class SerialProblem:
     question: str
     steps: tuple[str, ...]
     answer: str
+    calls: tuple[tuple[str, str], ...] = ()
+    """The working where it is calls of a tool, each with its result."""
 
     def text(self, *, worked: bool) -> str:
         """The exercise as a document, with its working or with the bare answer."""
-        working = f"{STEPS} {', '.join(self.steps)}.\n" if worked and self.steps else ""
-        return f"Question: {self.question}\n{working}Answer: {self.answer}\n"
+        working = f"{STEPS} {', '.join(self.steps)}.\n" if self.steps else written(self.calls)
+        return f"Question: {self.question}\n{working if worked else ''}Answer: {self.answer}\n"
 
 
 def serial_problem(family: SerialFamily, size: int, rng: random.Random, split: Split) -> SerialProblem:
@@ -80,7 +83,7 @@ def solve(question: str) -> str | None:
         return place
     if found := _asked(r"Repeat {}\.", r"[A-Za-z](?:\d|[+-]\d|[1-5][1-5])", question):
         return _listed(found[-1])
-    return None
+    return solve_acting(question)
 
 
 def _asked(frame: str, item: str, question: str) -> tuple[str, list[str]] | None:
@@ -155,6 +158,16 @@ def _repeat(rng: random.Random, size: int) -> SerialProblem:
     return SerialProblem(f"Repeat {_listed(items)}.", (), _listed(items))
 
 
+def _acting(draw: Callable[[random.Random, int], Drawn]) -> Callable[[random.Random, int], SerialProblem]:
+    """A family of `mai_thinking.data.acting` as one of these."""
+
+    def made(rng: random.Random, size: int) -> SerialProblem:
+        question, calls, answer = draw(rng, size)
+        return SerialProblem(question, (), answer, calls)
+
+    return made
+
+
 def _listed(items: Iterator[str] | list[str]) -> str:
     return ", ".join(items)
 
@@ -165,4 +178,7 @@ _DRAWS: dict[SerialFamily, Callable[[random.Random, int], SerialProblem]] = {
     "cups": _cups,
     "chain": _chain,
     "repeat": _repeat,
+    "numbers": _acting(numbers),
+    "sums": _acting(sums),
+    "map": _acting(hidden_map),
 }

@@ -9,9 +9,9 @@ import time
 from dataclasses import asdict
 from typing import Any
 
+import mai_thinking.rl.policy_model as setup
 from mai_thinking.config.command import EXIT_COLLAPSED
 from mai_thinking.config.grpo import GrpoConfig
-from mai_thinking.data.tokenizer import load_tokenizer
 from mai_thinking.model import MaiThinkingForCausalLM
 from mai_thinking.rl.buffer import RolloutBuffer
 from mai_thinking.rl.collapse import COLLAPSE, CollapseDetector, write_verdict
@@ -24,7 +24,6 @@ from mai_thinking.rl.metrics import rollout_metrics, stale_metrics
 from mai_thinking.rl.objective import Objective
 from mai_thinking.rl.packing import pack
 from mai_thinking.rl.policy_loss import PolicyLoss
-from mai_thinking.rl.policy_model import check_lengths, describe, make_engine, policy_config, policy_model
 from mai_thinking.rl.problem_filter import FilterCounts
 from mai_thinking.rl.rollout_worker import Responder, RolloutWorker
 from mai_thinking.rl.task_sources import check_same_tasks, source_of, task_contents
@@ -42,7 +41,7 @@ from mai_thinking.training.trainer import Ending, Recipe, Step, run_recipe
 def grpo(config: GrpoConfig, *, dry_run: bool = False) -> int:
     """Run `config`, or go on with it where it was; returns the exit code. `dry_run` prints what it costs and stops."""
     if dry_run:
-        print(describe(config))
+        print(setup.describe(config))
         return 0
     if config.collapse.enabled and (config.folder / COLLAPSE).exists():
         RunFolder(config.folder).check(config)
@@ -66,15 +65,15 @@ class GrpoRecipe(Recipe):
         mix = TaskSampler(config.tasks, config.seed)
         self.data = [source_of(task) for task in config.tasks]
         self.task_contents = task_contents(config.tasks)
-        self.architecture = policy_config(config)
-        check_lengths(config, mix)
-        self.tokenizer = load_tokenizer(config.init_from)
-        model, parent = policy_model(config, self.architecture)
+        self.architecture = setup.policy_config(config)
+        setup.check_lengths(config, mix)
+        self.tokenizer = setup.policy_tokenizer(config)
+        model, parent = setup.policy_model(config, self.architecture)
         self.parents = [parent]
         pool = context.stack.enter_context(GradingPool(config.tasks, **config.grading.model_dump()))
         self.learner = Learner(model, config, context.accelerator, balance=config.balance)
         precision, policy = context.accelerator.mixed_precision, self.learner.unwrap()
-        self.engine = make_engine(policy, config, self.tokenizer, precision, context.heartbeat)
+        self.engine = setup.make_engine(policy, config, self.tokenizer, precision, context.heartbeat)
         self.responder = Responder(self.engine, pool, Template(config.template), self.tokenizer)
         self.traces = context.folder.path / FOLDER
         self.mix, worker = mix, RolloutWorker(config, mix, self.responder, ranks=ranks)
@@ -90,7 +89,7 @@ class GrpoRecipe(Recipe):
 
     def describe(self) -> str:
         """What it costs."""
-        return describe(self.config)
+        return setup.describe(self.config)
 
     def state(self) -> dict[str, Any]:
         """k, the length's stage, what waits to be learned from, and which problem comes next."""

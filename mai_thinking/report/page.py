@@ -18,7 +18,7 @@ from mai_thinking.report.panels import over_stages
 from mai_thinking.report.reading import Climb, Run, read
 from mai_thinking.report.summary import add_run
 from mai_thinking.rl.rewards import TERMS
-from mai_thinking.rl.trace_report import printable
+from mai_thinking.rl.trace_report import parts_of, printable
 
 _FRAME = """<!doctype html>
 <html lang="en">
@@ -107,5 +107,7 @@ def _rollout(trace: Mapping[str, Any]) -> str:
         "reward": trace["reward"],
     }
     facts |= {f"R {name}": trace[f"reward_{name}"] for name in ("task", *TERMS)}
-    words = [fenced(printable(trace[name])) for name in ("prompt", "response")]
+    words = [fenced(printable(trace["prompt"]))]
+    for place, part in enumerate(parts_of(trace)):
+        words += ["what the calls gave:"] * (place % 2) + [fenced(printable(part))]
     return "\n\n".join([*words, Table(list(facts), [list(facts.values())]).markdown()])

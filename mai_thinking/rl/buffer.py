@@ -11,7 +11,7 @@ from mai_thinking.rl.rollout import Group, Rollout, Verdict
 from mai_thinking.rl.tasks import WRONG
 
 _PLAIN = ("id", "max_new_tokens", "finished", "rewards", "reward", "advantage")
-_ARRAYS = ("response_ids", "logprobs", "nucleus")
+_ARRAYS = ("response_ids", "observed", "logprobs", "nucleus")
 
 
 class RolloutBuffer:
@@ -83,6 +83,7 @@ def pack_group(group: Group) -> dict[str, Any]:
 def unpack_group(state: dict[str, Any]) -> Group:
     """The group of `pack_group`."""
     lengths, prompt = state["lengths"], state["prompt"]
+    state = {"observed": torch.zeros(sum(lengths), dtype=torch.bool), **state}  # of before there were tools
     arrays: dict[str, Any] = {name: np.split(state[name].numpy(), np.cumsum(lengths)[:-1]) for name in _ARRAYS}
     places = np.cumsum([len(prompt) + length - 1 for length in lengths])[:-1]
     arrays["experts"] = np.split(state["experts"].numpy().astype(np.uint16), places, axis=1)

@@ -31,6 +31,8 @@ ANSWER_TOKENS = 16
 FORCED = ("pass@1_emptied", "pass@1_other_thought", "pass@1_half_thought")
 COLUMNS = ("pass@1", *FORCED, "greedy", "thought_share", "response_length")
 """What is summed up over the responses to a problem, by the name of its mean."""
+WITH_TOOLS = ("call_share", "pass@1_tools_off")
+"""The same where there are tools: responses with a call, and how many pass if nothing answers."""
 
 
 class HeldOut:
@@ -46,15 +48,23 @@ class HeldOut:
         mine = range(self.rank, len(self.problems), self.ranks)
         rollouts = self._respond(responder, mine, k, FIRST_ID, max_length, temperature)
         numbers = [number for number in mine for _ in range(k)]
-        sums = torch.zeros(len(COLUMNS), len(self.problems), dtype=torch.float64)
-        column = dict(zip(COLUMNS, sums, strict=True))
+        columns = (*COLUMNS, *(WITH_TOOLS if responder.engine.tools else ()))
+        sums = torch.zeros(len(columns), len(self.problems), dtype=torch.float64)
+        column = dict(zip(columns, sums, strict=True))
         for number, rollout in zip(numbers, rollouts, strict=True):
             column["pass@1"][number] += rollout.grade.passed
             column["thought_share"][number] += rollout.has_thought
-            column["response_length"][number] += len(rollout.response_ids)
+            column["response_length"][number] += len(rollout.own_ids)
         for name, grades in zip(FORCED, self._forced(responder, numbers, rollouts), strict=True):
             for number, grade in zip(numbers, grades, strict=True):
                 column[name][number] += grade.passed
+        if responder.engine.tools:
+            for number, rollout in zip(numbers, rollouts, strict=True):
+                column["call_share"][number] += bool(rollout.calls)
+            # The same draws up to the first call.
+            bare = self._respond(responder, mine, k, FIRST_ID, max_length, temperature, tools=False)
+            for number, rollout in zip(numbers, bare, strict=True):
+                column["pass@1_tools_off"][number] += rollout.grade.passed
         greedy = self._respond(responder, mine, 1, FIRST_ID + _IDS // 2, max_length, 0.0)
         for number, rollout in zip(mine, greedy, strict=True):
             column["greedy"][number] = k * rollout.grade.passed
@@ -70,13 +80,15 @@ class HeldOut:
         first_id: int,
         max_length: int,
         temperature: float | None,
+        *,
+        tools: bool = True,
     ) -> list[Rollout]:
         """`samples` responses to each of the problems."""
         asked: list[Rollout] = []
         for number in numbers:
             first = first_id + number * samples
             asked += responder.ask(self.problems[number], range(first, first + samples), max_length)
-        return responder.respond(asked, temperature)
+        return responder.respond(asked, temperature, tools=tools)
 
     def _forced(
         self, responder: Responder, numbers: Sequence[int], rollouts: Sequence[Rollout]
@@ -92,12 +104,12 @@ class HeldOut:
             yield responder.force(list(zip(problems, thoughts, ids, strict=True)), room, self.section.temperature)
 
     def _metrics(self, sums: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-        """Means over problems, by task and by size; `sums` by `COLUMNS`, of each problem."""
+        """Means over problems, by task and by size; `sums` of each problem, by column."""
         k = self.section.samples
         tasks = _places(self.problems)
         passed = sums["pass@1"].tolist()
         metrics = summarize({task: [round(passed[place]) for place in places] for task, places in tasks.items()}, k)
-        for name in COLUMNS[1:]:
+        for name in list(sums)[1:]:
             metrics[name] = float(sums[name].mean() / k)
             for task, places in tasks.items():
                 metrics[f"{name}/{task}"] = float(sums[name][places].mean() / k)

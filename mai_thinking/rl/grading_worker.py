@@ -54,7 +54,7 @@ def main() -> None:
         _send(trainer, str(error))
         return
     _silence()
-    _limit(setup["megabytes"])
+    _limit(setup["megabytes"], processes=any(task["kind"] == "repair" for task in setup["tasks"]))
     _send(trainer, None)
     with suppress(EOFError):  # the pool is closed
         while True:
@@ -96,13 +96,15 @@ def _silence() -> None:
     os.dup2(nowhere, 2)
 
 
-def _limit(megabytes: int) -> None:
-    """No more memory than `megabytes` beyond what is in use, no files written, no processes started, no core dumps."""
+def _limit(megabytes: int, *, processes: bool) -> None:
+    """No more memory than `megabytes` beyond what is in use, no files written, no core dumps, and no processes started
+    but the sandboxes of tasks that have programs graded."""
     with suppress(OSError):  # only Linux tells
         pages = int(Path("/proc/self/statm").read_text().split()[0])
         most = pages * resource.getpagesize() + megabytes * 2**20
         resource.setrlimit(resource.RLIMIT_AS, (most, most))
-    for limit in (resource.RLIMIT_FSIZE, resource.RLIMIT_NPROC, resource.RLIMIT_CORE):
+    limits = (resource.RLIMIT_FSIZE, resource.RLIMIT_CORE, *(() if processes else (resource.RLIMIT_NPROC,)))
+    for limit in limits:
         with suppress(OSError, ValueError):
             resource.setrlimit(limit, (0, 0))
 

@@ -35,9 +35,9 @@ def rollout_metrics(groups: Sequence[Group], version: int, context: RunContext) 
             "reward": sum(rollout.reward for rollout in rollouts),
             **{f"reward/{name}": sum(rollout.rewards[name] for rollout in rollouts) for name in ("task", *TERMS)},
             "pass_rate": sum(group.pass_rate * len(group.rollouts) for group in groups),
-            "response_length": sum(len(rollout.response_ids) for rollout in rollouts),
+            "response_length": sum(len(rollout.own_ids) for rollout in rollouts),
             "cut_off": sum(not rollout.finished for rollout in rollouts),
-            "repetition": sum(is_repetitive(rollout.response_ids) for rollout in rollouts),
+            "repetition": sum(is_repetitive(rollout.own_ids) for rollout in rollouts),
             "staleness": sum((version - group.version) * len(group.rollouts) for group in groups),
             "count": len(rollouts),
         }

@@ -31,7 +31,7 @@ class MicroBatch:
     token_mask: torch.Tensor
     """[B, T] bool: no padding."""
     response_mask: torch.Tensor
-    """[B, T] bool: places whose *next* token belongs to a response; N in all."""
+    """[B, T] bool: places whose *next* token the policy drew: none that a tool wrote; N in all."""
     expert_choices: torch.Tensor
     """[M, B, T, K] int64; padding's are arbitrary."""
     targets: torch.Tensor
@@ -96,19 +96,22 @@ def _micro_batch(rollouts: Sequence[Rollout], layout: list[list[int]], row_lengt
             input_ids[b, own] = np.concatenate((rollout.prompt_ids, rollout.response_ids[:-1]))
             position_ids[b, own] = np.arange(places)
             token_mask[b, own] = True
-            response_mask[b, start + P - 1 : start + P - 1 + n] = True
+            response_mask[b, start + P - 1 : start + P - 1 + n] = ~rollout.observed
             expert_choices[:, b, own] = rollout.experts
             start += places
         position_ids[b, start:] = np.arange(T - start)
     parts = [rollouts[index] for index in order]
+    drawn = [~rollout.observed for rollout in parts]
     return MicroBatch(
         input_ids=torch.from_numpy(input_ids),
         position_ids=torch.from_numpy(position_ids),
         token_mask=torch.from_numpy(token_mask),
         response_mask=torch.from_numpy(response_mask),
         expert_choices=torch.from_numpy(expert_choices),
-        targets=torch.from_numpy(np.concatenate([rollout.response_ids for rollout in parts])),
-        rollout_index=torch.from_numpy(np.repeat(order, [len(rollout.response_ids) for rollout in parts])),
-        old_logprobs=torch.from_numpy(np.concatenate([rollout.logprobs for rollout in parts])),
-        nucleus=torch.from_numpy(np.concatenate([rollout.nucleus for rollout in parts])),
+        targets=torch.from_numpy(np.concatenate([rollout.own_ids for rollout in parts])),
+        rollout_index=torch.from_numpy(np.repeat(order, [mask.sum() for mask in drawn])),
+        old_logprobs=torch.from_numpy(
+            np.concatenate([one.logprobs[mask] for one, mask in zip(parts, drawn, strict=True)])
+        ),
+        nucleus=torch.from_numpy(np.concatenate([one.nucleus[mask] for one, mask in zip(parts, drawn, strict=True)])),
     )

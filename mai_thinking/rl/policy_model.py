@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from mai_thinking.config.distillation import DistillConfig
 from mai_thinking.config.grpo import GrpoConfig
@@ -16,6 +16,8 @@ from mai_thinking.rl.engine import BatchedEngine
 from mai_thinking.rl.length_curriculum import LengthCurriculum
 from mai_thinking.rl.tasks import Problem, TaskSampler
 from mai_thinking.rl.template import Template
+from mai_thinking.rl.tools.sandbox import isolation
+from mai_thinking.rl.tools.toolbox import Toolbox
 from mai_thinking.training.model_files import load_model, load_model_config
 from mai_thinking.training.plan import GRADIENT, MOMENTS, WEIGHT, quantity
 
@@ -25,6 +27,14 @@ def policy_config(config: GrpoConfig) -> MaiThinkingConfig:
     architecture = load_model_config(config.init_from)
     architecture.dropout = 0.0
     return architecture
+
+
+def policy_tokenizer(config: GrpoConfig) -> PreTrainedTokenizerFast:
+    """That of `init_from`; with tools, with a chat template in whose frame they are called."""
+    tokenizer = load_tokenizer(config.init_from)
+    if config.tools.enabled:
+        tokenizer.chat_template = Template(config.template).chat_template()
+    return tokenizer
 
 
 def policy_model(
@@ -51,6 +61,8 @@ def make_engine(
 ) -> BatchedEngine:
     """What generates rollouts, also the evaluation's; on the model's device. On a CPU it stays in fp32, whose products
     are the faster ones there."""
+    section, template = config.tools, Template(config.template)
+    tools = Toolbox(section, template, tokenizer, config.folder / "calls") if section.enabled else None
     casts = precision == "bf16" and model.device.type == "cuda"
     return BatchedEngine(
         model,
@@ -61,6 +73,7 @@ def make_engine(
         end_of_text=tokenizer.eos_token_id,
         dtype=torch.bfloat16 if casts else None,
         heartbeat=heartbeat,
+        tools=tools,
     )
 
 
@@ -111,6 +124,7 @@ def describe(config: GrpoConfig) -> str:
         ("FLOPs", f"{quantity(flops)} a learned token, {quantity(flops / 3)} a generated one"),
         ("tasks", ", ".join(mix.families)),
         *(("left out", note) for note in mix.notes),
+        *_tools(config),
         ("steps", f"{config.steps:,} of {batch}"),
         ("tokens", f"at most {quantity(tokens)} of responses, at the first stage's {config.curriculum.start} each"),
         ("engine", f"{config.rollouts.slots} slots, new weights every {config.rollouts.steps_per_update} steps"),
@@ -123,6 +137,13 @@ def describe(config: GrpoConfig) -> str:
     if dropout := load_model_config(config.init_from).dropout:
         rows.append(("dropout", f"off, which {config.init_from} was trained with at {dropout}"))
     return "\n".join(f"{name:<12}  {value}" for name, value in rows)
+
+
+def _tools(config: GrpoConfig) -> list[tuple[str, str]]:
+    """The lines about tools, if there are any."""
+    names = ", ".join((*config.tools.use, *config.tools.servers))
+    lacking = isolation() if "python" in config.tools.use else ""
+    return [("tools", names), *([("caution", lacking)] if lacking else [])] if names else []
 
 
 def _workers(config: GrpoConfig, parameters: int) -> list[tuple[str, str]]:

@@ -79,6 +79,16 @@ class FilterCounts:
     cut_off: int = 0
     thoughts: int = 0
     """Responses with a thought before their answer."""
+    calls: int = 0
+    """Of tools."""
+    failed_calls: int = 0
+    repeated_calls: int = 0
+    acting: int = 0
+    """Responses with a call."""
+    context: int = 0
+    """Tokens of what the engine went on from after each step, the prompt included …"""
+    cached: int = 0
+    """… and those of them that were in its cache."""
 
     @property
     def solved(self) -> bool:
@@ -99,6 +109,13 @@ class FilterCounts:
             self.long += 2 * len(rollout.response_ids) > rollout.max_new_tokens
             self.cut_off += not rollout.finished
             self.thoughts += rollout.has_thought
+            self.calls += len(rollout.calls)
+            self.failed_calls += sum(not call.valid for call in rollout.calls)
+            self.repeated_calls += sum(call.repeated for call in rollout.calls)
+            self.acting += bool(rollout.calls)
+            for begin, end in rollout.observations:
+                self.context += len(rollout.prompt_ids) + end
+                self.cached += len(rollout.prompt_ids) + begin
 
     def add(self, more: "FilterCounts") -> None:
         """Take in those of further problems."""
@@ -117,4 +134,15 @@ class FilterCounts:
             "cut_off/all": self.cut_off / max(1, self.rollouts),
             "long_share": self.long / max(1, self.rollouts),
             "thought_share": self.thoughts / max(1, self.rollouts),
+        } | (self._tools() if self.calls else {})
+
+    def _tools(self) -> dict[str, float]:
+        """Calls a response, shares of the calls, share of the responses with a call, and the share of the tokens that a
+        step went on from which the engine had in its cache."""
+        return {
+            "calls": self.calls / self.rollouts,
+            "calls_failed": self.failed_calls / self.calls,
+            "calls_repeated": self.repeated_calls / self.calls,
+            "call_share": self.acting / self.rollouts,
+            "cache_hits": self.cached / max(1, self.context),
         }

@@ -30,10 +30,27 @@ def language(group: Group, section: RewardSection) -> list[float]:
 def length(group: Group, section: RewardSection) -> list[float]:
     """ρ_q × share of the permitted length: only what a model can do should be done briefly."""
     rate = 1.0 if section.flat_length else group.pass_rate
-    return [rate * len(rollout.response_ids) / rollout.max_new_tokens for rollout in group.rollouts]
+    return [rate * len(rollout.own_ids) / rollout.max_new_tokens for rollout in group.rollouts]
 
 
-TERMS = {"language": Term(+1, language), "length": Term(-1, length)}
+def calls(group: Group, section: RewardSection) -> list[float]:
+    """ρ_q × share of the group's most calls: what can be done with fewer should be (§3.4.1)."""
+    most = max(1, *(len(rollout.calls) for rollout in group.rollouts))
+    return [group.pass_rate * len(rollout.calls) / most for rollout in group.rollouts]
+
+
+def waste(group: Group, section: RewardSection) -> list[float]:
+    """Share of the calls that no tool took, or that had been made before (§3.4.1)."""
+    wasted = [sum(call.repeated or not call.valid for call in rollout.calls) for rollout in group.rollouts]
+    return [count / max(1, len(rollout.calls)) for count, rollout in zip(wasted, group.rollouts, strict=True)]
+
+
+TERMS = {
+    "language": Term(+1, language),
+    "length": Term(-1, length),
+    "calls": Term(-1, calls),
+    "waste": Term(-1, waste),
+}
 """By name; each counts with the weight `w_NAME`. A term without a weight is not computed, and reads 0."""
 
 

@@ -28,7 +28,9 @@ class Rollout:
 
     # The engine's part.
     response_ids: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, dtype=np.int64))
-    """[n], with the end-of-text token if it was drawn."""
+    """[n], with the end-of-text token if it was drawn, and with what tools answered."""
+    observed: NDArray[np.bool_] = field(default_factory=lambda: np.empty(0, dtype=bool))
+    """[n]: tokens that a tool wrote. They are context: no gradient, no log-probability (0), no nucleus (none)."""
     logprobs: NDArray[np.float32] = field(default_factory=lambda: np.empty(0, dtype=np.float32))
     """[n], under the distribution drawn from: with temperature, renormalised over the nucleus."""
     nucleus: NDArray[np.uint8] = field(default_factory=lambda: np.empty((0, 0), dtype=np.uint8))
@@ -40,9 +42,13 @@ class Rollout:
 
     # The graders' part.
     text: str = ""
+    parts: tuple[str, ...] = ()
+    """The text, step by step: in turn what the policy wrote and what came of it."""
     thought: str = ""
-    """What comes before the answer; the whole text if there is none."""
+    """What the policy itself wrote before the answer; all that it wrote if there is none."""
     answer: str | None = None
+    calls: tuple["Call", ...] = ()
+    """Of tools, in order."""
     grade: Grade = WRONG
 
     # What it earned in its group.
@@ -51,6 +57,27 @@ class Rollout:
     reward: float = 0.0
     """R, their weighted sum."""
     advantage: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not len(self.observed):  # an engine without tools
+            self.observed = np.zeros(len(self.response_ids), dtype=bool)
+
+    @property
+    def own_ids(self) -> NDArray[np.int64]:
+        """The policy's own response tokens, those of all steps."""
+        return self.response_ids[~self.observed]
+
+    @property
+    def segments(self) -> list[NDArray[np.int64]]:
+        """The response's tokens: those of the first step, of what came of it, of the next step and so on; those of the
+        last step, if only none, at the end."""
+        return np.split(self.response_ids, [edge for both in self.observations for edge in both])
+
+    @property
+    def observations(self) -> list[tuple[int, int]]:
+        """Begin and end, among the response's tokens, of what tools wrote after each step."""
+        edges = np.diff(self.observed.astype(np.int8), prepend=0, append=0).nonzero()[0]
+        return list(zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True))
 
     @property
     def places(self) -> int:
@@ -61,6 +88,21 @@ class Rollout:
     def has_thought(self) -> bool:
         """Whether there is text before the answer."""
         return self.answer is not None and bool(self.thought.strip())
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call of a tool, and what came of it."""
+
+    text: str
+    """As the policy wrote it."""
+    observation: str
+    valid: bool
+    """Whether there is such a tool and it took the arguments."""
+    repeated: bool
+    """Whether the same call came before in the rollout."""
+    step: int
+    """Calls of one step go out together."""
 
 
 class Verdict(StrEnum):

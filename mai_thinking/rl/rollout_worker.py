@@ -40,11 +40,24 @@ class Responder:
         prompt_ids = self.encoder.encode_prompt(prompt)
         return [Rollout(id, prompt_ids, max_new_tokens, problem, prompt) for id in ids]
 
-    def respond(self, asked: Sequence[Rollout], temperature: float | None = None) -> list[Rollout]:
-        """The rollouts with responses and grades, in order; at the engine's temperature unless another is given."""
-        rollouts = self.engine.generate(asked, temperature)
+    def respond(
+        self, asked: Sequence[Rollout], temperature: float | None = None, *, tools: bool = True
+    ) -> list[Rollout]:
+        """The rollouts with responses and grades, in order; at the engine's temperature unless another is given, and
+        with nothing that answers calls unless `tools`."""
+        own, self.engine.tools = self.engine.tools, self.engine.tools if tools else None
+        try:
+            rollouts = self.engine.generate(asked, temperature)
+        finally:
+            self.engine.tools = own
         for rollout, text in zip(rollouts, self._texts(rollouts), strict=True):
-            rollout.text, (rollout.thought, rollout.answer) = text, self.template.parse(text)
+            rollout.text, rollout.parts = text, (text,)
+            if rollout.observed.any():
+                rollout.parts = tuple(self.tokenizer.batch_decode(rollout.segments, skip_special_tokens=True))
+            # The answer is in the last step; what a tool wrote is neither thought nor answer.
+            *before, last = rollout.parts[::2]
+            rest, rollout.answer = self.template.parse(last)
+            rollout.thought = "".join((*before, rest))
         began, begin = time.time(), time.perf_counter()
         grades = self.pool.grade([(rollout.problem, rollout.answer) for rollout in rollouts])
         self.graded.append((began, time.perf_counter() - begin))

@@ -24,6 +24,8 @@ from mai_thinking.training.state import read_tree, write_tree
 
 _FOLDER = "rollouts"
 _TIMES = ("worker", "began", "seconds", "graded")
+_ARRAYS = ("response_ids", "observed", "logprobs")
+"""Columns of a trace that are arrays."""
 
 
 def schedule_path(run: Path, rank: int) -> Path:
@@ -161,8 +163,8 @@ def _arrival(record: dict[str, Any]) -> Arrival:
 
 
 def _with_tensors(trace: dict[str, Any]) -> dict[str, Any]:
-    return trace | {name: torch.from_numpy(trace[name]) for name in ("response_ids", "logprobs")}
+    return trace | {name: torch.from_numpy(trace[name]) for name in _ARRAYS if name in trace}
 
 
 def _with_arrays(trace: dict[str, Any]) -> dict[str, Any]:
-    return trace | {name: trace[name].numpy() for name in ("response_ids", "logprobs")}
+    return trace | {name: trace[name].numpy() for name in _ARRAYS if name in trace}

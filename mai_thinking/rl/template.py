@@ -1,11 +1,31 @@
 """The frame around a question, and the answer in a response. MAI-Thinking-1 report §3.1."""
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import yaml
 
 from mai_thinking.config.tasks import TemplateSection
+
+_CHAT = """
+{% if tools %}{% for tool in tools %}{{ tool | tojson }}{{ "\\n" }}{% endfor %}{% endif %}
+{% for message in messages %}
+{% if message.role == "user" %}<BEFORE>{{ message.content }}<AFTER>
+{% elif message.role == "tool" %}
+{% if loop.previtem.role == "tool" %}{{ " && " }}{% else %}<RESULT>{% endif %}{{ message.content }}
+{% if loop.last or loop.nextitem.role != "tool" %}<CLOSE>{% endif %}
+{% else %}{{ message.content or "" }}
+{% if message.tool_calls %}<CALL>
+{% for call in message.tool_calls %}{{ call.function.name }}{{ " " }}
+{% set values = call.function.arguments.values() | list %}
+{% if values | length == 1 and values[0] is string %}{{ values[0] }}
+{% else %}{% for value in values %}{{ value | tojson }}{% if not loop.last %}{{ ", " }}{% endif %}{% endfor %}
+{% endif %}
+{% if not loop.last %}{{ " && " }}{% endif %}{% endfor %}<END>{% endif %}
+{% endif %}{% endfor %}
+"""
 
 
 class Parsed(NamedTuple):
@@ -24,6 +44,8 @@ class Template:
         self._prompt = section.prompt
         self._start, self._end = section.answer_start, section.answer_end
         self._thought_end = section.thought_end
+        self._call_start, self.call_end = section.call_start, section.call_end
+        self._result_start, self._result_end = section.result_start, section.result_end
 
     def prompt(self, question: str) -> str:
         """The text that the model continues."""
@@ -40,6 +62,35 @@ class Template:
         thought that was kept back could be there."""
         answer, end, _ = continuation.partition(self._end) if self._end else (continuation, "", "")
         return answer.strip() if end or not self._end.strip() else None
+
+    def calls(self, step: str) -> list[str] | None:
+        """The calls at the end of a step's text; None unless it ends with calls, and they are complete. Where calls are
+        lines, only a line that begins with their mark is one."""
+        before, end, _ = step.rpartition(self.call_end)
+        if self.call_end == "\n":
+            line = before.rpartition("\n")[2]
+            calls = line.removeprefix(self._call_start) if line.startswith(self._call_start) else None
+        else:
+            _, mark, rest = before.rpartition(self._call_start)
+            calls = rest if mark else None
+        return [call.strip() for call in calls.split("&&")] if end and calls is not None else None
+
+    def observation(self, results: Sequence[str]) -> tuple[str, str, str]:
+        """What the policy reads after its calls: what opens it, the results, and what closes it."""
+        return self._result_start, " && ".join(results), self._result_end
+
+    def chat_template(self) -> str:
+        """The same frame for `tokenizer.apply_chat_template`, whose `tools` and `tool_calls` are Hugging Face's: what
+        the policy saw and wrote, if each message's content is what it wrote."""
+        before, after = self._prompt.split("{question}", 1)
+        marks = {
+            "BEFORE": before, "AFTER": after, "CALL": self._call_start, "END": self.call_end,
+            "RESULT": self._result_start, "CLOSE": self._result_end,
+        }  # fmt: skip
+        text = "".join(line.strip() for line in _CHAT.splitlines())
+        for mark, value in marks.items():
+            text = text.replace(f"<{mark}>", f"{{{{ {json.dumps(value)} }}}}")
+        return text
 
     def parse(self, response_text: str) -> Parsed:
         """Look at the response alone, never at the prompt: what the template itself says cannot pass for an answer. Of

@@ -78,7 +78,9 @@ class Batches:
         size = self.micro_batch
         return Batch(
             [_stack(made[begin : begin + size]) for begin in range(0, share, size)],
-            response_tokens=sum(len(example.response_ids) for row in layout for example in row),
+            response_tokens=sum(
+                len(example.response_ids) - int(example.observed.sum()) for row in layout for example in row
+            ),
             text_rows=kinds.count(TEXT),
         )
 
@@ -151,7 +153,8 @@ def trace_row(examples: Sequence[Example], length: int) -> dict[str, torch.Tenso
         prompt, end = len(example.prompt_ids), start + example.places
         input_ids[start:end] = np.concatenate((example.prompt_ids, example.response_ids[:-1]))
         position_ids[start:end] = np.arange(example.places)
-        labels[start + prompt - 1 : end] = example.response_ids
+        observed = example.observed if len(example.observed) else False
+        labels[start + prompt - 1 : end] = np.where(observed, IGNORED, example.response_ids)
         token_mask[start:end] = True
         start = end
     position_ids[start:] = np.arange(length - start)

@@ -1,6 +1,7 @@
 """Rollouts for people to read: `scripts/traces.py`."""
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -52,7 +53,8 @@ def show(trace: dict[str, Any], console: Console) -> None:
     that nothing a model wrote can steer the terminal."""
     console.rule(Text(f"step {trace['step']} · {trace['task']} · reward {trace['reward']:.3f}"), align="left")
     how = "finished" if trace["finished"] else "cut off"
-    parts = " · ".join(f"{name} {trace[f'reward_{name}']:.3f}" for name in ("task", *TERMS))
+    earned = {name: trace[f"reward_{name}"] for name in ("task", *TERMS)}  # None: written before there was such a term
+    parts = " · ".join(f"{name} {value:.3f}" for name, value in earned.items() if value is not None)
     answer = "none" if trace["answer"] is None else repr(trace["answer"])
     lines = [
         f"{parts} · pass rate {trace['pass_rate']:.2f} · group {trace['verdict']}",
@@ -62,9 +64,15 @@ def show(trace: dict[str, Any], console: Console) -> None:
     ]
     for line in lines:
         console.print(Text(printable(line), style="dim"))
-    console.print(Text.assemble((printable(trace["prompt"]), "cyan"), printable(trace["response"])))
+    shown = [(printable(part), "yellow" if place % 2 else "") for place, part in enumerate(parts_of(trace))]
+    console.print(Text.assemble((printable(trace["prompt"]), "cyan"), *shown))
     right = "green" if trace["passed"] else "red"
     console.print(Text(printable(f"answer {answer}, reference {trace['reference']!r}"), style=right), end="\n\n")
+
+
+def parts_of(trace: Mapping[str, Any]) -> list[str]:
+    """A response, in turn what the policy wrote and what its calls gave."""
+    return list(json.loads(trace["parts"])) if trace.get("parts") else [trace["response"]]
 
 
 def _first(table: pa.Table, order: Order, count: int) -> pa.Table:

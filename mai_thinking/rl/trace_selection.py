@@ -11,7 +11,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,8 @@ class Example:
     prompt_ids: Tokens
     response_ids: Tokens
     """With the end-of-text token, if the response came to its end."""
+    observed: NDArray[np.bool_] = field(default_factory=lambda: np.empty(0, dtype=bool))
+    """Of each response token whether a tool wrote it, which is nothing to learn; empty where none did."""
 
     @property
     def places(self) -> int:
@@ -76,7 +78,7 @@ class ChosenTraces:
     @cached_property
     def response_tokens(self) -> int:
         """Tokens that are learned from."""
-        return sum(len(example.response_ids) for example in self.examples)
+        return sum(len(example.response_ids) - int(example.observed.sum()) for example in self.examples)
 
     @cached_property
     def places(self) -> int:
@@ -104,7 +106,9 @@ class Selection:
             digest.update(f"{len(source.examples)};".encode())
             for example in source.examples:
                 digest.update(f"{len(example.prompt_ids)},{len(example.response_ids)};".encode())
-                digest.update(example.prompt_ids.tobytes() + example.response_ids.tobytes())
+                digest.update(
+                    example.prompt_ids.tobytes() + example.response_ids.tobytes() + example.observed.tobytes()
+                )
         return digest.hexdigest()
 
     def markdown(self) -> str:
@@ -243,9 +247,15 @@ class _Words:
         self.frame, self.reframe = frame, reframe
 
     def example(self, row: dict[str, Any]) -> Example | None:
-        """None if the trace does not follow the frame that it should be moved out of."""
+        """None if the trace does not follow the frame that it should be moved out of, or has calls of tools in it and
+        would have to be written anew."""
         if self.as_stored:  # the very tokens that were drawn: encoding the text again may cut it otherwise
-            return Example(row["prompt_ids"].copy(), row["response_ids"].copy())  # not views of the whole batch's
+            # Copies, not views of the whole batch's.
+            return Example(
+                row["prompt_ids"].copy(), row["response_ids"].copy(), np.array(row["observed"] or (), dtype=bool)
+            )
+        if row["observed"]:  # which of the new tokens a tool wrote, nobody could tell
+            return None
         texts = row["prompt"], row["response"]
         if self.reframe is not None:
             moved = move(*texts, self.frame, self.reframe)

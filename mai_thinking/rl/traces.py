@@ -9,6 +9,7 @@ the same rollouts, bit for bit, and is not written a second time.
 
 import errno
 import functools
+import json
 import operator
 import re
 import sys
@@ -31,6 +32,10 @@ FOLDER = "traces"
 """Below a run's folder."""
 _PART = re.compile(r"(?:batch|wave)-(\d{8,})-rank-(\d{5,})\.parquet")
 
+_NONE = np.empty(0, dtype=bool)
+_WITH_TOOLS = {"observed": _NONE, "parts": None}
+"""Columns that a trace without tools may lack, and what they then hold."""
+
 Trace = dict[str, Any]
 """One rollout: a row of the store, by column."""
 SCHEMA = pa.schema(
@@ -44,7 +49,9 @@ SCHEMA = pa.schema(
         "prompt": pa.string(),  # as the model saw it, template and all
         "prompt_ids": pa.list_(pa.int32()),
         "response": pa.string(),
+        "parts": pa.string(),  # JSON: in turn what the policy wrote and what its calls gave; null where it made none
         "response_ids": pa.list_(pa.int32()),  # with the end-of-text token, if it was drawn
+        "observed": pa.list_(pa.bool_()),  # response tokens that a tool wrote; empty where none did
         "logprobs": pa.list_(pa.float32()),  # one a response token, under temperature and the nucleus
         "finished": pa.bool_(),  # ended by itself, rather than at the length limit
         "answer": pa.string(),  # as parsed from the response; null if there was none
@@ -73,7 +80,9 @@ def trace_rows(group: Group, *, step: int, checkpoint: str, lineage: str) -> lis
             "prompt": rollout.prompt,
             "prompt_ids": rollout.prompt_ids,
             "response": rollout.text,
+            "parts": json.dumps(rollout.parts) if rollout.observed.any() else None,
             "response_ids": rollout.response_ids,
+            "observed": rollout.observed if rollout.observed.any() else _NONE,
             "logprobs": rollout.logprobs,
             "finished": rollout.finished,
             "answer": rollout.answer,
@@ -182,7 +191,7 @@ class TraceStore:
 def _columns(traces: Sequence[Trace]) -> dict[str, pa.Array]:
     columns = {}
     for field in SCHEMA:
-        values = [trace[field.name] for trace in traces]
+        values = [(_WITH_TOOLS | trace)[field.name] for trace in traces]
         columns[field.name] = (
             _list_column(values, field.type) if pa.types.is_list(field.type) else pa.array(values, field.type)
         )
@@ -204,7 +213,7 @@ def _fingerprint(chunks: pa.ChunkedArray) -> str:
     digest = xxhash.xxh3_128(column.is_valid().to_numpy(zero_copy_only=False).tobytes())
     if pa.types.is_list(column.type):
         digest.update(column.value_lengths().to_numpy().tobytes())
-        digest.update(column.flatten().to_numpy().tobytes())
+        digest.update(column.flatten().to_numpy(zero_copy_only=False).tobytes())
     elif pa.types.is_string(column.type):
         texts = [(text or "").encode() for text in column.to_pylist()]
         digest.update(np.array([len(text) for text in texts], dtype=np.int64).tobytes())

@@ -36,7 +36,8 @@ def trace(tokenizer: Any) -> Callable[..., Trace]:
             "response": response, "response_ids": [*tokenizer.encode(response, add_special_tokens=False), *end],
             "logprobs": [], "finished": True, "answer": "3", "reference": "3", "reward": 1.0, "passed": True,
             "reward_task": 1.0,
-            "reward_language": 0.0, "reward_length": 0.0, "pass_rate": 0.5, "verdict": "kept", "checkpoint": "x",
+            "reward_language": 0.0, "reward_length": 0.0, "reward_calls": 0.0, "reward_waste": 0.0,
+            "pass_rate": 0.5, "verdict": "kept", "checkpoint": "x",
             "lineage": "y",
         }  # fmt: skip
         return Trace(**(fields | changes))

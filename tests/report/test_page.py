@@ -99,6 +99,7 @@ def trace(number: int, words: str) -> Trace:
         prompt=f"Question {number}: {words}", prompt_ids=[1, 2], response=f"response {number} {words}",
         response_ids=[3, 4, 5], logprobs=[-0.1, -0.2, -0.3], finished=bool(right), answer=words if right else None,
         reference="7", reward=right + 0.5 * 0.875, reward_task=float(right), reward_language=0.875, reward_length=0.0,
+        reward_calls=0.0, reward_waste=0.0,
         passed=bool(right),
         pass_rate=0.5, verdict="kept", checkpoint="x/step-00000004", lineage="runs/base/final",
     )  # fmt: skip

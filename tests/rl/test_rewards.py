@@ -7,7 +7,7 @@ from pydantic import ValidationError
 import mai_thinking.rl.rewards as rewards_module
 from mai_thinking.config.tasks import RewardSection, TaskSection
 from mai_thinking.rl.rewards import Term, reward_group, task_rewards
-from mai_thinking.rl.rollout import Group, Rollout
+from mai_thinking.rl.rollout import Call, Group, Rollout
 from mai_thinking.rl.tasks import WRONG, Grade
 from mai_thinking.rl.tasks.base import combine
 
@@ -47,7 +47,10 @@ def test_a_group_by_hand() -> None:
 
 def test_a_weight_of_zero_switches_a_term_off() -> None:
     (one,) = rewarded(RewardSection(w_language=0, w_length=0), [Grade(0.75, True)], [RUSSIAN], [90], 100)
-    assert (one.rewards, one.reward) == ({"task": 0.75, "language": 0, "length": 0}, 0.75)
+    assert (one.rewards, one.reward) == (
+        {"task": 0.75, "language": 0, "length": 0, "calls": 0, "waste": 0},
+        0.75,
+    )
     (one,) = rewarded(RewardSection(alpha=0), [RIGHT], [RUSSIAN * 500], [100], 100)
     assert one.reward == 1 + 0.5 - 0.25
     with pytest.raises(ValidationError):
@@ -62,6 +65,21 @@ def test_an_unsolved_problem_has_no_length_penalty() -> None:
 def test_a_flat_price_on_length_does_not_ask_how_many_pass() -> None:
     made = rewarded(RewardSection(flat_length=True), [RIGHT, WRONG, WRONG, WRONG], [""] * 4, [50, 100, 10, 0], 100)
     assert [one.rewards["length"] for one in made] == pytest.approx([0.5, 1, 0.1, 0])
+
+
+def test_calls_cost_where_the_problem_is_solved_and_waste_costs_always() -> None:
+    """Shares by hand: of the group's most calls, times the pass rate; and of a rollout's own calls."""
+    good, bad, again = (
+        Call("x", "y", valid, repeated, 0) for valid, repeated in ((True, False), (False, False), (True, True))
+    )
+    rollouts = [Rollout(i, [2], 9, calls=calls, grade=grade) for i, (calls, grade) in enumerate(
+        [((), RIGHT), ((good, good), RIGHT), ((good, bad, again, good), WRONG), ((bad,), WRONG)]
+    )]  # fmt: skip
+    group = Group(0, 0, rollouts=rollouts)
+    reward_group(group, RewardSection(w_language=0, w_length=0, w_calls=0.5, w_waste=0.25))
+    assert [one.rewards["calls"] for one in rollouts] == [0, 0.25, 0.5, 0.125]
+    assert [one.rewards["waste"] for one in rollouts] == [0, 0, 0.5, 1]
+    assert [one.reward for one in rollouts] == [1, 1 - 0.125, -0.25 - 0.125, -0.0625 - 0.25]
 
 
 def test_a_term_more_is_a_function_and_a_weight(monkeypatch: pytest.MonkeyPatch) -> None:

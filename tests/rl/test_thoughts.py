@@ -27,6 +27,8 @@ class Reckoner:
     """An engine that works a tally out step by step; made to answer, it gives the last total that it sees, or 999.
     Behind a forced answer it goes on to the right one, which must not count."""
 
+    tools = None
+
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer, self.encoder = tokenizer, Encoder(tokenizer)
         self.prompts: list[str] = []

@@ -1,6 +1,7 @@
 """The trace store: whole parts or none, each once; what readers see; `scripts/traces.py`."""
 
 import io
+import json
 import os
 import random
 import resource
@@ -45,6 +46,10 @@ def trace(number: int, *, step: int = 0, task: str = "sums", **changes: object) 
         reward_task=float(number % 2),
         reward_language=0.5,
         reward_length=0.125,
+        observed=np.arange(length) % 2 == 1 if number == 3 else np.empty(0, dtype=bool),
+        parts=json.dumps(["Call: x", "\x1b[2J", "y"]) if number == 3 else None,
+        reward_calls=0.0,
+        reward_waste=0.0,
         pass_rate=0.5,
         verdict="kept",
         checkpoint="nano-grpo/step-00000000",
@@ -286,13 +291,23 @@ def test_a_rollout_is_shown_with_its_parts():
     text = written.getvalue()
     for shown in (
         "step 12 · sums · reward 0.571",
-        "task 1.000 · language 0.500 · length 0.125 · pass rate 0.50 · group kept",
+        "task 1.000 · language 0.500 · length 0.125 · calls 0.000 · waste 0.000 · pass rate 0.50 · group kept",
         "5 tokens, finished · 0.550 nats per token",
         "User: 1+1=? Assistant: <think>éééé",
         "answer '4', reference '2'",
         "nano-grpo/step-00000000",
     ):
         assert shown in text
+
+
+def test_the_steps_of_a_rollout_are_told_apart():
+    """What a tool wrote is shown in another colour, and steers the terminal no more than what a model wrote."""
+    written = io.StringIO()
+    row = trace(3)
+    show(row | {"logprobs": row["logprobs"].tolist()}, Console(file=written, width=200, force_terminal=True))
+    text = written.getvalue()
+    assert "Call: x" in text
+    assert "\x1b[33m\\x1b[2J\x1b[0m" in text
 
 
 def script(*arguments: object) -> subprocess.CompletedProcess:

@@ -207,8 +207,8 @@ def test_a_climb_ends_when_its_tasks_are_solved(
         fillings.append(self.next_batch)
         return collect(self, *arguments, **settings)
 
-    def all_right(self: Responder, asked: Any, temperature: Any = None) -> Any:
-        rollouts = respond(self, asked, temperature)
+    def all_right(self: Responder, asked: Any, temperature: Any = None, **more: Any) -> Any:
+        rollouts = respond(self, asked, temperature, **more)
         for rollout in rollouts if len(fillings) > 1 else ():
             rollout.grade = Grade(1.0, True)
         return rollouts

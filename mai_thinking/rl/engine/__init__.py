@@ -1,4 +1,4 @@
-"""What generates rollouts. Another engine is a class with `Engine`'s two methods."""
+"""What generates rollouts. Another engine is a class with what `Engine` has."""
 
 from mai_thinking.rl.engine.engine import BatchedEngine, Engine, inference_copy
 

@@ -57,12 +57,26 @@ logger = logging.getLogger(__name__)
 class Engine(Protocol):
     """What generates rollouts; narrow enough for an external engine."""
 
+    tools: "Tools | None"
+    """What answers calls; None: a response is one stretch of text."""
+
     def update_weights(self, model: MaiThinkingForCausalLM) -> None:
         """Generate from these weights from now on."""
 
     def generate(self, asked: Sequence[Rollout], temperature: float | None = None) -> list[Rollout]:
         """The rollouts with their responses, in order, at the engine's own temperature unless another is given. Raises
         `RunError` if that cannot be had."""
+
+
+class Tools(Protocol):
+    """What answers the calls that a policy writes; see `mai_thinking.rl.tools.Toolbox`."""
+
+    ends: frozenset[int]
+    """Tokens that may complete a call."""
+
+    def observe(self, steps: Sequence[tuple[Rollout, int, Sequence[int]]]) -> list[list[int] | None]:
+        """For each (rollout, number of steps before, tokens of its present step): the tokens of what came of its calls,
+        none of them where the rollout must end, or None where there is no complete call."""
 
 
 @dataclass
@@ -75,6 +89,23 @@ class _Running:
     logprobs: list[float] = field(default_factory=list)
     nucleus: list[NDArray[np.uint8]] = field(default_factory=list)
     experts: list[Experts] = field(default_factory=list)
+    steps: list[tuple[int, int]] = field(default_factory=list)
+    """Begin and end of each observation among the tokens, those to come included."""
+    forced: deque[int] = field(default_factory=deque)
+    """Tokens of an observation that have not been through the model yet."""
+    over: bool = False
+    """Whether it may not go on."""
+
+    @property
+    def step(self) -> list[int]:
+        """The policy's tokens since the last observation."""
+        return self.tokens[self.steps[-1][1] if self.steps else 0 :]
+
+    def observe(self, tokens: Sequence[int]) -> None:
+        """Go on with these tokens, or end if there are none."""
+        self.steps.append((len(self.tokens), len(self.tokens) + len(tokens)))
+        self.forced.extend(tokens)
+        self.over = not tokens
 
     @property
     def position(self) -> int:
@@ -83,9 +114,13 @@ class _Running:
 
     def rollout(self, finished: bool) -> Rollout:
         experts_MnK = [np.stack(self.experts, axis=1)] if self.experts else []
+        observed = np.zeros(len(self.tokens), dtype=bool)
+        for begin, end in self.steps:
+            observed[begin:end] = True
         return replace(
             self.asked,
             response_ids=np.array(self.tokens, dtype=np.int64),
+            observed=observed,
             logprobs=np.array(self.logprobs, dtype=np.float32),
             nucleus=np.stack(self.nucleus),
             experts=np.concatenate([self.prompt.experts_MPK, *experts_MnK], axis=1),
@@ -116,13 +151,14 @@ class BatchedEngine:
         dtype: torch.dtype | None = None,
         backend: Backend | None = None,
         heartbeat: Callable[[], None] = lambda: None,
+        tools: Tools | None = None,
     ) -> None:
         if slots < 1 or temperature < 0.0 or not 0.0 < top_p <= 1.0:
             raise UsageError(
                 f"rollouts: slots {slots}, temperature {temperature}, top_p {top_p}; "
                 "they must be at least 1, at least 0, and in (0, 1]"
             )
-        self.heartbeat = heartbeat
+        self.heartbeat, self.tools = heartbeat, tools
         self.slots, self.temperature, self.seed, self.end_of_text = slots, temperature, seed, end_of_text
         self.model = inference_copy(model, dtype)
         on_gpu = self.model.device.type == "cuda"
@@ -178,6 +214,8 @@ class BatchedEngine:
         if not asked:
             return
         cache, backend = self._room(max(len(one.prompt_ids) + one.max_new_tokens for one in asked))
+        for one in asked:
+            one.calls = ()
         waiting = _Waiting(self.model, asked)
         running: list[_Running] = []
         hidden_AD = self.model.lm_head.weight.new_empty(0, self.model.config.hidden_size)
@@ -185,6 +223,7 @@ class BatchedEngine:
         while waiting or running:
             hidden_AD = torch.cat((hidden_AD, *self._admit(waiting, running, cache)))
             self._draw(backend, hidden_AD, experts_aMK, running, temperature)
+            self._observe(running)
             self.heartbeat()
             running = self._retire(running, cache, done)
             if running:
@@ -242,16 +281,29 @@ class BatchedEngine:
         for one, token, logprob, nucleus in zip(
             running, drawn.tokens_A, drawn.logprobs_A, drawn.nucleus_AB, strict=True
         ):
+            if one.forced:  # an observation is read, token by token: it goes through the model, and nobody drew it
+                token, logprob, nucleus = one.forced.popleft(), 0.0, np.zeros_like(nucleus)
             one.tokens.append(token)
             one.logprobs.append(logprob)
             one.nucleus.append(nucleus)
+
+    def _observe(self, running: Sequence[_Running]) -> None:
+        """Have the calls answered that the newest tokens have completed."""
+        if self.tools is None:
+            return
+        own = [one for one in running if not one.forced and one.step and one.tokens[-1] in self.tools.ends]
+        # Who has no room left for an answer is cut off by the limit of its tokens.
+        results = self.tools.observe([(one.asked, len(one.steps), one.step) for one in own]) if own else []
+        for one, tokens in zip(own, results, strict=True):
+            if tokens is not None:
+                one.observe(tokens)
 
     def _retire(self, running: list[_Running], cache: SlotCache, done: dict[int, Rollout]) -> list[_Running]:
         """Take finished rollouts out. The last slots move into the gaps, so that those in use are the first again."""
         kept = []
         for slot, one in enumerate(running):
             finished = one.tokens[-1] == self.end_of_text
-            if finished or len(one.tokens) == one.asked.max_new_tokens:
+            if finished or one.over or len(one.tokens) == one.asked.max_new_tokens:
                 done[one.asked.id] = one.rollout(finished)
             else:
                 kept.append(slot)

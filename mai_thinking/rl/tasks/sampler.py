@@ -11,6 +11,7 @@ from mai_thinking.rl.tasks.base import Problem, Task
 from mai_thinking.rl.tasks.gym import GymTask
 from mai_thinking.rl.tasks.jsonl import JsonlTask
 from mai_thinking.rl.tasks.procedural import ProceduralTask, SerialTask
+from mai_thinking.rl.tasks.repair import RepairTask
 
 _PROBED = 64
 """Problems of each split that are looked at before a run, where there is no end of them."""
@@ -24,6 +25,8 @@ def make_task(section: TaskSection) -> Task:
         return GymTask(section)
     if section.kind in SERIAL:
         return SerialTask(section)
+    if section.kind == "repair":
+        return RepairTask(section)
     return JsonlTask(section) if section.kind == "jsonl" else ProceduralTask(section)
 
 

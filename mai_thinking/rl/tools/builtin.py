@@ -1,0 +1,73 @@
+"""The tools that come with the project. A further one is a function here, in `BUILTIN` and in
+`config.tools.BuiltinTool`."""
+
+from collections.abc import Callable
+
+from mai_thinking.config.tools import ToolsSection
+from mai_thinking.data.acting import calculate, map_of
+from mai_thinking.rl.tasks import Problem
+from mai_thinking.rl.tools.base import Tool, ToolError, tool
+from mai_thinking.rl.tools.sandbox import isolation, run_python
+
+
+def calculator(problem: Problem, section: ToolsSection) -> Tool:
+    """Sums and products."""
+
+    def calculator(expression: str) -> str:
+        """Work out whole numbers with +, - and * between them.
+
+        Args:
+            expression: Such as 12 + 34 * 5.
+        """
+        try:
+            return calculate(expression)
+        except ValueError as error:
+            raise ToolError(str(error)) from None
+
+    return tool(calculator)
+
+
+def lookup(problem: Problem, section: ToolsSection) -> Tool:
+    """The hidden map that the problem asks about."""
+    links = map_of(problem.question)
+
+    def lookup(name: str) -> str:
+        """Look a name up in the map.
+
+        Args:
+            name: A single letter.
+        """
+        if links is None:
+            raise ToolError("there is no map here")
+        try:
+            return links(name)
+        except ValueError as error:
+            raise ToolError(str(error)) from None
+
+    return tool(lookup)
+
+
+def python(problem: Problem, section: ToolsSection) -> Tool:
+    """A program, in a sandbox of its own."""
+
+    def python(program: str) -> str:
+        """Run a Python program and read what it prints.
+
+        Args:
+            program: Its text.
+        """
+        outcome = run_python(program, seconds=section.seconds, megabytes=section.megabytes, locked=not isolation())
+        if outcome.failed:
+            last = outcome.output.strip().rpartition("\n")[2]
+            raise ToolError(f"the program {outcome.failed}{f': {last}' if last else ''}")
+        return outcome.output.strip()
+
+    return tool(python)
+
+
+BUILTIN: dict[str, Callable[[Problem, ToolsSection], Tool]] = {
+    "calculator": calculator,
+    "lookup": lookup,
+    "python": python,
+}
+"""Each makes the tool for one problem."""

@@ -1,0 +1,89 @@
+"""Answers the calls that a policy writes, between two decoding steps. MAI-Thinking-1 report §3.3, App. D.
+
+What comes back is context: it is encoded as text, whatever it spells, and the record of the rollout knows its tokens.
+"""
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from mai_thinking.config.tools import ToolsSection
+from mai_thinking.data.tokenizer import Encoder
+from mai_thinking.rl.rollout import Call, Rollout
+from mai_thinking.rl.template import Template
+from mai_thinking.rl.tools.base import Tool, ToolError, make_call
+from mai_thinking.rl.tools.builtin import BUILTIN
+from mai_thinking.rl.tools.journal import CallJournal
+from mai_thinking.rl.tools.servers import ToolServers
+
+_CUT = "…"
+_CHARACTERS = 16
+"""Of an observation that are looked at, for each token that it may have."""
+
+
+class Toolbox:
+    """The tools of a run. Serves the engine as its `Tools`."""
+
+    def __init__(
+        self, section: ToolsSection, template: Template, tokenizer: PreTrainedTokenizerBase, journal: Path
+    ) -> None:
+        """`journal` is the folder of calls with an effect. UsageError if a server cannot be had."""
+        self.section, self._template, self._tokenizer = section, template, tokenizer
+        self._encoder = Encoder(tokenizer)
+        texts = tokenizer.batch_decode([[id] for id in range(self._encoder.vocab_size)])
+        self.ends = frozenset(id for id, text in enumerate(texts) if template.call_end[-1] in text)
+        self._journal = CallJournal(journal)
+        self._servers = ToolServers(section.servers)
+        self._threads = ThreadPoolExecutor(os.cpu_count())
+
+    def tools(self, rollout: Rollout) -> dict[str, Tool]:
+        """What a rollout may call, by name."""
+        builtin = {name: BUILTIN[name](rollout.problem, self.section) for name in self.section.use}
+        return builtin | self._servers.tools
+
+    def observe(self, steps: Sequence[tuple[Rollout, int, Sequence[int]]]) -> list[list[int] | None]:
+        """See `mai_thinking.rl.engine.Tools`. The calls of all rollouts are made together."""
+        texts = self._tokenizer.batch_decode([tokens for _, _, tokens in steps])
+        asked = [self._template.calls(text) for text in texts]
+        jobs = [
+            (place, index, text)
+            for place, (calls, (_, number, _)) in enumerate(zip(asked, steps, strict=True))
+            if number < self.section.most_steps
+            for index, text in enumerate((calls or ())[: self.section.parallel])
+        ]
+        answers: list[list[str]] = [[] for _ in steps]
+        made = self._threads.map(lambda job: self._call(*steps[job[0]][:2], *job[1:]), jobs)
+        for (place, _, _), call in zip(jobs, made, strict=True):
+            rollout = steps[place][0]
+            repeated = any(call.text == earlier.text for earlier in rollout.calls)
+            rollout.calls += (replace(call, repeated=repeated),)
+            answers[place].append(call.observation)
+        return [
+            None if calls is None else self._observation(results) if results else []
+            for calls, results in zip(asked, answers, strict=True)
+        ]
+
+    def _call(self, rollout: Rollout, step: int, index: int, text: str) -> Call:
+        try:
+            tool, arguments = make_call(self.tools(rollout), text)
+            make = lambda: str(tool.function(*arguments))  # noqa: E731
+            made = self._journal.once((rollout.id, step, index, text), make) if tool.effect else make()
+            return Call(text, made, True, False, step)
+        except Exception as error:  # a tool's own failure too is something to be told
+            known = isinstance(error, ToolError)
+            return Call(text, f"error: {error}" if known else f"error: {type(error).__name__}", False, False, step)
+
+    def _observation(self, results: Sequence[str]) -> list[int]:
+        """The tokens of what a step gave, at most `section.tokens`."""
+        most = self.section.tokens
+        start, body, end = self._template.observation(results)
+        body = body[: most * _CHARACTERS].encode("utf-8", "replace").decode()
+        ids = self._encoder.encode(start + body + end)
+        if len(ids) <= most:
+            return ids
+        tail = self._encoder.encode(_CUT + end)
+        return [*self._encoder.encode(start + body)[: max(0, most - len(tail))], *tail]
