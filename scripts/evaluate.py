@@ -2,6 +2,9 @@
 
 MODEL is a Hugging Face folder, a run's folder, or a run's `checkpoints/step-…`. Each FILE is one UTF-8 document.
 `gzip -9` and `xz -9e` of the same bytes stand beside the result.
+
+`python scripts/evaluate.py MODEL --reference OUT.json CONFIG.yaml` writes what MODEL makes of each held-out set of a
+pre-training config: what `evaluation.reference` normalises other models' losses by.
 """
 
 from pathlib import Path
@@ -19,12 +22,22 @@ def main() -> None:
         "--context", type=option(ContextLength), help="tokens in a window (default: what the model was trained on)"
     )
     parser.add_argument("--batch-size", type=option(Count), default=16)
+    parser.add_argument("--reference", type=Path, metavar="OUT.json", help="FILE is a pre-training config")
     options = parser.parse_args()
 
     from mai_thinking.training.evaluation import evaluate_files
     from mai_thinking.training.model_files import load_model_and_tokenizer
 
     model, tokenizer = load_model_and_tokenizer(options.model)
+    if options.reference is not None:
+        from mai_thinking.config.loading import load_config
+        from mai_thinking.config.pretraining import PretrainConfig
+        from mai_thinking.data import prepare
+        from mai_thinking.training.evaluation import reference_of
+
+        data = prepare(load_config(PretrainConfig, str(options.files[0])).data, log=print)
+        reference_of(model, tokenizer, data, batch_size=options.batch_size).write(options.reference)
+        return
     print(
         evaluate_files(model, tokenizer, options.files, context_length=options.context, batch_size=options.batch_size)
     )

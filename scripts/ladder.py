@@ -1,13 +1,16 @@
 """Measure before believing: `python scripts/ladder.py LADDER.yaml [key.path=value …] [--dry-run]`.
 
-Trains what is missing of a ladder, several such processes sharing the work, and says what it shows. `python
-scripts/ladder.py fit POINTS.json [--baseline NAME] [--output FOLDER]` says the same of runs made by any program.
+Trains what is missing of a ladder, several such processes sharing the work, and says what it shows. `--plan MINUTES`
+proposes, from the runs that are there, rungs and seeds that decide the ladder's `difference` in that time, and trains
+nothing. `python scripts/ladder.py fit POINTS.json [--baseline NAME] [--output FOLDER]` concludes from runs made by any
+program.
 """
 
 import sys
 from pathlib import Path
 
-from mai_thinking.config.command import Parser, exit_with, parse_run_command
+from mai_thinking.config.base import Seconds
+from mai_thinking.config.command import Parser, exit_with, option, parse_with_options
 from mai_thinking.config.ladder import LadderConfig
 
 DEFAULT = "configs/ladders/interleaved-vs-every-layer.yaml"
@@ -17,10 +20,14 @@ def main() -> int:
     """Parse, run or fit."""
     if sys.argv[1:2] == ["fit"]:
         return fit(sys.argv[2:])
-    ladder, dry_run = parse_run_command(LadderConfig, DEFAULT, __doc__ or "")
-    from mai_thinking.experiments.ladder import run_ladder  # after the config, so that a mistake in it is told at once
+    options = {"--plan": {"type": option(Seconds), "metavar": "MINUTES", "help": "propose rungs and seeds, and stop"}}
+    ladder, dry_run, given = parse_with_options(LadderConfig, DEFAULT, __doc__ or "", options)
+    from mai_thinking.experiments.ladder import plan_ladder, run_ladder  # after the config: its mistakes come at once
     from mai_thinking.report.ladder import write_report
 
+    if given["plan"] is not None:
+        print(plan_ladder(ladder, given["plan"]))
+        return 0
     return run_ladder(ladder, dry_run=dry_run, report=write_report)
 
 

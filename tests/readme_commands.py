@@ -66,6 +66,9 @@ INSTEAD = {
         f"{{ {_STUDY} configs/tiny-findings.yaml & {_STUDY} configs/tiny-findings.yaml && wait $!; }}"
     ),
     f"{_LADDER} configs/ladders/experts-512-vs-128.yaml": f"{_LADDER} configs/ladders/tiny.yaml",
+    # Two rungs of one seed have no plan; that it says so is tests/experiments/test_ladder.py's.
+    f"{_LADDER} configs/ladders/experts-512-vs-128.yaml --plan 60": f"{_LADDER} --help",
+    "python scripts/mixture.py configs/nano-mixture.yaml": "python scripts/mixture.py configs/tiny-mixture.yaml",
     f"{_LADDER} fit POINTS.json": f"{_LADDER} fit tests/experiments/scaling/gadre-2024.json",
 }
 

@@ -17,7 +17,7 @@ def test_what_is_run_in_their_place_are_commands_of_ours() -> None:
     long = [
         c
         for c in commands
-        if re.search(r"(pretrain|grpo|climb|study|self_distill|ladder)\.py", c) and "--dry-run" not in c
+        if re.search(r"(pretrain|grpo|climb|study|self_distill|ladder|mixture)\.py", c) and "--dry-run" not in c
     ]
     assert [command for command in long if command not in ADDED and command not in INSTEAD] == []
 

@@ -9,7 +9,7 @@ import io
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
@@ -65,7 +65,20 @@ def parse_run_command(
 ) -> tuple[ConfigType, bool]:
     """`CONFIG.yaml [key.path=value …] [--dry-run]` → (config, dry run?). Without CONFIG, `default` is read. What has a
     `=` in it is an override, if it is no file."""
+    return parse_with_options(kind, default, description, {}, arguments)[:2]
+
+
+def parse_with_options(
+    kind: type[ConfigType],
+    default: str,
+    description: str,
+    more: Mapping[str, dict[str, Any]],
+    arguments: Sequence[str] | None = None,
+) -> tuple[ConfigType, bool, dict[str, Any]]:
+    """The same with a script's own options, as `add_argument` takes them → (config, dry run?, their values)."""
     parser = Parser(description)
+    for name, settings in more.items():
+        parser.add_argument(name, **settings)
     parser.add_argument("config", nargs="?", default=default, help=f"a YAML file (default: {default})")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="values that replace the file's")
     parser.add_argument("--dry-run", action="store_true", help="print the plan and its costs, and stop")
@@ -81,7 +94,7 @@ def parse_run_command(
                 raise UsageError(
                     f"tracking.trackers: {tracker} is not installed: pip install 'mai_thinking[trackers]', or remove it"
                 )
-    return config, options.dry_run
+    return config, options.dry_run, vars(options)
 
 
 def exit_with(main: Callable[[], int | None]) -> NoReturn:

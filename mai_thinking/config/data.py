@@ -178,11 +178,16 @@ class DataSection(Section):
     tokenizer: TokenizerSection = TokenizerSection()
     cleaning: CleaningSection = CleaningSection()
     held_out: HeldOutSection = HeldOutSection()
+    down_sample: float = Field(default=1.0, gt=0, le=1)
+    """Share of each source's training tokens that is read: whole documents in the order of their hashes, so that a
+    smaller share is part of every larger one. Tokenizer and held-out text stay as they are (§2.4.5)."""
     cache_dir: str = "~/.cache/mai_thinking"
     """Prepared data is kept below this folder, one folder per content."""
 
     @model_validator(mode="after")
     def _check_names(self) -> Self:
+        if self.down_sample < 1 and any(source.streaming for source in self.sources):
+            raise ValueError("down_sample: a stream's size is not known; remove it, or the sources' `streaming`")
         names = [source.name for source in self.sources]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:

@@ -1,20 +1,26 @@
 """The config of `scripts/ladder.py`: a baseline and candidates, each at a few depths (MAI-Thinking-1 report §2.2)."""
 
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from mai_thinking.config.base import Name, Section, Share, Weight, Whole
+from mai_thinking.config.base import Count, Name, Section, Share, Weight, Whole
 from mai_thinking.config.loading import merge, validate
 from mai_thinking.config.pretraining import PretrainConfig
+from mai_thinking.config.run import BatchSection
 from mai_thinking.errors import UsageError
 
-DERIVED = ("name", "seed", "output_dir", "steps", "schedule.warmup_steps", "model.ladder", "model.num_hidden_layers")
+DERIVED = (
+    *("name", "seed", "output_dir", "steps", "init_by_name", "data.down_sample"),
+    *("schedule.warmup_steps", "model.ladder", "model.num_hidden_layers"),
+)
 """Keys of a run that the ladder sets."""
 
 Rung = Annotated[int, Field(ge=1, le=10_000)]
 """A depth."""
+Probe = Literal["latent-norm", "shared-expert", "bias-balance", "micro-batch-balance"]
+"""A change of the architecture that is asked about and no part of the recipe: `mai_thinking.experiments.probes`."""
 
 
 class VariantSection(Section):
@@ -26,6 +32,7 @@ class VariantSection(Section):
     whole."""
     scale: dict[str, Weight] = Field(default_factory=dict)
     """Laid over the ladder's `scale`."""
+    probe: Probe | None = None
 
 
 class LadderConfig(Section):
@@ -40,8 +47,14 @@ class LadderConfig(Section):
     """Fields of the model that grow with the depth L: each is its number times L, which has to be whole. Empty: the
     report's rule, where L sets every size (`ladder: L`)."""
     rungs: tuple[Rung, ...] = Field(min_length=1)
-    """Depths. A fit needs four."""
-    seeds: tuple[Whole, ...] = Field((0, 1), min_length=1)
+    """Depths. The baseline's law needs three."""
+    seeds: tuple[Whole, ...] | dict[Rung, Count] = Field((0, 1), min_length=1)
+    """The same for all rungs, or how many each rung has. All variants have the same, so that their runs are pairs."""
+    difference: float = Field(0.03, gt=0, lt=1)
+    """The efficiency gain that is worth having: a candidate of which so much can be excluded is rejected."""
+    target_tokens: float | None = Field(None, gt=0)
+    """Training tokens of the run that the ladder speaks for. Each rung's sources are cut by document, so that each is
+    repeated as often as it will be there (§2.4.5). Null: every rung has all, and repeats the more the larger it is."""
     tokens_per_active_parameter: Weight
     """The report has 100 to 200."""
     warmup: Share = 0.05
@@ -51,17 +64,23 @@ class LadderConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        for what, values in (("rungs", self.rungs), ("seeds", self.seeds), ("candidates", self._names)):
+        if isinstance(self.seeds, dict) and set(self.seeds) != set(self.rungs):
+            raise ValueError(f"seeds: name each of the rungs {list(self.rungs)}, and no others")
+        for what, values in (("rungs", self.rungs), ("seeds", tuple(self.seeds)), ("candidates", self._names)):
             if len(set(values)) < len(values):
                 raise ValueError(f"{what}: {list(values)} has one twice; give each once")
         for variant in self.variants:
-            self.run_config(variant, self.rungs[0], self.seeds[0], steps=1)
+            self.run_config(variant, self.rungs[0], seed=0, steps=1)
         return self
 
     @property
     def variants(self) -> tuple[VariantSection, ...]:
         """The baseline and the candidates."""
         return self.baseline, *self.candidates
+
+    def seeds_of(self, rung: int) -> tuple[int, ...]:
+        """The seeds of one rung."""
+        return tuple(range(self.seeds[rung])) if isinstance(self.seeds, dict) else self.seeds
 
     @property
     def _names(self) -> list[str]:
@@ -86,9 +105,13 @@ class LadderConfig(Section):
             "seed": seed,
             "output_dir": str(self.folder / "runs" / name),
             "steps": steps,
+            "init_by_name": True,
             "model": sizes | {"num_hidden_layers": rung} if sizes else {"ladder": rung},
             "schedule": {"warmup_steps": round(self.warmup * steps)},
         }
+        if self.target_tokens is not None:
+            tokens = steps * validate(BatchSection, tree["batch"], "batch").tokens_per_step
+            derived["data"] = {"down_sample": min(1.0, tokens / self.target_tokens)}
         # Losses are compared at the end of a run; what it says on its way is nobody's.
         quiet = {"evaluation": {"every": steps, "sample_prompts": []}}
         return validate(PretrainConfig, merge(merge(quiet, tree), derived), f"{self.name}, {variant.name}")

@@ -18,6 +18,12 @@ class EvaluationSection(Section):
     """Per category at the intervals, whole documents; the last evaluation always reads all that is held out."""
     batch_size: Count = 16
     """Windows at once."""
+    reference: str | None = None
+    """A JSON file with a reference model's losses on the held-out sets, as `scripts/evaluate.py --reference` writes it:
+    the last evaluation then has the report's normalised score too (Eq. 3)."""
+    memorised_bytes: Count | None = None
+    """At the end, find the share of tokens of NLL < 0.01 in so much of each source's training text, and in as much that
+    is held out."""
     sample_prompts: tuple[str, ...] = ("def ", "The ", "import ")
     """Continued at the end of the run, so that one sees what was learned."""
     sample_tokens: Count = 80
@@ -32,6 +38,9 @@ class PretrainConfig(TextTrainingConfig):
     """Start from `init_from` though no record leads from it back to random weights; see `provenance.lineage`."""
     model: dict[str, Any] = Field(default_factory=dict)
     """Fields of MaiThinkingConfig, or `ladder: L`, or `preset: mai-base-1`. The vocabulary size is the tokenizer's."""
+    init_by_name: bool = False
+    """Draw each layer's first weights from the seed and the layer's name, not one after the other, so that models of
+    other shapes begin with the same numbers wherever their shapes agree. Ladders do: it makes their pairs alike."""
     data: DataSection = DataSection()
     evaluation: EvaluationSection = EvaluationSection()
 

@@ -33,6 +33,11 @@ def exercise(index: int) -> str:
     return "\n".join([f"Question: {question}", *steps, f"Answer: {answer}"]) + "\n"
 
 
+def exercise_kind(index: int) -> str:
+    """What exercise `index` practises: `addition`, `fractions`, …"""
+    return _KINDS[random.Random(f"exercise {index}").randrange(len(_KINDS))].__name__.lstrip("_")
+
+
 _Exercise = tuple[str, list[str], str]
 
 

@@ -348,7 +348,7 @@ def _cache(cache_dir: str) -> Iterator[Path]:
 
 def _key(config: DataSection, readers: dict[str, Reader]) -> str:
     """16 hex digits that change with the config, the input or the format."""
-    tree = config.model_dump(mode="json", exclude={"cache_dir"})
+    tree = config.model_dump(mode="json", exclude={"cache_dir", "down_sample"})
     for source in tree["sources"]:
         # What files hold counts, not where they lie.
         source["path"] = readers[source["name"]].fingerprint() if source["name"] in readers else source["path"]
@@ -357,6 +357,8 @@ def _key(config: DataSection, readers: dict[str, Reader]) -> str:
     if config.tokenizer.path is not None:
         files.append(architecture_folder(config.tokenizer.path) / "tokenizer.json")
         del tree["tokenizer"]["path"]
+        for source in tree["sources"]:
+            del source["weight"]  # which is for learning a tokenizer
     tree["cleaning"]["benchmarks"] = len(config.cleaning.benchmarks)
     content = [FORMAT, tokenizers.__version__, tree, embedded, [checksum(path) for path in files]]
     return xxhash.xxh3_64_hexdigest(json.dumps(content, sort_keys=True).encode())

@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,17 @@ class PreparedSource:
     ids: list[str]
     """[documents] their names."""
 
+    def cut(self, share: float) -> "PreparedSource":
+        """About this share of the tokens: documents in the order of their hashes, as many as come nearest to it."""
+        hashes = [xxhash.xxh3_64_intdigest(self.tokens[a:b].tobytes()) for a, b in pairwise(self.offsets)]
+        sizes = np.diff(self.offsets)
+        order = np.argsort(np.array(hashes, dtype=np.uint64), kind="stable")
+        ends = np.cumsum(sizes[order])
+        count = 1 + int(np.abs(ends - share * ends[-1]).argmin())
+        kept = np.sort(order[:count])
+        tokens = np.concatenate([self.tokens[self.offsets[i] : self.offsets[i + 1]] for i in kept])
+        return PreparedSource(tokens, np.cumsum([0, *sizes[kept]], dtype=np.int64), [self.ids[i] for i in kept])
+
 
 class PreparedData:
     """A prepared folder: tokenizer, tokens, held-out documents, and the manifest that accounts for all of them.
@@ -67,7 +79,8 @@ class PreparedData:
             for name, entry in self.manifest["files"].items()
             if name.endswith(".npy") and (streams or name != OVERLAP)  # documents' names say where a file lay
         }
-        return xxhash.xxh3_64_hexdigest(json.dumps([files, streams], sort_keys=True).encode())
+        cut = [self.config.down_sample] if self.config.down_sample < 1 else []
+        return xxhash.xxh3_64_hexdigest(json.dumps([files, streams, *cut], sort_keys=True).encode())
 
     @property
     def left_out(self) -> list[LeftOut]:
@@ -88,8 +101,10 @@ class PreparedData:
 
     @cached_property
     def sources(self) -> dict[str, PreparedSource]:
-        """Training tokens by name, without the streamed sources."""
-        return {s.name: load_source(self.folder, s.name) for s in self.config.sources if not s.streaming}
+        """Training tokens by name, without the streamed sources; cut to the share that `down_sample` leaves."""
+        whole = {s.name: load_source(self.folder, s.name) for s in self.config.sources if not s.streaming}
+        share = self.config.down_sample
+        return whole if share == 1 else {name: source.cut(share) for name, source in whole.items()}
 
     @cached_property
     def held_out(self) -> dict[str, list[Document]]:
@@ -121,7 +136,7 @@ class PreparedData:
                 category=source.category,
                 licence=source.licence,
                 provenance=source.provenance,
-                unique_tokens=self.manifest["sources"][source.name]["tokens"],
+                unique_tokens=None if source.streaming else len(self.sources[source.name].tokens),
                 training_tokens=round(training_tokens * source.weight / total),
                 share=source.weight / total,
             )

@@ -1,33 +1,29 @@
-"""A ladder's runs: claimed one by one by whoever works in its folder, resumed, read off as points.
+"""A ladder: its runs, shared by any number of workers (`experiments.workers`), read off as points.
 
-The folder holds `runs/NAME/` (each a pre-training run), `claims/` (a lock for each run, which the system takes back
-from a process that dies), `logs/NAME.txt`, `tokenizer/`, `points.json` and `report/`. Workers on other machines need
-nothing but the same folder.
+Beside them the folder holds `tokenizer/`, `points.json`, `plan.json` and `report/`.
 """
 
 import json
 import os
-import shutil
 from collections.abc import Callable, Sequence
-from contextlib import closing, redirect_stdout
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import median
 
-from mai_thinking.config.command import EXIT_FAILED, EXIT_INTERRUPTED
 from mai_thinking.config.data import DataSection
 from mai_thinking.config.ladder import LadderConfig
 from mai_thinking.config.loading import save_config
 from mai_thinking.config.storage import atomic_file, atomic_folder
 from mai_thinking.data import PreparedData, prepare
-from mai_thinking.errors import RunError, UsageError
+from mai_thinking.errors import UsageError
 from mai_thinking.experiments.ladder_plan import PlannedRun, plan_runs, plan_table
 from mai_thinking.experiments.queue import WorkQueue
+from mai_thinking.experiments.scaling.analysis import analyse
 from mai_thinking.experiments.scaling.points import Point, PointSet
-from mai_thinking.recipes.pretrain import pretrain
+from mai_thinking.experiments.scaling.power import Plan, pilots, propose
+from mai_thinking.experiments.workers import work
 from mai_thinking.training.metrics import read_records
 from mai_thinking.training.model_files import load_model_config
-from mai_thinking.training.stop import StopRequest
 
 BITS = "bits_per_byte/"
 
@@ -48,7 +44,7 @@ def run_ladder(
     ladder.folder.mkdir(parents=True, exist_ok=True)
     with atomic_file(ladder.folder / "ladder.yaml") as path:
         save_config(ladder, path)
-    code = work(ladder, with_one_yardstick(ladder, runs))
+    code = work_on(ladder, with_one_yardstick(ladder, runs))
     points = collect(ladder, runs)
     if points is None:
         print("no run of the baseline is finished: nothing to conclude yet")
@@ -57,40 +53,59 @@ def run_ladder(
     return code
 
 
-def work(ladder: LadderConfig, runs: Sequence[PlannedRun]) -> int:
-    """Train, the cheapest first, what nobody has trained or is training; returns the exit code. A run that fails is
-    told, and the others go on."""
-    failed: set[str] = set()
-    with WorkQueue(ladder.folder) as queue, closing(StopRequest()) as stop:
-        while not stop.requested:
-            with queue.planning():
-                left = {run.name: run for run in runs if not run.folder.finished and run.name not in failed}
-                name = queue.take(left)
-            if name is None:
-                return EXIT_FAILED if failed else 0
-            try:
-                if train(ladder, left[name]) == EXIT_INTERRUPTED:
-                    break
-            except RunError as error:
-                print(f"{name} failed: {error}")
-                failed.add(name)
-            else:
-                collect(ladder, runs)
-    return EXIT_INTERRUPTED
+def work_on(ladder: LadderConfig, runs: Sequence[PlannedRun]) -> int:
+    """Train, the cheapest first, what is missing; returns the exit code."""
 
-
-def train(ladder: LadderConfig, run: PlannedRun) -> int:
-    """Train one run, or go on with it; returns the exit code. What it says goes to `logs/NAME.txt`."""
-    log = ladder.folder / "logs" / f"{run.name}.txt"
-    log.parent.mkdir(exist_ok=True)
-    with log.open("a", encoding="utf-8") as file, redirect_stdout(file):
-        code = pretrain(run.config)
-    if code == 0:
-        shutil.rmtree(run.folder.checkpoints, ignore_errors=True)  # many runs; nobody goes on with a finished one
+    def told(run: PlannedRun) -> str:
+        collect(ladder, runs)
         point = read_point(run)
         losses = ", ".join(f"{category} {value:.4f}" for category, value in point.loss.items())
-        print(f"{run.name}: {losses} bits per byte; {point.flops:.3g} FLOPs, {point.seconds or 0:.1f} s", flush=True)
-    return code
+        return f"{run.name}: {losses} bits per byte; {point.flops:.3g} FLOPs, {point.seconds or 0:.1f} s"
+
+    return work(ladder.folder, runs, told=told)
+
+
+def plan_ladder(ladder: LadderConfig, minutes: float) -> str:
+    """What to spend `minutes` of one worker on, from the runs that are there; also written to `plan.json`. UsageError
+    where they say too little."""
+    points = collect(ladder, plan_runs(ladder))
+    few = "a plan needs two seeds of three rungs at least; run this ladder with 'seeds=[0, 1, 2]' first"
+    if points is None:
+        raise UsageError(f"{ladder.name}: no run of the baseline is finished: {few}")
+    known = pilots(points, analyse(points))
+    if len(known) < 3:
+        raise UsageError(f"{ladder.name}: pairs on {len(known)} rungs: {few}")
+    chosen, best = propose(known, 60 * minutes, ladder.difference)
+    lines = [
+        f"L{p.rung}: a pair's log gain scatters by {p.spread:.3f} ({p.freedom} degrees of freedom); one seed of all "
+        f"configs takes {p.seconds:.0f} s"
+        for p in known
+    ]
+    if chosen is not None:
+        lines.append(f"a gain of {ladder.difference:.0%} is decided with a power of 90 % by {_spell_plan(chosen)}")
+    else:
+        lines.append(f"a gain of {ladder.difference:.0%} cannot be decided in {minutes:g} minutes with 90 % power")
+        lines.append(
+            f"the least that can: {best.least:.1%}, by {_spell_plan(best)}"
+            if best is not None
+            else "nor can any other: three pairs on each of three rungs take longer; make the rungs cheaper"
+        )
+    tree = {
+        "minutes": minutes,
+        "difference": ladder.difference,
+        "pilots": [asdict(pilot) for pilot in known],
+        "deciding": None if chosen is None else asdict(chosen),
+        "best": None if best is None else asdict(best),
+    }
+    with atomic_file(ladder.folder / "plan.json") as path:
+        path.write_text(json.dumps(tree, indent=1) + "\n")
+    return "\n".join(lines)
+
+
+def _spell_plan(plan: Plan) -> str:
+    rungs = ", ".join(map(str, plan.seeds))
+    seeds = ", ".join(f"{rung}: {pairs}" for rung, pairs in plan.seeds.items())
+    return f"'rungs=[{rungs}]' 'seeds={{{seeds}}}' in {plan.seconds / 60:.1f} minutes, what is done included"
 
 
 # ----------------------------------------------------------------------------------------------------------- points
@@ -101,7 +116,7 @@ def collect(ladder: LadderConfig, runs: Sequence[PlannedRun]) -> PointSet | None
     points = [read_point(run) for run in runs if run.folder.finished]
     if all(point.config != ladder.baseline.name for point in points):
         return None
-    point_set = PointSet(baseline=ladder.baseline.name, points=tuple(points))
+    point_set = PointSet(baseline=ladder.baseline.name, points=tuple(points), difference=ladder.difference)
     with atomic_file(ladder.folder / "points.json") as path:
         path.write_text(json.dumps(point_set.model_dump(), indent=1) + "\n")
     return point_set
@@ -122,6 +137,7 @@ def read_point(run: PlannedRun) -> Point:
         rung=run.rung,
         flops=architecture.flops_per_token(run.config.batch.context_length) * run.tokens,
         seconds=median(record["seconds"] for record in steps) * run.config.steps,
+        wall=json.loads(run.folder.notes.read_bytes()).get("wall"),
         loss={name.removeprefix(BITS): value for name, value in last.items() if name.startswith(BITS)},
     )
 

@@ -8,7 +8,7 @@ from statistics import median
 
 import torch
 
-from mai_thinking.config.ladder import LadderConfig
+from mai_thinking.config.ladder import LadderConfig, Probe
 from mai_thinking.config.pretraining import PretrainConfig
 from mai_thinking.model import MaiThinkingConfig
 from mai_thinking.training.context import make_accelerator
@@ -35,6 +35,7 @@ class PlannedRun:
     """Parameters."""
     active: int
     flops: float
+    probe: Probe | None = None
 
     @property
     def name(self) -> str:
@@ -56,7 +57,7 @@ def plan_runs(ladder: LadderConfig) -> list[PlannedRun]:
     """All runs, rung by rung and seed by seed, so that whatever is done when a ladder stops can be compared."""
     runs = []
     for rung in sorted(ladder.rungs):
-        for seed in ladder.seeds:
+        for seed in ladder.seeds_of(rung):
             for variant in ladder.variants:
                 config = ladder.run_config(variant, rung, seed, steps=1)
                 architecture = model_config(config)
@@ -65,7 +66,7 @@ def plan_runs(ladder: LadderConfig) -> list[PlannedRun]:
                 steps = max(1, round(ladder.tokens_per_active_parameter * active / per_step))
                 config = ladder.run_config(variant, rung, seed, steps)
                 flops = architecture.flops_per_token(config.batch.context_length) * steps * per_step
-                runs.append(PlannedRun(variant.name, rung, seed, config, total, active, flops))
+                runs.append(PlannedRun(variant.name, rung, seed, config, total, active, flops, variant.probe))
     return runs
 
 

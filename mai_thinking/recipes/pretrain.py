@@ -4,8 +4,6 @@ Mid-training is the same with `init_from`, another context and another mixture.
 """
 
 import functools
-from collections.abc import Sequence
-from contextlib import closing
 from dataclasses import asdict
 from typing import Any
 
@@ -15,10 +13,10 @@ from mai_thinking.data.accounting import left_out_table
 from mai_thinking.data.mixture import mixture_markdown
 from mai_thinking.model import MaiThinkingForCausalLM
 from mai_thinking.training.context import RunContext
-from mai_thinking.training.evaluation import Likelihood, compressors, evaluate_texts, summarize
+from mai_thinking.training.evaluation import compressors
+from mai_thinking.training.held_out_evaluation import HeldOutEvaluation
 from mai_thinking.training.learner import Learner
-from mai_thinking.training.ledger import EVALUATION
-from mai_thinking.training.metrics import MetricsLog, read_records
+from mai_thinking.training.metrics import MetricsLog
 from mai_thinking.training.model_files import build_model, model_config, starting_point
 from mai_thinking.training.plan import plan_text
 from mai_thinking.training.sampling import sample_text
@@ -69,6 +67,9 @@ class PretrainRecipe(Recipe):
             z=self.architecture.router_z_loss_coef,
         )
         self.evaluate_every = config.evaluation.every
+        self.held_out = HeldOutEvaluation(
+            self.data, config.evaluation, context, context_length=config.batch.context_length
+        )
         self._documents: MetricsLog | None = None
 
     def describe(self) -> str:
@@ -90,26 +91,11 @@ class PretrainRecipe(Recipe):
         return Step({**metrics, "data_wait": wait}, self.config.batch.tokens_per_step, note, wait)
 
     def evaluate(self, step: int, *, last: bool) -> dict[str, Any] | None:
-        """Held-out likelihood by category, each rank its share of the documents: of the first `max_bytes`, at the end
-        of all. That takes long enough to be struck by a fault or asked to stop, and goes on with the category where it
-        was."""
-        limit = None if last else self.config.evaluation.max_bytes
-        known = self._evaluated(step) if last else {}
-        model = self.learner.unwrap()
-        results: dict[str, Likelihood] = {}
-        for category, documents in self.data.held_out.items():
-            if not documents:
-                continue
-            if last and self.context.stop_requested():
-                return None
-            results[category] = known.get(category) or self._likelihood(
-                model, _first_bytes([document.text for document in documents], limit)
-            )
-            if last and category not in known and self.context.rank == 0:
-                with closing(MetricsLog(self.context.folder.evaluations)) as log:
-                    log.append({"step": step, "kind": category, **asdict(results[category])})
-        metrics = summarize(results)
-        self.context.log(f"step {step}: held-out bits per byte {_spell_bits(metrics)}")
+        """Held-out likelihood by category; at the end the report's normalised score and what is known by heart too, if
+        the config asks for them."""
+        metrics = self.held_out.evaluate(self.learner.unwrap(), step, last=last)
+        if metrics is not None:
+            self.context.log(f"step {step}: held-out bits per byte {_spell_bits(metrics)}")
         return metrics
 
     def report(self, model: MaiThinkingForCausalLM) -> None:
@@ -134,27 +120,6 @@ class PretrainRecipe(Recipe):
         for prompt, text in samples.items():
             self.context.log(f"\n── {prompt!r}\n{prompt}{text}")
 
-    def _likelihood(self, model: MaiThinkingForCausalLM, texts: Sequence[str]) -> Likelihood:
-        context = self.context
-        assert context.ledger is not None
-        with context.ledger.span(EVALUATION), context.accelerator.autocast():
-            mine = evaluate_texts(
-                model,
-                self.tokenizer,
-                texts[context.rank :: context.ranks],
-                context_length=self.config.batch.context_length,
-                batch_size=self.config.evaluation.batch_size,
-                heartbeat=context.heartbeat,
-            )
-            sums = context.sum(asdict(mine))
-        return Likelihood(sums["nats"], round(sums["tokens"]), round(sums["bytes"]))
-
-    def _evaluated(self, step: int) -> dict[str, Likelihood]:
-        """What an earlier attempt at the last evaluation has done of it. All ranks read before one writes."""
-        records = [part for part in read_records(self.context.folder.evaluations) if part["step"] == step]
-        self.context.accelerator.wait_for_everyone()
-        return {part["kind"]: Likelihood(part["nats"], part["tokens"], part["bytes"]) for part in records}
-
     def _note_documents(self, step: int, batch: Batch) -> None:
         """For tracing a spike to its text."""
         if not self.config.tracking.documents:
@@ -163,18 +128,6 @@ class PretrainRecipe(Recipe):
             self._documents = MetricsLog(self.context.folder.documents(self.context.rank, self.context.ranks))
             self.context.stack.callback(self._documents.close)
         self._documents.append({"step": step, "documents": batch.document_ids}, exact=("documents",))
-
-
-def _first_bytes(texts: Sequence[str], limit: int | None) -> list[str]:
-    """Whole texts from the front until `limit` bytes are reached; at least one."""
-    taken: list[str] = []
-    size = 0
-    for text in texts:
-        size += len(text.encode())
-        if limit is not None and size > limit and taken:
-            break
-        taken.append(text)
-    return taken
 
 
 def _spell_bits(metrics: dict[str, Any]) -> str:

@@ -1,16 +1,14 @@
 """A ladder's page: tables, figures and JSON of one analysis."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from mai_thinking.experiments.scaling.analysis import Analysis, analyse, as_json
-from mai_thinking.experiments.scaling.bootstrap import BootstrapFit, interval
-from mai_thinking.experiments.scaling.crossings import HORIZON, Crossing
-from mai_thinking.experiments.scaling.efficiency import RULE, Efficiency, Gain, gain_at, gain_replicates, next_cost
+from mai_thinking.experiments.scaling.analysis import Analysis, analyse, as_json, ranked_right
+from mai_thinking.experiments.scaling.baseline import BaselineFit, interval
+from mai_thinking.experiments.scaling.crossings import Crossing
+from mai_thinking.experiments.scaling.gain import RULE, Efficiency, spell
 from mai_thinking.experiments.scaling.points import PointSet
 from mai_thinking.report.document import Cell, Document, Table
 from mai_thinking.report.figures import Figure, Panel, Series
@@ -38,7 +36,9 @@ def write_report(points: PointSet, folder: Path, title: str) -> str:
     page.add_figures(figures(analysis))
     page.add(*(gains_table(analysis, candidate) for candidate in analysis.candidates), heading="Efficiency gain")
     page.add(crossings_table(analysis), heading="Order and crossings")
-    page.add(fits_table(list(analysis.fits.values())), heading="Fits of L = A·C^−α + E")
+    if len(points.configs) > 2:
+        page.add(ranking_table(points), heading="Who would have ranked right")
+    page.add(fits_table(list(analysis.fits.values())), heading="The baseline's law, L = A·C^−α + E")
     page.add(runs_table(points), heading="Runs")
     return page.write(folder)
 
@@ -47,10 +47,16 @@ def verdicts(analysis: Analysis) -> str:
     """One line for each candidate, and the rule."""
     lines = ["## Verdict", ""]
     for candidate in analysis.candidates:
-        gains = analysis.gains(candidate, analysis.points.headline)
-        reasons = "; ".join(f"{GAINS[e.cost]}: {e.verdict[1]}" for e in gains)
-        lines.append(f"- **{candidate}: {analysis.verdict(candidate)}** ({reasons})")
-    return "\n".join([*lines, "", f"Rule: {RULE}"])
+        told = [analysis.gain(candidate, cost) for cost in analysis.points.costs]
+        reasons = "; ".join(f"{GAINS[e.cost]}: {e.verdict[1]}" for e in told)
+        by_time = f"; by time alone {told[1].verdict[0]}" if len(told) > 1 else ""
+        lines.append(f"- **{candidate}: {analysis.verdict(candidate)}** ({reasons}{by_time})")
+    kept = [e.kept_variance for c in analysis.candidates if (e := analysis.gain(c)).kept_variance is not None]
+    if kept:
+        spans = f"{1 - max(kept):.0%} to {1 - min(kept):.0%}" if len(kept) > 1 else f"{1 - kept[0]:.0%}"
+        lines += ["", f"Pairs of one seed take {spans} off the variance of a difference of log losses."]
+    worth = f"The difference asked for: {analysis.points.difference:.0%}."
+    return "\n".join([*lines, "", f"Rule: {RULE} {worth}"])
 
 
 def gains_table(analysis: Analysis, candidate: str) -> str:
@@ -58,7 +64,7 @@ def gains_table(analysis: Analysis, candidate: str) -> str:
     parts = []
     for cost in analysis.points.costs:
         found = [e for e in analysis.efficiencies if e.candidate == candidate and e.cost == cost]
-        parts.append(f"`{candidate}`, {GAINS[cost]} [interval]; by the rung's own mean loss\n\n" + _gain_rows(found))
+        parts.append(f"`{candidate}`, {GAINS[cost]} [interval]\n\n{_gain_rows(found)}")
     return "\n\n".join(parts)
 
 
@@ -67,43 +73,62 @@ def _gain_rows(efficiencies: list[Efficiency]) -> str:
     lines = [f"- {e.score}: no gain to tell. {e.problem}." for e in efficiencies if e.problem is not None]
     if told:
         by_rung = zip(*(e.gains for e in told), strict=True)
-        rows = [[f"{gains[0].cost:.3g}", *map(_spell_gain, gains)] for gains in by_rung]
-        table = Table([UNITS[told[0].cost], *(e.score for e in told)], rows)
-        lines += ["", table.markdown(), "", "\\* beyond what was measured: the curves are continued"]
+        rows = [
+            [f"{gains[0].cost:.3g}", str(gains[0].pairs), *(spell(g) + (" \\*" if g.beyond else "") for g in gains)]
+            for gains in by_rung
+        ]
+        rows += [
+            ["mean of the rungs", "", *(spell(e.mean) for e in told)],
+            ["line, at the largest", "", *(spell(e.largest) for e in told)],
+            ["× a decade of cost", "", *(spell(e.trend) for e in told)],
+        ]
+        table = Table([UNITS[told[0].cost], "pairs" if told[0].paired else "runs", *(e.score for e in told)], rows)
+        lines += [
+            "",
+            table.markdown(),
+            "",
+            "\\* beyond the baseline's lowest loss: its law is continued",
+        ]
     return "\n".join(lines).strip()
 
 
-def _spell_gain(gain: Gain) -> str:
-    measured = "" if gain.measured is None else f"; {_number(gain.measured)}"
-    mark = " \\*" if gain.beyond else ""
-    return f"{_number(gain.value)} [{_number(gain.low)}, {_number(gain.high)}]{measured}{mark}"
-
-
-def _number(value: float) -> str:
-    return "∞" if value == float("inf") else f"{value:.3g}"
-
-
 def crossings_table(analysis: Analysis) -> str:
-    """A row for each pair, score and kind of cost."""
-    columns = ["pair", "score", "cost", "better at each rung", "", "crossing [interval]", "a rung that would settle it"]
+    """A row for each candidate, score and kind of cost."""
+    columns = ["candidate", "score", "cost", "better at each rung", "", "the gain goes through 1 at [interval]"]
     return (
-        f"Followed to {HORIZON:g} times the largest cost. Better at each rung, cheapest first; = is a tie within two "
-        f"standard errors.\n\n{Table(columns, [_crossing_row(crossing) for crossing in analysis.crossings]).markdown()}"
+        "Better at each rung, cheapest first; = where the gain's interval contains 1. Nothing is said of what lies "
+        f"beyond the largest rung.\n\n{Table(columns, [_crossing_row(c) for c in analysis.crossings]).markdown()}"
     )
 
 
 def _crossing_row(c: Crossing) -> list[str]:
-    better = " ".join(rung.better or "=" for rung in c.rungs)
-    at = settled = "–"
+    better = " ".join(name or "=" for name in c.better)
+    at = "–"
     if c.at is not None and c.low is not None and c.high is not None:
-        ends = ("none" if abs(end) == float("inf") else f"{end:.3g}" for end in (c.low, c.high))
-        at = f"{c.at:.3g} [{', '.join(ends)}], below it {c.better_below}"
-    if c.settled_by is not None:
-        settled = f"{c.settled_by:.3g}" + (f" (L{c.settled_depth})" if c.settled_depth else "")
-    return [f"{c.first}, {c.second}", c.score, UNITS[c.cost], better, f"{c.status} ({c.method})", at, settled]
+        ends = ("none" if end == 0 or end == float("inf") else f"{end:.3g}" for end in (c.low, c.high))
+        at = f"{c.at:.3g} [{', '.join(ends)}]"
+    return [c.candidate, c.score, UNITS[c.cost], better, c.status, at]
 
 
-def fits_table(fits: Sequence[BootstrapFit]) -> str:
+def ranking_table(points: PointSet) -> str:
+    """The share of pairs that each cheaper rung ranks as the largest does, and who is best at each."""
+    rungs = [points.rungs(config) for config in points.configs]
+    shared = min(map(len, rungs))
+    rows: list[list[Cell]] = []
+    for place in range(-shared, 0):
+        members = {config: own[place] for config, own in zip(points.configs, rungs, strict=True)}
+        cost = f"{members[points.baseline][0].flops:.3g}"
+        row: list[Cell] = [cost]
+        for score, shares in ranked_right(points).items():
+            means = {c: sum(points.score(p, score) for p in rung) / len(rung) for c, rung in members.items()}
+            best = min(means, key=means.__getitem__)
+            row.append(best if place == -1 else f"{shares[place + shared]:.0%}, best {best}")
+        rows.append(row)
+    table = Table(["FLOPs of the baseline", *points.scores], rows)
+    return f"Share of all pairs of configs that stand as at the largest rung, by mean loss.\n\n{table.markdown()}"
+
+
+def fits_table(fits: Sequence[BaselineFit]) -> str:
     """Parameters with their intervals, or what is in the way of a fit."""
     rows = []
     for fit in fits:
@@ -135,7 +160,7 @@ def runs_table(points: PointSet) -> str:
 
 
 def figures(analysis: Analysis) -> list[Figure]:
-    """Loss against cost with the fits, efficiency gain against cost, rank by rung."""
+    """Loss against cost with the baseline's law, and efficiency gain against cost."""
     found = []
     scores, size = analysis.points.scores, (5.0, 4.0)
     for cost in analysis.points.costs:
@@ -144,56 +169,33 @@ def figures(analysis: Analysis) -> list[Figure]:
         if any(e.problem is None for e in analysis.efficiencies if e.cost == cost):
             gains = [_gains(analysis, score, cost) for score in scores]
             found.append(Figure(f"gain-{cost}", gains, columns=len(scores), size=size))
-    return [*found, Figure("rank", [_ranks(analysis)], size=(6, 3.5))]
+    return found
 
 
 def _losses(analysis: Analysis, score: str, cost: str) -> Panel:
-    fits = [analysis.fits[config, score, cost] for config in analysis.points.configs]
-    costs = _costs(fits)
+    points, fit = analysis.points, analysis.fits[score, cost]
     lines = []
-    for place, fit in enumerate(fits):
-        x, y = fit.curve.flat
-        lines.append(Series("", x.tolist(), y.tolist(), style="dots", colour=place))
-        line = Series(fit.curve.config, [], [], colour=place)
-        if fit.problem is None:
-            low, high = zip(*(interval(fit.replicates.loss(x)) for x in costs), strict=True)
-            line = replace(line, x=costs.tolist(), y=fit.law.loss(costs).tolist(), low=low, high=high)
-        lines.append(line)
+    for place, config in enumerate(points.configs):
+        members = [point for point in points.points if point.config == config]
+        losses = [points.score(point, score) for point in members]
+        lines.append(Series("", [getattr(point, cost) for point in members], losses, style="dots", colour=place))
+        lines.append(Series(config, [], [], colour=place))
+    if fit.problem is None:
+        costs = np.geomspace(fit.curve.costs_R[0], fit.curve.costs_R[-1], _GRID)
+        low, high = zip(*(interval(fit.replicates.loss(x)) for x in costs), strict=True)
+        lines.append(Series("", costs.tolist(), fit.law.loss(costs).tolist(), low=low, high=high, colour=0))
     return Panel(f"{score}: held-out loss", lines, x_name=f"training {UNITS[cost]}", log_x=True, log_y=True)
 
 
 def _gains(analysis: Analysis, score: str, cost: str) -> Panel:
-    baseline = analysis.fits[analysis.points.baseline, score, cost]
-    lines, largest = [], []
-    for place, config in enumerate(analysis.candidates, start=1):
-        candidate = analysis.fits[config, score, cost]
-        if baseline.problem is not None or candidate.problem is not None:
+    lines = []
+    for place, candidate in enumerate(analysis.candidates, start=1):
+        e = analysis.gain(candidate, cost, score)
+        if e.problem is not None:
             continue
-        costs, measured = _costs([candidate]), candidate.curve.costs_R
-        ends = np.array([interval(gain_replicates(baseline, candidate, x)) for x in costs])
-        low, high = np.clip(ends.T, *_SHOWN).tolist()
-        gains = np.clip(gain_at(baseline, candidate, costs), *_SHOWN).tolist()
-        lines.append(Series(config, costs.tolist(), gains, low, high, colour=place))
-        own = baseline.law.cost(np.exp(candidate.curve.log_means_R)) / measured
-        lines.append(Series("", measured.tolist(), np.clip(own, *_SHOWN).tolist(), style="dots", colour=place))
-        largest.append((float(measured[-1]), ""))
-    labels: dict[str, Any] = {"x_name": f"training {UNITS[cost]}", "log_x": True, "log_y": True}
-    return Panel(f"{score}: efficiency gain", lines, guides=[(1.0, None)], marks=largest, **labels)
-
-
-def _ranks(analysis: Analysis) -> Panel:
-    """The place of each config at each rung, 1 being the lowest mean loss."""
-    points = analysis.points
-    fits = [analysis.fits[config, points.headline, "flops"] for config in points.configs]
-    rungs = min(len(fit.curve.costs_R) for fit in fits)
-    places = np.array([fit.curve.log_means_R[:rungs] for fit in fits]).argsort(0).argsort(0) + 1
-    costs = [fit.curve.costs_R[:rungs].tolist() for fit in fits]
-    lines = [Series(fit.curve.config, costs[i], places[i].tolist()) for i, fit in enumerate(fits)]
-    span = (len(fits) + 0.3, 0.7)
-    return Panel(f"{points.headline}: rank (1 is best)", lines, x_name="training FLOPs", log_x=True, span=span)
-
-
-def _costs(fits: Sequence[BootstrapFit]) -> Any:
-    smallest = min(fit.curve.costs_R[0] for fit in fits)
-    largest = max(next_cost(f.curve.costs_R) if len(f.curve.costs_R) > 1 else f.curve.costs_R[0] for f in fits)
-    return np.geomspace(smallest, largest, _GRID)
+        value, low, high = (
+            np.clip([getattr(gain, end) for gain in e.gains], *_SHOWN).tolist() for end in ("value", "low", "high")
+        )
+        lines.append(Series(candidate, [gain.cost for gain in e.gains], value, low, high, colour=place))
+    title, axis = f"{score}: efficiency gain", f"training {UNITS[cost]}"
+    return Panel(title, lines, x_name=axis, log_x=True, log_y=True, guides=[(1.0, None)])

@@ -4,18 +4,23 @@ MAI-Thinking-1 report §2.3: NLL per category, weighted; bits per byte where tok
 """
 
 import gzip
+import json
 import lzma
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+import xxhash
 from transformers import PreTrainedTokenizerBase
 
+from mai_thinking.config.storage import atomic_file
+from mai_thinking.data import PreparedData
+from mai_thinking.data.held_out import fingerprint, held_out_sets
 from mai_thinking.data.jsonl import read_text, shown
 from mai_thinking.data.tokenizer import Encoder
 from mai_thinking.errors import UsageError
@@ -24,6 +29,10 @@ from mai_thinking.model.loss import logits_product
 
 CATEGORY_WEIGHTS = {"code": 0.5, "stem": 0.175, "maths": 0.175, "general": 0.1, "multilingual": 0.05}
 """The report's weights. Categories without held-out text are left out and the rest scaled to sum to 1."""
+
+
+MEMORISED = 0.01
+"""Nats: the report's bound of a token that is known by heart (§2.6)."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +44,8 @@ class Likelihood:
     tokens: int
     bytes: int
     """Length of the same text in UTF-8."""
+    sure: int = 0
+    """Tokens of less than `MEMORISED` nats, where they were counted."""
 
     @property
     def nll(self) -> float:
@@ -56,19 +67,20 @@ def evaluate_texts(
     context_length: int,
     batch_size: int,
     heartbeat: Callable[[], None] = lambda: None,
+    count_sure: bool = False,
 ) -> Likelihood:
     """Likelihood of whole documents, each after an end-of-text token and followed by one.
 
     Windows of `context_length` overlap by half: every token is predicted once, and but for a document's beginning with
     at least half a context before it. The end of a document is predicted too, as in training. `heartbeat` is called
-    after each batch of windows. Leaves the model in the
+    after each batch of windows. `count_sure` fills `Likelihood.sure`. Leaves the model in the
     mode it was in and touches no random generator.
     """
     encoder = Encoder(tokenizer)
     was_training = model.training
     model.eval()
     nats = torch.zeros((), dtype=torch.float64)
-    tokens = 0
+    tokens = sure = 0
     try:
         for windows in _batched(_windows(texts, encoder, context_length), batch_size):
             inputs, targets = _pad(windows, encoder.end_of_text)
@@ -81,10 +93,12 @@ def evaluate_texts(
                 logits = logits_product(hidden[scored].to(dtype), weight.to(dtype))
             nats += F.cross_entropy(logits, targets[scored], reduction="sum").double().cpu()
             tokens += int(scored.sum())
+            if count_sure:
+                sure += int((F.cross_entropy(logits, targets[scored], reduction="none") < MEMORISED).sum())
             heartbeat()
     finally:
         model.train(was_training)
-    return Likelihood(float(nats), tokens, sum(len(text.encode()) for text in texts))
+    return Likelihood(float(nats), tokens, sum(len(text.encode()) for text in texts), sure)
 
 
 Window = tuple[list[int], list[int]]
@@ -141,6 +155,54 @@ def summarize(likelihoods: Mapping[str, Likelihood]) -> dict[str, Any]:
     }
 
 
+@dataclass(frozen=True)
+class Reference:
+    """A fixed model's nats per byte on held-out sets, each with the hash of its text."""
+
+    model: str
+    """Hash of its weights."""
+    sets: dict[str, tuple[str, float]]
+
+    @classmethod
+    def read(cls, path: Path) -> "Reference":
+        """`UsageError` for a file that is none."""
+        try:
+            tree = json.loads(read_text(path))
+            return cls(tree["model"], {name: (one["text"], one["nats"]) for name, one in tree["sets"].items()})
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise UsageError(f"{shown(path)}: no reference; write one with scripts/evaluate.py --reference") from None
+
+    def write(self, path: Path) -> None:
+        """As `read` reads it."""
+        sets = {name: {"text": text, "nats": nats} for name, (text, nats) in self.sets.items()}
+        with atomic_file(path) as temporary:
+            temporary.write_text(json.dumps({"model": self.model, "sets": sets}, indent=1) + "\n", encoding="utf-8")
+
+    def normalised(self, results: Mapping[str, Mapping[str, Likelihood]], texts: Mapping[str, str]) -> dict[str, float]:
+        """Eq. 3 of §2.3: `normalised/CATEGORY`, the mean over the category's sets of NLL by that of the reference on
+        the same bytes, and the weighted `normalised`. `results` is category → set → likelihood, `texts` set → hash.
+
+        `UsageError` for a set of which the reference knows nothing, or other text.
+        """
+        found: dict[str, float] = {}
+        for category, sets in results.items():
+            ratios = []
+            for name, result in sets.items():
+                text, nats = self.sets.get(name, ("", 0.0))
+                if text != texts[name]:
+                    problem = "has other text than the reference has seen" if text else "is not in the reference"
+                    raise UsageError(f"evaluation.reference: held-out set {name!r} {problem}; write it anew")
+                ratios.append(result.nats / max(1, result.bytes) / nats)
+            found[category] = sum(ratios) / len(ratios)
+        return {f"normalised/{name}": value for name, value in found.items()} | {"normalised": weighted_score(found)}
+
+
+def added(parts: Iterable[Likelihood]) -> Likelihood:
+    """The likelihood of all texts together."""
+    nats, tokens, size, sure = (sum(column) for column in zip(*map(astuple, parts), strict=True))
+    return Likelihood(nats, int(tokens), int(size), int(sure))
+
+
 def compressors(texts: Sequence[str]) -> dict[str, float]:
     """What general-purpose compressors make of the same bytes, all documents in one stream: bits per byte of `gzip -9`
     and `xz -9e`."""
@@ -150,6 +212,23 @@ def compressors(texts: Sequence[str]) -> dict[str, float]:
         "gzip": len(gzip.compress(content, compresslevel=9, mtime=0)) * bits,
         "xz": len(lzma.compress(content, preset=9 | lzma.PRESET_EXTREME)) * bits,
     }
+
+
+def reference_of(
+    model: MaiThinkingForCausalLM, tokenizer: PreTrainedTokenizerBase, data: PreparedData, *, batch_size: int
+) -> Reference:
+    """What `model` makes of each held-out set of `data`."""
+    digest = xxhash.xxh3_64()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode() + tensor.float().cpu().numpy().tobytes())
+    sets: dict[str, tuple[str, float]] = {}
+    for by_name in held_out_sets(data.held_out, data.config.sources).values():
+        for name, found in by_name.items():
+            context = model.config.max_position_embeddings
+            texts = [document.text for document in found]
+            result = evaluate_texts(model, tokenizer, texts, context_length=context, batch_size=batch_size)
+            sets[name] = fingerprint(found), result.nats / max(1, result.bytes)
+    return Reference(digest.hexdigest(), sets)
 
 
 def evaluate_files(

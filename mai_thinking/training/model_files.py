@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import xxhash
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
 from transformers import PreTrainedTokenizerBase
@@ -80,11 +81,23 @@ def build_model(
         if config.init_from is not None:
             return load_model(config.init_from, config=architecture, **kinds)
         torch.manual_seed(config.seed)
-        return MaiThinkingForCausalLM._from_config(architecture, **kinds)
+        model = MaiThinkingForCausalLM._from_config(architecture, **kinds)
+        if config.init_by_name:
+            _draw_by_name(model, config.seed)
+        return model
     except (ValueError, ImportError, KeyError) as error:
         if any(name in str(error) for name in ("attn_implementation", "experts_implementation", "attention")):
             raise UsageError(f"execution: {' '.join(str(error).split())}") from None
         raise
+
+
+def _draw_by_name(model: MaiThinkingForCausalLM, seed: int) -> None:
+    """Each module's weights anew, from the seed and its name; what follows in the run begins at the seed again."""
+    for name, module in model.named_modules():
+        if next(module.parameters(recurse=False), None) is not None:
+            torch.manual_seed(xxhash.xxh3_64_intdigest(f"{seed} {name}".encode()) >> 1)
+            model._init_weights(module)
+    torch.manual_seed(seed)
 
 
 def _unfilled(architecture: object, **changes: object) -> MaiThinkingForCausalLM:

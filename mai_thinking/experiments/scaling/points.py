@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -27,6 +27,8 @@ class Point(Section):
     """Of the whole run."""
     seconds: float | None = Field(None, gt=0)
     """Of training; null where nobody measured it."""
+    wall: float | None = Field(None, gt=0)
+    """Seconds of the whole run, with start, evaluation and saves: what planning the next ones reckons with."""
     loss: dict[str, float]
     """Category → held-out loss in any unit that is the same for all points; one number is taken as {"loss": number}."""
     rung: int | None = None
@@ -58,6 +60,8 @@ class PointSet(Section):
     points: tuple[Point, ...] = Field(min_length=1)
     weights: dict[str, float] = Field(default_factory=dict)
     """Category → weight in the score. Empty: the report's weights if it knows all the categories, else equal ones."""
+    difference: float = Field(0.03, gt=0, lt=1)
+    """The gain that is worth having; see the rule on the page."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -135,12 +139,45 @@ def report_weights(categories: Sequence[str]) -> Mapping[str, float]:
     return dict.fromkeys(categories, 1.0)
 
 
+class TableSection(Section):
+    """Rows that another program wrote, and which of their columns mean what: DataDecide's tables and marin's sweeps
+    have a row for each evaluation of each run."""
+
+    columns: dict[Literal["config", "flops", "seed", "rung", "seconds"], str]
+    loss: tuple[str, ...] = Field(min_length=1)
+    """Columns of losses, each a category."""
+    rows: tuple[dict[str, Any], ...] = Field(min_length=1)
+
+    def points(self, where: str) -> list[dict[str, Any]]:
+        """The last evaluation of each run. Seeds and sizes that are words are numbered in the order in which they come;
+        `UsageError` for a row that lacks a column."""
+        last: dict[tuple[Any, ...], dict[str, Any]] = {}
+        numbers: dict[str, dict[str, int]] = {"seed": {}, "rung": {}}
+        for place, row in enumerate(self.rows):
+            missing = [column for column in (*self.columns.values(), *self.loss) if column not in row]
+            if missing:
+                raise UsageError(f"{where}: rows.{place} has no column {missing[0]!r}; it has {', '.join(row)}")
+            point = {"seed": 0} | {name: row[column] for name, column in self.columns.items()}
+            for name, known in numbers.items():
+                if isinstance(point.get(name), str):
+                    point[name] = known.setdefault(point[name], len(known))
+            point["loss"] = {column: row[column] for column in self.loss}
+            run = point["config"], point["seed"], point.get("rung", point["flops"])
+            if run not in last or point["flops"] >= last[run]["flops"]:
+                last[run] = point
+        return list(last.values())
+
+
 def read_points(path: Path, baseline: str | None) -> PointSet:
-    """POINTS.json: `{"baseline": …, "points": […], "weights": {…}}`, or a bare list with `baseline` from elsewhere.
+    """POINTS.json: `{"baseline": …, "points": […], "weights": {…}}`, or a bare list with `baseline` from elsewhere, or
+    a `TableSection` with `baseline`.
 
     Raises `UsageError` with the key that is wrong.
     """
     tree = read_json(path)
+    if isinstance(tree, dict) and "rows" in tree:
+        names = {name: tree.pop(name) for name in TableSection.model_fields if name in tree}
+        tree["points"] = validate(TableSection, names, str(path)).points(str(path))
     if isinstance(tree, list):
         tree = {"points": tree}
     if not isinstance(tree, dict):

@@ -11,6 +11,7 @@ import pytest
 from synthetic import law, points_of, times
 
 from mai_thinking.errors import UsageError
+from mai_thinking.experiments.scaling.analysis import ranked_right
 from mai_thinking.experiments.scaling.points import Point, PointSet, read_points
 from mai_thinking.report.ladder import write_report
 from mai_thinking.training.evaluation import CATEGORY_WEIGHTS
@@ -96,7 +97,7 @@ def test_the_script_writes_page_figures_and_json(
     page = (folder / "summary.md").read_text()
     assert page.strip() in capsys.readouterr().out
     assert "**new: adopt**" in page
-    for name in ("loss-flops", "loss-seconds", "gain-flops", "gain-seconds", "rank"):
+    for name in ("loss-flops", "loss-seconds", "gain-flops", "gain-seconds"):
         assert f"({name}.png)" in page
         assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     tree = json.loads((folder / "summary.json").read_text())
@@ -104,3 +105,35 @@ def test_the_script_writes_page_figures_and_json(
     fit = next(f for f in tree["fits"] if f["config"] == "base" and f["cost"] == "flops")
     assert fit["alpha"]["low"] <= 0.15 <= fit["alpha"]["high"]
     assert len(tree["points"]) == 30
+
+
+TABLE = {
+    "baseline": "dolma",
+    "columns": {"config": "data", "flops": "compute", "seed": "seed", "rung": "params"},
+    "loss": ["c4", "pile"],
+    "rows": [
+        {"data": data, "params": size, "seed": seed, "compute": compute * step, "c4": loss, "pile": loss + 0.1}
+        for data, better in (("dolma", 0.0), ("fineweb", 0.2), ("noise", -0.3))
+        for size, compute, level in (("20M", 1e12, 4.0), ("60M", 1e13, 3.5), ("150M", 1e14, 3.2))
+        for seed in ("default", "small aux 2")
+        for step, loss in ((1, 9.0), (2, level - better * (compute > 1e12)))
+    ],
+}  # fmt: skip
+
+
+def test_a_table_that_another_program_wrote(tmp_path: Path) -> None:
+    """As DataDecide's: a row an evaluation, seeds and sizes in words; the last evaluation of a run counts."""
+    points = read_points(written(tmp_path, TABLE), None)
+    assert len(points.points) == 3 * 3 * 2
+    assert {point.seed for point in points.points} == {0, 1}
+    assert [rung[0].rung for rung in points.rungs("dolma")] == [0, 1, 2]
+    assert points.scores == ["c4", "pile", "weighted"]
+    assert max(point.loss["c4"] for point in points.points) == 4.0
+    # All alike at the smallest rung, so no pair stands there as at the largest; at the middle one all do.
+    assert ranked_right(points)["c4"] == [0.0, 1.0]
+    assert "| 2e+13 | 100%, best fineweb |" in write_report(points, tmp_path / "report", "x")
+
+
+def test_a_table_without_a_column_is_told(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"rows.0 has no column 'flops'; it has data, params"):
+        read_points(written(tmp_path, TABLE | {"columns": TABLE["columns"] | {"flops": "flops"}}), None)  # type: ignore[operator]

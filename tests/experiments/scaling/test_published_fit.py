@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mai_thinking.experiments.scaling.bootstrap import BootstrapFit, Curve, bootstrap, interval, seed_noise
+from mai_thinking.experiments.scaling.baseline import BaselineFit, Curve, fit_baseline, interval, seed_noise
 from mai_thinking.experiments.scaling.points import read_points
 
 LARGEST, MEASURED = 6.0 * 6889410560 * 137788211200, 2.424993099368689
@@ -23,15 +23,15 @@ THEIR_ETA, THEIR_E = 0.1364, 1.837
 
 
 @pytest.fixture(scope="module")
-def without_the_largest() -> BootstrapFit:
+def without_the_largest() -> BaselineFit:
     whole = Curve.of(read_points(Path(__file__).with_name("gadre-2024.json"), None), "redpajama", "loss", "flops")
     assert whole.costs_R[-1] == pytest.approx(LARGEST)
     assert whole.losses[-1] == pytest.approx(MEASURED)
     curve = Curve("redpajama", "loss", "flops", whole.costs_R[:5], whole.losses[:5])
-    return bootstrap(curve, seed_noise([curve]), np.random.default_rng(0))
+    return fit_baseline(curve, seed_noise([curve]), np.random.default_rng(0))
 
 
-def test_it_predicts_what_the_published_fit_predicts(without_the_largest: BootstrapFit) -> None:
+def test_it_predicts_what_the_published_fit_predicts(without_the_largest: BaselineFit) -> None:
     """Five sizes up to 1.4B, to 23 times their cost: theirs and the measured loss are both in the interval, and the
     prediction itself is closer to theirs than theirs is to the truth."""
     assert without_the_largest.problem is None
@@ -43,7 +43,7 @@ def test_it_predicts_what_the_published_fit_predicts(without_the_largest: Bootst
     assert (high - low) / ours < 0.15
 
 
-def test_its_parameters_are_the_published_fits(without_the_largest: BootstrapFit) -> None:
+def test_its_parameters_are_the_published_fits(without_the_largest: BaselineFit) -> None:
     law, many = without_the_largest.law, without_the_largest.replicates
     assert float(law.alpha) == pytest.approx(THEIR_ETA, rel=0.03)
     assert float(law.floor) == pytest.approx(THEIR_E, rel=0.03)

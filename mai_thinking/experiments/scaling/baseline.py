@@ -1,13 +1,16 @@
-"""A curve of a ladder with what is known about it: its noise, its law, and how far off that may be.
+"""The baseline's ladder: its noise, its law, and how far off that may be (MAI-Thinking-1 report §2.2).
 
 **Noise.** Log-losses of one rung scatter with the seed; the scatter is taken to be one number for a ladder, and pooled
 over its configs. If the rungs' means miss the law by more than the seeds explain (an F-test at 5 %), the rungs have
 noise of their own, with so few degrees of freedom as there are rungs to spare.
 
-**Intervals.** A parametric bootstrap over both: each replicate adds new seed noise to every run and new rung noise to
+**Replicates.** A parametric bootstrap over both: each replicate adds new seed noise to every run and new rung noise to
 every rung of the fitted law, with the standard deviations themselves drawn from what so few runs leave open (scaled
 inverse χ²), and is fitted like the original. Drawing runs with replacement, the usual bootstrap, leaves too few rungs
 of four or five to fit anything to, and with two seeds underestimates their variance by half.
+
+A candidate's gain needs the law between the rungs and little beyond, so three rungs are enough: with three the law goes
+through their means, and the replicates say how well they are known.
 """
 
 from dataclasses import dataclass
@@ -15,17 +18,15 @@ from dataclasses import dataclass
 import numpy as np
 
 from mai_thinking.experiments.scaling.points import Point, PointSet
-from mai_thinking.experiments.scaling.power_law import ALPHA_BOUNDS, Array, PowerLaw, fit, refit
+from mai_thinking.experiments.scaling.power_law import Array, PowerLaw, fit, refit
 
-LEAST_RUNGS = 4
+LEAST_RUNGS = 3
 """The law has three parameters; a fourth rung is the first that can contradict it."""
 LEAST_FREEDOM = 2
 """So many degrees of freedom the noise must be known with, from seeds of all configs and rungs to spare. With 1 the
 variance may as well be a thousand times the measured one."""
 CHANCE = 0.01
 """If mere scatter shows a fall of the loss like the measured one more often than this, there is nothing to fit."""
-MAX_AT_BOUND = 0.1
-"""If more of the replicates than this end at a bound of α, the points do not determine it."""
 INTERVAL = (0.025, 0.975)
 REPLICATES = 1000
 
@@ -96,8 +97,8 @@ def seed_noise(curves: list[Curve]) -> Noise:
 
 
 @dataclass(frozen=True)
-class BootstrapFit:
-    """A curve's law with its replicates, or the reason why there is none."""
+class BaselineFit:
+    """The baseline's law with its replicates, or the reason why there is none."""
 
     curve: Curve
     seeds: Noise
@@ -112,18 +113,18 @@ class BootstrapFit:
     """Whether the rungs miss the law by more than the seeds explain."""
 
 
-def bootstrap(curve: Curve, seeds: Noise, rng: np.random.Generator, replicates: int = REPLICATES) -> BootstrapFit:
-    """Fit `curve` and refit its replicates, if it can support a fit at all."""
+def fit_baseline(curve: Curve, seeds: Noise, rng: np.random.Generator, replicates: int = REPLICATES) -> BaselineFit:
+    """The law of `curve` and its replicates, if it can support a fit at all."""
     problem = _too_little(curve, seeds, rng)
     if problem is not None:
         nothing = PowerLaw(*(np.zeros(0),) * 3, reference=1.0)
-        return BootstrapFit(curve, seeds, problem, nothing, nothing, False)
+        return BaselineFit(curve, seeds, problem, nothing, nothing, False)
     costs_N, losses_N = curve.flat
     law = fit(costs_N, losses_N)
     deviations_BN, lack_of_fit = _noise_like(curve, law, seeds, rng, replicates)
     scale = float(np.sqrt(np.median((deviations_BN**2).mean(1))))
     refits = refit(law, costs_N, law.loss(costs_N) * np.exp(deviations_BN), scale)
-    return BootstrapFit(curve, seeds, _not_determined(law, refits), law, refits, lack_of_fit)
+    return BaselineFit(curve, seeds, None, law, refits, lack_of_fit)
 
 
 def _too_little(curve: Curve, seeds: Noise, rng: np.random.Generator) -> str | None:
@@ -138,23 +139,13 @@ def _too_little(curve: Curve, seeds: Noise, rng: np.random.Generator) -> str | N
     spare = len(x) - 3
     rest = float(((y - np.polyval(np.polyfit(x, y, 2), x)) ** 2).sum())
     explained = float((y @ y) - rest) / 2
-    error = max(rest / spare, seeds.variance)
+    error = max(rest / max(1, spare), seeds.variance)
     freedom = spare + seeds.freedom
     chance = rng.chisquare(2, 20_000) / 2 / (rng.chisquare(freedom, 20_000) / freedom)
     if explained <= error * float(np.quantile(chance, 1 - CHANCE)):
         return "the loss does not change with cost by more than its scatter"
     if np.polyfit(x, y, 1)[0] >= 0:
         return "the loss does not fall with cost"
-    return None
-
-
-def _not_determined(law: PowerLaw, refits: PowerLaw) -> str | None:
-    low, high = ALPHA_BOUNDS
-    if not low * 1.01 < law.alpha < high / 1.01:
-        return f"α is at its bound ({float(law.alpha):.3g}): the points are no power law in this range"
-    at_bound = float(((refits.alpha <= low * 1.01) | (refits.alpha >= high / 1.01)).mean())
-    if at_bound > MAX_AT_BOUND:
-        return f"α is not determined: in {at_bound:.0%} of the replicates it is at a bound"
     return None
 
 
@@ -165,9 +156,11 @@ def _noise_like(
     counts_R = np.array([len(losses) for losses in curve.losses])
     misses_R = curve.log_means_R - np.log(law.loss(curve.costs_R))
     spare = len(counts_R) - 3
-    rungs = Noise(float((counts_R * misses_R**2).sum()) / spare, spare)
     rung_of_N = np.repeat(np.arange(len(counts_R)), counts_R)
     fresh_BN = rng.standard_normal((replicates, len(rung_of_N)))
+    if spare == 0:
+        return fresh_BN * np.sqrt(seeds.draw(rng, replicates))[:, None], False
+    rungs = Noise(float((counts_R * misses_R**2).sum()) / spare, spare)
     if seeds.freedom == 0:
         return fresh_BN * np.sqrt(rungs.draw(rng, replicates))[:, None], False
     # F-test by simulation: how often does seed noise alone miss the law by so much?

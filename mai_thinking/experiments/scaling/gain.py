@@ -1,0 +1,280 @@
+"""Efficiency gain and the verdict on a candidate (MAI-Thinking-1 report §2.2).
+
+f is the baseline's law. A candidate that comes to loss L′ at cost C′ has EG = f⁻¹(L′)/C′: 1.2 means that the baseline
+needs 1.2 times as much to come as far. Nothing is fitted to the candidate.
+
+**Pairs.** Runs of one rung and seed read the same rows and begin with the same numbers, so most of what makes a seed
+good or bad is common to both and cancels: L′ is taken relative to the pair's own baseline run, as
+f(C)·L′/L. Each pair so gives one EG, and a rung's interval is Student's over its pairs. Where baseline and candidate
+have no seeds in common L′ is taken as it is.
+
+**All rungs.** The mean over the rungs and the line through them are fixed weighings of the rungs' log gains. Each rung
+has its own scatter, so their errors have Welch's and Satterthwaite's degrees of freedom; the spread over the replicates
+of f is added. A rung of one or two pairs takes the scatter of all rungs together; where no rung has two, the scatter
+about the line stands for it.
+
+Shape suffixes: R rungs, P pairs of one rung, B replicates of the law.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from mai_thinking.experiments.scaling.baseline import BaselineFit
+from mai_thinking.experiments.scaling.points import Point, PointSet
+from mai_thinking.experiments.scaling.power_law import Array, PowerLaw
+
+Verdict = Literal["adopt", "reject", "undecided"]
+
+RULE = (
+    "by EG_FLOPs of the headline score, over all rungs. adopt: the 95 % interval of the mean gain lies above 1, and "
+    "the gain holds up as cost grows: the line through the rungs is above 1 at the largest, with its whole interval if "
+    "the gain falls with cost (at 5 %). reject: the same below 1; or the interval excludes a gain as large as the "
+    "difference that the ladder asks for, and the gain does not rise with cost. Otherwise undecided. EG_Time is judged "
+    "in the same way and told beside it: seconds are this machine's."
+)
+_FARTHEST = float(np.log(1000))
+"""Log gains beyond are taken for so much: f⁻¹ of a loss that the baseline never reaches is infinite."""
+_OWN_SCATTER = 2
+"""Degrees of freedom from which a rung's scatter is its own."""
+
+
+class Estimate(NamedTuple):
+    """A factor with its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+_NOTHING = Estimate(1.0, 0.0, float("inf"))
+
+
+@dataclass(frozen=True)
+class Gain:
+    """EG at one rung."""
+
+    cost: float
+    """The candidate's."""
+    value: float
+    low: float
+    high: float
+    """95 %"""
+    pairs: int
+    spread: float | None
+    """Standard deviation of a pair's log gain; None of one pair."""
+    beyond: bool
+    """Whether the baseline was never measured at so low a loss."""
+
+
+@dataclass(frozen=True)
+class Efficiency:
+    """A candidate's gain over the baseline under one score and one kind of cost."""
+
+    candidate: str
+    score: str
+    cost: str
+    difference: float
+    """The gain that is worth having: 0.03 for 3 %."""
+    problem: str | None
+    """Why there is no gain to tell."""
+    gains: tuple[Gain, ...] = ()
+    """At each of the candidate's rungs."""
+    mean: Estimate = _NOTHING
+    """Over the rungs, each counted alike."""
+    largest: Estimate = _NOTHING
+    """Of the line through the rungs, at the largest."""
+    trend: Estimate = _NOTHING
+    """The factor by which the gain changes when the cost grows tenfold."""
+    falls: bool = False
+    rises: bool = False
+    """Whether the trend lies below, or above, 1 at 5 %, one-sided."""
+    paired: bool = False
+    kept_variance: float | None = None
+    """What pairing leaves of the variance of a difference of log losses; None where it is not known."""
+
+    @property
+    def verdict(self) -> tuple[Verdict, str]:
+        """What this cost says, and why."""
+        if self.problem is not None:
+            return "undecided", self.problem
+        told = f"mean EG {spell(self.mean)}, ×{spell(self.trend)} a decade of cost"
+        if self.mean.low > 1 and self.largest.value > 1 and (not self.falls or self.largest.low > 1):
+            return "adopt", told
+        if self.mean.high < 1 and self.largest.value < 1 and (not self.rises or self.largest.high < 1):
+            return "reject", told
+        if self.mean.high < 1 + self.difference and self.mean.low <= 1 and not self.rises:
+            return "reject", f"{told}; a gain of {self.difference:.0%} is excluded"
+        return "undecided", told
+
+
+def spell(estimate: Estimate | Gain) -> str:
+    """`1.19 [1.12, 1.27]`."""
+    return f"{estimate.value:.3f} [{estimate.low:.3f}, {estimate.high:.3f}]"
+
+
+def efficiency(points: PointSet, baseline: BaselineFit, candidate: str, score: str, cost: str) -> Efficiency:
+    """EG at the candidate's rungs, its mean and its trend, or the reason why it cannot be told."""
+    names = candidate, score, cost, points.difference
+    if baseline.problem is not None:
+        return Efficiency(*names, problem=f"{points.baseline}: {baseline.problem}")
+    rungs = [_Rung.of(points, rung, score, cost) for rung in points.rungs(candidate)]
+    if len(rungs) < 2:
+        return Efficiency(*names, problem="one rung tells nothing of how the gain changes with cost; add rungs")
+    logs_R = [rung.log_gains(baseline.law) for rung in rungs]
+    replicates_BR = np.stack([rung.mean_log_gains(baseline.replicates) for rung in rungs], axis=-1)
+    means_R = np.array([logs_P.mean() for logs_P in logs_R])
+    x_R = np.log([rung.cost for rung in rungs])
+    errors = _Errors.of(logs_R, means_R, x_R, replicates_BR)
+    if errors is None:
+        return Efficiency(*names, problem="single pairs on two rungs have no scatter to judge by; add seeds or rungs")
+    centred_R = x_R - x_R.mean()
+    slope_R = centred_R / (centred_R**2).sum()
+    mean_R = np.full(len(rungs), 1 / len(rungs))
+    trend, error, freedom = errors.weigh(slope_R * np.log(10), means_R)
+    sure = student(0.95, freedom) * error
+    lowest = min(float(np.log(losses).mean()) for losses in baseline.curve.losses)
+    pairs = [rung for rung in rungs if rung.paired]
+    return Efficiency(
+        *names,
+        problem=None,
+        gains=tuple(
+            Gain(rung.cost, *at, len(logs_P), _spread(logs_P), rung.level < lowest)
+            for rung, logs_P, at in zip(rungs, logs_R, errors.by_rung(means_R), strict=True)
+        ),
+        mean=errors.estimate(mean_R, means_R),
+        largest=errors.estimate(mean_R + centred_R[-1] * slope_R, means_R),
+        trend=errors.estimate(slope_R * np.log(10), means_R),
+        falls=trend + sure < 0,
+        rises=trend - sure > 0,
+        paired=bool(pairs),
+        kept_variance=_kept_variance(pairs),
+    )
+
+
+@dataclass(frozen=True)
+class _Rung:
+    """A candidate's rung, as pairs or alone."""
+
+    cost: float
+    own_costs_P: Array
+    own_logs_P: Array
+    """log L′"""
+    costs_P: Array | None
+    logs_P: Array | None
+    """Of the same seeds of the baseline; None without common seeds."""
+
+    @classmethod
+    def of(cls, points: PointSet, rung: list[Point], score: str, cost: str) -> "_Rung":
+        own = {p.seed: (float(getattr(p, cost)), float(np.log(points.score(p, score)))) for p in rung}
+        of_baseline = next((r for r in points.rungs(points.baseline) if _same_rung(r[0], rung[0])), [])
+        base = {p.seed: (float(getattr(p, cost)), float(np.log(points.score(p, score)))) for p in of_baseline}
+        median = float(np.median([c for c, _ in own.values()]))
+        common = sorted(own.keys() & base.keys())
+        if not common:
+            costs, logs = np.array(list(own.values())).T
+            return cls(median, costs, logs, None, None)
+        (own_costs, own_logs), (costs, logs) = (np.array([by[s] for s in common]).T for by in (own, base))
+        return cls(median, own_costs, own_logs, costs, logs)
+
+    @property
+    def paired(self) -> bool:
+        return self.logs_P is not None
+
+    @property
+    def level(self) -> float:
+        return float(self.own_logs_P.mean())
+
+    def log_gains(self, law: PowerLaw) -> Array:
+        """log EG of each pair under one law, [P], or under a batch of B, [B, P]."""
+        if self.logs_P is None or self.costs_P is None:
+            losses = np.exp(self.own_logs_P)
+        else:
+            losses = law.loss(self.costs_P) * np.exp(self.own_logs_P - self.logs_P)
+        with np.errstate(over="ignore"):
+            return np.clip(np.log(law.cost(losses)) - np.log(self.own_costs_P), -_FARTHEST, _FARTHEST)
+
+    def mean_log_gains(self, laws_B: PowerLaw) -> Array:
+        """[B]"""
+        return self.log_gains(laws_B[:, None]).mean(axis=-1)
+
+
+def _same_rung(one: Point, other: Point) -> bool:
+    """By depth where both have one, otherwise by nearly equal FLOPs."""
+    if one.rung is not None and other.rung is not None:
+        return one.rung == other.rung
+    return max(one.flops, other.flops) <= 1.02 * min(one.flops, other.flops)
+
+
+@dataclass(frozen=True)
+class _Errors:
+    """How far off weighed sums of the rungs' mean log gains may be."""
+
+    variances_R: Array
+    """Of a rung's mean, from its pairs."""
+    freedoms_R: Array
+    replicates_BR: Array
+
+    @classmethod
+    def of(cls, logs_R: list[Array], means_R: Array, x_R: Array, replicates_BR: Array) -> "_Errors | None":
+        counts_R = np.array([len(logs_P) for logs_P in logs_R])
+        squares_R = np.array([((logs_P - logs_P.mean()) ** 2).sum() for logs_P in logs_R])
+        freedoms_R = counts_R - 1
+        if freedoms_R.sum() == 0:
+            spare = len(means_R) - 2
+            if spare == 0:
+                return None
+            line_R = np.polyval(np.polyfit(x_R, means_R, 1), x_R)
+            pooled = float(((means_R - line_R) ** 2).sum()) / spare
+            # One variance for all, so together they have the freedom of the line: each its share.
+            return cls(np.full(len(means_R), pooled), np.full(len(means_R), spare / len(means_R)), replicates_BR)
+        pooled = squares_R.sum() / freedoms_R.sum()
+        enough_R = freedoms_R >= _OWN_SCATTER
+        own_R = np.where(enough_R, squares_R / np.maximum(1, freedoms_R), pooled)
+        shared_R = np.where(enough_R, freedoms_R, freedoms_R.sum() / max(1, (~enough_R).sum()))
+        return cls(own_R / counts_R, shared_R.astype(float), replicates_BR)
+
+    def weigh(self, weights_R: Array, means_R: Array) -> tuple[float, float, float]:
+        """(sum, standard error, degrees of freedom)"""
+        parts_R = weights_R**2 * self.variances_R
+        freedom = parts_R.sum() ** 2 / max(1e-300, float((parts_R**2 / self.freedoms_R).sum()))
+        # Half of the middle 68 %, which a few laws that never reach a loss cannot make infinite.
+        low, high = np.quantile(self.replicates_BR @ weights_R, (0.16, 0.84))
+        of_law = float(high - low) / 2
+        return float(weights_R @ means_R), float(np.sqrt(parts_R.sum() + of_law**2)), max(1.0, float(freedom))
+
+    def estimate(self, weights_R: Array, means_R: Array) -> Estimate:
+        value, error, freedom = self.weigh(weights_R, means_R)
+        reach = student(0.975, freedom) * error
+        return Estimate(*(float(np.exp(end)) for end in (value, value - reach, value + reach)))
+
+    def by_rung(self, means_R: Array) -> list[Estimate]:
+        return [self.estimate(weights_R, means_R) for weights_R in np.eye(len(means_R))]
+
+
+def _spread(logs_P: Array) -> float | None:
+    return float(np.std(logs_P, ddof=1)) if len(logs_P) > 1 else None
+
+
+def _kept_variance(rungs: list[_Rung]) -> float | None:
+    """Var(log L′ − log L) within rungs, over what it would be if the two were independent."""
+    own, apart = 0.0, 0.0
+    for rung in rungs:
+        assert rung.logs_P is not None
+        if len(rung.logs_P) > 1:
+            freedom = len(rung.logs_P) - 1
+            own += freedom * float(np.var(rung.own_logs_P - rung.logs_P, ddof=1))
+            apart += freedom * float(np.var(rung.own_logs_P, ddof=1) + np.var(rung.logs_P, ddof=1))
+    return own / apart if apart else None
+
+
+@lru_cache(maxsize=256)
+def student(probability: float, freedom: float) -> float:
+    """The quantile of Student's t for a probability above ½ and any freedom of at least 1: with t = √ν·tan θ its
+    density is that of cos^(ν−1) θ, which is summed up."""
+    theta = np.linspace(0.0, np.pi / 2, 8001)
+    density = np.cos(theta) ** (freedom - 1)
+    area = np.concatenate([[0.0], np.cumsum((density[1:] + density[:-1]) / 2)])
+    return float(np.sqrt(freedom) * np.tan(np.interp(2 * probability - 1, area / area[-1], theta)))

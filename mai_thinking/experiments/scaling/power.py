@@ -1,0 +1,119 @@
+"""Where to spend: rungs and seeds that decide a difference in a given time, from a few pilot points.
+
+With n_r pairs at rung r, whose log gains scatter by s_r, the mean over R rungs is known to √(Σ s_r²/n_r)/R. A gain of
+δ is found with 90 % power when log(1 + δ) is t_0.975 + t_0.9 of that. The seconds Σ n_r·c_r that this takes are least
+with n_r in proportion to s_r/√c_r (Neyman's allocation).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+import numpy as np
+
+from mai_thinking.experiments.scaling.analysis import Analysis
+from mai_thinking.experiments.scaling.gain import student
+from mai_thinking.experiments.scaling.points import PointSet
+from mai_thinking.experiments.scaling.power_law import Array
+
+POWER = 0.9
+LEAST_PAIRS, MOST_PAIRS = 3, 200
+"""Of a rung: with two a single slip decides, and the scatter is a guess."""
+_LEAST_RUNGS = 3
+_SCALES = np.geomspace(LEAST_PAIRS, 20 * MOST_PAIRS, 160)
+"""Pairs of the rung that has most, if `MOST_PAIRS` did not bound them."""
+
+
+@dataclass(frozen=True)
+class Pilot:
+    """What is known about one rung."""
+
+    rung: int
+    cost: float
+    """FLOPs of the baseline's run."""
+    seconds: float
+    """Of one seed of all configs."""
+    spread: float
+    """Standard deviation of a pair's log gain: the root mean square over the candidates."""
+    freedom: int
+    """Degrees of freedom behind it."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Rungs and seeds."""
+
+    seeds: dict[int, int]
+    """Rung → pairs."""
+    seconds: float
+    least: float
+    """The least difference that it decides with a power of 90 %: 0.03 for 3 %."""
+
+
+def pilots(points: PointSet, analysis: Analysis) -> list[Pilot]:
+    """The rungs that have a depth and at least two pairs of some candidate, cheapest first."""
+    found = []
+    efficiencies = [analysis.gain(candidate) for candidate in analysis.candidates]
+    for rung in points.rungs(points.baseline):
+        depth = rung[0].rung
+        if depth is None:
+            continue
+        members = [p for p in points.points if p.rung == depth]
+        configs = {p.config for p in members}
+        seconds = sum(
+            float(np.median([p.wall or p.seconds or p.flops for p in members if p.config == name])) for name in configs
+        )
+        gains = [
+            gain
+            for e in efficiencies
+            for gain in e.gains
+            if gain.spread is not None and any(p.config == e.candidate and p.flops == gain.cost for p in members)
+        ]
+        freedom = sum(gain.pairs - 1 for gain in gains)
+        if freedom:
+            variance = sum((gain.pairs - 1) * (gain.spread or 0) ** 2 for gain in gains) / freedom
+            found.append(Pilot(depth, rung[0].flops, seconds, float(np.sqrt(variance)), freedom))
+    return found
+
+
+def propose(rungs: Sequence[Pilot], seconds: float, difference: float) -> tuple[Plan | None, Plan | None]:
+    """(the plan that decides `difference` within `seconds`, or None; the plan that decides the least difference).
+
+    Of all choices of three rungs or more, that which reaches to the largest cost, and among those the quickest. Without
+    three rungs that can be paid for, neither.
+    """
+    choices = [c for n in range(_LEAST_RUNGS, len(rungs) + 1) for c in combinations(rungs, n)]
+    if not choices:
+        return None, None
+    deciding = [plan for choice in choices if (plan := _enough(choice, difference)) and plan.seconds <= seconds]
+    largest = max((max(plan.seeds) for plan in deciding), default=0)
+    chosen = min((p for p in deciding if max(p.seeds) == largest), key=lambda plan: plan.seconds, default=None)
+    spent = [plan for choice in choices if (plan := _spend(choice, seconds))]
+    return chosen, min(spent, key=lambda plan: plan.least, default=None)
+
+
+def _plan(choice: Sequence[Pilot], pairs_R: Array) -> Plan:
+    spreads_R, seconds_R = (np.array([getattr(rung, name) for rung in choice]) for name in ("spread", "seconds"))
+    parts_R = spreads_R**2 / pairs_R
+    freedom = max(1.0, float(parts_R.sum() ** 2 / max(1e-300, (parts_R**2 / (pairs_R - 1)).sum())))
+    error = float(np.sqrt(parts_R.sum())) / len(choice)
+    least = float(np.expm1((student(0.975, freedom) + student(POWER, freedom)) * error))
+    seeds = {rung.rung: int(n) for rung, n in zip(choice, pairs_R, strict=True)}
+    return Plan(seeds, float(pairs_R @ seconds_R), least)
+
+
+def _allocate(choice: Sequence[Pilot], scale: float) -> Array:
+    shares_R = np.array([rung.spread / np.sqrt(rung.seconds) for rung in choice])
+    return np.clip(np.floor(scale * shares_R / max(1e-300, shares_R.max())), LEAST_PAIRS, MOST_PAIRS)
+
+
+def _enough(choice: Sequence[Pilot], difference: float) -> Plan | None:
+    """The first allocation that decides `difference`; None if none up to `MOST_PAIRS` does."""
+    plans = (_plan(choice, _allocate(choice, scale)) for scale in _SCALES)
+    return next((plan for plan in plans if plan.least <= difference), None)
+
+
+def _spend(choice: Sequence[Pilot], seconds: float) -> Plan | None:
+    """The largest allocation that can be paid for."""
+    plans = [_plan(choice, _allocate(choice, scale)) for scale in _SCALES]
+    return max((p for p in plans if p.seconds <= seconds), key=lambda plan: plan.seconds, default=None)
