@@ -14,6 +14,7 @@ from mai_thinking.config.grpo import GrpoConfig
 from mai_thinking.config.ladder import LadderConfig
 from mai_thinking.config.launch import LaunchSection
 from mai_thinking.config.loading import load_config, read_yaml_with_base, save_config
+from mai_thinking.config.mixture import MixtureConfig
 from mai_thinking.config.pretraining import PretrainConfig
 from mai_thinking.config.study import StudyConfig
 from mai_thinking.errors import UsageError
@@ -34,7 +35,7 @@ def test_every_config_of_ours_can_be_read(path: Path) -> None:
     tree = read_yaml_with_base(path)
     kinds: dict[str, type[Section]] = {
         "arms": StudyConfig, "stages": ClimbConfig, "baseline": LadderConfig,
-        "traces": DistillConfig, "tasks": GrpoConfig,
+        "traces": DistillConfig, "tasks": GrpoConfig, "samples": MixtureConfig,
     }  # fmt: skip
     kind = next((kind for key, kind in kinds.items() if key in tree), PretrainConfig)
     assert load_config(kind, path).name
