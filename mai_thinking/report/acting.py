@@ -1,7 +1,10 @@
 """Did an RL run learn to call tools where they are needed, and only there? Read from run folders: one run a seed."""
 
+import os
+import platform
 import shutil
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -9,7 +12,7 @@ from typing import Any
 from mai_thinking.errors import UsageError
 from mai_thinking.report.document import Document, Table
 from mai_thinking.report.figures import Figure, Panel, Series
-from mai_thinking.report.reading import read_metrics, read_samples, then_and_now
+from mai_thinking.report.reading import read_config, read_metrics, read_samples, then_and_now
 from mai_thinking.report.summary import tell
 from mai_thinking.training.metrics import Record
 
@@ -40,6 +43,12 @@ def write(folders: Sequence[Path], out: Path, needed: Sequence[str]) -> None:
     page.add_table("tasks", Table(header, ends))
     page.add_figures([_figure(runs, tasks)])
     page.add(*map(tell, then_and_now(read_samples(folders[0]), shown=4)), heading="The same problems then and now")
+    page.facts["made"] = {
+        "command": f"python scripts/thinking.py {' '.join(map(str, folders))} --needed {' '.join(needed)} --out {out}",
+        "versions": {name: version(name) for name in ("torch", "transformers")},
+        "machine": f"{os.cpu_count()} cores, {platform.platform()}",
+        "seeds": [read_config(folder)["seed"] for folder in folders],
+    }
     page.write(out)
     for folder in folders:
         for name in ("config.yaml", "metrics.jsonl"):
