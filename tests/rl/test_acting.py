@@ -2,6 +2,7 @@
 dies in mid-call."""
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -34,7 +35,7 @@ def lookup(name: str) -> str:
     with log.open("a") as file:
         file.write(name + "\\n")
     struck = log.with_suffix(".struck")
-    if len(log.read_text().splitlines()) == 5 and not struck.exists():
+    if os.getppid() != int(sys.argv[2]) and not struck.exists():  # not the trainer, which evaluates
         struck.touch()
         os.kill(os.getppid(), signal.SIGKILL)
         os._exit(1)
@@ -102,7 +103,7 @@ def test_with_workers_it_is_the_run_of_one_process(make: Make, tmp_path: Path) -
 def test_a_worker_that_dies_in_mid_call_loses_nothing_and_calls_nothing_twice(make: Make, tmp_path: Path) -> None:
     pytest.importorskip("mcp")
     (tmp_path / "server.py").write_text(SERVER)
-    command = [sys.executable, str(tmp_path / "server.py"), str(tmp_path / "calls.log")]
+    command = [sys.executable, str(tmp_path / "server.py"), str(tmp_path / "calls.log"), str(os.getpid())]
     config = make(
         tmp_path / "run", "tools.use=[]", f"tools.servers={json.dumps({'maps': command})}", "rollouts.workers=1",
         "rollouts.max_staleness=0",
@@ -111,8 +112,9 @@ def test_a_worker_that_dies_in_mid_call_loses_nothing_and_calls_nothing_twice(ma
     assert (tmp_path / "calls.struck").exists()
     made = (tmp_path / "calls.log").read_text().splitlines()
     journal = list((tmp_path / "run" / "calls").glob("*.json"))
-    assert len(made) == len(journal) > 5
-    assert sum(not path.read_text() for path in journal) == 1  # of the one in mid-call nobody knows
+    unknown = sum(not path.read_text() for path in journal)
+    assert unknown >= 1  # of those in mid-call nobody knows
+    assert 5 < len(journal) - unknown <= len(made) <= len(journal)  # none twice
     stored = sorted(path.name for path in (tmp_path / "run" / FOLDER).glob("batch-*"))
     assert [int(name.split("-")[1]) for name in stored] == list(range(len(stored)))
     steps = [record["step"] for record in read_records(tmp_path / "run" / "metrics.jsonl") if "loss" in record]
