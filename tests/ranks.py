@@ -1,4 +1,4 @@
-"""Runs a function as several gloo ranks on this machine, each in a process forked from one that has imported torch."""
+"""Runs a function as several gloo ranks on this machine, each forked from a process that has imported the library."""
 
 import multiprocessing
 import os
@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["torch", "torch.distributed.checkpoint", "torch.distributed.fsdp", "ranks"])
+CONTEXT.set_forkserver_preload(["ranks", "mai_thinking.recipes.grpo", "mai_thinking.recipes.pretrain"])
 
 
 def run_ranks(world: int, function: Callable[..., Any], *arguments: Any, timeout: float = 120) -> list[Any]:

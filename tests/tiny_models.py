@@ -59,7 +59,7 @@ def tiny_learner(
     gradients: dict[str, torch.Tensor] = {}
 
     def keep(*_: Any) -> None:
-        for name, parameter in model.named_parameters():
+        for name, parameter in learner.unwrap().named_parameters():
             if (gradient := parameter.grad) is not None:
                 gradients[name] = gradient.full_tensor() if isinstance(gradient, DTensor) else gradient.clone()
 

@@ -101,6 +101,8 @@ class ExecutionSection(Section):
     makes the balance loss exact over micro-batches (see `training.learner`)."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """Every rank holds the whole model, or (FSDP2) its share of weights, gradients and optimiser state."""
+    expert_parallel: Count = 1
+    """Ranks that divide the experts of every layer among them; tokens travel to the rank that has their expert."""
     compile: bool = False
     """Compile the layers with torch.compile: for a GPU, where it fuses what lies between the products."""
 
@@ -121,17 +123,8 @@ class PlanSection(Section):
 
     gpus: Count | None = None
     """Null: the ranks that there are."""
-    expert_parallel: Count = 1
-    """Ranks that share one copy of the experts. Reckoned only: our own runs hold all experts on every rank, or shard
-    them with FSDP."""
-    zero_stage: Literal[0, 1, 2, 3] = 0
-    """What data-parallel ranks shard: 1 optimiser state, 2 gradients too, 3 weights too."""
-
-    @model_validator(mode="after")
-    def _check_divides(self) -> Self:
-        if self.gpus is not None and self.gpus % self.expert_parallel:
-            raise ValueError(f"plan.gpus: {self.gpus} is not a multiple of expert_parallel {self.expert_parallel}")
-        return self
+    gigabytes: float = Field(80, gt=0)
+    """Memory of each, in 10⁹ bytes."""
 
 
 class TrainingConfig(RunConfig):

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
+from torch.distributed.tensor import DTensor
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
 
 from mai_thinking.model.grouped_experts import grouped_experts
@@ -53,15 +54,22 @@ class ExpertWeights(Protocol):
         """Of the gate; `bucketed_experts` takes it to be silu."""
 
 
+def own_weights(module: ExpertWeights) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gate and up, and down, of the experts that this rank has: all, unless `model.expert_parallel` divides them."""
+    w_gate_up, w_down = (w.to_local() if isinstance(w, DTensor) else w for w in (module.gate_up_proj, module.down_proj))
+    return w_gate_up, w_down
+
+
 def eager_experts(
     module: ExpertWeights, x_TL: torch.Tensor, chosen_TK: torch.Tensor, gates_TK: torch.Tensor
 ) -> torch.Tensor:
     """The definition: one expert after another. [T, L], [T, K] int64, [T, K] → [T, L]. Slow to differentiate."""
+    w_gate_up, w_down = own_weights(module)
     out_TL = torch.zeros(x_TL.shape, dtype=_wide(x_TL), device=x_TL.device)
     for expert in chosen_TK.unique().tolist():
         token, slot = torch.where(chosen_TK == expert)
-        gate, up = F.linear(x_TL[token], module.gate_up_proj[expert]).chunk(2, dim=-1)
-        y = F.linear(module.act_fn(gate) * up, module.down_proj[expert])
+        gate, up = F.linear(x_TL[token], w_gate_up[expert]).chunk(2, dim=-1)
+        y = F.linear(module.act_fn(gate) * up, w_down[expert])
         out_TL = out_TL.index_add(0, token, y.to(out_TL.dtype) * gates_TK[token, slot, None])
     return out_TL.to(x_TL.dtype)
 
@@ -76,7 +84,7 @@ def bucketed_experts(
     (`model.grouped_experts`), else the library's.
     """
     device = x_TL.device.type
-    w_gate_up, w_down = module.gate_up_proj, module.down_proj
+    w_gate_up, w_down = own_weights(module)
     # Neither a custom autograd function nor the grouped product is cast by autocast itself.
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else w_gate_up.dtype
     x_TL = x_TL.to(dtype)

@@ -87,7 +87,7 @@ class _GroupedSwiGLU(torch.autograd.Function):
         inner_SF = (F.silu(gate) * up).to(x_TL.dtype)
         y_SL = F.grouped_mm(inner_SF, w_down.mT, offs=order.ends_E)
         ctx.save_for_backward(x_TL, w_gate_up, w_down, gates_TK, gate_up_SF, *order)
-        return _sum_of_rows(y_SL, order.row_TK, gates_TK).to(x_TL.dtype)
+        return sum_of_rows(y_SL, order.row_TK, gates_TK).to(x_TL.dtype)
 
     @staticmethod
     def backward(ctx: Any, dout_TL: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -102,12 +102,12 @@ class _GroupedSwiGLU(torch.autograd.Function):
         dw_down = F.grouped_mm(dout_SL.mT, weighed_SF, offs=order.ends_E)
         dw_gate_up = F.grouped_mm(d_gate_up_SF.mT, x_SL, offs=order.ends_E)
         dx_SL = F.grouped_mm(d_gate_up_SF, w_gate_up, offs=order.ends_E)
-        dx_TL = _sum_of_rows(dx_SL, order.row_TK, torch.ones_like(gates_TK)).to(x_TL.dtype)
+        dx_TL = sum_of_rows(dx_SL, order.row_TK, torch.ones_like(gates_TK)).to(x_TL.dtype)
         dgates_TK = dgates_S[order.row_TK].to(gates_TK.dtype)
         return dx_TL, dw_gate_up.to(ctx.weight_dtype), dw_down.to(ctx.weight_dtype), dgates_TK, None, None, None
 
 
-def _sum_of_rows(rows_SL: torch.Tensor, row_TK: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
+def sum_of_rows(rows_SL: torch.Tensor, row_TK: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
     """Σ_k weight · row, [T, L] fp32."""
     if not torch.compiler.is_compiling():
         return (rows_SL[row_TK].float() * weights_TK.float()[..., None]).sum(dim=1)

@@ -12,6 +12,7 @@ per token.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -20,6 +21,7 @@ from torch import nn
 from transformers.integrations import use_experts_implementation
 
 from mai_thinking.model.configuration import MaiThinkingConfig
+from mai_thinking.model.expert_parallel import ExpertExchange
 from mai_thinking.model.experts import eager_experts
 from mai_thinking.model.grouped_experts import Copies
 from mai_thinking.model.projection import residual_projection, weight_dtype
@@ -145,6 +147,8 @@ class LatentMoE(nn.Module):
         self.latent_down = nn.Linear(config.hidden_size, config.latent_size, bias=False)
         self.experts = Experts(config)
         self.latent_up = residual_projection(config.latent_size, config.hidden_size)
+        self.exchange: ExpertExchange | None = None
+        """Set where ranks divide the experts (`training.parallel`)."""
 
     def forward(
         self,
@@ -160,7 +164,8 @@ class LatentMoE(nn.Module):
         replayed_TK = None if chosen_BTK is None else chosen_BTK.flatten(0, -2)
         gates_TK, chosen_TK, logits_TE, probabilities_TE = self.router(x_BTD.flatten(0, -2), replayed_TK)
         latents_TL = self.latent_down(x_BTD.to(weight_dtype(self.latent_down, self.config))).flatten(0, -2)
-        mixed_TL = self.experts(latents_TL, chosen_TK, gates_TK)
+        experts = self.experts if self.exchange is None else partial(self.exchange, self.experts)
+        mixed_TL = experts(latents_TL, chosen_TK, gates_TK)
         out_BTD = self.latent_up(mixed_TL).view(x_BTD.shape)
         routing = summarize(chosen_TK, logits_TE, probabilities_TE, token_mask_BT)
         return out_BTD, routing, chosen_TK.view(*x_BTD.shape[:-1], -1)
@@ -197,7 +202,9 @@ def _summarize_masked(
         counts_E = torch.zeros(logits_TE.size(-1), device=logits_TE.device)
         counts_E.index_add_(0, chosen_TK.flatten(), real_T.repeat_interleave(chosen_TK.size(1)))
         entropy = ((log_z_T - (probabilities_TE * logits_TE).sum(dim=-1)) * real_T).sum()
-    return Routing(counts_E, real_T @ probabilities_TE, (log_z_T.square() * real_T).sum(), entropy, real_T.sum())
+    with torch.autocast(real_T.device.type, enabled=False):  # which would round the product
+        probabilities_E = real_T @ probabilities_TE
+    return Routing(counts_E, probabilities_E, (log_z_T.square() * real_T).sum(), entropy, real_T.sum())
 
 
 def balance_loss(counts_ME: torch.Tensor, probabilities_ME: torch.Tensor, tokens: torch.Tensor | float) -> torch.Tensor:

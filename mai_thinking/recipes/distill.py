@@ -12,7 +12,7 @@ from mai_thinking.config.data import TokenizerSection
 from mai_thinking.config.distillation import DistillConfig
 from mai_thinking.data import PreparedData, prepare
 from mai_thinking.data.tokenizer import load_tokenizer
-from mai_thinking.model import MaiThinkingConfig, MaiThinkingForCausalLM
+from mai_thinking.model import MaiThinkingConfig
 from mai_thinking.rl.policy_model import policy_model
 from mai_thinking.rl.trace_packing import Batches
 from mai_thinking.rl.trace_selection import Selection, own_traces, select, trace_folder
@@ -87,8 +87,10 @@ class DistillRecipe(Recipe):
         counts = {"traces": seen, "response_tokens": batch.response_tokens, "text_rows": batch.text_rows}
         return Step(metrics | counts, self.config.batch.tokens_per_step, f"{seen:,} traces", made - begin)
 
-    def report(self, model: MaiThinkingForCausalLM) -> None:
+    def report(self) -> None:
         """For the page of results: the plan, and the traces that the rules left."""
+        if self.context.rank:
+            return
         plan, _, table = describe(self.config, self.architecture, self.selection).partition("\n\n")
         self.context.folder.note(plan=plan, traces=table)
 

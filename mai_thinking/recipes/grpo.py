@@ -12,7 +12,6 @@ from typing import Any
 import mai_thinking.rl.policy_model as setup
 from mai_thinking.config.command import EXIT_COLLAPSED
 from mai_thinking.config.grpo import GrpoConfig
-from mai_thinking.model import MaiThinkingForCausalLM
 from mai_thinking.rl.buffer import RolloutBuffer
 from mai_thinking.rl.collapse import COLLAPSE, CollapseDetector, write_verdict
 from mai_thinking.rl.controller import Controller
@@ -71,16 +70,16 @@ class GrpoRecipe(Recipe):
         model, parent = setup.policy_model(config, self.architecture)
         self.parents = [parent]
         pool = context.stack.enter_context(GradingPool(config.tasks, **config.grading.model_dump()))
+        precision = context.accelerator.mixed_precision  # each rank has a whole engine, before a learner is divided
+        self.engine = setup.make_engine(model, config, self.tokenizer, precision, context.heartbeat, context.device)
         self.learner = Learner(model, config, context.accelerator, balance=config.balance)
-        precision, policy = context.accelerator.mixed_precision, self.learner.unwrap()
-        self.engine = setup.make_engine(policy, config, self.tokenizer, precision, context.heartbeat)
         self.responder = Responder(self.engine, pool, Template(config.template), self.tokenizer)
         self.traces = context.folder.path / FOLDER
         self.mix, worker = mix, RolloutWorker(config, mix, self.responder, ranks=ranks)
         self.executor = make_executor(config, context, worker, self.engine)
         store = TraceStore(self.traces, rank)
         self.controller = Controller(config, self.executor, store, problems=worker.problems, rank=rank, ranks=ranks)
-        self.held_out = HeldOut(mix, config.evaluation, rank=rank, ranks=ranks)
+        self.held_out = HeldOut(mix, config.evaluation, rank=rank, ranks=ranks, device=context.device)
         self.evaluate_every = config.evaluation.every
         self.buffer = RolloutBuffer()
         self.objective = Objective(config.objective)
@@ -155,10 +154,10 @@ class GrpoRecipe(Recipe):
         show_evaluation(self.context, step, metrics, samples, self.config.evaluation.show)
         return metrics
 
-    def report(self, model: MaiThinkingForCausalLM) -> None:
+    def report(self) -> None:
         """What was left out, for the page of results; of a collapsed run the verdict with its evidence, where the next
         stage looks for it."""
-        if notes := self.mix.notes:
+        if self.context.rank == 0 and (notes := self.mix.notes):
             self.context.folder.note(left_out="\n".join(f"- {note}" for note in notes))
         self.executor.finish()
         if self.ending is not None and self.ending.exit_code:

@@ -11,13 +11,13 @@ from mai_thinking.config.pretraining import PretrainConfig
 from mai_thinking.data import Batch, Loader, PreparedData, prepare
 from mai_thinking.data.accounting import left_out_table
 from mai_thinking.data.mixture import mixture_markdown
-from mai_thinking.model import MaiThinkingForCausalLM
 from mai_thinking.training.context import RunContext
 from mai_thinking.training.evaluation import compressors
 from mai_thinking.training.held_out_evaluation import HeldOutEvaluation
 from mai_thinking.training.learner import Learner
 from mai_thinking.training.metrics import MetricsLog
-from mai_thinking.training.model_files import build_model, model_config, starting_point
+from mai_thinking.training.model_files import build_model, fill_model, model_config, starting_point
+from mai_thinking.training.parallel import divides
 from mai_thinking.training.plan import plan_text
 from mai_thinking.training.sampling import sample_text
 from mai_thinking.training.text_loss import TextLoss
@@ -45,7 +45,8 @@ class PretrainRecipe(Recipe):
         self.tokenizer = self.data.tokenizer
         self.architecture = model_config(config, self.tokenizer)
         self.parents = [starting_point(config, self.architecture)]
-        model = build_model(config, self.architecture, skip_init=context.resuming)
+        divided = divides(config.execution, context.ranks)
+        model = build_model(config, self.architecture, skip_init=context.resuming, on_meta=divided)
         batch = config.batch
         self.loader = context.stack.enter_context(
             Loader(
@@ -66,9 +67,15 @@ class PretrainRecipe(Recipe):
             balance=self.architecture.router_aux_loss_coef,
             z=self.architecture.router_z_loss_coef,
         )
+        if divided and not context.resuming:
+            fill_model(self.learner.unwrap(), config)
         self.evaluate_every = config.evaluation.every
         self.held_out = HeldOutEvaluation(
-            self.data, config.evaluation, context, context_length=config.batch.context_length
+            self.data,
+            config.evaluation,
+            context,
+            context_length=config.batch.context_length,
+            together=self.learner.together,
         )
         self._documents: MetricsLog | None = None
 
@@ -98,14 +105,16 @@ class PretrainRecipe(Recipe):
             self.context.log(f"step {step}: held-out bits per byte {_spell_bits(metrics)}")
         return metrics
 
-    def report(self, model: MaiThinkingForCausalLM) -> None:
+    def report(self) -> None:
         """For the page of results: plan, mixture, what `gzip -9` and `xz -9e` make of the held-out text, and what the
-        model writes."""
-        section = self.config.evaluation
+        model writes, on all ranks the same."""
+        section, model = self.config.evaluation, self.learner.unwrap()
         samples = {
             prompt: sample_text(model, self.tokenizer, prompt, tokens=section.sample_tokens, seed=self.config.seed)
             for prompt in section.sample_prompts
         }
+        if self.context.rank:
+            return
         texts = {
             category: [d.text for d in documents] for category, documents in self.data.held_out.items() if documents
         }

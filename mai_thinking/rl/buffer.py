@@ -7,11 +7,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from mai_thinking.rl.nuclei import Nuclei
 from mai_thinking.rl.rollout import Group, Rollout, Verdict
 from mai_thinking.rl.tasks import WRONG
 
 _PLAIN = ("id", "max_new_tokens", "finished", "rewards", "reward", "advantage")
-_ARRAYS = ("response_ids", "observed", "logprobs", "nucleus")
+_ARRAYS = ("response_ids", "observed", "logprobs")
 
 
 class RolloutBuffer:
@@ -77,6 +78,7 @@ def pack_group(group: Group) -> dict[str, Any]:
         "lengths": [len(rollout.response_ids) for rollout in rollouts],
         **plain,
         **{name: torch.from_numpy(array) for name, array in (arrays | {"experts": experts}).items()},
+        "nucleus": Nuclei.joined([rollout.nucleus for rollout in rollouts]).state_dict(),
     }
 
 
@@ -85,6 +87,7 @@ def unpack_group(state: dict[str, Any]) -> Group:
     lengths, prompt = state["lengths"], state["prompt"]
     state = {"observed": torch.zeros(sum(lengths), dtype=torch.bool), **state}  # of before there were tools
     arrays: dict[str, Any] = {name: np.split(state[name].numpy(), np.cumsum(lengths)[:-1]) for name in _ARRAYS}
+    arrays["nucleus"] = Nuclei.from_state(state["nucleus"]).split(lengths)
     places = np.cumsum([len(prompt) + length - 1 for length in lengths])[:-1]
     arrays["experts"] = np.split(state["experts"].numpy().astype(np.uint16), places, axis=1)
     rollouts = [

@@ -38,8 +38,17 @@ WITH_TOOLS = ("call_share", "pass@1_tools_off")
 class HeldOut:
     """The held-out problems of a run's tasks. Each rank answers its share."""
 
-    def __init__(self, mix: TaskSampler, section: ClimbEvaluationSection, *, rank: int, ranks: int) -> None:
-        self.section, self.rank, self.ranks = section, rank, ranks
+    def __init__(
+        self,
+        mix: TaskSampler,
+        section: ClimbEvaluationSection,
+        *,
+        rank: int,
+        ranks: int,
+        device: torch.device | None = None,
+    ) -> None:
+        """`device` is where the ranks meet."""
+        self.section, self.rank, self.ranks, self._device = section, rank, ranks, device
         self.problems = [problem for family in mix.families for problem in mix.held_out(family, section.problems)]
 
     def evaluate(self, responder: Responder, max_length: int) -> tuple[dict[str, Any], list[Rollout]]:
@@ -69,7 +78,9 @@ class HeldOut:
         for number, rollout in zip(mine, greedy, strict=True):
             column["greedy"][number] = k * rollout.grade.passed
         if self.ranks > 1:
-            dist.all_reduce(sums)
+            there = sums.to(self._device)
+            dist.all_reduce(there)
+            sums.copy_(there)  # which `column` looks at
         return self._metrics(column), rollouts[::k]
 
     def _respond(

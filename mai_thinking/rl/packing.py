@@ -113,5 +113,7 @@ def _micro_batch(rollouts: Sequence[Rollout], layout: list[list[int]], row_lengt
         old_logprobs=torch.from_numpy(
             np.concatenate([one.logprobs[mask] for one, mask in zip(parts, drawn, strict=True)])
         ),
-        nucleus=torch.from_numpy(np.concatenate([one.nucleus[mask] for one, mask in zip(parts, drawn, strict=True)])),
+        nucleus=torch.from_numpy(
+            np.concatenate([one.nucleus.unpacked()[mask] for one, mask in zip(parts, drawn, strict=True)])
+        ),
     )

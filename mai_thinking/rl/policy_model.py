@@ -1,5 +1,6 @@
 """What an RL run is made from, and what it will cost."""
 
+import os
 from collections.abc import Callable
 
 import torch
@@ -11,6 +12,7 @@ from mai_thinking.data.questions import Split
 from mai_thinking.data.tokenizer import Encoder, load_tokenizer
 from mai_thinking.errors import UsageError
 from mai_thinking.model import MaiThinkingConfig, MaiThinkingForCausalLM
+from mai_thinking.model.configuration import LOCAL
 from mai_thinking.provenance.lineage import Lineage, require_own
 from mai_thinking.rl.engine import BatchedEngine
 from mai_thinking.rl.length_curriculum import LengthCurriculum
@@ -19,7 +21,15 @@ from mai_thinking.rl.template import Template
 from mai_thinking.rl.tools.sandbox import isolation
 from mai_thinking.rl.tools.toolbox import Toolbox
 from mai_thinking.training.model_files import load_model, load_model_config
-from mai_thinking.training.plan import GRADIENT, MOMENTS, WEIGHT, quantity
+from mai_thinking.training.plan import (
+    WEIGHT,
+    computes_in_bf16,
+    layout_text,
+    memory_per_rank,
+    memory_rows,
+    quantity,
+)
+from mai_thinking.training.traffic import Work
 
 
 def policy_config(config: GrpoConfig) -> MaiThinkingConfig:
@@ -58,12 +68,14 @@ def make_engine(
     tokenizer: PreTrainedTokenizerBase,
     precision: str,
     heartbeat: Callable[[], None],
+    device: torch.device | None = None,
 ) -> BatchedEngine:
-    """What generates rollouts, also the evaluation's; on the model's device. On a CPU it stays in fp32, whose products
-    are the faster ones there."""
+    """What generates rollouts, also the evaluation's; on the model's device unless another is given. On a CPU it stays
+    in fp32, whose products are the faster ones there."""
     section, template = config.tools, Template(config.template)
     tools = Toolbox(section, template, tokenizer, config.folder / "calls") if section.enabled else None
-    casts = precision == "bf16" and model.device.type == "cuda"
+    device = device or model.device
+    casts = precision == "bf16" and device.type == "cuda"
     return BatchedEngine(
         model,
         slots=config.rollouts.slots,
@@ -72,6 +84,7 @@ def make_engine(
         seed=config.seed,
         end_of_text=tokenizer.eos_token_id,
         dtype=torch.bfloat16 if casts else None,
+        device=device,
         heartbeat=heartbeat,
         tools=tools,
     )
@@ -117,7 +130,7 @@ def describe(config: GrpoConfig) -> str:
     rollouts = config.steps * config.groups_per_step * group
     tokens = rollouts * LengthCurriculum(config.curriculum).max_length
     flops = architecture.flops_per_token(config.packing.row_length)
-    weights = 2 * WEIGHT + GRADIENT + MOMENTS  # the engine's copy is the second
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
     batch = f"{config.groups_per_step} groups of {group}: {quantity(rollouts)} rollouts learned from"
     rows = [
         ("parameters", f"{quantity(total)} total, {quantity(active)} active ({total:,} / {active:,})"),
@@ -129,10 +142,8 @@ def describe(config: GrpoConfig) -> str:
         ("tokens", f"at most {quantity(tokens)} of responses, at the first stage's {config.curriculum.start} each"),
         ("engine", f"{config.rollouts.slots} slots, new weights every {config.rollouts.steps_per_update} steps"),
         *_workers(config, total),
-        (
-            "memory",
-            f"{total * weights / 2**30:,.2f} GiB per rank for weights, gradients, optimiser and the engine's copy",
-        ),
+        ("ranks", layout_text(ranks, config.execution)),
+        *memory_rows(memory_of_policy(config, architecture, ranks), None),
     ]
     if dropout := load_model_config(config.init_from).dropout:
         rows.append(("dropout", f"off, which {config.init_from} was trained with at {dropout}"))
@@ -144,6 +155,26 @@ def _tools(config: GrpoConfig) -> list[tuple[str, str]]:
     names = ", ".join((*config.tools.use, *config.tools.servers))
     lacking = isolation() if "python" in config.tools.use else ""
     return [("tools", names), *([("caution", lacking)] if lacking else [])] if names else []
+
+
+def memory_of_policy(config: GrpoConfig, architecture: MaiThinkingConfig, ranks: int) -> dict[str, float]:
+    """Bytes by use, of one rank: `plan.memory_per_rank` of the learner, then the engine's weights and cache, and the
+    nuclei of a micro-batch, which waits in less room (`rl.nuclei`). Micro-batches and slots are taken to be full."""
+    section, parts = config.packing, architecture.parameter_breakdown()
+    cast = 2 if computes_in_bf16(config.execution, None) else 4
+    tokens = section.rows * section.row_length
+    in_products = sum(parts[name] for name in ("attention", "dense", "latent_projections", "experts"))
+    wide = architecture.parameter_counts()[0] - in_products
+    kept = sum(
+        min(architecture.sliding_window, section.row_length) if kind == LOCAL else section.row_length
+        for kind in architecture.layer_types or []
+    )
+    states = 2 * architecture.num_key_value_heads * architecture.head_dim * cast
+    return memory_per_rank(architecture, config.execution, Work(ranks, tokens, tokens, cast)) | {
+        "engine": cast * in_products + WEIGHT * wide,
+        "its cache": config.rollouts.slots * kept * states,
+        "nuclei": tokens * -(-architecture.vocab_size // 8),
+    }
 
 
 def _workers(config: GrpoConfig, parameters: int) -> list[tuple[str, str]]:

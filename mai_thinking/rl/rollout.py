@@ -9,6 +9,7 @@ from enum import StrEnum
 import numpy as np
 from numpy.typing import NDArray
 
+from mai_thinking.rl.nuclei import Nuclei
 from mai_thinking.rl.tasks import WRONG, Grade, Problem
 
 Experts = NDArray[np.uint16]
@@ -33,8 +34,8 @@ class Rollout:
     """[n]: tokens that a tool wrote. They are context: no gradient, no log-probability (0), no nucleus (none)."""
     logprobs: NDArray[np.float32] = field(default_factory=lambda: np.empty(0, dtype=np.float32))
     """[n], under the distribution drawn from: with temperature, renormalised over the nucleus."""
-    nucleus: NDArray[np.uint8] = field(default_factory=lambda: np.empty((0, 0), dtype=np.uint8))
-    """[n, ceil(V / 8)], bit-packed (`nucleus.pack_bits`): the tokens that could have been drawn."""
+    nucleus: Nuclei = field(default_factory=Nuclei.none)
+    """Of n tokens: those that could have been drawn in their place."""
     experts: Experts = field(default_factory=lambda: np.empty((0, 0, 0), dtype=np.uint16))
     """[M, P + n − 1, K], of every token that went through the model: all but the response's last."""
     finished: bool = False

@@ -11,7 +11,7 @@ import shutil
 import sys
 import time
 import warnings
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, MutableMapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,7 @@ from mai_thinking.training.checkpoint_storage import (
     visible_steps,
 )
 from mai_thinking.training.state import (
+    TENSOR,
     ModelState,
     OptimizerState,
     PerRank,
@@ -295,12 +296,26 @@ class CheckpointReader:
             else:
                 targets[key] = torch.empty(saved.size, dtype=saved.properties.dtype)
         if targets:
-            storage = HuggingFaceStorageReader(str(self.path))
-            # Every rank reads its own part; there is nothing to agree on.
-            dcp.load(
-                targets, storage_reader=storage, planner=DefaultLoadPlanner(flatten_state_dict=False), no_dist=True
-            )
+            self._load(targets)
         return join_tree(skeleton, targets)
+
+    def read_tensors(self, name: str, keys: Iterable[str]) -> dict[str, Tensor]:
+        """Those of the tree saved under `name` that stand under `keys`, on the CPU."""
+        skeleton = self._document(0)["shared"][name]
+        places = {key: skeleton[key][TENSOR] for key in keys}
+        targets = {}
+        for place in places.values():
+            saved = self._tensors[place]
+            assert isinstance(saved, TensorStorageMetadata)
+            targets[place] = torch.empty(saved.size, dtype=saved.properties.dtype)
+        self._load(targets)
+        return {key: targets[place] for key, place in places.items()}
+
+    def _load(self, targets: dict[str, Tensor]) -> None:
+        """Every rank reads its own part; there is nothing to agree on."""
+        storage = HuggingFaceStorageReader(str(self.path))
+        planner = DefaultLoadPlanner(flatten_state_dict=False)
+        dcp.load(targets, storage_reader=storage, planner=planner, no_dist=True)
 
     def _document(self, rank: int) -> dict[str, Any]:
         if rank not in self._documents:

@@ -3,6 +3,7 @@
 MAI-Thinking-1 report §2.3: NLL per category, weighted; bits per byte where tokenizers differ.
 """
 
+import functools
 import gzip
 import json
 import lzma
@@ -25,7 +26,7 @@ from mai_thinking.data.jsonl import read_text, shown
 from mai_thinking.data.tokenizer import Encoder
 from mai_thinking.errors import UsageError
 from mai_thinking.model import MaiThinkingForCausalLM
-from mai_thinking.model.loss import logits_product
+from mai_thinking.model.loss import CHUNK_ELEMENTS, logits_product
 
 CATEGORY_WEIGHTS = {"code": 0.5, "stem": 0.175, "maths": 0.175, "general": 0.1, "multilingual": 0.05}
 """The report's weights. Categories without held-out text are left out and the rest scaled to sum to 1."""
@@ -58,6 +59,12 @@ class Likelihood:
         return self.nats / math.log(2) / max(1, self.bytes)
 
 
+Window = tuple[list[int], list[int]]
+"""Input tokens, and for each the next one or -100 where another window predicts it."""
+Together = Callable[[Iterable[list[Window]], list[Window]], Iterable[list[Window]]]
+"""Batches of windows, and one that says nothing, for a rank whose own are done before the others'."""
+
+
 @torch.no_grad()
 def evaluate_texts(
     model: MaiThinkingForCausalLM,
@@ -68,13 +75,14 @@ def evaluate_texts(
     batch_size: int,
     heartbeat: Callable[[], None] = lambda: None,
     count_sure: bool = False,
+    together: Together = lambda batches, _: batches,
 ) -> Likelihood:
     """Likelihood of whole documents, each after an end-of-text token and followed by one.
 
     Windows of `context_length` overlap by half: every token is predicted once, and but for a document's beginning with
     at least half a context before it. The end of a document is predicted too, as in training. `heartbeat` is called
-    after each batch of windows. `count_sure` fills `Likelihood.sure`. Leaves the model in the
-    mode it was in and touches no random generator.
+    after each batch of windows. `count_sure` fills `Likelihood.sure`. `together` is for ranks that call the model
+    together (`Learner.together`). Leaves the model in the mode it was in and touches no random generator.
     """
     encoder = Encoder(tokenizer)
     was_training = model.training
@@ -82,27 +90,40 @@ def evaluate_texts(
     nats = torch.zeros((), dtype=torch.float64)
     tokens = sure = 0
     try:
-        for windows in _batched(_windows(texts, encoder, context_length), batch_size):
+        for windows in together(_batched(_windows(texts, encoder, context_length), batch_size), [([0], [-100])]):
             inputs, targets = _pad(windows, encoder.end_of_text)
             inputs, targets = inputs.to(model.device), targets.to(model.device)
-            hidden = model.model(input_ids=inputs, use_cache=False).last_hidden_state
-            scored = targets != -100
-            weight = model.lm_head.weight
-            dtype = model.model.half_precision or weight.dtype
-            with torch.autocast(model.device.type, enabled=False):
-                logits = logits_product(hidden[scored].to(dtype), weight.to(dtype))
-            nats += F.cross_entropy(logits, targets[scored], reduction="sum").double().cpu()
-            tokens += int(scored.sum())
-            if count_sure:
-                sure += int((F.cross_entropy(logits, targets[scored], reduction="none") < MEMORISED).sum())
+            head = functools.partial(_score, targets, count_sure)
+            scores = model(input_ids=inputs, use_cache=False, head=head).scores.double().cpu()
+            nats += scores[0]
+            tokens += int((targets != -100).sum())
+            sure += int(scores[1])
             heartbeat()
     finally:
         model.train(was_training)
     return Likelihood(float(nats), tokens, sum(len(text.encode()) for text in texts), sure)
 
 
-Window = tuple[list[int], list[int]]
-"""Input tokens, and for each the next one or -100 where another window predicts it."""
+def _score(
+    targets_BT: torch.Tensor,
+    count_sure: bool,
+    hidden_BTD: torch.Tensor,
+    weight_VD: torch.Tensor,
+    dtype: torch.dtype | None,
+) -> torch.Tensor:
+    """[2]: −log p summed over the targets that are not -100, and how many are sure; never more logits than a chunk's."""
+    scored = targets_BT != -100
+    operand_VD = weight_VD.to(dtype or weight_VD.dtype)
+    hidden_ND, targets_N = hidden_BTD[scored].to(operand_VD.dtype), targets_BT[scored]
+    size = max(1, CHUNK_ELEMENTS["cuda"] // weight_VD.size(0))
+    nats = torch.zeros((), device=hidden_ND.device)
+    sure = torch.zeros_like(nats)
+    for hidden, targets in zip(hidden_ND.split(size), targets_N.split(size), strict=True):
+        logits = logits_product(hidden, operand_VD)
+        nats = nats + F.cross_entropy(logits, targets, reduction="sum")
+        if count_sure:
+            sure = sure + (F.cross_entropy(logits, targets, reduction="none") < MEMORISED).sum()
+    return torch.stack((nats, sure))
 
 
 def _windows(texts: Iterable[str], encoder: Encoder, context: int) -> Iterator[Window]:

@@ -17,7 +17,7 @@ from mai_thinking.data.documents import Document
 from mai_thinking.data.held_out import fingerprint, held_out_sets
 from mai_thinking.model import MaiThinkingForCausalLM
 from mai_thinking.training.context import RunContext
-from mai_thinking.training.evaluation import Likelihood, Reference, added, evaluate_texts, summarize
+from mai_thinking.training.evaluation import Likelihood, Reference, Together, added, evaluate_texts, summarize
 from mai_thinking.training.ledger import EVALUATION
 from mai_thinking.training.metrics import MetricsLog, read_records
 
@@ -26,10 +26,17 @@ class HeldOutEvaluation:
     """What `evaluation:` in a pre-training config asks for."""
 
     def __init__(
-        self, data: PreparedData, section: EvaluationSection, context: RunContext, *, context_length: int
+        self,
+        data: PreparedData,
+        section: EvaluationSection,
+        context: RunContext,
+        *,
+        context_length: int,
+        together: Together,
     ) -> None:
-        """Raises UsageError for a reference that is none."""
+        """`together` as for `evaluate_texts`. Raises UsageError for a reference that is none."""
         self.data, self.section, self.context, self.context_length = data, section, context, context_length
+        self._together = together
         self.reference = None
         if section.reference is not None:
             self.reference = Reference.read(Path(section.reference).expanduser())
@@ -85,6 +92,7 @@ class HeldOutEvaluation:
                 batch_size=self.section.batch_size,
                 heartbeat=context.heartbeat,
                 count_sure=count_sure,
+                together=self._together,
             )
             sums = context.sum(asdict(mine))
         return Likelihood(sums["nats"], *(round(sums[name]) for name in ("tokens", "bytes", "sure")))

@@ -12,10 +12,10 @@ change what is learned. The balance loss takes expert frequencies over the globa
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -26,8 +26,10 @@ from mai_thinking.errors import RunError
 from mai_thinking.model import MaiThinkingForCausalLM
 from mai_thinking.model.latent_moe import Routing, balance_loss
 from mai_thinking.training.optimizer import build_optimizer, learning_rate
-from mai_thinking.training.parallel import apply_compile_and_checkpointing, clip_gradients, parallelize
+from mai_thinking.training.parallel import apply_compile_and_checkpointing, clip_gradients, parallelize, together
 from mai_thinking.training.state import ModelState, OptimizerState
+
+T = TypeVar("T")
 
 
 class Counts(NamedTuple):
@@ -90,15 +92,20 @@ class Learner:
         self.config, self.accelerator, self.balance, self.z = config, accelerator, balance, z
         self.ranks, self.device = accelerator.num_processes, accelerator.device
         apply_compile_and_checkpointing(model, config.execution)
-        self.parallel = parallelize(model, accelerator, config.execution.parallel)
+        self.parallel = parallelize(model, accelerator, config.execution)
         self.model = self.parallel.model
         """What to call in training."""
         self.optimizer = build_optimizer(self.model, config.optimizer)
         self.before_reduction: Callable[[], None] = lambda: None
 
     def unwrap(self) -> MaiThinkingForCausalLM:
-        """The model with all its weights, for evaluation, sampling and saving. Collective; see `Replicated.unwrap`."""
+        """The model without any wrapper, for evaluation, sampling and saving; see `Replicated.unwrap`."""
         return self.parallel.unwrap()
+
+    def together(self, batches: Iterable[T], idle: T) -> Iterable[T]:
+        """`batches`, for passes through the model; where ranks must make as many as the others, `idle` ones behind
+        them. Collective."""
+        return together(batches, idle, self.device) if self.parallel.in_step else batches
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds of it."""
@@ -194,9 +201,9 @@ class Learner:
         return total, torch.stack([balance.detach(), z.detach()])
 
     def _agree_on_passes(self, mine: int) -> int:
-        """Packing gives ranks different numbers of micro-batches. Shards are gathered in every forward pass, so all
-        ranks must do as many; replicas meet only in the last backward pass."""
-        if self.ranks == 1 or self.config.execution.parallel == "ddp":
+        """Packing gives ranks different numbers of micro-batches. Shards are gathered and rows exchanged in every
+        forward pass, so all ranks must do as many; replicas meet only in the last backward pass."""
+        if not self.parallel.in_step:
             return mine
         most = torch.tensor(mine, device=self.device)
         dist.all_reduce(most, dist.ReduceOp.MAX)

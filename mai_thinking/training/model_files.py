@@ -1,13 +1,23 @@
 """Where a run's model comes from, fresh weights of its seed or a model folder, and where it goes."""
 
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.distributed.checkpoint as dcp
 import xxhash
+from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedTokenizerBase
 from transformers.initialization import no_init_weights
 from transformers.utils import logging
@@ -17,9 +27,11 @@ from mai_thinking.config.storage import atomic_folder
 from mai_thinking.data.tokenizer import architecture_folder, is_checkpoint, load_tokenizer, vocabulary_size
 from mai_thinking.errors import UsageError
 from mai_thinking.model import MaiThinkingConfig, MaiThinkingForCausalLM
+from mai_thinking.model.modeling import MaiThinkingModel
 from mai_thinking.provenance.lineage import Lineage, random_weights, require_own
 from mai_thinking.training.checkpoint import CheckpointReader
 from mai_thinking.training.checkpoint_storage import find_damage, step_folder, visible_steps
+from mai_thinking.training.state import ModelState
 
 _DEFAULT_HINT = "`python scripts/pretrain.py` makes runs/nano/final"
 MAY_CHANGE = {
@@ -67,15 +79,19 @@ def model_config(config: PretrainConfig, tokenizer: PreTrainedTokenizerBase | No
 
 
 def build_model(
-    config: PretrainConfig, architecture: MaiThinkingConfig, *, skip_init: bool = False
+    config: PretrainConfig, architecture: MaiThinkingConfig, *, skip_init: bool = False, on_meta: bool = False
 ) -> MaiThinkingForCausalLM:
     """The model in fp32 on the CPU, ready to train. Fresh weights follow from the seed alone. Those that are
-    `skip_init`, from a checkpoint, are left as the memory was: drawing them takes longer than reading them."""
+    `skip_init`, from a checkpoint, are left as the memory was: drawing them takes longer than reading them. `on_meta`:
+    without memory; for `fill_model`, when ranks have divided it."""
     kinds = {
         "attn_implementation": config.execution.attention,
         "experts_implementation": config.execution.experts,
     }
     try:
+        if on_meta:
+            with torch.device("meta"):
+                return _unfilled(architecture, **kinds)
         if skip_init:
             return _unfilled(architecture, **kinds)
         if config.init_from is not None:
@@ -98,6 +114,71 @@ def _draw_by_name(model: MaiThinkingForCausalLM, seed: int) -> None:
             torch.manual_seed(xxhash.xxh3_64_intdigest(f"{seed} {name}".encode()) >> 1)
             model._init_weights(module)
     torch.manual_seed(seed)
+
+
+def fill_model(model: MaiThinkingForCausalLM, config: PretrainConfig) -> None:
+    """Give a model that ranks have divided the weights that `build_model` would have given it, each rank its part."""
+    if config.init_from is not None:
+        read_weights(model, config.init_from)
+        return
+    torch.manual_seed(config.seed)
+    draw_weights(model)
+    if config.init_by_name:
+        with _DrawnWhole():
+            _draw_by_name(model, config.seed)
+
+
+def draw_weights(model: MaiThinkingForCausalLM) -> None:
+    """Fresh weights from the global generator, those that `_from_config` would have drawn."""
+    config, head = model.config, model.lm_head
+    with _DrawnWhole():
+        # PyTorch's modules draw weights when they are made, and then the library does anew: first of the decoder.
+        with torch.device("meta"):
+            MaiThinkingModel._from_config(config)
+        model.model.initialize_weights()
+        if not config.tie_word_embeddings:
+            nn.Linear(head.in_features, head.out_features, bias=False, device="meta")
+            model._init_weights(head)
+
+
+_DRAWS = (torch.ops.aten.normal_.default, torch.ops.aten.uniform_.default)
+
+
+class _DrawnWhole(TorchDispatchMode):
+    """Random values of a part are those that one process draws of the whole, on the CPU. So every rank draws all of
+    them, one tensor at a time."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        target: Any = args[0] if args else None
+        if func not in _DRAWS or (type(target) is torch.Tensor and target.is_cpu):
+            return func(*args, **(kwargs or {}))
+        whole = func(torch.empty(target.shape, dtype=target.dtype), *args[1:], **(kwargs or {}))
+        if isinstance(target, DTensor):
+            shape, offset = compute_local_shape_and_global_offset(whole.shape, target.device_mesh, target.placements)
+            whole = whole[tuple(slice(begin, begin + size) for begin, size in zip(offset, shape, strict=True))]
+            target.to_local().copy_(whole)
+        else:
+            target.copy_(whole)
+        return target
+
+
+def read_weights(model: MaiThinkingForCausalLM, folder: str | Path) -> None:
+    """The weights of a model folder or checkpoint, each rank the part that it has of `model`."""
+    path, state = Path(folder).expanduser(), ModelState(model)
+    if is_checkpoint(path):
+        _check_whole(path)
+        state.load_state_dict(CheckpointReader(path).read("model", like=state.state_dict()))
+        return
+    tensors = {name: value for name, value in state.state_dict().items() if name not in model._tied_weights_keys}
+    try:
+        dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(path)), no_dist=True)
+    except (CheckpointException, SafetensorError, OSError, RuntimeError, ValueError) as error:
+        raise UsageError(f"{folder}: the weights cannot be loaded: {' '.join(str(error).split())}") from None
+
+
+def _check_whole(checkpoint: Path) -> None:
+    if (damage := find_damage(checkpoint)) is not None:
+        raise UsageError(f"{checkpoint}: {damage}")
 
 
 def _unfilled(architecture: object, **changes: object) -> MaiThinkingForCausalLM:
@@ -132,8 +213,7 @@ def load_model(folder: str | Path, **changes: object) -> MaiThinkingForCausalLM:
     """The weights of a model folder or checkpoint in fp32; keywords as `from_pretrained` takes them."""
     config = load_model_config(folder)
     if is_checkpoint(folder):
-        if (damage := find_damage(Path(folder).expanduser())) is not None:
-            raise UsageError(f"{folder}: {damage}")
+        _check_whole(Path(folder).expanduser())
         model = _unfilled(changes.pop("config", config), dtype=torch.float32, **changes)
         model.load_state_dict(CheckpointReader(Path(folder).expanduser()).read("model"))
         return model
@@ -206,3 +286,24 @@ def save_model(
         tokenizer.save_pretrained(path)
         if record is not None:
             record(path)
+
+
+def save_checkpoint_as_model(
+    checkpoint: Path, tokenizer: PreTrainedTokenizerBase, folder: Path, record: Callable[[Path], None]
+) -> None:
+    """The model in a `checkpoint` as `save_model` saves it, read from its shards a file's worth at a time."""
+    with torch.device("meta"):
+        model = _unfilled(load_model_config(checkpoint), dtype=torch.float32)
+    wanted = {name: tensor for name, tensor in model.state_dict().items() if name not in model._tied_weights_keys}
+    reader, split = CheckpointReader(checkpoint), split_torch_state_dict_into_shards(wanted)
+    with atomic_folder(folder) as path:
+        model.save_pretrained(path, state_dict={})
+        for file in path.glob("*.safetensors"):
+            file.unlink()
+        for name, members in split.filename_to_tensors.items():
+            save_file(reader.read_tensors("model", members), path / name, {"format": "pt"})
+        if split.is_sharded:
+            index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+            (path / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+        tokenizer.save_pretrained(path)
+        record(path)

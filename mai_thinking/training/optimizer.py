@@ -4,28 +4,31 @@ import math
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from mai_thinking.config.run import OptimizerSection, ScheduleSection
+from mai_thinking.training.parallel import mesh_of
 
 
 def build_optimizer(model: nn.Module, section: OptimizerSection) -> torch.optim.AdamW:
     """AdamW over all trainable parameters, weight decay by kind (MAI-Thinking-1 report §2.6).
 
     Three groups: attention (everything inside an attention sublayer), embeddings (with the tied head), and the rest.
-    The report exempts nothing else, so norm gains decay like what they belong to.
+    The report exempts nothing else, so norm gains decay like what they belong to. Where ranks divide the experts, these
+    are a group of their own: one operation takes no shards of different meshes.
     """
     decay = {
         "attention": section.weight_decay_attention,
         "embeddings": section.weight_decay_embeddings,
         "rest": section.weight_decay,
     }
-    members: dict[str, list[nn.Parameter]] = {group: [] for group in decay}
+    members: dict[tuple[str, DeviceMesh | None], list[nn.Parameter]] = {(group, None): [] for group in decay}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            members[_group(name)].append(parameter)
+            members.setdefault((_group(name), mesh_of(parameter)), []).append(parameter)
     groups = [
         {"params": parameters, "weight_decay": decay[group], "name": group}
-        for group, parameters in members.items()
+        for (group, _), parameters in members.items()
         if parameters
     ]
     return torch.optim.AdamW(groups, lr=section.learning_rate, betas=section.betas, eps=section.epsilon, fused=True)

@@ -4,95 +4,102 @@ import os
 
 import torch
 
-from mai_thinking.config.run import PlanSection, TextTrainingConfig
+from mai_thinking.config.run import ExecutionSection, TextTrainingConfig
 from mai_thinking.model import MaiThinkingConfig
 from mai_thinking.model.loss import CHUNK_ELEMENTS
+from mai_thinking.training.traffic import Work, prediction_rows
 
 WEIGHT, GRADIENT, MOMENTS = 4, 4, 8
 """Bytes per parameter: fp32 weights, fp32 gradients, AdamW's two fp32 moments (REPORT §1: fp32 always)."""
 
 
-def memory_per_rank(
-    architecture: MaiThinkingConfig,
-    plan: PlanSection,
-    *,
-    gpus: int,
-    tokens: int,
-    step_tokens: int,
-    compute_bytes: int,
-    activation_checkpointing: bool,
-) -> dict[str, float]:
-    """Bytes by use, of one rank that takes micro-batches of `tokens` tokens through the model, `step_tokens` in a step.
+def memory_per_rank(architecture: MaiThinkingConfig, execution: ExecutionSection, work: Work) -> dict[str, float]:
+    """Bytes by use, of one rank, as `execution` divides the model.
 
-    Experts are split over `plan.expert_parallel` ranks, all else is on each of `gpus` ranks; what the ZeRO stage
-    shards is split over the ranks that hold the same weights. Activations are an estimate: what each sublayer keeps
-    for its backward pass at `compute_bytes` a number, or with checkpointing the fp32 residual stream at each layer of
-    the whole step, which waits for one backward pass (see `Learner`), with each micro-batch's gradient of the head,
-    and one layer's full set. In half precision the experts' weights are held rounded too. The framework's own memory
-    and fragmentation are not in it.
+    `working` is what weights are computed from beside those that the optimiser has: experts rounded once for a step
+    (DDP), or the layer that is gathered and the next one (FSDP), with the gradient of one before it is reduced.
+    Activations are an estimate: what each sublayer keeps for its backward pass, or with checkpointing the fp32 residual
+    stream at each layer of the whole step, which waits for one backward pass (see `Learner`), with each micro-batch's
+    gradient of the head, and one layer's full set. Routing is taken to be even. The framework's own memory and
+    fragmentation are not in it.
     """
+    parts, sharded = architecture.parameter_breakdown(), execution.parallel == "fsdp" and work.ranks > 1
     total, _ = architecture.parameter_counts()
-    experts = architecture.parameter_breakdown()["experts"]
-    # (parameters held, ranks that hold the same ones)
-    shares = [(total - experts, gpus), (experts / plan.expert_parallel, gpus / plan.expert_parallel)]
-
-    def held(bytes_each: int, sharded_from_stage: int) -> float:
-        return sum(
-            bytes_each * parameters / (copies if plan.zero_stage >= sharded_from_stage else 1)
-            for parameters, copies in shares
-        )
-
-    per_layer = _activations_per_token(architecture, compute_bytes)
+    experts = parts["experts"] / execution.expert_parallel
+    dense = float(total - parts["experts"])
+    copies = work.ranks / execution.expert_parallel
+    held = dense / work.ranks + experts / copies if sharded else dense + experts
     layers = architecture.num_hidden_layers
-    kept = 0.0
-    if activation_checkpointing:
-        heads = 4 * architecture.vocab_size * architecture.hidden_size * (step_tokens / tokens)
-        kept = step_tokens * 4 * architecture.hidden_size * layers + tokens * max(per_layer) + heads
+    of_layer, cast = experts / max(1, len(architecture.moe_layers)), work.compute_bytes
+    of_layer_dense, root = (dense - parts["embeddings"]) / layers, parts["embeddings"]
+    if sharded:
+        gathered = 2 * (cast * of_layer + WEIGHT * of_layer_dense) + WEIGHT * root
+        working = gathered + (cast + GRADIENT) * of_layer + 2 * GRADIENT * max(of_layer_dense, root)
+    elif execution.expert_parallel > 1:
+        working = cast * experts + (cast + GRADIENT) * of_layer
+    else:
+        working = 2 * experts if cast == 2 else 0.0
+    per_layer = _activations_per_token(architecture, cast, divided=execution.expert_parallel > 1)
+    kept = work.tokens * sum(per_layer)
+    if execution.activation_checkpointing:
+        heads = GRADIENT * architecture.vocab_size * architecture.hidden_size * (work.step_tokens / work.tokens)
+        residual = 4 * architecture.hidden_size * layers
+        kept = work.step_tokens * residual + work.tokens * max(per_layer) + heads
     return {
-        "weights": held(WEIGHT, 3),
-        "rounded": 2 * experts / plan.expert_parallel if compute_bytes == 2 else 0.0,
-        "gradients": held(GRADIENT, 2),
-        "optimiser": held(MOMENTS, 1),
-        "activations": kept or tokens * sum(per_layer),
-        "logits": 2 * 4 * min(CHUNK_ELEMENTS["cuda"], tokens * architecture.vocab_size),
+        "weights": WEIGHT * held,
+        "gradients": GRADIENT * held,
+        "optimiser": MOMENTS * held,
+        "working": working,
+        "activations": kept,
+        "logits": 2 * 4 * min(CHUNK_ELEMENTS["cuda"], work.tokens * architecture.vocab_size),
     }
 
 
-def _activations_per_token(architecture: MaiThinkingConfig, compute_bytes: int) -> list[float]:
-    """Bytes that each layer keeps for one token."""
+def _activations_per_token(architecture: MaiThinkingConfig, compute_bytes: int, *, divided: bool) -> list[float]:
+    """Bytes that each layer keeps for one token; `divided`: with experts on other ranks."""
     c = architecture
     queries, keys = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
     norms = 4 * 4 * c.hidden_size  # fp32 inputs of the four norms
     attention = compute_bytes * (2 * c.hidden_size + queries) + 4 * 2 * (queries + keys) + compute_bytes * 2 * keys
     dense = compute_bytes * (2 * c.hidden_size + 4 * c.intermediate_size)
-    # Gate and up, and the output where it is kept; all else is computed again (`model.experts`, `grouped_experts`).
-    per_choice = compute_bytes * (c.latent_size + 2 * c.moe_intermediate_size)
+    # Gate and up, and in fp32 the output (`model.experts`, `grouped_experts`); rows that have travelled are kept where
+    # they arrive, there and back.
+    latents = (compute_bytes > 2) + 2 * divided
+    per_choice = compute_bytes * (latents * c.latent_size + 2 * c.moe_intermediate_size)
     moe = (
         compute_bytes * 2 * (c.hidden_size + c.latent_size) + 4 * 3 * c.num_experts + c.num_experts_per_tok * per_choice
     )
     return [norms + attention + (moe if layer in c.moe_layers else dense) for layer in range(c.num_hidden_layers)]
 
 
+def computes_in_bf16(execution: ExecutionSection, gpus: int | None) -> bool:
+    """Whether a run does, or on `gpus` would."""
+    on_gpu = torch.cuda.is_available() or gpus is not None
+    return execution.precision == "bf16" or (execution.precision == "auto" and on_gpu)
+
+
+def work_of(config: TextTrainingConfig, ranks: int) -> Work:
+    """What one of `ranks` does in a step."""
+    batch = config.batch
+    rows = max(1, batch.global_batch_size // ranks)
+    return Work(
+        ranks,
+        tokens=min(batch.micro_batch_size, rows) * batch.context_length,
+        step_tokens=rows * batch.context_length,
+        compute_bytes=2 if computes_in_bf16(config.execution, config.plan.gpus) else 4,
+    )
+
+
 def plan_text(config: TextTrainingConfig, architecture: MaiThinkingConfig) -> str:
     """The lines that `--dry-run` prints, reckoned with the ranks of `config.plan`, or those that the launcher gives."""
-    batch, plan = config.batch, config.plan
+    batch, plan, execution = config.batch, config.plan, config.execution
     ranks = plan.gpus or int(os.environ.get("WORLD_SIZE", "1"))
-    bf16 = config.execution.precision == "bf16" or (
-        config.execution.precision == "auto" and (torch.cuda.is_available() or plan.gpus is not None)
-    )
-    memory = memory_per_rank(
-        architecture,
-        plan,
-        gpus=ranks,
-        tokens=batch.micro_batch_size * batch.context_length,
-        step_tokens=max(batch.micro_batch_size, batch.global_batch_size // ranks) * batch.context_length,
-        compute_bytes=2 if bf16 else 4,
-        activation_checkpointing=config.execution.activation_checkpointing,
-    )
+    work = work_of(config, ranks)
+    memory = memory_per_rank(architecture, execution, work)
     total, active = architecture.parameter_counts()
     flops = architecture.flops_per_token(batch.context_length)
     tokens = config.steps * batch.tokens_per_step
-    rows = [
+    lines = [
         ("parameters", f"{quantity(total)} total, {quantity(active)} active ({total:,} / {active:,})"),
         ("FLOPs", f"{quantity(flops)} a token, {quantity(flops * tokens)} in all"),
         (
@@ -100,15 +107,33 @@ def plan_text(config: TextTrainingConfig, architecture: MaiThinkingConfig) -> st
             f"{quantity(tokens)} = {config.steps:,} steps of {batch.global_batch_size:,} rows of "
             f"{batch.context_length:,}; {tokens / active:.2f} per active parameter",
         ),
-        (
-            "ranks",
-            f"{ranks:,} ({ranks // plan.expert_parallel:,} data-parallel copies of the experts, "
-            f"each over {plan.expert_parallel} ranks; ZeRO stage {plan.zero_stage})",
-        ),
-        ("memory", f"{sum(memory.values()) / 2**30:,.2f} GiB per rank"),
-        *((f"  {use}", f"{size / 2**30:,.2f} GiB") for use, size in memory.items()),
+        ("ranks", layout_text(ranks, execution)),
+        *memory_rows(memory, plan.gpus and plan.gigabytes),
     ]
-    return "\n".join(f"{name:<12}  {value}" for name, value in rows)
+    if plan.gpus is not None:
+        lines += prediction_rows(architecture, execution, work, flops)
+    return "\n".join(f"{name:<12}  {value}" for name, value in lines)
+
+
+def layout_text(ranks: int, execution: ExecutionSection) -> str:
+    """Who holds what."""
+    copies = ranks // execution.expert_parallel
+    how = "sharded (FSDP)" if execution.parallel == "fsdp" and ranks > 1 else "whole on each (DDP)"
+    if execution.expert_parallel == 1 or ranks == 1:
+        return f"{ranks:,}, the model {how}"
+    what = "sharded over" if execution.parallel == "fsdp" else "whole on each of"
+    return (
+        f"{ranks:,}, the dense part {how}; experts over {execution.expert_parallel} ranks, each share {what} "
+        f"{copies:,} rank{'s' * (copies > 1)}"
+    )
+
+
+def memory_rows(memory: dict[str, float], gigabytes: float | None) -> list[tuple[str, str]]:
+    """The lines about it; `gigabytes` (10⁹ bytes) is what a rank has."""
+    whole = sum(memory.values())
+    fits = "" if not gigabytes else f", {100 * whole / (gigabytes * 1e9):.0f} % of {gigabytes:g} GB"
+    uses = [(f"  {use}", f"{size / 2**30:,.2f} GiB") for use, size in memory.items()]
+    return [("memory", f"{whole / 2**30:,.2f} GiB per rank{fits}"), *uses]
 
 
 def quantity(value: float) -> str:

@@ -22,8 +22,14 @@ from mai_thinking.errors import UsageError
 NOTES, SAMPLES = "notes.json", "samples.jsonl"
 FREE_TO_CHANGE = ("output_dir", "tracking", "checkpoint", "launch", "plan", "collapse", "evaluation", "data.cache_dir")
 """Keys that a run may be resumed with other values of: they do not change what is computed."""
-CHANGE_ROUNDING = ("batch.micro_batch_size", "packing.rows", "execution.activation_checkpointing")
-"""The same of keys that change the order of sums: what to lower, or to switch on, when a run has died of memory."""
+CHANGE_ROUNDING = (
+    "batch.micro_batch_size",
+    "packing.rows",
+    "execution.activation_checkpointing",
+    "execution.parallel",
+    "execution.expert_parallel",
+)
+"""The same of keys that change the order of sums: what to change when a run has died of memory, or has other ranks."""
 _DATA_PATH = re.compile(r"((text\.)?data\.sources|tasks)\.\d+\.path")
 """Files may be moved. That they are the same is known by their content, when the checkpoint is loaded."""
 

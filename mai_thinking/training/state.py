@@ -133,7 +133,9 @@ class OptimizerState:
         return dict(get_optimizer_state_dict(self.model, self.optimizer))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Copy the values into the optimiser."""
+        """Copy the values into the optimiser. What holds for its groups is the config's to say, and how they are cut
+        depends on the ranks."""
+        state["param_groups"] = self.state_dict()["param_groups"]
         set_optimizer_state_dict(self.model, self.optimizer, state)
 
 

@@ -21,7 +21,7 @@ from mai_thinking.config.run import TrainingConfig
 from mai_thinking.config.storage import atomic_folder
 from mai_thinking.data import PreparedData
 from mai_thinking.errors import DataError, RunError, UsageError
-from mai_thinking.model import MaiThinkingConfig, MaiThinkingForCausalLM
+from mai_thinking.model import MaiThinkingConfig
 from mai_thinking.provenance.lineage import (
     CodeVersion,
     Lineage,
@@ -39,7 +39,7 @@ from mai_thinking.training.jit_checkpoint import JitCheckpoint
 from mai_thinking.training.learner import Learner
 from mai_thinking.training.ledger import CHECKPOINT, GoodputLedger
 from mai_thinking.training.metrics import MetricsLog, Record, read_records
-from mai_thinking.training.model_files import save_model
+from mai_thinking.training.model_files import save_checkpoint_as_model, save_model
 from mai_thinking.training.progress import ProgressLine
 from mai_thinking.training.run_folder import RunFolder
 from mai_thinking.training.state import PerRank, RandomState
@@ -122,8 +122,8 @@ class Recipe(ABC):
         return {}
 
     @abstractmethod
-    def report(self, model: MaiThinkingForCausalLM) -> None:
-        """Write what the run has to show. On rank 0, when all traces are written."""
+    def report(self) -> None:
+        """Write, on rank 0, what the run has to show, when all traces are written. Collective."""
 
 
 def run_recipe(config: TrainingConfig, make: Callable[[RunContext], Recipe]) -> int:
@@ -165,11 +165,13 @@ class Trainer:
         # adds something that draws from them.
         set_seed(config.seed + 1_000_003 * (1 + context.rank))
         self.step = self.tokens = 0
+        self._check_room()
         self._resume()
         # Read before anybody writes to them, so that all ranks know the same.
         self._evaluated = {r["step"] for r in read_records(self.folder.metrics) if r.get("kind") == "evaluation"}
         self._jit: JitCheckpoint | None = None
-        if context.ranks > 1 and config.execution.parallel == "ddp":
+        # On a GPU a dead peer leaves the others waiting in a stream, where no error reaches them.
+        if context.ranks > 1 and not self.learner.parallel.in_step and context.device.type == "cpu":
             self._jit = JitCheckpoint(
                 self.checkpointer, self.learner.optimizer, self.state, self.folder.ranks, self.ledger.announce
             )
@@ -236,6 +238,18 @@ class Trainer:
         return self.context.line
 
     # ------------------------------------------------------------------------------------------- begin and resume
+
+    def _check_room(self) -> None:
+        """UsageError, before anything is computed, if a first checkpoint and a second one beside it do not fit."""
+        if self.context.resuming:
+            return
+        size = 3 * sum(p.numel() * p.element_size() for p in self.learner.model.parameters())  # and AdamW's moments
+        free = shutil.disk_usage(self.folder.path).free
+        if free < 2 * size:
+            raise UsageError(
+                f"{self.folder.path}: {free / 1e9:,.1f} GB are free, and two checkpoints, one written beside the "
+                f"other, take {2 * size / 1e9:,.1f} GB; free some, or name another output_dir"
+            )
 
     def _resume(self) -> None:
         """Load the newest good checkpoint, if there is one, and open the logs."""
@@ -338,21 +352,31 @@ class Trainer:
         if not self._evaluate(last=True):
             return self._end_interrupted()
         ending = self.recipe.ending or Ending("")
-        model = self.learner.unwrap()
         self._record_traces()
+        self.recipe.report()
         if self.is_main:
-            self.recipe.report(model)
             shutil.rmtree(self.folder.ranks, ignore_errors=True)
             if ending.exit_code == 0:
-                origin = self._origin()
-                tokenizer = self.recipe.tokenizer
-                save_model(model, tokenizer, self.folder.final, lambda f: record_model(f, **origin, steps=self.step))
-                self.context.log(f"\nmodel in {self.folder.final}, report in {self.folder.report}/summary.md")
+                self._save_final()
         self.context.accelerator.wait_for_everyone()
         if ending.reason:
             self.context.log(ending.reason)
         self.ledger.end(ending.how)
         return ending.exit_code
+
+    def _save_final(self) -> None:
+        """On rank 0 alone: what it does not hold of the model is in the last checkpoint."""
+        origin = self._origin()
+
+        def record(folder: Path) -> None:
+            record_model(folder, **origin, steps=self.step)
+
+        if self.learner.parallel.in_step:
+            checkpoint = step_folder(self.folder.checkpoints, self.step)
+            save_checkpoint_as_model(checkpoint, self.recipe.tokenizer, self.folder.final, record)
+        else:
+            save_model(self.learner.unwrap(), self.recipe.tokenizer, self.folder.final, record)
+        self.context.log(f"\nmodel in {self.folder.final}, report in {self.folder.report}/summary.md")
 
     def _end_interrupted(self) -> int:
         """Stopped on request; all is saved."""

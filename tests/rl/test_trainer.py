@@ -282,13 +282,13 @@ def some_groups() -> list[Group]:
     return groups
 
 
-def gradients_of(groups: list[Group], rows: int) -> dict[str, torch.Tensor]:
+def gradients_of(groups: list[Group], rows: int, **execution: Any) -> dict[str, torch.Tensor]:
     """What one update hands to the optimiser."""
     model = tiny_model()
     with torch.no_grad():  # another policy than the engine's, so that ratios are not all 1
         for index, parameter in enumerate(model.parameters()):
             parameter.add_(0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(index)))
-    learner, gradients = tiny_learner(model, balance=0.5)
+    learner, gradients = tiny_learner(model, balance=0.5, **execution)
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     advantages = [rollout.advantage for rollout in rollouts]
     experts = model.config.num_experts
@@ -308,9 +308,9 @@ def test_a_step_whose_advantages_are_all_zero_changes_no_weight() -> None:
     assert gradients_of(silent, rows=8)
 
 
-def rank_gradients(rank: int, world: int) -> dict[str, Any]:
+def rank_gradients(rank: int, world: int, execution: dict[str, Any]) -> dict[str, Any]:
     mine = some_groups()[rank::world]
-    return {name: gradient.numpy() for name, gradient in gradients_of(mine, rows=1).items()}
+    return {name: gradient.numpy() for name, gradient in gradients_of(mine, rows=1, **execution).items()}
 
 
 def test_accumulation_and_ranks_do_not_change_the_gradients() -> None:
@@ -319,7 +319,7 @@ def test_accumulation_and_ranks_do_not_change_the_gradients() -> None:
     for rows in (4, 2, 1):
         for name, gradient in gradients_of(some_groups(), rows=rows).items():
             torch.testing.assert_close(gradient, whole[name], atol=1e-6, rtol=1e-5, msg=f"{name}, {rows} rows")
-    for result in run_ranks(2, rank_gradients, 2):
+    for result in run_ranks(2, rank_gradients, 2, {}):
         for name, gradient in result.items():
             torch.testing.assert_close(torch.from_numpy(gradient), whole[name], atol=1e-6, rtol=1e-5, msg=name)
 

@@ -30,17 +30,15 @@ def cut(batch: dict[str, torch.Tensor], pieces: int) -> list[dict[str, torch.Ten
     return [{name: values[index] for name, values in chunks.items()} for index in range(pieces)]
 
 
-def one_step(
-    micro_batches: list[dict[str, torch.Tensor]], *, exact: bool = False, how: Any = "ddp"
-) -> tuple[dict[str, Any], Gradients]:
+def one_step(micro_batches: list[dict[str, torch.Tensor]], **execution: Any) -> tuple[dict[str, Any], Gradients]:
     """What an update reports, and the gradients that it handed to the optimiser (not clipped: the norm is high)."""
-    learner, gradients = tiny_learner(tiny_model(), balance=BALANCE, z=Z, parallel=how, activation_checkpointing=exact)
+    learner, gradients = tiny_learner(tiny_model(), balance=BALANCE, z=Z, **execution)
     return learner.update(micro_batches, TextLoss(), 1), gradients
 
 
-def rank_step(rank: int, world: int, accumulate: int, exact: bool, how: str) -> tuple[dict[str, Any], dict[str, Any]]:
+def rank_step(rank: int, world: int, accumulate: int, exact: bool) -> tuple[dict[str, Any], dict[str, Any]]:
     mine = cut(global_batch(), world)[rank]
-    result, gradients = one_step(cut(mine, accumulate), exact=exact, how=how)
+    result, gradients = one_step(cut(mine, accumulate), activation_checkpointing=exact)
     return result, {name: gradient.numpy() for name, gradient in gradients.items()}
 
 
@@ -73,11 +71,10 @@ def test_whole_batch_equals_plain_autograd() -> None:
         torch.testing.assert_close(gradients[name], parameter.grad, atol=1e-6, rtol=1e-5, msg=name)
 
 
-@pytest.mark.parametrize("how", ["ddp", "fsdp"])
 @pytest.mark.parametrize(("accumulate", "exact"), [(1, False), (2, True)])
-def test_two_ranks_equal_one(accumulate: int, exact: bool, how: str) -> None:
+def test_two_ranks_equal_one(accumulate: int, exact: bool) -> None:
     """The balance loss too: each rank balances against both ranks' counts."""
-    both = run_ranks(2, rank_step, 2, accumulate, exact, how)
+    both = run_ranks(2, rank_step, 2, accumulate, exact)
     whole = one_step([global_batch()])
     for result, gradients in both:
         assert_same((result, {name: torch.from_numpy(gradient) for name, gradient in gradients.items()}), whole)
@@ -86,7 +83,7 @@ def test_two_ranks_equal_one(accumulate: int, exact: bool, how: str) -> None:
 def test_exact_accumulation_equals_one_batch() -> None:
     whole = one_step([global_batch()])
     for pieces in (2, 4, 8):
-        assert_same(one_step(cut(global_batch(), pieces), exact=True), whole)
+        assert_same(one_step(cut(global_batch(), pieces), activation_checkpointing=True), whole)
 
 
 def test_running_accumulation_balances_against_the_counts_so_far() -> None:
@@ -115,7 +112,7 @@ def test_running_accumulation_balances_against_the_counts_so_far() -> None:
 
 
 def test_checkpointing_does_not_count_twice() -> None:
-    plain, checkpointed = one_step([global_batch()]), one_step([global_batch()], exact=True)
+    plain, checkpointed = one_step([global_batch()]), one_step([global_batch()], activation_checkpointing=True)
     assert_same(plain, checkpointed)
 
 

@@ -11,6 +11,7 @@ share nor the number of slots changes what is drawn; both can only change the lo
 import copy
 import logging
 import sys
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -21,6 +22,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mai_thinking.errors import RunError, UsageError
@@ -36,10 +38,13 @@ from mai_thinking.rl.engine.decode_backends import (
 )
 from mai_thinking.rl.engine.kv_cache import SLOT_ATTENTION, Prompt, SlotCache, prefill
 from mai_thinking.rl.engine.nucleus import uniforms
+from mai_thinking.rl.nuclei import Nuclei
 from mai_thinking.rl.rollout import Experts, Rollout
 
 ATTEMPTS = 3
 """How often a generation that fails is tried."""
+NUCLEI_AT_ONCE = 64
+"""Tokens of a rollout whose nuclei are made small together."""
 PREFILL_TOKENS = 4096
 """Tokens, padding included, of prompts that go through the model together."""
 
@@ -88,6 +93,8 @@ class _Running:
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     nucleus: list[NDArray[np.uint8]] = field(default_factory=list)
+    """Of the newest tokens; `nuclei` of those before them."""
+    nuclei: list[Nuclei] = field(default_factory=list)
     experts: list[Experts] = field(default_factory=list)
     steps: list[tuple[int, int]] = field(default_factory=list)
     """Begin and end of each observation among the tokens, those to come included."""
@@ -122,7 +129,7 @@ class _Running:
             response_ids=np.array(self.tokens, dtype=np.int64),
             observed=observed,
             logprobs=np.array(self.logprobs, dtype=np.float32),
-            nucleus=np.stack(self.nucleus),
+            nucleus=Nuclei.joined([*self.nuclei, Nuclei.of(np.stack(self.nucleus))]),
             experts=np.concatenate([self.prompt.experts_MPK, *experts_MnK], axis=1),
             finished=finished,
         )
@@ -132,9 +139,9 @@ class BatchedEngine:
     """Our own engine, on a copy of the model. `temperature` 0 is greedy; `end_of_text` None never ends by itself.
 
     `dtype` is that of autocast in the learner: what autocast would cast, the copy holds in it. None: all in the
-    weights' own. The decode `backend` is left to the device unless given: CUDA graphs in bf16 on a GPU. `heartbeat` is
-    called once for each token that the slots take together, between its draw and the next one's forward pass: there
-    it may load newer weights.
+    weights' own. It goes to `device`, or to where the model is. The decode `backend` is left to the device unless
+    given: CUDA graphs in bf16 on a GPU. `heartbeat` is called once for each token that the slots take together, between
+    its draw and the next one's forward pass: there it may load newer weights.
 
     On a CPU, many slots pay: a step reads the experts' weights once for all of them.
     """
@@ -149,6 +156,7 @@ class BatchedEngine:
         seed: int,
         end_of_text: int | None,
         dtype: torch.dtype | None = None,
+        device: torch.device | None = None,
         backend: Backend | None = None,
         heartbeat: Callable[[], None] = lambda: None,
         tools: Tools | None = None,
@@ -160,10 +168,11 @@ class BatchedEngine:
             )
         self.heartbeat, self.tools = heartbeat, tools
         self.slots, self.temperature, self.seed, self.end_of_text = slots, temperature, seed, end_of_text
-        self.model = inference_copy(model, dtype)
+        self.model = inference_copy(model, dtype).to(device or model.device)
         on_gpu = self.model.device.type == "cuda"
-        # The library's grouped products in fp32 ask the host for sizes, which no graph can.
-        fastest: Backend = "cuda_graph" if dtype is torch.bfloat16 else "static"
+        # Grouped products ask the host for sizes, which no graph can, in fp32 and before Hopper.
+        captured = dtype is torch.bfloat16 and on_gpu and torch.cuda.get_device_capability() >= (9, 0)
+        fastest: Backend = "cuda_graph" if captured else "static"
         self._kind: Backend = backend or (fastest if on_gpu else "eager")
         # Both take the decoding step's masks.
         self.model.set_attn_implementation("sdpa" if self._kind == "eager" else SLOT_ATTENTION)
@@ -175,8 +184,10 @@ class BatchedEngine:
         self._backend: EagerBackend | StaticBackend | None = None
 
     def update_weights(self, model: MaiThinkingForCausalLM) -> None:
-        """Copy `model`'s weights. Until then, rollouts come from those of the last call, whatever the learner does."""
-        self.load_parameters(model.parameters())
+        """Copy `model`'s weights; collective if ranks divide them. Until then, rollouts come from those of the last
+        call, whatever the learner does."""
+        # One after the other: no rank holds more than one whole parameter of what they divide.
+        self.load_parameters(p.full_tensor() if isinstance(p, DTensor) else p for p in model.parameters())
 
     def load_parameters(self, parameters: Iterable[torch.Tensor]) -> None:
         """The same of the weights alone, in the model's order."""
@@ -201,6 +212,7 @@ class BatchedEngine:
                 return [done[one.id] for one in asked]
             except Exception as error:
                 failure = error
+                traceback.clear_frames(error.__traceback__)  # which hold what the attempt had allocated
                 self._cache = None  # it may hold values that are not finite, which no mask hides
                 missing = len(asked) - len(done)
                 logger.warning("generation failed with %d of %d rollouts missing: %r", missing, len(asked), error)
@@ -285,6 +297,9 @@ class BatchedEngine:
                 token, logprob, nucleus = one.forced.popleft(), 0.0, np.zeros_like(nucleus)
             one.tokens.append(token)
             one.logprobs.append(logprob)
+            if len(one.nucleus) == NUCLEI_AT_ONCE:
+                one.nuclei.append(Nuclei.of(np.stack(one.nucleus)))
+                one.nucleus.clear()
             one.nucleus.append(nucleus)
 
     def _observe(self, running: Sequence[_Running]) -> None:

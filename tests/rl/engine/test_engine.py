@@ -98,10 +98,11 @@ def test_shapes_and_contents() -> None:
         assert 1 <= n <= request.max_new_tokens
         assert rollout.prompt_ids == request.prompt_ids
         assert rollout.logprobs.shape == (n,)
-        assert rollout.nucleus.shape == (n, 13)
+        bits = rollout.nucleus.unpacked()
+        assert bits.shape == (n, 13)
         assert rollout.experts.shape == (3, len(request.prompt_ids) + n - 1, 3)
         assert rollout.experts.dtype == np.uint16
-        inside = np.unpackbits(rollout.nucleus, axis=1, bitorder="little", count=97)
+        inside = np.unpackbits(bits, axis=1, bitorder="little", count=97)
         assert inside[np.arange(n), rollout.response_ids].all()
         assert rollout.finished == (rollout.response_ids[-1] == 0)
         assert (rollout.response_ids[:-1] != 0).all()

@@ -1,0 +1,47 @@
+"""Nuclei that wait for their replay come back bit for bit, in the room that their ids take."""
+
+import numpy as np
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mai_thinking.rl.nuclei import WIDE, Nuclei
+
+
+@st.composite
+def bits(draw: st.DrawFn, vocab: int = 203) -> np.ndarray:
+    """Some nuclei of a few tokens, some of nearly all."""
+    sizes = draw(st.lists(st.sampled_from([0, 1, 2, 6, 7, 40, vocab]), max_size=6))
+    generator = np.random.default_rng(draw(st.integers(0, 99)))
+    mask = np.zeros((len(sizes), vocab), dtype=bool)
+    for row, size in zip(mask, sizes, strict=True):
+        row[generator.permutation(vocab)[:size]] = True
+    return np.packbits(mask, axis=1, bitorder="little")
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.lists(bits(), min_size=1, max_size=4))
+def test_what_goes_in_comes_out(parts: list[np.ndarray]) -> None:
+    whole = Nuclei.joined([Nuclei.of(part) for part in parts])
+    kept = Nuclei.from_state(whole.state_dict())
+    if len(kept):
+        np.testing.assert_array_equal(kept.unpacked(), np.concatenate(parts))
+    for part, back in zip(parts, kept.split([len(part) for part in parts]), strict=True):
+        assert len(back) == len(part)
+        np.testing.assert_array_equal(back.unpacked()[: len(part)], part)
+
+
+def test_few_take_little_and_many_no_more_than_their_bits() -> None:
+    """A report-sized vocabulary: eight ids are 32 bytes, where bits are 25,003."""
+    mask = np.zeros((100, 200_019), dtype=bool)
+    mask[:, 7 * np.arange(8)] = True
+    assert Nuclei.of(np.packbits(mask, axis=1, bitorder="little")).nbytes == 100 * (4 * 8 + 4)
+    mask[0] = True
+    one_wide = Nuclei.of(np.packbits(mask, axis=1, bitorder="little"))
+    assert one_wide.sizes[0] == WIDE
+    assert one_wide.nbytes == 100 * 4 + 99 * 4 * 8 + 25_003
+
+
+def test_earlier_versions_saved_bits() -> None:
+    before = np.array([[0b101, 0], [0xFF, 0xFF]], dtype=np.uint8)
+    np.testing.assert_array_equal(Nuclei.from_state(torch.from_numpy(before)).unpacked(), before)
