@@ -12,25 +12,30 @@ import torch
 import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.weak import WeakIdKeyDictionary
 
 COLLECTIVES = ("all_reduce", "broadcast", "reduce", "all_gather", "all_gather_into_tensor", "reduce_scatter_tensor",
                "all_to_all_single")  # fmt: skip
+MARK = "_is_there"
+
+
+def _names_it(leaf: Any) -> bool:
+    return isinstance(leaf, torch.device) and leaf == Placement.DEVICE
 
 
 class Placement(TorchFunctionMode):
-    """Within, collectives raise AssertionError for tensors on the wrong device. `device` is the one object that stands
-    for the accelerator."""
+    """Within, collectives raise AssertionError for tensors on the wrong device."""
 
-    def __init__(self, device: torch.device) -> None:
+    DEVICE = torch.device("cpu", 0)
+    """Stands for the accelerator: tensors that lie on the CPU never have an index."""
+
+    def __init__(self) -> None:
         super().__init__()
-        self.device, self.checked = device, 0
-        self._there = WeakIdKeyDictionary()
+        self.checked = 0
         self._gloo: list[Any] = []
 
     def is_there(self, tensor: torch.Tensor) -> bool:
         """Whether it would be on the accelerator."""
-        return tensor in self._there
+        return getattr(tensor, MARK, False)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -40,18 +45,18 @@ class Placement(TorchFunctionMode):
         there = any(self.is_there(tensor) for tensor in tensors)
         out = func(*args, **kwargs)
         if name == "__get__" and isinstance(out, torch.device):
-            return self.device if there else out
+            return self.DEVICE if there else out
         if isinstance(out, torch.Tensor) and self._moves(func, leaves):
-            there = any(leaf is self.device for leaf in leaves)
+            there = any(_names_it(leaf) for leaf in leaves)
             out = out.clone() if there != self.is_there(out) else out  # on one device, moving gives the same tensor
-        elif any(leaf is self.device for leaf in leaves):
+        elif any(_names_it(leaf) for leaf in leaves):
             there = True
         if name == "__set__" and there:  # parameter.data = moved
-            self._there[args[0]] = True
+            setattr(args[0], MARK, True)
         if there and not (name.endswith("_") and not name.endswith("__")):  # a tensor that is written to stays put
             for leaf in tree_leaves(out):
                 if isinstance(leaf, torch.Tensor):
-                    self._there[leaf] = True
+                    setattr(leaf, MARK, True)
         return out
 
     @staticmethod
