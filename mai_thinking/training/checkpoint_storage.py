@@ -303,5 +303,7 @@ def _dtype(item: WriteItem) -> torch.dtype:
 def _bytes_of(tensor: Any) -> memoryview:
     """A view of a tensor's elements in row-major order, without a copy where they lie so on the CPU."""
     assert isinstance(tensor, Tensor)
-    flat = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
-    return flat.numpy().data
+    flat = tensor.detach().cpu().contiguous().view(-1)
+    if flat.numel() <= 1:  # whose stride may be anything, which a view as bytes does not take
+        flat = torch.empty(flat.shape, dtype=flat.dtype).copy_(flat)
+    return flat.view(torch.uint8).numpy().data
