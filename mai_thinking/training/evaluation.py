@@ -111,7 +111,7 @@ def _score(
     weight_VD: torch.Tensor,
     dtype: torch.dtype | None,
 ) -> torch.Tensor:
-    """[2]: −log p summed over the targets that are not -100, and how many are sure; never more logits than a chunk's."""
+    """[2]: −log p summed over the targets that are not -100, and how many are sure; a chunk of logits at a time."""
     scored = targets_BT != -100
     operand_VD = weight_VD.to(dtype or weight_VD.dtype)
     hidden_ND, targets_N = hidden_BTD[scored].to(operand_VD.dtype), targets_BT[scored]
