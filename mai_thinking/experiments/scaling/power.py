@@ -1,8 +1,9 @@
 """Where to spend: rungs and seeds that decide a difference in a given time, from a few pilot points.
 
-With n_r pairs at rung r, whose log gains scatter by s_r, the mean over R rungs is known to √(Σ s_r²/n_r)/R. A gain of
-δ is found with 90 % power when log(1 + δ) is t_0.975 + t_0.9 of that. The seconds Σ n_r·c_r that this takes are least
-with n_r in proportion to s_r/√c_r (Neyman's allocation).
+With n_r pairs at rung r, whose log gains scatter by s_r, the mean over R rungs is known to √(Σ s_r²/n_r)/R, and its
+interval reaches √(Σ t_r²·s_r²/n_r)/R, as in `gain`. A gain of δ is found with 90 % power when log(1 + δ) is that reach
+and 1.28 standard errors more. The seconds Σ n_r·c_r that this takes are least with n_r in proportion to s_r/√c_r
+(Neyman's allocation).
 """
 
 from collections.abc import Sequence
@@ -95,9 +96,11 @@ def propose(rungs: Sequence[Pilot], seconds: float, difference: float) -> tuple[
 def _plan(choice: Sequence[Pilot], pairs_R: Array) -> Plan:
     spreads_R, seconds_R = (np.array([getattr(rung, name) for rung in choice]) for name in ("spread", "seconds"))
     parts_R = spreads_R**2 / pairs_R
-    freedom = max(1.0, float(parts_R.sum() ** 2 / max(1e-300, (parts_R**2 / (pairs_R - 1)).sum())))
-    error = float(np.sqrt(parts_R.sum())) / len(choice)
-    least = float(np.expm1((student(0.975, freedom) + student(POWER, freedom)) * error))
+    quantiles_R = np.array([student(0.975, float(n) - 1) for n in pairs_R])
+    reach = np.sqrt((quantiles_R**2 * parts_R).sum()) / len(choice)
+    # The scatter that is found varies too: by the quantile of the pairs there are.
+    error = np.sqrt(parts_R.sum()) / len(choice)
+    least = float(np.expm1(reach + student(POWER, float(pairs_R.sum()) - len(choice)) * error))
     seeds = {rung.rung: int(n) for rung, n in zip(choice, pairs_R, strict=True)}
     return Plan(seeds, float(pairs_R @ seconds_R), least)
 

@@ -1,8 +1,7 @@
-"""The page of the architecture questions: `python tests/experiments/scaling/write_questions.py LADDER OUT`.
+"""The page of the architecture questions: `python tests/experiments/scaling/write_questions.py LADDER OUT SIM.json …`.
 
 LADDER is the folder of `configs/ladders/architecture-questions.yaml` when it is done. OUT gets the ladder's page with
-the questions in words, the plan that the tool made, and the simulation of verdicts with these runs' noise and, beside
-it, that of the ladders named with `--also`.
+the questions in words, the plan that the tool made, and simulations of verdicts, each as `simulation.py` prints it.
 """
 
 import argparse
@@ -11,11 +10,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from simulation import DIFFERENCE, Truth, simulate
-
 from mai_thinking.bench.machine import describe
 from mai_thinking.experiments.scaling.analysis import Analysis, analyse
-from mai_thinking.experiments.scaling.points import PointSet, read_points
+from mai_thinking.experiments.scaling.points import read_points
 from mai_thinking.provenance.lineage import code_version
 from mai_thinking.report.document import Interval, Table, plain
 from mai_thinking.report.ladder import write_report
@@ -79,36 +76,21 @@ def table(found: list[dict[str, Any]]) -> Table:
     return Table(names, rows)
 
 
-def simulated(points: PointSet, draws: int) -> dict[str, Any]:
-    """Verdicts on drawn ladders with the noise of `points`."""
-    truth = Truth.of(points)
-    seeds = truth.seeds(DIFFERENCE)
-    return {
-        "seeds": seeds,
-        "noise_of_pairs": truth.own_R.tolist(),
-        **simulate(truth, seeds, draws, before=False),
-        "before": simulate(truth, seeds, draws, before=True),
-        "draws": draws,
-    }
-
-
 def main() -> None:
     """Write the page."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("ladder", type=Path)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--also", type=Path, nargs="*", default=[])
-    parser.add_argument("--draws", type=int, default=1000)
+    parser.add_argument("simulations", type=Path, nargs="+", help="what simulation.py printed, this ladder's first")
     options = parser.parse_args()
     points = read_points(options.ladder / "points.json", None)
     page = write_report(points, options.out, options.ladder.name)
     found = [question(analyse(points), name, candidates) for name, candidates in QUESTIONS.items()]
-    of = {options.ladder.name: points} | {path.name: read_points(path / "points.json", None) for path in options.also}
-    simulations = {name: simulated(one, options.draws) for name, one in of.items()}
+    simulations = {name: one for path in options.simulations for name, one in json.loads(path.read_text()).items()}
     plan = json.loads((options.ladder / "plan.json").read_text())
     facts = json.loads((options.out / "summary.json").read_text()) | {
         "questions": found,
-        "simulation": simulations[options.ladder.name] | {"by_ladder": simulations},
+        "simulation": next(iter(simulations.values())) | {"by_ladder": simulations},
         "plan": plan,
         "minutes": sum(p.wall or 0.0 for p in points.points) / 60,
         "machine": describe(),
@@ -136,8 +118,8 @@ def main() -> None:
         f"{chosen['least']:.1%} with a power of 90 %.",
         "## Simulated ladders with known truth",
         Table(columns, rows).markdown(),
-        f"{options.draws:,} draws at a gain of 1.05, as many at 1/1.05 and at none, with the rungs and seeds that the "
-        "planner asks for. *before*: both sides fitted, nothing paired.",
+        f"{facts['simulation']['draws']:,} draws at a gain of 1.05, as many at 1/1.05 and at none, with the rungs and "
+        "seeds that the planner asks for. *before*: both sides fitted, nothing paired; a fifth of the draws.",
         rest.strip(),
         "## How it was made",
         "`python scripts/ladder.py configs/ladders/architecture-questions.yaml` with the plan's rungs and seeds, then "
