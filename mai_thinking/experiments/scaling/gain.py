@@ -31,10 +31,10 @@ Verdict = Literal["adopt", "reject", "undecided"]
 
 RULE = (
     "by EG_FLOPs of the headline score, over all rungs. adopt: the 95 % interval of the mean gain lies above 1, and "
-    "the gain holds up as cost grows: the line through the rungs is above 1 at the largest, with its whole interval if "
-    "the gain falls with cost (at 5 %). reject: the same below 1; or the interval excludes a gain as large as the "
-    "difference that the ladder asks for, and the gain does not rise with cost. Otherwise undecided. EG_Time is judged "
-    "in the same way and told beside it: seconds are this machine's."
+    "the gain holds up as cost grows: the line through the rungs is above 1 at the largest; if the gain falls with "
+    "cost (at 5 %), its whole interval is, and that of the largest rung itself. reject: the same below 1; or the "
+    "interval excludes a gain as large as the difference that the ladder asks for, and the gain does not rise with "
+    "cost. Otherwise undecided. EG_Time is judged in the same way and told beside it: seconds are this machine's."
 )
 _FARTHEST = float(np.log(1000))
 """Log gains beyond are taken for so much: f⁻¹ of a loss that the baseline never reaches is infinite."""
@@ -102,9 +102,11 @@ class Efficiency:
         if self.problem is not None:
             return "undecided", self.problem
         told = f"mean EG {spell(self.mean)}, ×{spell(self.trend)} a decade of cost"
-        if self.mean.low > 1 and self.largest.value > 1 and (not self.falls or self.largest.low > 1):
+        ends = (self.largest, self.gains[-1])
+        lows, highs = [end.low for end in ends], [end.high for end in ends]
+        if self.mean.low > 1 and self.largest.value > 1 and (not self.falls or min(lows) > 1):
             return "adopt", told
-        if self.mean.high < 1 and self.largest.value < 1 and (not self.rises or self.largest.high < 1):
+        if self.mean.high < 1 and self.largest.value < 1 and (not self.rises or max(highs) < 1):
             return "reject", told
         if self.mean.high < 1 + self.difference and self.mean.low <= 1 and not self.rises:
             return "reject", f"{told}; a gain of {self.difference:.0%} is excluded"

@@ -8,7 +8,7 @@ from simulation import Truth, simulate
 from synthetic import law, points_of, times
 
 from mai_thinking.experiments.scaling.analysis import Analysis, analyse
-from mai_thinking.experiments.scaling.gain import Efficiency, Estimate, student
+from mai_thinking.experiments.scaling.gain import Efficiency, Estimate, Gain, student
 from mai_thinking.experiments.scaling.points import Point, PointSet
 
 BASELINE = law(1.0, 0.15, 1.0)
@@ -92,8 +92,9 @@ def test_time_is_judged_apart() -> None:
 
 
 def told(mean: tuple[float, float], largest: tuple[float, float], *, falls: bool = False, rises: bool = False) -> str:
-    ends = (Estimate(float(np.sqrt(low * high)), low, high) for low, high in (mean, largest))
-    e = Efficiency("new", "loss", "flops", 0.03, None, (), *ends)
+    ends = [Estimate(float(np.sqrt(low * high)), low, high) for low, high in (mean, largest)]
+    own = Gain(1.0, *ends[1], pairs=3, spread=0.1, beyond=False)
+    e = Efficiency("new", "loss", "flops", 0.03, None, (own,), *ends)
     return replace(e, falls=falls, rises=rises).verdict[0]
 
 

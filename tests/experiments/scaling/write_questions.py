@@ -111,8 +111,8 @@ def main() -> None:
         heading,
         "## Answers",
         table(found).markdown(),
-        f"Adopt: take the candidate. Reject: keep the recipe. {facts['minutes']:.0f} minutes of one core in all, beside "
-        "other work on it: little is to be read from its seconds.",
+        f"Adopt: take the candidate. Reject: keep the recipe. {facts['minutes']:.0f} minutes of one core in all, "
+        "beside other work on it: little is to be read from its seconds.",
         "## The plan that the tool made",
         f"{plan['minutes']:g} minutes given; from {sum(p['freedom'] for p in plan['pilots'])} degrees of freedom of "
         f"pilot runs: seeds {chosen['seeds']}, {chosen['seconds'] / 60:.1f} minutes, which decide a gain of "
