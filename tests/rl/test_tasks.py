@@ -163,7 +163,7 @@ def test_hostile_answers_are_wrong_and_fast() -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"kind": "sums"}, "kind"),
+        ({"kind": "summs"}, "kind"),
         ({"kind": "sum", "length": [2, 3]}, "`length` is not for kind 'sum'"),
         ({"kind": "sum", "digits": [3, 2]}, r"\[fewest, most\]"),
         ({"kind": "sort", "length": [1, 2]}, "from 2 to 30"),
