@@ -2,7 +2,8 @@
 
 Every tensor lies on the CPU here. So a tensor is *there* (on the accelerator) if it was made with the ranks' device,
 moved to it, or computed from a tensor that is there; otherwise it is on the host. NCCL, which is what the default group
-would be, takes those that are there; gloo groups, which somebody has asked for by name, take the others.
+would be, takes those that are there; gloo groups, which somebody has asked for by name, take the others. Only our own
+collectives are looked at, not those that PyTorch and the library make.
 """
 
 import sys
@@ -88,6 +89,9 @@ class Placement(TorchFunctionMode):
 
     def _checking(self, name: str, collective: Callable[..., Any]) -> Callable[..., Any]:
         def checked(*args: Any, **kwargs: Any) -> Any:
+            caller = sys._getframe(1).f_globals["__name__"]
+            if caller.partition(".")[0] in ("torch", "transformers"):  # whose buffers they make themselves
+                return collective(*args, **kwargs)
             groups = [leaf for leaf in (*args, *kwargs.values()) if isinstance(leaf, dist.ProcessGroup)]
             # What autograd makes is not seen here; where FSDP reduces it is PyTorch's own matter.
             if sys._getframe(1).f_globals["__name__"].startswith("torch.distributed.fsdp"):

@@ -1,11 +1,15 @@
 """Nuclei that wait for their replay come back bit for bit, in the room that their ids take."""
 
+from pathlib import Path
+
 import numpy as np
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mai_thinking.config.checkpoint import CheckpointSection
 from mai_thinking.rl.nuclei import WIDE, Nuclei
+from mai_thinking.training.checkpoint import Checkpointer
 
 
 @st.composite
@@ -45,3 +49,14 @@ def test_few_take_little_and_many_no_more_than_their_bits() -> None:
 def test_earlier_versions_saved_bits() -> None:
     before = np.array([[0b101, 0], [0xFF, 0xFF]], dtype=np.uint8)
     np.testing.assert_array_equal(Nuclei.from_state(torch.from_numpy(before)).unpacked(), before)
+
+
+def test_a_checkpoint_holds_them_where_there_is_no_id(tmp_path: Path) -> None:
+    wide = Nuclei.of(np.full((3, 26), 0xFF, dtype=np.uint8))
+    assert not len(wide.ids)
+    writer = Checkpointer(tmp_path, CheckpointSection())
+    writer.save(1, {"nuclei": wide.state_dict()}, synchronous=True)
+    writer.close()
+    state = {"nuclei": Nuclei.none().state_dict()}
+    assert Checkpointer(tmp_path, CheckpointSection()).load_latest(state) == 1
+    assert Nuclei.from_state(state["nuclei"]) == wide

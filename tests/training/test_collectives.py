@@ -55,7 +55,7 @@ def test_collectives_of_pre_training(tiny_config: Callable[..., Any], tmp_path: 
         "schedule.warmup_steps=1",
         "evaluation.every=1",
         "checkpoint.every=1",
-        "evaluation.sample_tokens=2",
+        "evaluation.sample_prompts=[]",
     ]
     assert min(run_ranks(2, watched, "pretrain", tiny_config(tmp_path / "run", *few, layout))) >= 10
 
