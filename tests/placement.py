@@ -93,9 +93,6 @@ class Placement(TorchFunctionMode):
             if caller.partition(".")[0] in ("torch", "transformers"):  # whose buffers they make themselves
                 return collective(*args, **kwargs)
             groups = [leaf for leaf in (*args, *kwargs.values()) if isinstance(leaf, dist.ProcessGroup)]
-            # What autograd makes is not seen here; where FSDP reduces it is PyTorch's own matter.
-            if sys._getframe(1).f_globals["__name__"].startswith("torch.distributed.fsdp"):
-                return collective(*args, **kwargs)
             on_host = any(group is gloo for group in groups for gloo in self._gloo)
             for leaf in tree_leaves((args, kwargs)):
                 if isinstance(leaf, torch.Tensor):

@@ -39,8 +39,7 @@ def climbed(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
     return run, run_ranks(2, watched, "grpo", load_config(GrpoConfig, CONFIGS / "tiny-grpo.yaml", places))
 
 
-# Of gradients that autograd makes the checker does not always know where they lie: with divided models it cries wolf at
-# times.
+# The layouts of divided models take as long again, each.
 @pytest.mark.parametrize(
     "layout",
     [
