@@ -4,6 +4,7 @@ length of a run. A ladder's variant names one as its `probe`; nothing else can s
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -38,14 +39,9 @@ class SharedExpert(LatentMoE):
         self.shared_in = nn.Linear(config.latent_size, 2 * config.moe_intermediate_size, bias=False)
         self.shared_out = nn.Linear(config.moe_intermediate_size, config.latent_size, bias=False)
 
-    def forward(
-        self,
-        x_BTD: torch.Tensor,
-        token_mask_BT: torch.Tensor | None = None,
-        chosen_BTK: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, Routing, torch.Tensor]:
+    def forward(self, x_BTD: torch.Tensor, *rest: Any, **named: Any) -> tuple[torch.Tensor, Routing, torch.Tensor]:
         """As `LatentMoE`; the shared expert has the weight of a mean chosen one."""
-        out_BTD, routing, chosen_BTK = super().forward(x_BTD, token_mask_BT, chosen_BTK)
+        out_BTD, routing, chosen_BTK = super().forward(x_BTD, *rest, **named)
         gate, up = self.shared_in(self.latent_down(x_BTD)).chunk(2, dim=-1)
         shared_BTL = self.shared_out(nn.functional.silu(gate) * up) / self.router.top_k
         return out_BTD + self.latent_up(shared_BTL), routing, chosen_BTK

@@ -8,6 +8,7 @@ so that every ratio is 1 and no clip ever acts. Neither is a choice that a confi
 
 import runpy
 import sys
+from typing import Any
 
 from torch import Tensor
 
@@ -28,17 +29,10 @@ def take_out(part: str) -> None:
         return
     loss = Objective.loss
 
-    def without(
-        self: Objective,
-        logprobs: Tensor,
-        old_logprobs: Tensor,
-        advantages: Tensor,
-        mask: Tensor,
-        token_count: int | float | Tensor,
-    ) -> tuple[Tensor, Statistics]:
-        return loss(self, logprobs, logprobs.detach(), advantages, mask, token_count)
+    def without(self: Objective, logprobs: Tensor, old_logprobs: Tensor, *rest: Any) -> tuple[Tensor, Statistics]:
+        return loss(self, logprobs, logprobs.detach(), *rest)
 
-    Objective.loss = without  # type: ignore[method-assign]
+    Objective.loss = without  # type: ignore[method-assign, assignment]
 
 
 def main() -> None:

@@ -70,8 +70,8 @@ class Rollout:
 
     @property
     def segments(self) -> list[NDArray[np.int64]]:
-        """The response's tokens: those of the first step, of what came of it, of the next step and so on; those of the
-        last step, if only none, at the end."""
+        """The response's tokens step by step: in turn what the policy wrote and what came of it. The last part is the
+        policy's, and may be empty."""
         return np.split(self.response_ids, [edge for both in self.observations for edge in both])
 
     @property

@@ -96,8 +96,8 @@ class _Running:
     """Of the newest tokens; `nuclei` of those before them."""
     nuclei: list[Nuclei] = field(default_factory=list)
     experts: list[Experts] = field(default_factory=list)
-    steps: list[tuple[int, int]] = field(default_factory=list)
-    """Begin and end of each observation among the tokens, those to come included."""
+    observations: list[tuple[int, int]] = field(default_factory=list)
+    """Begin and end of each among the tokens, those to come included."""
     forced: deque[int] = field(default_factory=deque)
     """Tokens of an observation that have not been through the model yet."""
     over: bool = False
@@ -106,11 +106,11 @@ class _Running:
     @property
     def step(self) -> list[int]:
         """The policy's tokens since the last observation."""
-        return self.tokens[self.steps[-1][1] if self.steps else 0 :]
+        return self.tokens[self.observations[-1][1] if self.observations else 0 :]
 
     def observe(self, tokens: Sequence[int]) -> None:
         """Go on with these tokens, or end if there are none."""
-        self.steps.append((len(self.tokens), len(self.tokens) + len(tokens)))
+        self.observations.append((len(self.tokens), len(self.tokens) + len(tokens)))
         self.forced.extend(tokens)
         self.over = not tokens
 
@@ -122,7 +122,7 @@ class _Running:
     def rollout(self, finished: bool) -> Rollout:
         experts_MnK = [np.stack(self.experts, axis=1)] if self.experts else []
         observed = np.zeros(len(self.tokens), dtype=bool)
-        for begin, end in self.steps:
+        for begin, end in self.observations:
             observed[begin:end] = True
         return replace(
             self.asked,
@@ -308,7 +308,7 @@ class BatchedEngine:
             return
         own = [one for one in running if not one.forced and one.step and one.tokens[-1] in self.tools.ends]
         # Who has no room left for an answer is cut off by the limit of its tokens.
-        results = self.tools.observe([(one.asked, len(one.steps), one.step) for one in own]) if own else []
+        results = self.tools.observe([(one.asked, len(one.observations), one.step) for one in own]) if own else []
         for one, tokens in zip(own, results, strict=True):
             if tokens is not None:
                 one.observe(tokens)

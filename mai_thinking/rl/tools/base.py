@@ -16,8 +16,8 @@ from transformers.utils import get_json_schema
 _CALL = re.compile(r"([A-Za-z_][A-Za-z0-9_.-]*)(?: (.*))?", re.DOTALL)
 
 
-class ToolError(Exception):
-    """A call that could not be made: what the policy is told."""
+class ToolError(ValueError):
+    """A call that could not be made. Its text is what the policy is told, as that of any ValueError of a tool is."""
 
 
 @dataclass(frozen=True)

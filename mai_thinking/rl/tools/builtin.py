@@ -19,10 +19,7 @@ def calculator(problem: Problem, section: ToolsSection) -> Tool:
         Args:
             expression: Such as 12 + 34 * 5.
         """
-        try:
-            return calculate(expression)
-        except ValueError as error:
-            raise ToolError(str(error)) from None
+        return calculate(expression)
 
     return tool(calculator)
 
@@ -39,10 +36,7 @@ def lookup(problem: Problem, section: ToolsSection) -> Tool:
         """
         if links is None:
             raise ToolError("there is no map here")
-        try:
-            return links(name)
-        except ValueError as error:
-            raise ToolError(str(error)) from None
+        return links(name)
 
     return tool(lookup)
 

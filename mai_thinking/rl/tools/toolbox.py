@@ -3,6 +3,7 @@
 What comes back is context: it is encoded as text, whatever it spells, and the record of the rollout knows its tokens.
 """
 
+import functools
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,13 +15,16 @@ from transformers import PreTrainedTokenizerBase
 from mai_thinking.config.tools import ToolsSection
 from mai_thinking.data.tokenizer import Encoder
 from mai_thinking.rl.rollout import Call, Rollout
+from mai_thinking.rl.tasks import Problem
 from mai_thinking.rl.template import Template
-from mai_thinking.rl.tools.base import Tool, ToolError, make_call
+from mai_thinking.rl.tools.base import Tool, make_call
 from mai_thinking.rl.tools.builtin import BUILTIN
 from mai_thinking.rl.tools.journal import CallJournal
 from mai_thinking.rl.tools.servers import ToolServers
 
 _CUT = "…"
+_PROBLEMS = 1024
+"""Whose tools are kept: a schema is read out of a docstring, which no call should wait for."""
 _CHARACTERS = 16
 """Of an observation that are looked at, for each token that it may have."""
 
@@ -39,11 +43,11 @@ class Toolbox:
         self._journal = CallJournal(journal)
         self._servers = ToolServers(section.servers)
         self._threads = ThreadPoolExecutor(os.cpu_count())
+        self.tools = functools.lru_cache(_PROBLEMS)(self._tools)
+        """What the rollouts of a problem may call, by name."""
 
-    def tools(self, rollout: Rollout) -> dict[str, Tool]:
-        """What a rollout may call, by name."""
-        builtin = {name: BUILTIN[name](rollout.problem, self.section) for name in self.section.use}
-        return builtin | self._servers.tools
+    def _tools(self, problem: Problem) -> dict[str, Tool]:
+        return {name: BUILTIN[name](problem, self.section) for name in self.section.use} | self._servers.tools
 
     def observe(self, steps: Sequence[tuple[Rollout, int, Sequence[int]]]) -> list[list[int] | None]:
         """See `mai_thinking.rl.engine.Tools`. The calls of all rollouts are made together."""
@@ -69,13 +73,13 @@ class Toolbox:
 
     def _call(self, rollout: Rollout, step: int, index: int, text: str) -> Call:
         try:
-            tool, arguments = make_call(self.tools(rollout), text)
+            tool, arguments = make_call(self.tools(rollout.problem), text)
             make = lambda: str(tool.function(*arguments))  # noqa: E731
             made = self._journal.once((rollout.id, step, index, text), make) if tool.effect else make()
             return Call(text, made, True, False, step)
         except Exception as error:  # a tool's own failure too is something to be told
-            known = isinstance(error, ToolError)
-            return Call(text, f"error: {error}" if known else f"error: {type(error).__name__}", False, False, step)
+            told = error if isinstance(error, ValueError) else type(error).__name__
+            return Call(text, f"error: {told}", False, False, step)
 
     def _observation(self, results: Sequence[str]) -> list[int]:
         """The tokens of what a step gave, at most `section.tokens`."""
