@@ -9,11 +9,14 @@ Shapes: B rows, T places in a row, N response tokens in all, M MoE layers, K exp
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from mai_thinking.errors import UsageError
+from mai_thinking.rl.nuclei import Nuclei
 from mai_thinking.rl.rollout import Rollout
 
 MULTIPLE = 64
@@ -77,43 +80,43 @@ def first_fit_decreasing(lengths: Sequence[int], row_length: int) -> list[list[i
     return layout
 
 
+def lay_out(rollouts: Sequence[Rollout], length: int) -> dict[str, NDArray[Any]]:
+    """A row of `length` places: `input_ids` and `position_ids` [T] int64, `token_mask` and `response_mask` [T] bool, as
+    in `MicroBatch`."""
+    input_ids, position_ids = np.zeros((2, length), dtype=np.int64)
+    token_mask, response_mask = np.zeros((2, length), dtype=bool)
+    start = 0
+    for rollout in rollouts:
+        own = slice(start, start + rollout.places)
+        input_ids[own] = np.concatenate((rollout.prompt_ids, rollout.response_ids[:-1]))
+        position_ids[own] = np.arange(rollout.places)
+        token_mask[own] = True
+        response_mask[start + len(rollout.prompt_ids) - 1 : own.stop] = ~rollout.observed
+        start = own.stop
+    position_ids[start:] = np.arange(length - start)
+    row = {"input_ids": input_ids, "position_ids": position_ids}
+    return row | {"token_mask": token_mask, "response_mask": response_mask}
+
+
 def _micro_batch(rollouts: Sequence[Rollout], layout: list[list[int]], row_length: int, num_experts: int) -> MicroBatch:
+    order = [index for row in layout for index in row]
+    parts = [rollouts[index] for index in order]
     longest = max(sum(rollouts[index].places for index in row) for row in layout)
     B, T = len(layout), min(row_length, -(-longest // MULTIPLE) * MULTIPLE)
-    M, _, K = rollouts[layout[0][0]].experts.shape
-    input_ids, position_ids = np.zeros((2, B, T), dtype=np.int64)
-    token_mask, response_mask = np.zeros((2, B, T), dtype=bool)
+    M, _, K = parts[0].experts.shape
     # Padding goes through experts too: through all of them in turn, so that none is busier for it.
     idle_TK = np.arange(T * K).reshape(T, K) % num_experts
     expert_choices = np.broadcast_to(idle_TK, (M, B, T, K)).copy()
-    order = [index for row in layout for index in row]
     for b, row in enumerate(layout):
-        start = 0
-        for index in row:
-            rollout = rollouts[index]
-            P, n, places = len(rollout.prompt_ids), len(rollout.response_ids), rollout.places
-            own = slice(start, start + places)
-            input_ids[b, own] = np.concatenate((rollout.prompt_ids, rollout.response_ids[:-1]))
-            position_ids[b, own] = np.arange(places)
-            token_mask[b, own] = True
-            response_mask[b, start + P - 1 : start + P - 1 + n] = ~rollout.observed
-            expert_choices[:, b, own] = rollout.experts
-            start += places
-        position_ids[b, start:] = np.arange(T - start)
-    parts = [rollouts[index] for index in order]
-    drawn = [~rollout.observed for rollout in parts]
-    return MicroBatch(
-        input_ids=torch.from_numpy(input_ids),
-        position_ids=torch.from_numpy(position_ids),
-        token_mask=torch.from_numpy(token_mask),
-        response_mask=torch.from_numpy(response_mask),
-        expert_choices=torch.from_numpy(expert_choices),
-        targets=torch.from_numpy(np.concatenate([rollout.own_ids for rollout in parts])),
-        rollout_index=torch.from_numpy(np.repeat(order, [mask.sum() for mask in drawn])),
-        old_logprobs=torch.from_numpy(
-            np.concatenate([one.logprobs[mask] for one, mask in zip(parts, drawn, strict=True)])
-        ),
-        nucleus=torch.from_numpy(
-            np.concatenate([one.nucleus.unpacked()[mask] for one, mask in zip(parts, drawn, strict=True)])
-        ),
-    )
+        experts_MPK = np.concatenate([rollouts[index].experts for index in row], axis=1)
+        expert_choices[:, b, : experts_MPK.shape[1]] = experts_MPK
+    rows = [lay_out([rollouts[index] for index in row], T) for row in layout]
+    drawn = np.concatenate([~one.observed for one in parts])
+    arrays = {name: np.stack([row[name] for row in rows]) for name in rows[0]} | {
+        "expert_choices": expert_choices,
+        "targets": np.concatenate([one.response_ids for one in parts])[drawn],
+        "rollout_index": np.repeat(order, [len(one.response_ids) for one in parts])[drawn],
+        "old_logprobs": np.concatenate([one.logprobs for one in parts])[drawn],
+        "nucleus": Nuclei.joined([one.nucleus for one in parts]).unpacked()[drawn],
+    }
+    return MicroBatch(**{name: torch.from_numpy(array) for name, array in arrays.items()})

@@ -12,15 +12,8 @@ from mai_thinking.rl.rollout import Group, Rollout, Verdict
 
 
 class ProblemFilter:
-    """A problem's way through the two stages. The trainer's part:
-
-        group = problem_filter.open(number, version)
-        while wanted := problem_filter.wanted(group):
-            problem_filter.add(group, …generate and grade `wanted` rollouts…)
-        if group.verdict is Verdict.KEPT: …
-
-    All its rollouts, early ones included, make up the group.
-    """
+    """A problem's way through the two stages: `open` a group, and `add` graded rollouts to it while it wants some. All
+    of them, early ones included, make up the group."""
 
     def __init__(self, section: SamplingSection) -> None:
         self.section = section
@@ -42,22 +35,18 @@ class ProblemFilter:
                 f"{len(rollouts)} rollouts for a problem that wants {self.wanted(group)} ({group.verdict})"
             )
         group.rollouts += rollouts
-        section = self.section
-        if group.verdict is Verdict.EARLY and not self.wanted(group):
-            ends = Verdict.EARLY_TOO_HARD, Verdict.FULL, Verdict.EARLY_TOO_EASY
-            group.verdict = _decide(group.pass_rate, section.early_range, *ends)
-        # Not `elif`: with early_size = group_size in all, the early rollouts are the whole group.
-        if group.verdict is Verdict.FULL and not self.wanted(group):
-            ends = Verdict.TOO_HARD, Verdict.KEPT, Verdict.TOO_EASY
-            group.verdict = _decide(group.pass_rate, section.final_range, *ends)
+        stages = (
+            (Verdict.EARLY, self.section.early_range, Verdict.EARLY_TOO_HARD, Verdict.FULL, Verdict.EARLY_TOO_EASY),
+            (Verdict.FULL, self.section.final_range, Verdict.TOO_HARD, Verdict.KEPT, Verdict.TOO_EASY),
+        )
+        # Both in turn: with early_size = group_size in all, the early rollouts are the whole group.
+        for stage, bounds, too_hard, within, too_easy in stages:
+            if group.verdict is stage and not self.wanted(group):
+                low, high = bounds or (0.0, 1.0)
+                group.verdict = too_hard if group.pass_rate < low else too_easy if group.pass_rate > high else within
 
 
-def _decide(
-    pass_rate: float, bounds: tuple[float, float] | None, below: Verdict, within: Verdict, above: Verdict
-) -> Verdict:
-    if bounds is None or bounds[0] <= pass_rate <= bounds[1]:
-        return within
-    return below if pass_rate < bounds[0] else above
+DROPPED = (Verdict.EARLY_TOO_HARD, Verdict.EARLY_TOO_EASY, Verdict.TOO_HARD, Verdict.TOO_EASY)
 
 
 @dataclass
@@ -86,9 +75,9 @@ class FilterCounts:
     acting: int = 0
     """Responses with a call."""
     context: int = 0
-    """Tokens of what the engine went on from after each step, the prompt included …"""
+    """Tokens that the engine went on from after each step, the prompt included."""
     cached: int = 0
-    """… and those of them that were in its cache."""
+    """Those of them that were in the engine's cache."""
 
     @property
     def solved(self) -> bool:
@@ -123,26 +112,24 @@ class FilterCounts:
             setattr(self, name, getattr(self, name) + value)
 
     def metrics(self) -> dict[str, float]:
-        """`groups_kept`, `groups_dropped/RULE`, and `rollouts_used`, the share of the rollouts that is learned from."""
-        dropped = ("early_too_hard", "early_too_easy", "too_hard", "too_easy")
-        return {
+        """Groups kept and dropped, and shares of the rollouts, of their calls and of the context."""
+        rollouts = max(1, self.rollouts)
+        found = {
             "groups_kept": self.kept,
-            **{f"groups_dropped/{rule}": getattr(self, rule) for rule in dropped},
-            "rollouts_used": self.rollouts_kept / max(1, self.rollouts),
+            **{f"groups_dropped/{rule}": getattr(self, rule) for rule in DROPPED},
+            "rollouts_used": self.rollouts_kept / rollouts,
             # Of all responses, also those that nothing is learned from.
-            "response_length/all": self.tokens / max(1, self.rollouts),
-            "cut_off/all": self.cut_off / max(1, self.rollouts),
-            "long_share": self.long / max(1, self.rollouts),
-            "thought_share": self.thoughts / max(1, self.rollouts),
-        } | (self._tools() if self.calls else {})
-
-    def _tools(self) -> dict[str, float]:
-        """Calls a response, shares of the calls, share of the responses with a call, and the share of the tokens that a
-        step went on from which the engine had in its cache."""
-        return {
-            "calls": self.calls / self.rollouts,
-            "calls_failed": self.failed_calls / self.calls,
-            "calls_repeated": self.repeated_calls / self.calls,
-            "call_share": self.acting / self.rollouts,
-            "cache_hits": self.cached / max(1, self.context),
+            "response_length/all": self.tokens / rollouts,
+            "cut_off/all": self.cut_off / rollouts,
+            "long_share": self.long / rollouts,
+            "thought_share": self.thoughts / rollouts,
         }
+        if self.calls:
+            found |= {
+                "calls": self.calls / rollouts,
+                "calls_failed": self.failed_calls / self.calls,
+                "calls_repeated": self.repeated_calls / self.calls,
+                "call_share": self.acting / rollouts,
+                "cache_hits": self.cached / max(1, self.context),
+            }
+        return found

@@ -18,7 +18,9 @@ from mai_thinking.config.distillation import DistillConfig
 from mai_thinking.data import Loader, PreparedData
 from mai_thinking.data.mixture import Mixture
 from mai_thinking.errors import UsageError
-from mai_thinking.rl.trace_selection import Example, Selection
+from mai_thinking.rl.packing import lay_out
+from mai_thinking.rl.rollout import Rollout
+from mai_thinking.rl.trace_selection import Selection
 from mai_thinking.training.text_loss import MicroBatch
 
 IGNORED = -100
@@ -78,9 +80,7 @@ class Batches:
         size = self.micro_batch
         return Batch(
             [_stack(made[begin : begin + size]) for begin in range(0, share, size)],
-            response_tokens=sum(
-                len(example.response_ids) - int(example.observed.sum()) for row in layout for example in row
-            ),
+            response_tokens=sum(len(example.own_ids) for row in layout for example in row),
             text_rows=kinds.count(TEXT),
         )
 
@@ -114,9 +114,9 @@ class Batches:
     def _identity(self) -> dict[str, Any]:
         return {"traces": self.selection.fingerprint, "seed": self.seed, "context_length": self.length}
 
-    def _fill(self, rows: int) -> list[list[Example]]:
+    def _fill(self, rows: int) -> list[list[Rollout]]:
         """The next traces, each in the first of so many rows that has room; the first that finds none is put back."""
-        layout: list[list[Example]] = [[] for _ in range(rows)]
+        layout: list[list[Rollout]] = [[] for _ in range(rows)]
         room = [self.length] * rows
         while rows:
             name, number = self._dealt.next_source()
@@ -129,7 +129,7 @@ class Batches:
             room[row] -= example.places
         return layout
 
-    def _example(self, name: str, number: int) -> Example:
+    def _example(self, name: str, number: int) -> Rollout:
         source = self._sources[name]
         epoch, place = divmod(number, len(source.examples))
         if self._orders.get(name, (-1,))[0] != epoch:
@@ -143,23 +143,12 @@ class Batches:
         return row | {"token_mask": torch.ones(self.length, dtype=torch.bool)}
 
 
-def trace_row(examples: Sequence[Example], length: int) -> dict[str, torch.Tensor]:
-    """Examples one behind the other: `input_ids`, `labels`, `position_ids` [T] int64, `token_mask` [T] bool."""
-    input_ids, position_ids = np.zeros((2, length), dtype=np.int64)
+def trace_row(examples: Sequence[Rollout], length: int) -> dict[str, torch.Tensor]:
+    """Rollouts one behind the other: `input_ids`, `labels`, `position_ids` [T] int64, `token_mask` [T] bool."""
+    row = lay_out(examples, length)
     labels = np.full(length, IGNORED, dtype=np.int64)
-    token_mask = np.zeros(length, dtype=bool)
-    start = 0
-    for example in examples:
-        prompt, end = len(example.prompt_ids), start + example.places
-        input_ids[start:end] = np.concatenate((example.prompt_ids, example.response_ids[:-1]))
-        position_ids[start:end] = np.arange(example.places)
-        observed = example.observed if len(example.observed) else False
-        labels[start + prompt - 1 : end] = np.where(observed, IGNORED, example.response_ids)
-        token_mask[start:end] = True
-        start = end
-    position_ids[start:] = np.arange(length - start)
-    arrays = {"input_ids": input_ids, "labels": labels, "position_ids": position_ids, "token_mask": token_mask}
-    return {name: torch.from_numpy(array) for name, array in arrays.items()}
+    labels[row.pop("response_mask")] = np.concatenate([example.own_ids for example in examples])
+    return {name: torch.from_numpy(array) for name, array in (row | {"labels": labels}).items()}
 
 
 def _stack(rows: Sequence[dict[str, torch.Tensor]]) -> MicroBatch:

@@ -36,9 +36,9 @@ def choose(
     Among equals the older come first; the newest come in the order of their generation. UsageError if there is no such
     trace, naming what there is.
     """
-    steps, tasks = (None if step is None else {step}), (None if task is None else {task})
+    where = [(name, "==", value) for name, value in (("step", step), ("task", task)) if value is not None]
     top: pa.Table | None = None
-    for part in store.parts(steps=steps, tasks=tasks):
+    for part in store.parts(where):
         # Of all that is read, no more than `count` rows are kept.
         table = part if top is None else pa.concat_tables([top, part])
         top = table.slice(max(0, len(table) - count)) if order == "newest" else _first(table, order, count)

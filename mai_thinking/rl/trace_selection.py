@@ -2,23 +2,21 @@
 
 Rules apply one after the other and a trace counts under the first that removes it: the steps, then what is wrong with a
 trace by itself, then the cap per prompt, then the total. A store is read batch by batch, so that only the traces under
-the cap need to fit into memory (4 bytes a token).
+the cap need to fit into memory.
 """
 
 import bisect
 import functools
+import itertools
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 import xxhash
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerFast
@@ -31,32 +29,12 @@ from mai_thinking.errors import UsageError
 from mai_thinking.provenance.lineage import Lineage, require_own
 from mai_thinking.rl.collapse import repetition
 from mai_thinking.rl.language import foreign_words
+from mai_thinking.rl.rollout import Rollout
 from mai_thinking.rl.template import Template
-from mai_thinking.rl.traces import FOLDER, TraceStore
+from mai_thinking.rl.traces import FOLDER, SCHEMA, Trace, TraceStore
 
-Tokens = NDArray[np.int32]
 _GRAM = 8
 """Tokens that are looked up as one in the search for loops."""
-
-
-@dataclass(frozen=True)
-class Example:
-    """A trace to learn from."""
-
-    prompt_ids: Tokens
-    response_ids: Tokens
-    """With the end-of-text token, if the response came to its end."""
-    observed: NDArray[np.bool_] = field(default_factory=lambda: np.empty(0, dtype=bool))
-    """Of each response token whether a tool wrote it, which is nothing to learn; empty where none did."""
-
-    @property
-    def places(self) -> int:
-        """Places in a row: the last token is only predicted."""
-        return len(self.prompt_ids) + len(self.response_ids) - 1
-
-
-_Candidate = tuple[float, int, Example]
-"""Its place among a prompt's traces, its number in the order of their generation, the trace."""
 
 
 @dataclass(frozen=True)
@@ -72,13 +50,13 @@ class ChosenTraces:
     removed: dict[str, int]
     """By rule, in the order of the rules."""
     prompts: int
-    examples: Sequence[Example]
+    examples: Sequence[Rollout]
     """In the order of their generation."""
 
     @cached_property
     def response_tokens(self) -> int:
         """Tokens that are learned from."""
-        return sum(len(example.response_ids) - int(example.observed.sum()) for example in self.examples)
+        return sum(len(example.own_ids) for example in self.examples)
 
     @cached_property
     def places(self) -> int:
@@ -106,9 +84,8 @@ class Selection:
             digest.update(f"{len(source.examples)};".encode())
             for example in source.examples:
                 digest.update(f"{len(example.prompt_ids)},{len(example.response_ids)};".encode())
-                digest.update(
-                    example.prompt_ids.tobytes() + example.response_ids.tobytes() + example.observed.tobytes()
-                )
+                ids = np.array([*example.prompt_ids, *example.response_ids], dtype=np.int32)
+                digest.update(ids.tobytes() + (example.observed.tobytes() if example.observed.any() else b""))
         return digest.hexdigest()
 
     def markdown(self) -> str:
@@ -146,13 +123,14 @@ def _choose(config: DistillConfig, source: int, quota: int, tokenizer: PreTraine
     random = np.random.default_rng([config.seed, source])
     steps = store.read(columns=["step"])["step"].to_numpy()
     window = _window(section, key, steps)
+    columns = [name for name in SCHEMA.names if name != "logprobs"]
+    numbers = itertools.count()  # in the order of their generation
     removed = Counter({"other steps": len(steps) - int(np.isin(steps, window).sum())})
     removed.update(dict.fromkeys([*rules, "not in the frame", "too long", "per prompt", "total"], 0))
-    by_prompt: dict[str, list[_Candidate]] = {}
-    number = 0
-    for part in store.parts(steps=set(window.tolist())):
+    by_prompt: dict[str, list[tuple[float, int, Rollout]]] = {}
+    for part in store.parts([("step", "in", set(window.tolist()))], columns):
         # A lot for each row, whatever the rules say: another rule does not reshuffle the rest.
-        for lot, row in zip(random.random(part.num_rows), _rows(part), strict=True):
+        for lot, row in zip(random.random(part.num_rows), part.to_pylist(), strict=True):
             rule = next((name for name, breaks in rules.items() if breaks(row)), None)
             example = words.example(row) if rule is None else None
             if example is None:
@@ -162,10 +140,9 @@ def _choose(config: DistillConfig, source: int, quota: int, tokenizer: PreTraine
             else:
                 order = lot + (len(row["response_ids"]) if config.selection.order == "shortest" else 0)
                 best = by_prompt.setdefault(row["prompt"], [])
-                bisect.insort(best, (order, number, example))
+                bisect.insort(best, (order, next(numbers), example))
                 removed["per prompt"] += len(best) > cap
                 del best[cap:]
-                number += 1
     prompts = list(by_prompt)
     drawn = [(prompts[i], trace) for i in random.permutation(len(prompts)) for trace in by_prompt[prompts[i]]]
     if not drawn:
@@ -201,9 +178,9 @@ def _window(section: TraceSourceSection, key: str, steps: NDArray[np.int64]) -> 
     return inside[-math.ceil(section.late_share * len(inside)) :]
 
 
-def _rules(section: SelectionSection, frame: TemplateSection) -> dict[str, Callable[[dict[str, Any]], bool]]:
+def _rules(section: SelectionSection, frame: TemplateSection) -> dict[str, Callable[[Trace], bool]]:
     """What can be wrong with a trace by itself: by name, in their order, whether a row of the store breaks a rule."""
-    rules: dict[str, Callable[[dict[str, Any]], bool]] = {}
+    rules: dict[str, Callable[[Trace], bool]] = {}
     if section.correct_only:
         rules["wrong"] = lambda row: not row["passed"]
     if not section.unfinished:
@@ -211,7 +188,7 @@ def _rules(section: SelectionSection, frame: TemplateSection) -> dict[str, Calla
     if not section.unanswered:
         rules["unanswered"] = lambda row: row["answer"] is None
     if (most := section.max_repetition) is not None:
-        rules["repetitive"] = lambda row: repetition(row["response_ids"].tolist(), _GRAM) > most
+        rules["repetitive"] = lambda row: repetition(row["response_ids"], _GRAM) > most
     if (most_foreign := section.max_foreign) is not None:
         rules["foreign"] = lambda row: foreign_share(row["response"]) > most_foreign
     # What stands right before the question, such as `Question:`; a bare frame has nothing that could be told.
@@ -225,7 +202,7 @@ def _rules(section: SelectionSection, frame: TemplateSection) -> dict[str, Calla
     return rules
 
 
-def _contains(pattern: re.Pattern[str], row: dict[str, Any]) -> bool:
+def _contains(pattern: re.Pattern[str], row: Trace) -> bool:
     return pattern.search(row["response"]) is not None
 
 
@@ -246,14 +223,11 @@ class _Words:
         self.encoder = Encoder(tokenizer)
         self.frame, self.reframe = frame, reframe
 
-    def example(self, row: dict[str, Any]) -> Example | None:
+    def example(self, row: Trace) -> Rollout | None:
         """None if the trace does not follow the frame that it should be moved out of, or has calls of tools in it and
         would have to be written anew."""
         if self.as_stored:  # the very tokens that were drawn: encoding the text again may cut it otherwise
-            # Copies, not views of the whole batch's.
-            return Example(
-                row["prompt_ids"].copy(), row["response_ids"].copy(), np.array(row["observed"] or (), dtype=bool)
-            )
+            return _rollout(row["prompt_ids"], row["response_ids"], row["observed"])
         if row["observed"]:  # which of the new tokens a tool wrote, nobody could tell
             return None
         texts = row["prompt"], row["response"]
@@ -263,8 +237,12 @@ class _Words:
                 return None
             texts = moved
         end = [self.encoder.end_of_text] if row["finished"] else []
-        response_ids = np.array([*self.encoder.encode(texts[1]), *end], dtype=np.int32)
-        return Example(np.array(self.encoder.encode_prompt(texts[0]), dtype=np.int32), response_ids)
+        return _rollout(self.encoder.encode_prompt(texts[0]), [*self.encoder.encode(texts[1]), *end])
+
+
+def _rollout(prompt_ids: list[int], response_ids: list[int], observed: Sequence[bool] | None = None) -> Rollout:
+    ids, by_tools = np.array(response_ids, dtype=np.int64), np.array(observed or (), dtype=bool)
+    return Rollout(0, prompt_ids, len(ids), response_ids=ids, observed=by_tools)
 
 
 def move(prompt: str, response: str, frame: TemplateSection, reframe: ReframeSection) -> tuple[str, str] | None:
@@ -315,17 +293,3 @@ def _frame(run: Path) -> TemplateSection:
     """The frame that a run asked in."""
     tree = read_yaml_with_base(run / "config.yaml").get("template")
     return validate(TemplateSection, tree if isinstance(tree, dict) else {}, f"{run / 'config.yaml'}: template")
-
-
-def _rows(part: pa.Table) -> Iterable[dict[str, Any]]:
-    """Rows as dicts of Python values, but for the tokens, which are arrays."""
-    tokens = {name: _arrays(part[name]) for name in ("prompt_ids", "response_ids")}
-    rest = part.drop_columns([name for name in ("prompt_ids", "response_ids", "logprobs") if name in part.column_names])
-    for index, row in enumerate(rest.to_pylist()):
-        yield row | {name: arrays[index] for name, arrays in tokens.items()}
-
-
-def _arrays(column: pa.ChunkedArray) -> list[Tokens]:
-    lengths = pc.list_value_length(column).to_numpy()
-    flat = pc.list_flatten(column).to_numpy().astype(np.int32, copy=False)
-    return np.split(flat, np.cumsum(lengths)[:-1]) if len(lengths) else []

@@ -8,20 +8,16 @@ the same rollouts, bit for bit, and is not written a second time.
 """
 
 import errno
-import functools
 import json
-import operator
 import re
 import sys
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-import xxhash
 
 from mai_thinking.config.storage import atomic_file
 from mai_thinking.errors import RunError
@@ -32,12 +28,10 @@ FOLDER = "traces"
 """Below a run's folder."""
 _PART = re.compile(r"(?:batch|wave)-(\d{8,})-rank-(\d{5,})\.parquet")
 
-_NONE = np.empty(0, dtype=bool)
-_WITH_TOOLS = {"observed": _NONE, "parts": None}
-"""Columns that a trace without tools may lack, and what they then hold."""
-
 Trace = dict[str, Any]
 """One rollout: a row of the store, by column."""
+Where = Sequence[tuple[str, str, Any]]
+"""Conditions that rows must all meet, as `pyarrow.parquet` takes them: ("step", "in", {1, 2})."""
 SCHEMA = pa.schema(
     {
         "step": pa.int64(),  # gradient steps that the run had done when the rollout was generated
@@ -82,7 +76,7 @@ def trace_rows(group: Group, *, step: int, checkpoint: str, lineage: str) -> lis
             "response": rollout.text,
             "parts": json.dumps(rollout.parts) if rollout.observed.any() else None,
             "response_ids": rollout.response_ids,
-            "observed": rollout.observed if rollout.observed.any() else _NONE,
+            "observed": rollout.observed if rollout.observed.any() else rollout.observed[:0],
             "logprobs": rollout.logprobs,
             "finished": rollout.finished,
             "answer": rollout.answer,
@@ -116,7 +110,7 @@ class TraceStore:
         Returns whether it was written. NotReproducedError if what is there is something else; OSError, with nothing
         left behind, if it cannot be written.
         """
-        table = pa.table(_columns(traces), schema=SCHEMA)
+        table = pa.Table.from_pylist(list(traces), schema=SCHEMA)
         name = f"-{batch:08d}-rank-{self.rank:05d}.parquet"
         path = old if (old := self.folder / f"wave{name}").exists() else self.folder / f"batch{name}"
         if path.exists():
@@ -136,38 +130,24 @@ class TraceStore:
             raise OSError(error.errno or errno.EIO, error.strerror or str(error), str(path)) from error
         return True
 
-    def parts(
-        self,
-        *,
-        steps: Collection[int] | None = None,
-        tasks: Collection[str] | None = None,
-        columns: Sequence[str] | None = None,
-    ) -> Iterator[pa.Table]:
+    def parts(self, where: Where = (), columns: Sequence[str] = SCHEMA.names) -> Iterator[pa.Table]:
         """The selected rows, batch by batch and rank by rank, so that a store larger than memory can be read.
 
-        `steps` and `tasks` choose rows, `columns` some of `SCHEMA`'s; None is all. A column that a part was written
-        without is null. A part that is damaged is named on stderr and left out.
+        A column that a part was written without is null. A part that is damaged is named on stderr and left out.
         """
         for path in self._paths():
             try:
-                table = _read_part(path, steps, tasks, columns)
+                table = _read_part(path, where, columns)
             except (OSError, ValueError) as error:
                 print(f"{path}: damaged ({_one_line(error)}); left out", file=sys.stderr, flush=True)
             else:
                 if table.num_rows:
                     yield table
 
-    def read(
-        self,
-        *,
-        steps: Collection[int] | None = None,
-        tasks: Collection[str] | None = None,
-        columns: Sequence[str] | None = None,
-    ) -> pa.Table:
+    def read(self, where: Where = (), columns: Sequence[str] = SCHEMA.names) -> pa.Table:
         """All of `parts` as one table; no rows where there is nothing."""
-        empty = SCHEMA.empty_table()
-        nothing = empty if columns is None else empty.select(list(columns))
-        return pa.concat_tables([nothing, *self.parts(steps=steps, tasks=tasks, columns=columns)])
+        nothing = SCHEMA.empty_table().select(columns)
+        return pa.concat_tables([nothing, *self.parts(where, columns)])
 
     def _paths(self) -> list[Path]:
         """By batch, then rank."""
@@ -178,7 +158,9 @@ class TraceStore:
         return sorted(found, key=found.__getitem__)
 
     def _compare(self, batch: int, before: pa.Table, now: pa.Table) -> None:
-        changed = [name for name in before.column_names if _fingerprint(before[name]) != _fingerprint(now[name])]
+        # As text, NaN is the same as NaN, and −0 another number than 0.
+        names = before.column_names
+        changed = [name for name in names if repr(before[name].to_pylist()) != repr(now[name].to_pylist())]
         if changed:
             step = f"step {now['step'][0]}, " if len(now) else ""
             raise NotReproducedError(
@@ -188,60 +170,16 @@ class TraceStore:
             )
 
 
-def _columns(traces: Sequence[Trace]) -> dict[str, pa.Array]:
-    columns = {}
-    for field in SCHEMA:
-        values = [(_WITH_TOOLS | trace)[field.name] for trace in traces]
-        columns[field.name] = (
-            _list_column(values, field.type) if pa.types.is_list(field.type) else pa.array(values, field.type)
-        )
-    return columns
-
-
-def _list_column(values: Sequence[Any], kind: pa.ListType) -> pa.Array:
-    """Lists or arrays, one a row, without a Python object per element."""
-    dtype = kind.value_type.to_pandas_dtype()
-    arrays = [np.asarray(value, dtype=dtype).reshape(-1) for value in values]
-    offsets = np.cumsum([0, *map(len, arrays)], dtype=np.int32)
-    flat = np.concatenate([np.empty(0, dtype), *arrays])
-    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(flat, kind.value_type))
-
-
-def _fingerprint(chunks: pa.ChunkedArray) -> str:
-    """xxh3-128 of a column's values, bit for bit, whatever Arrow's layout of them."""
-    column = pa.concat_arrays([pa.array([], chunks.type), *chunks.chunks])
-    digest = xxhash.xxh3_128(column.is_valid().to_numpy(zero_copy_only=False).tobytes())
-    if pa.types.is_list(column.type):
-        digest.update(column.value_lengths().to_numpy().tobytes())
-        digest.update(column.flatten().to_numpy(zero_copy_only=False).tobytes())
-    elif pa.types.is_string(column.type):
-        texts = [(text or "").encode() for text in column.to_pylist()]
-        digest.update(np.array([len(text) for text in texts], dtype=np.int64).tobytes())
-        digest.update(b"".join(texts))
-    else:
-        digest.update(column.to_numpy(zero_copy_only=False).tobytes())
-    return digest.hexdigest()
-
-
-def _read_part(
-    path: Path,
-    steps: Collection[int] | None = None,
-    tasks: Collection[str] | None = None,
-    columns: Sequence[str] | None = None,
-) -> pa.Table:
+def _read_part(path: Path, where: Where = (), columns: Sequence[str] = SCHEMA.names) -> pa.Table:
     """The chosen rows of one file. OSError or ValueError if it is damaged."""
     names = set(pq.read_schema(path).names)
     if not {"step", "task"} <= names:
         raise ValueError("not a trace file")
-    conditions = [
-        pc.field(name).isin(list(values)) for name, values in (("step", steps), ("task", tasks)) if values is not None
-    ]
-    columns = list(columns or SCHEMA.names)
     table = pq.read_table(
         path,
         schema=SCHEMA,
         columns=[*columns, *({"reward_task"} - set(columns))],
-        filters=functools.reduce(operator.and_, conditions) if conditions else None,
+        filters=list(where) or None,
         partitioning=None,
         page_checksum_verification=True,
     )

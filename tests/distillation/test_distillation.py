@@ -19,8 +19,9 @@ from mai_thinking.provenance.lineage import record_traces, require_own
 from mai_thinking.recipes.distill import self_distill
 from mai_thinking.report import write_summary
 from mai_thinking.report.lineage import report
+from mai_thinking.rl.rollout import Rollout
 from mai_thinking.rl.trace_packing import IGNORED, trace_row
-from mai_thinking.rl.trace_selection import Example, select
+from mai_thinking.rl.trace_selection import select
 from mai_thinking.rl.traces import Trace, TraceStore
 from mai_thinking.training.checkpoint import CheckpointReader
 from mai_thinking.training.metrics import read_records
@@ -47,7 +48,7 @@ def lessons(trace: Callable[..., Trace]) -> list[Trace]:
     ]
 
 
-def loglikelihood(model: Any, examples: Iterable[Example]) -> float:
+def loglikelihood(model: Any, examples: Iterable[Rollout]) -> float:
     model.eval()
     total = 0.0
     with torch.no_grad():

@@ -13,17 +13,19 @@ from checksums import sha256_of
 from mai_thinking.config.distillation import DistillConfig
 from mai_thinking.data import prepare
 from mai_thinking.errors import UsageError
+from mai_thinking.rl.rollout import Rollout
 from mai_thinking.rl.trace_packing import IGNORED, Batches, trace_row
-from mai_thinking.rl.trace_selection import Example, select
+from mai_thinking.rl.trace_selection import select
 from mai_thinking.rl.traces import Trace
 from mai_thinking.training.text_loss import TextLoss
 from tiny_models import tiny_learner, tiny_model
 
 
-def some_examples(seed: int = 0) -> list[Example]:
+def some_examples(seed: int = 0) -> list[Rollout]:
     random = np.random.default_rng(seed)
     sizes = [(7, 4), (12, 1), (5, 9), (1, 3), (20, 2)]
-    return [Example(*(random.integers(2, 97, n).astype(np.int32) for n in size)) for size in sizes]
+    tokens = [[random.integers(2, 97, n) for n in size] for size in sizes]
+    return [Rollout(0, prompt.tolist(), 9, response_ids=response) for prompt, response in tokens]
 
 
 def one_step(rows: list[dict[str, torch.Tensor]], balance: float = 0.0) -> dict[str, Any]:

@@ -79,12 +79,12 @@ def test_rows_come_by_batch_and_rank_and_are_chosen_by_step_task_and_column(tmp_
             TraceStore(tmp_path, rank).append(batch, rows)
     (tmp_path / "notes.txt").write_text("not a part")
     store = TraceStore(tmp_path)
-    order = store.read(tasks={"sums"}, columns=["request_id"])["request_id"].to_pylist()
+    order = store.read([("task", "==", "sums")], ["request_id"])["request_id"].to_pylist()
     assert order == [20, 21, 999_999_990, 999_999_991, 1_000_000_000, 1_000_000_001]
-    chosen = store.read(steps={99_999_999, 100_000_000}, tasks=["sorting"], columns=["task", "step"])
+    chosen = store.read([("step", ">", 2), ("task", "==", "sorting")], ["task", "step"])
     assert chosen.to_pydict() == {"task": ["sorting"] * 4, "step": [99_999_999] * 2 + [100_000_000] * 2}
-    assert store.read(steps={7}, columns=["reward"]) == pa.table({"reward": pa.array([], pa.float64())})
-    assert [len(part) for part in store.parts(steps={99_999_999})] == [2, 2]
+    assert store.read([("step", "in", {7})], ["reward"]) == pa.table({"reward": pa.array([], pa.float64())})
+    assert [len(part) for part in store.parts([("step", "in", {99_999_999})])] == [2, 2]
 
 
 def test_a_part_written_without_a_term_of_the_reward_has_null_for_it(tmp_path):
