@@ -85,19 +85,19 @@ def shares_by_size(run: Path, config: GrpoConfig, max_staleness: int) -> list[di
     sizes: dict[int, int] = {}
     lengths: dict[int, list[int]] = {}
     learned: set[int] = set()
-    for version in range(arrivals[-1].version + 1):
+    for version in range(arrivals[-1]["version"] + 1):
         oldest = version - max_staleness
         buffer = deque(one for one in buffer if one[1] >= oldest)
-        while arrivals and arrivals[0].version == version:
+        while arrivals and arrivals[0]["version"] == version:
             arrival = arrivals.popleft()
-            rows = _read_batch(run, arrival.number, "group_id", "verdict", "response_ids")
+            rows = _read_batch(run, arrival["arrived"], "group_id", "verdict", "response_ids")
             tokens = rows["response_ids"].combine_chunks().value_lengths().to_pylist()
             for group, verdict, length in zip(
                 rows["group_id"].to_pylist(), rows["verdict"].to_pylist(), tokens, strict=True
             ):
                 if verdict == "kept":
-                    if group not in sizes and arrival.weights[0][1] >= oldest:
-                        buffer.append((group, arrival.weights[0][1]))
+                    if group not in sizes and arrival["weights"][0][1] >= oldest:
+                        buffer.append((group, arrival["weights"][0][1]))
                     sizes[group] = mix.problem("train", group).size
                     lengths.setdefault(group, []).append(length)
         learned |= {buffer.popleft()[0] for _ in range(min(per_update, len(buffer)))}
@@ -153,11 +153,11 @@ def simulate(
         pool.published.append(pool.now)
         begin = pool.now
         while len(ready) < per_update:
-            ready += controller.collect(
+            groups, _, _ = controller.collect(
                 per_update - len(ready), version=version, buffered=len(ready), max_length=1, penalise_length=True,
                 heartbeat=lambda: None, hopeless=lambda counts: False,
             )  # fmt: skip
-            ready = [group for group in ready if group.version >= version - max_staleness]
+            ready = [group for group in ready + groups if group.version >= version - max_staleness]
         waited += pool.now - begin
         learned += ready[:per_update]
         ready = ready[per_update:]

@@ -89,7 +89,7 @@ class Proof:
             record.write_text(json.dumps({"kills": done, "generated_twice": twice}))
         again = self._run("again", [*self.ahead, f"rollouts.replay={struck.folder}"])
         again.finish()
-        arrived = sorted(arrival.number for arrival in Schedule(schedule_path(struck.folder, 0)).arrivals)
+        arrived = sorted(arrival["arrived"] for arrival in Schedule(schedule_path(struck.folder, 0)).arrivals)
         return json.loads(record.read_text()) | {
             "faults_updates": self.updates,
             "faults_max_staleness": self.max_staleness,

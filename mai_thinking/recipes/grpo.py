@@ -22,10 +22,9 @@ from mai_thinking.rl.length_curriculum import LengthCurriculum
 from mai_thinking.rl.metrics import rollout_metrics, stale_metrics
 from mai_thinking.rl.objective import Objective
 from mai_thinking.rl.packing import pack
-from mai_thinking.rl.policy_loss import PolicyLoss
+from mai_thinking.rl.policy import PolicyLoss
 from mai_thinking.rl.problem_filter import FilterCounts
 from mai_thinking.rl.rollout_worker import Responder, RolloutWorker
-from mai_thinking.rl.task_sources import check_same_tasks, source_of, task_contents
 from mai_thinking.rl.tasks import TaskSampler
 from mai_thinking.rl.template import Template
 from mai_thinking.rl.traces import FOLDER, TraceStore
@@ -62,8 +61,8 @@ class GrpoRecipe(Recipe):
         config.check_ranks(ranks)
         self.groups_per_step = config.groups_per_step // ranks
         mix = TaskSampler(config.tasks, config.seed)
-        self.data = [source_of(task) for task in config.tasks]
-        self.task_contents = task_contents(config.tasks)
+        self.data = [setup.source_of(task) for task in config.tasks]
+        self.task_contents = setup.task_contents(config.tasks)
         self.architecture = setup.policy_config(config)
         setup.check_lengths(config, mix)
         self.tokenizer = setup.policy_tokenizer(config)
@@ -101,7 +100,7 @@ class GrpoRecipe(Recipe):
 
     def load_progress(self, progress: dict[str, Any]) -> None:
         """Older checkpoints have neither. UsageError if the tasks are not those that the run began with."""
-        check_same_tasks(progress.get("tasks"), self.task_contents, self.config.tasks)
+        setup.check_same_tasks(progress.get("tasks"), self.task_contents, self.config.tasks)
         if history := progress.get("collapse"):
             self.detector.load_state_dict(history)
             self._end_if_collapsed()
@@ -170,19 +169,17 @@ class GrpoRecipe(Recipe):
         self.executor.give_weights(self.engine, self.learner.unwrap(), version)
         stale = self.buffer.drop_stale(version - rollouts.max_staleness)
         wanted = self.groups_per_step * rollouts.steps_per_update * (1 + rollouts.lead)
-        self.buffer.add(
-            self.controller.collect(
-                wanted - len(self.buffer),
-                version=version,
-                buffered=len(self.buffer),
-                max_length=self.curriculum.max_length,
-                penalise_length=self.curriculum.penalises_length,
-                heartbeat=self.context.heartbeat,
-                hopeless=lambda counts: self.config.collapse.enabled and self.detector.hopeless(counts),
-            )
+        groups, late, drawn = self.controller.collect(
+            wanted - len(self.buffer),
+            version=version,
+            buffered=len(self.buffer),
+            max_length=self.curriculum.max_length,
+            penalise_length=self.curriculum.penalises_length,
+            heartbeat=self.context.heartbeat,
+            hopeless=lambda counts: self.config.collapse.enabled and self.detector.hopeless(counts),
         )
-        stale += self.controller.take_stale()
-        mine = asdict(self.controller.take_counts()) | {"missing": max(0, wanted - len(self.buffer))}
+        self.buffer.add(groups)
+        mine = asdict(drawn) | {"missing": max(0, wanted - len(self.buffer))}
         sums = {name: round(value) for name, value in self.context.sum(mine).items()}
         missing, counts = sums.pop("missing"), FilterCounts(**sums)
         # A rank gives up because all is too easy, or too hard; what all of them drew tells which.
@@ -191,7 +188,7 @@ class GrpoRecipe(Recipe):
             self._end_if_collapsed()
         elif missing:
             self.ending = Ending(f"after step {done} hardly a problem is left to learn from: the tasks are solved")
-        return {**stale_metrics(stale, self.context), **counts.metrics(), **self.executor.metrics()}, counts
+        return {**stale_metrics(stale + late, self.context), **counts.metrics(), **self.executor.metrics()}, counts
 
     def _end_if_collapsed(self) -> None:
         if self.config.collapse.enabled and self.detector.verdict is not None:

@@ -60,10 +60,6 @@ class Controller:
         self.next_problem, self.next_batch = rank, 0
         self.under_way: dict[int, Order] = {}
         """By number: begun, and not taken in."""
-        self.counts = FilterCounts()
-        """Of what was taken in since the last `take_counts`."""
-        self.stale: list[Group] = []
-        """That were too old when they arrived, since the last `take_stale`."""
         self.patience = FRUITLESS_BATCHES
         self.version = self.buffered = self._fruitless = 0
         self._lengths = (0, True)
@@ -72,29 +68,37 @@ class Controller:
     def collect(
         self, wanted: int, *, version: int, buffered: int, max_length: int, penalise_length: bool,
         heartbeat: Callable[[], None], hopeless: Callable[[FilterCounts], bool],
-    ) -> list[Group]:  # fmt: skip
+    ) -> tuple[list[Group], list[Group], FilterCounts]:  # fmt: skip
         """At least `wanted` groups to learn from, batch by batch, where `buffered` wait already; fewer if the tasks are
-        solved, or it is `hopeless`, by the counts since the last `take_counts`, to go on. `version`: of the newest
-        weights. RunError if none comes up for too long."""
+        solved, or it is `hopeless`, by the counts so far, to go on. `version`: of the newest weights. → them, the
+        groups that were too old when they arrived, and what became of all problems. RunError if no group comes up for
+        too long."""
         self.version, self.heartbeat, self._lengths = version, heartbeat, (max_length, penalise_length)
+        oldest = version - self.config.rollouts.max_staleness
         groups: list[Group] = []
-        while batch := self._next(wanted - len(groups), buffered + len(groups)):
-            self.counts.add(batch.counts)
+        stale: list[Group] = []
+        counts = FilterCounts()
+        while True:
+            self.buffered = buffered + len(groups)
+            batch = self.executor.next(self, max(0, wanted - len(groups)))
+            if batch is None:
+                break
+            del self.under_way[batch.order.number]
             self.traces.append(batch.order.number, batch.traces)
-            oldest = version - self.config.rollouts.max_staleness
-            groups += [group for group in batch.groups if group.version >= oldest]
-            self.stale += [group for group in batch.groups if group.version < oldest]
-            if len(groups) < wanted and (self.counts.solved or hopeless(self.counts)):
+            counts.add(batch.counts)
+            for group in batch.groups:
+                (groups if group.version >= oldest else stale).append(group)
+            if len(groups) < wanted and (counts.solved or hopeless(counts)):
                 break
             self._fruitless = 0 if batch.groups else self._fruitless + 1
             if self._fruitless == self.patience:
                 raise RunError(
                     f"step {version * self.config.rollouts.steps_per_update}: {self.patience} batches of problems "
-                    f"without one to learn from ({self.counts.metrics()}); easier tasks, wider sampling ranges or "
+                    f"without one to learn from ({counts.metrics()}); easier tasks, wider sampling ranges or "
                     "larger groups would help"
                 )
             heartbeat()
-        return groups
+        return groups, stale, counts
 
     def draw(self, *, only_newest: bool = False) -> Order:
         """The next order; `only_newest` weights may answer it."""
@@ -116,16 +120,6 @@ class Controller:
             self.next_batch, self.next_problem = first.number, first.first
             self.under_way.clear()
 
-    def take_counts(self) -> FilterCounts:
-        """What became of the problems since the last call."""
-        counts, self.counts = self.counts, FilterCounts()
-        return counts
-
-    def take_stale(self) -> list[Group]:
-        """Those since the last call."""
-        stale, self.stale = self.stale, []
-        return stale
-
     def state_dict(self) -> dict[str, Any]:
         """Plain values."""
         under_way = [asdict(order) for order in self.under_way.values()]
@@ -141,10 +135,3 @@ class Controller:
         first = max(state["next_problem"] for state in states)
         self.next_problem = (first // world + 1) * world + rank
         self.next_batch = max(state["next_batch"] for state in states)
-
-    def _next(self, wanted: int, buffered: int) -> Batch | None:
-        self.buffered = buffered
-        batch = self.executor.next(self, max(0, wanted))
-        if batch is not None:
-            self.under_way.pop(batch.order.number)
-        return batch

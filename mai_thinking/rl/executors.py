@@ -8,6 +8,7 @@ same groups again; `Replay` makes them again, in one process.
 """
 
 from collections.abc import Callable
+from pathlib import Path
 
 from torch import Tensor
 
@@ -16,12 +17,12 @@ from mai_thinking.errors import RunError, UsageError
 from mai_thinking.rl.controller import Controller, Executor
 from mai_thinking.rl.engine import BatchedEngine
 from mai_thinking.rl.rollout_worker import Batch, Order, RolloutWorker
-from mai_thinking.rl.schedule import Arrival, Schedule, Spool, recorded_schedule, schedule_path
-from mai_thinking.rl.shared_weights import SharedWeights
+from mai_thinking.rl.schedule import Schedule, Spool, schedule_path
 from mai_thinking.rl.worker_pool import WorkerPool
-from mai_thinking.rl.worker_process import share_machine
+from mai_thinking.rl.worker_process import SharedWeights, share_machine
 from mai_thinking.training.checkpoint_storage import visible_steps
 from mai_thinking.training.context import RunContext
+from mai_thinking.training.metrics import Record
 
 
 class InProcess(Executor):
@@ -31,7 +32,6 @@ class InProcess(Executor):
         self.worker = worker
 
     def next(self, controller: Controller, wanted: int) -> Batch | None:
-        """As `Executor.next`."""
         return self.worker.answer(controller.draw(), controller.version) if wanted else None
 
 
@@ -42,19 +42,15 @@ class _ByWorkers(Executor):
         self.pool = pool
 
     def retract(self) -> None:
-        """As `Executor.retract`."""
         self.pool.weights.retract()
 
     def publish(self, version: int) -> None:
-        """As `Executor.publish`."""
         self.pool.weights.publish(version)
 
     def metrics(self) -> dict[str, float]:
-        """As `Executor.metrics`."""
         return {"idle/workers": self.pool.idle_share()}
 
     def finish(self) -> None:
-        """As `Executor.finish`."""
         self.pool.spool.clear()
 
 
@@ -63,7 +59,6 @@ class InTurn(_ByWorkers):
     in the same order. What they began beyond that is given up."""
 
     def next(self, controller: Controller, wanted: int) -> Batch | None:
-        """As `Executor.next`."""
         begun_before = any(order.version != controller.version for order in controller.under_way.values())
         if not wanted or begun_before:  # the latter by a filling that was broken off
             self.pool.give_up()
@@ -106,9 +101,8 @@ class Ahead(_ByWorkers):
         self._kept = [1, 1]  # problems begun, and groups of them that were kept
 
     def next(self, controller: Controller, wanted: int) -> Batch | None:
-        """As `Executor.next`."""
         if arrival := next_arrival(self.schedule, controller):
-            return self._count(controller, self._arrived(arrival.number, controller))
+            return self._count(controller, self._arrived(arrival["arrived"], controller))
         if self.schedule.ahead:  # the run was killed later than this
             return None
         for number in self.schedule.forget_before(self.needed_from()):
@@ -131,7 +125,7 @@ class Ahead(_ByWorkers):
             self.pool.wait(controller.heartbeat)
 
     def metrics(self) -> dict[str, float]:
-        """As `Executor.metrics`; `generation_seconds` are this process's own."""
+        """With `generation_seconds`, which are this process's own."""
         generated, self._generated = self._generated, 0.0
         return super().metrics() | {"generation_seconds": generated}
 
@@ -179,25 +173,22 @@ class Replay(Executor):
     def __init__(self, worker: RolloutWorker, engine: BatchedEngine, schedule: Schedule) -> None:
         self.worker, self.engine, self.schedule = worker, engine, schedule
         self._weights: dict[int, list[Tensor]] = {}
-        self._lag = max((arrival.version - arrival.weights[0][1] for arrival in schedule.arrivals), default=0)
+        self._lag = max((arrival["version"] - arrival["weights"][0][1] for arrival in schedule.arrivals), default=0)
 
     def publish(self, version: int) -> None:
-        """As `Executor.publish`."""
         self._weights[version] = [parameter.clone() for parameter in self.engine.model.parameters()]
         self._weights.pop(version - self._lag - 1, None)
 
     def next(self, controller: Controller, wanted: int) -> Batch | None:
-        """As `Executor.next`."""
         if arrival := next_arrival(self.schedule, controller):
-            return self._answer(controller.under_way[arrival.number], arrival.weights)
+            return self._answer(controller.under_way[arrival["arrived"]], dict(arrival["weights"]))
         if wanted:
             raise RunError(f"{self.schedule.path}: ends at update {controller.version}; make `steps` as few")
         return None
 
-    def _answer(self, order: Order, weights: list[tuple[int, int]]) -> Batch:
-        """The batch as it was written then."""
-        steps, at = 0, dict(weights)
-        heartbeat = self.engine.heartbeat
+    def _answer(self, order: Order, at: dict[int, int]) -> Batch:
+        """The batch as it was written then: with the weights of version `at[n]` from the decoding step n on."""
+        steps, heartbeat = 0, self.engine.heartbeat
 
         def between_tokens() -> None:
             nonlocal steps
@@ -218,7 +209,10 @@ def make_executor(config: GrpoConfig, context: RunContext, worker: RolloutWorker
     """As `config.rollouts` says. Workers are started; they end with `context.stack`. UsageError if it cannot be had."""
     rollouts, run, rank = config.rollouts, context.folder.path, context.rank
     if rollouts.replay:
-        return Replay(worker, engine, recorded_schedule(rollouts.replay, rank))
+        path = schedule_path(Path(rollouts.replay), rank)
+        if not path.exists():
+            raise UsageError(f"rollouts.replay: {path} does not exist; name the folder of a run with rollouts.workers")
+        return Replay(worker, engine, Schedule(path))
     if not rollouts.workers:
         return InProcess(worker)
     if context.device.type != "cpu":
@@ -237,8 +231,8 @@ def make_executor(config: GrpoConfig, context: RunContext, worker: RolloutWorker
     )
 
 
-def next_arrival(schedule: Schedule, controller: Controller) -> Arrival | None:
+def next_arrival(schedule: Schedule, controller: Controller) -> Record | None:
     """The next one on record of the controller's version, when the orders before it are drawn again."""
-    while isinstance(event := schedule.next_of(controller.version), Order):
-        controller.redraw(event)
-    return event
+    while (record := schedule.next_of(controller.version)) and "order" in record:
+        controller.redraw(Order(**record["order"]))
+    return record

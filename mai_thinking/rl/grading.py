@@ -17,7 +17,6 @@ from contextlib import suppress
 from dataclasses import asdict
 from multiprocessing import Pipe
 from multiprocessing.connection import wait
-from types import TracebackType
 from typing import Any, Self
 
 from mai_thinking.config.tasks import TaskSection
@@ -82,7 +81,7 @@ class GradingPool:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def _advance(self, grades: list[Grade], waiting: deque[int], tried: set[int]) -> None:

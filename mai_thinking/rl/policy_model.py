@@ -1,19 +1,22 @@
 """What an RL run is made from, and what it will cost."""
 
+import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from mai_thinking.config.distillation import DistillConfig
 from mai_thinking.config.grpo import GrpoConfig
+from mai_thinking.config.tasks import TaskSection
 from mai_thinking.data.questions import Split
 from mai_thinking.data.tokenizer import Encoder, load_tokenizer
 from mai_thinking.errors import UsageError
 from mai_thinking.model import MaiThinkingConfig, MaiThinkingForCausalLM
 from mai_thinking.model.configuration import LOCAL
-from mai_thinking.provenance.lineage import Lineage, require_own
+from mai_thinking.provenance.lineage import Lineage, Source, hash_file, require_own
 from mai_thinking.rl.engine import BatchedEngine
 from mai_thinking.rl.length_curriculum import LengthCurriculum
 from mai_thinking.rl.tasks import Problem, TaskSampler
@@ -21,14 +24,7 @@ from mai_thinking.rl.template import Template
 from mai_thinking.rl.tools.sandbox import isolation
 from mai_thinking.rl.tools.toolbox import Toolbox
 from mai_thinking.training.model_files import load_model, load_model_config
-from mai_thinking.training.plan import (
-    WEIGHT,
-    computes_in_bf16,
-    layout_text,
-    memory_per_rank,
-    memory_rows,
-    quantity,
-)
+from mai_thinking.training.plan import WEIGHT, computes_in_bf16, layout_text, memory_per_rank, memory_rows, quantity
 from mai_thinking.training.traffic import Work
 
 
@@ -118,6 +114,29 @@ def check_lengths(config: GrpoConfig, mix: TaskSampler) -> None:
             raise UsageError(found)
         mix.notes.append(found)
     mix.fits = lambda problem: length(problem) <= room
+
+
+def source_of(task: TaskSection) -> Source:
+    """A task as a record of lineage names it: by its section, and a file by its content."""
+    content = task.model_dump_json() + (hash_file(Path(task.path)).sha256 if task.path else "")
+    made = "procedural" if task.path is None else "human"
+    return Source(name=task.name, licence="", provenance=made, content=hashlib.sha256(content.encode()).hexdigest())
+
+
+def task_contents(tasks: Sequence[TaskSection]) -> list[str | None]:
+    """The SHA-256 of each task's file, if it has one."""
+    return [hash_file(Path(task.path)).sha256 if task.path else None for task in tasks]
+
+
+def check_same_tasks(
+    before: Sequence[str | None] | None, now: Sequence[str | None], tasks: Sequence[TaskSection]
+) -> None:
+    """UsageError if a task's file is another than when the run began, by `task_contents` then and now."""
+    for old, new, task in zip(now if before is None else before, now, tasks, strict=True):
+        if old != new:
+            raise UsageError(
+                f"tasks: {task.path} has changed since this run began; restore it, or start under another name"
+            )
 
 
 def describe(config: GrpoConfig) -> str:

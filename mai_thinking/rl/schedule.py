@@ -7,25 +7,23 @@ and the batches that arrived, until a checkpoint has what was learned from them.
 
 import json
 from collections import deque
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 
 from mai_thinking.config.storage import atomic_file
-from mai_thinking.errors import UsageError
 from mai_thinking.rl.buffer import pack_group, unpack_group
 from mai_thinking.rl.problem_filter import FilterCounts
 from mai_thinking.rl.rollout_worker import Batch, Order
-from mai_thinking.training.metrics import read_records
+from mai_thinking.rl.traces import Trace
+from mai_thinking.training.metrics import Record, read_records
 from mai_thinking.training.state import read_tree, write_tree
 
 _FOLDER = "rollouts"
-_TIMES = ("worker", "began", "seconds", "graded")
-_ARRAYS = ("response_ids", "observed", "logprobs")
-"""Columns of a trace that are arrays."""
 
 
 def schedule_path(run: Path, rank: int) -> Path:
@@ -47,14 +45,11 @@ class Spool:
     def write(self, batch: Batch) -> None:
         """Raises OSError."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        tree = {
+        tree = vars(batch) | {
             "order": asdict(batch.order),
-            "version": batch.version,
             "groups": [pack_group(group) for group in batch.groups],
             "counts": asdict(batch.counts),
-            "traces": [_with_tensors(trace) for trace in batch.traces],
-            "switches": batch.switches,
-            "times": {name: getattr(batch, name) for name in _TIMES},
+            "traces": [_converted(trace, torch.from_numpy) for trace in batch.traces],
         }
         with atomic_file(self.path(batch.order.number), durable=True) as path:
             write_tree(path, tree)
@@ -67,15 +62,13 @@ class Spool:
             return None
         if tree["order"] != asdict(order):
             return None
-        return Batch(
-            order,
-            tree["version"],
-            [unpack_group(group) for group in tree["groups"]],
-            FilterCounts(**tree["counts"]),
-            [_with_arrays(trace) for trace in tree["traces"]],
-            tree["switches"],
-            **tree["times"],
-        )
+        parts = {
+            "order": order,
+            "groups": [unpack_group(group) for group in tree["groups"]],
+            "counts": FilterCounts(**tree["counts"]),
+            "traces": [_converted(trace, torch.Tensor.numpy) for trace in tree["traces"]],
+        }
+        return Batch(**tree | parts)
 
     def discard(self, number: int) -> None:
         """Of a batch that nobody needs again."""
@@ -87,18 +80,13 @@ class Spool:
             path.unlink()
 
 
-class Arrival(NamedTuple):
-    """That a batch was taken in."""
-
-    version: int
-    """Of the learner's weights then."""
-    number: int
-    weights: list[tuple[int, int]]
-    """(n, version): the weights that the batch was written with after n decoding steps."""
-
-
 class Schedule:
-    """One rank's orders and arrivals, in their order."""
+    """One rank's orders and arrivals, in their order, as records:
+
+    {"version": …, "order": …} when an order is begun, and {"version": …, "arrived": its number, "weights": [[n, the
+    weights' version that it was written with after n decoding steps], …], …} when its batch is taken in; `version` is
+    that of the learner's weights then.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -107,7 +95,7 @@ class Schedule:
         self._gap = "\n" if torn else ""
         """Before the next line: a machine's death may have cut the last one off."""
         self._recorded = deque(records)
-        self.arrivals = [_arrival(record) for record in records if "arrived" in record]
+        self.arrivals = [record for record in records if "arrived" in record]
         """On record, and not forgotten."""
 
     @property
@@ -115,14 +103,13 @@ class Schedule:
         """Whether there is something on record that has not been done again."""
         return bool(self._recorded)
 
-    def next_of(self, version: int) -> Order | Arrival | None:
+    def next_of(self, version: int) -> Record | None:
         """What is on record of this version and comes next."""
         while self._recorded and self._recorded[0]["version"] < version:  # a checkpoint has it
             self._recorded.popleft()
         if not self._recorded or self._recorded[0]["version"] > version:
             return None
-        record = self._recorded.popleft()
-        return Order(**record["order"]) if "order" in record else _arrival(record)
+        return self._recorded.popleft()
 
     def add_order(self, version: int, order: Order) -> None:
         """It is about to be begun."""
@@ -130,41 +117,32 @@ class Schedule:
 
     def add_arrival(self, version: int, batch: Batch) -> None:
         """It is about to be learned from."""
-        arrival = Arrival(version, batch.order.number, [(0, batch.version), *batch.switches])
-        record = {"version": version, "arrived": arrival.number, "weights": arrival.weights}
-        times = {"began": round(batch.began, 3), "seconds": round(batch.seconds, 3)}
-        graded = [[round(begin - batch.began, 3), round(seconds, 3)] for begin, seconds in batch.graded]
-        self._append(record | {"worker": batch.worker, **times, "graded": graded})
-        self.arrivals.append(arrival)
+        record: Record = {
+            "version": version,
+            "arrived": batch.order.number,
+            "weights": [[0, batch.version], *batch.switches],
+            "worker": batch.worker,
+            "began": round(batch.began, 3),
+            "seconds": round(batch.seconds, 3),
+            "graded": [[round(begin - batch.began, 3), round(seconds, 3)] for begin, seconds in batch.graded],
+        }
+        self._append(record)
+        self.arrivals.append(record)
 
     def forget_before(self, version: int) -> list[int]:
         """The numbers of the batches that arrived before `version`, once each."""
-        gone = [arrival.number for arrival in self.arrivals if arrival.version < version]
-        self.arrivals = [arrival for arrival in self.arrivals if arrival.version >= version]
+        gone = [arrival["arrived"] for arrival in self.arrivals if arrival["version"] < version]
+        self.arrivals = [arrival for arrival in self.arrivals if arrival["version"] >= version]
         return gone
 
-    def _append(self, record: dict[str, Any]) -> None:
+    def _append(self, record: Record) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a") as file:
             file.write(f"{self._gap}{json.dumps(record)}\n")
         self._gap = ""
 
 
-def recorded_schedule(run: str, rank: int) -> Schedule:
-    """UsageError if there is none."""
-    path = schedule_path(Path(run), rank)
-    if not path.exists():
-        raise UsageError(f"rollouts.replay: {path} does not exist; name the folder of a run with rollouts.workers")
-    return Schedule(path)
-
-
-def _arrival(record: dict[str, Any]) -> Arrival:
-    return Arrival(record["version"], record["arrived"], [(steps, version) for steps, version in record["weights"]])
-
-
-def _with_tensors(trace: dict[str, Any]) -> dict[str, Any]:
-    return trace | {name: torch.from_numpy(trace[name]) for name in _ARRAYS if name in trace}
-
-
-def _with_arrays(trace: dict[str, Any]) -> dict[str, Any]:
-    return trace | {name: trace[name].numpy() for name in _ARRAYS if name in trace}
+def _converted(trace: Trace, convert: Callable[[Any], Any]) -> Trace:
+    """With its arrays as tensors, or back."""
+    arrays = {name: convert(trace[name]) for name in ("response_ids", "observed", "logprobs")}
+    return trace | arrays

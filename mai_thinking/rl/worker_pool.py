@@ -10,7 +10,6 @@ import time
 from collections import deque
 from collections.abc import Callable
 from multiprocessing.connection import wait
-from types import TracebackType
 from typing import Any, Self
 
 import torch
@@ -55,7 +54,7 @@ class WorkerPool:
         self._taken: list[tuple[float, float]] = []  # begin and end of batches since the last `idle_share`
         self._told = time.time()
         for worker in self._workers:
-            self._start(worker)
+            worker.start(self._context, setup)
 
     def begin(self, order: Order) -> None:
         """Have it answered, unless that is under way or, by an earlier process of the run, done."""
@@ -84,9 +83,9 @@ class WorkerPool:
             self._answered.discard(order)
             end = batch.began + batch.seconds
             self._taken.append((batch.began, end))
-            for worker in self._workers:
-                if worker.number == batch.worker:
-                    worker.free_since = max(worker.free_since, end)
+            if 0 <= batch.worker < self.count:
+                worker = self._workers[batch.worker]
+                worker.free_since = max(worker.free_since, end)
         return batch
 
     def discard(self, number: int) -> None:
@@ -137,12 +136,8 @@ class WorkerPool:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
-
-    def _start(self, worker: "_Worker") -> None:
-        self._setup.beats[worker.number] = time.monotonic() + _START_SECONDS
-        worker.start(self._context, self._setup)
 
     def _advance(self, timeout: float) -> None:
         living = [worker for worker in self._workers if worker.process is not None]
@@ -166,7 +161,7 @@ class WorkerPool:
                 self._bury(worker, "died")
         for worker in self._workers:
             if worker.process is None and now >= worker.rests_until:
-                self._start(worker)
+                worker.start(self._context, self._setup)
         self._hand_out()
 
     def _bury(self, worker: "_Worker", how: str) -> None:
@@ -209,6 +204,7 @@ class _Worker:
 
     def start(self, context: Any, setup: WorkerSetup) -> None:
         """Returns at once."""
+        setup.beats[self.number] = time.monotonic() + _START_SECONDS
         self.connection, its_end = context.Pipe()
         self.process = context.Process(target=work, args=(setup, self.number, its_end), daemon=False)
         self.process.start()

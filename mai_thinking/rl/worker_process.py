@@ -8,12 +8,14 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
+from torch import nn
 from transformers.utils import logging
 
 from mai_thinking.config.grpo import GrpoConfig
@@ -23,12 +25,59 @@ from mai_thinking.rl.grading import GradingPool
 from mai_thinking.rl.policy_model import check_lengths, make_engine, policy_config, policy_model
 from mai_thinking.rl.rollout_worker import Order, Responder, RolloutWorker
 from mai_thinking.rl.schedule import Spool
-from mai_thinking.rl.shared_weights import SharedWeights
 from mai_thinking.rl.tasks import TaskSampler
 from mai_thinking.rl.template import Template
 from mai_thinking.training.allocator import keep_freed_memory
 
 _PAUSE = 0.002
+_NONE, _CLOSED = -1, -2
+
+
+class SharedWeights:
+    """The engine's parameters in memory that the workers share, and the version that they are of: one writer, any
+    number of readers, and no lock that somebody could die with. Goes to another process as it is."""
+
+    def __init__(self, model: nn.Module) -> None:
+        """Moves `model`'s parameters, on the CPU, into shared memory; it goes on using them."""
+        parameters = list(model.parameters())
+        shared = torch.empty(sum(p.numel() for p in parameters), dtype=parameters[0].dtype).share_memory_()
+        self.parameters = []
+        for parameter, part in zip(parameters, shared.split([p.numel() for p in parameters]), strict=True):
+            part.copy_(parameter.detach().view(-1))
+            parameter.data = part.view_as(parameter)
+            self.parameters.append(parameter.data)
+        self._version = torch.full((), _NONE, dtype=torch.int64).share_memory_()
+
+    @property
+    def version(self) -> int | None:
+        """None while they are being written, or are of no version."""
+        version = int(self._version)
+        return None if version < 0 else version
+
+    @property
+    def closed(self) -> bool:
+        """Whether nobody is to read any more."""
+        return int(self._version) == _CLOSED
+
+    def close(self) -> None:
+        """For good."""
+        self._version.fill_(_CLOSED)
+
+    def retract(self) -> None:
+        """Before they are written: nobody begins to read."""
+        self._version.fill_(_NONE)
+
+    def publish(self, version: int) -> None:
+        """After they were written."""
+        self._version.fill_(version)
+
+    def read(self, load: Callable[[Iterable[torch.Tensor]], None]) -> int | None:
+        """Load the newest; → their version. None if they were being written meanwhile, and what was loaded is torn."""
+        before = self.version
+        if before is None:
+            return None
+        load(self.parameters)
+        return before if self.version == before else None
 
 
 @dataclass(frozen=True)
@@ -76,14 +125,14 @@ def work(setup: WorkerSetup, worker: int, connection: Connection) -> None:
     engine = weights.engine = make_engine(model, config, tokenizer, "no", weights.between_tokens)
     del model
     with GradingPool(config.tasks, **config.grading.model_dump()) as pool:
-        answering = RolloutWorker(
-            config, mix, Responder(engine, pool, Template(config.template), tokenizer), ranks=setup.ranks
-        )
+        responder = Responder(engine, pool, Template(config.template), tokenizer)
+        answering = RolloutWorker(config, mix, responder, ranks=setup.ranks)
         while True:
             try:
                 order = connection.recv()
             except (EOFError, OSError):  # nobody is there any more
                 return
+            outcome = None
             try:
                 weights.begin(order)
                 batch = answering.answer(order, weights.version)
@@ -91,9 +140,8 @@ def work(setup: WorkerSetup, worker: int, connection: Connection) -> None:
                 weights.check()
                 weights.beat()  # of a trainer that is gone, the next one's workers write this batch
                 setup.spool.write(batch)
-                outcome = None
             except GivenUp:
-                outcome = None
+                pass
             except Exception as error:
                 outcome = f"{type(error).__name__}: {error}"
             connection.send((order, outcome))

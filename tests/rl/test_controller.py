@@ -36,13 +36,12 @@ def test_what_is_too_old_on_arrival_is_not_learned_from() -> None:
     traces: Any = SimpleNamespace(append=lambda number, rows: None)
     executor = ByHand([1, 2, 1], [0], [3], [3])
     controller = Controller(config, executor, traces, problems=4, rank=0, ranks=1)
-    groups = controller.collect(
+    groups, stale, _ = controller.collect(
         2, version=3, buffered=0, max_length=8, penalise_length=True, heartbeat=lambda: None,
         hopeless=lambda counts: False,
     )  # fmt: skip
     assert [group.version for group in groups] == [2, 3]
-    assert [group.version for group in controller.take_stale()] == [1, 1, 0]
-    assert controller.take_stale() == []
+    assert [group.version for group in stale] == [1, 1, 0]
     assert len(executor.batches) == 1
 
 

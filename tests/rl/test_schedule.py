@@ -1,11 +1,12 @@
 """The record of who made what when."""
 
 import os
+from dataclasses import asdict
 from pathlib import Path
 
 from mai_thinking.rl.problem_filter import FilterCounts
 from mai_thinking.rl.rollout_worker import Batch, Order
-from mai_thinking.rl.schedule import Arrival, Schedule, Spool
+from mai_thinking.rl.schedule import Schedule, Spool
 
 
 def test_what_is_on_record_comes_again_in_its_order(tmp_path: Path) -> None:
@@ -22,11 +23,13 @@ def test_what_is_on_record_comes_again_in_its_order(tmp_path: Path) -> None:
     again = Schedule(path)
     again.add_order(2, third)
     last = Schedule(path)
-    assert last.next_of(1) == second
+    assert last.next_of(1) == {"version": 1, "order": asdict(second)}
     assert last.ahead
-    assert last.next_of(1) == Arrival(1, 0, [(0, 0), (7, 1)])
+    arrival = last.next_of(1)
+    assert arrival is not None
+    assert (arrival["arrived"], arrival["weights"]) == (0, [[0, 0], [7, 1]])
     assert last.next_of(1) is None
-    assert last.next_of(2) == third
+    assert last.next_of(2) == {"version": 2, "order": asdict(third)}
     assert not last.ahead
     assert last.forget_before(2) == [0]
     assert last.forget_before(2) == []

@@ -7,7 +7,7 @@ import pytest
 from mai_thinking.config.loading import validate
 from mai_thinking.config.tasks import TaskSection
 from mai_thinking.errors import UsageError
-from mai_thinking.rl.task_sources import check_same_tasks, source_of, task_contents
+from mai_thinking.rl.policy_model import check_same_tasks, source_of, task_contents
 
 
 def test_a_changed_file_is_refused_and_a_moved_one_is_not(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from mai_thinking.rl.controller import Controller
 from mai_thinking.rl.engine import BatchedEngine
 from mai_thinking.rl.objective import Objective
 from mai_thinking.rl.packing import pack
-from mai_thinking.rl.policy_loss import PolicyLoss
+from mai_thinking.rl.policy import PolicyLoss
 from mai_thinking.rl.policy_model import check_lengths
 from mai_thinking.rl.rollout import Group, Rollout, Verdict
 from mai_thinking.rl.rollout_worker import Responder

@@ -21,9 +21,8 @@ from mai_thinking.rl.executors import InTurn
 from mai_thinking.rl.problem_filter import FilterCounts
 from mai_thinking.rl.rollout_worker import Batch, Order
 from mai_thinking.rl.schedule import Spool
-from mai_thinking.rl.shared_weights import SharedWeights
 from mai_thinking.rl.worker_pool import WorkerPool
-from mai_thinking.rl.worker_process import WorkerSetup
+from mai_thinking.rl.worker_process import SharedWeights, WorkerSetup
 
 
 def faulty(setup: WorkerSetup, worker: int, connection: Connection) -> None:
@@ -136,6 +135,7 @@ def test_the_idle_share_is_of_the_time_of_all_workers(pool: Any, monkeypatch: py
     clock, ends = SimpleNamespace(now=100.0), []
 
     def start(worker: Any, context: Any, setup: WorkerSetup) -> None:
+        setup.beats[worker.number] = time.monotonic()
         worker.process = Mock()
         worker.connection, its_end = context.Pipe()
         ends.append(its_end)

@@ -58,7 +58,7 @@ def outcome(folder: Path) -> dict[str, Any]:
 
 def is_whole(folder: Path) -> bool:
     """Whether each batch that was taken in is there once, with all that it began with."""
-    arrived = [arrival.number for arrival in Schedule(schedule_path(folder, 0)).arrivals]
+    arrived = [arrival["arrived"] for arrival in Schedule(schedule_path(folder, 0)).arrivals]
     stored = sorted(int(path.name.split("-")[1]) for path in (folder / FOLDER).glob("batch-*"))
     return len(set(arrived)) == len(arrived) and stored == sorted(arrived)
 
