@@ -6,9 +6,9 @@ half of the policy's own (*half thought*). A thought that does work is worth the
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
-from itertools import chain, groupby, islice, zip_longest
+from itertools import chain, islice, zip_longest
 from statistics import fmean
 from typing import Any
 
@@ -18,7 +18,7 @@ import torch.distributed as dist
 from mai_thinking.config.grpo import ClimbEvaluationSection
 from mai_thinking.rl.rollout import Rollout
 from mai_thinking.rl.rollout_worker import Responder
-from mai_thinking.rl.tasks import Grade, Problem, TaskSampler
+from mai_thinking.rl.tasks import Problem, TaskSampler
 from mai_thinking.training.context import RunContext
 from mai_thinking.training.metrics import MetricsLog
 
@@ -28,11 +28,6 @@ _IDS = 2**40
 """Ids of each way of asking."""
 ANSWER_TOKENS = 16
 """Tokens, beyond the longest reference answer, of an answer that is forced."""
-FORCED = ("pass@1_emptied", "pass@1_other_thought", "pass@1_half_thought")
-COLUMNS = ("pass@1", *FORCED, "greedy", "thought_share", "response_length")
-"""What is summed up over the responses to a problem, by the name of its mean."""
-WITH_TOOLS = ("call_share", "pass@1_tools_off")
-"""The same where there are tools: responses with a call, and how many pass if nothing answers."""
 
 
 class HeldOut:
@@ -53,73 +48,68 @@ class HeldOut:
 
     def evaluate(self, responder: Responder, max_length: int) -> tuple[dict[str, Any], list[Rollout]]:
         """→ flat metrics, the same on every rank, and the first rollout of each of this rank's problems. Collective."""
-        k, temperature = self.section.samples, self.section.temperature
+        k, own_temperature = self.section.samples, self.section.temperature
         mine = range(self.rank, len(self.problems), self.ranks)
-        rollouts = self._respond(responder, mine, k, FIRST_ID, max_length, temperature)
-        numbers = [number for number in mine for _ in range(k)]
-        columns = (*COLUMNS, *(WITH_TOOLS if responder.engine.tools else ()))
-        sums = torch.zeros(len(columns), len(self.problems), dtype=torch.float64)
-        column = dict(zip(columns, sums, strict=True))
-        for number, rollout in zip(numbers, rollouts, strict=True):
-            column["pass@1"][number] += rollout.grade.passed
-            column["thought_share"][number] += rollout.has_thought
-            column["response_length"][number] += len(rollout.own_ids)
-        for name, grades in zip(FORCED, self._forced(responder, numbers, rollouts), strict=True):
-            for number, grade in zip(numbers, grades, strict=True):
-                column[name][number] += grade.passed
+
+        def respond(samples: int, first_id: int, temperature: float | None, *, tools: bool = True) -> list[Rollout]:
+            asked: list[Rollout] = []
+            for number in mine:
+                first = first_id + number * samples
+                asked += responder.ask(self.problems[number], range(first, first + samples), max_length)
+            return responder.respond(asked, temperature, tools=tools)
+
+        rollouts = respond(k, FIRST_ID, own_temperature)
+        emptied, other_thought, half_thought = self._forced(responder, rollouts)
+        greedy = respond(1, FIRST_ID + _IDS // 2, 0.0)
+        # Of each response, by the name of the mean.
+        values: dict[str, list[float]] = {
+            "pass@1": [rollout.grade.passed for rollout in rollouts],
+            "pass@1_emptied": emptied,
+            "pass@1_other_thought": other_thought,
+            "pass@1_half_thought": half_thought,
+            "greedy": [rollout.grade.passed for rollout in greedy for _ in range(k)],
+            "thought_share": [rollout.has_thought for rollout in rollouts],
+            "response_length": [len(rollout.own_ids) for rollout in rollouts],
+        }
         if responder.engine.tools:
-            for number, rollout in zip(numbers, rollouts, strict=True):
-                column["call_share"][number] += bool(rollout.calls)
-            # The same draws up to the first call.
-            bare = self._respond(responder, mine, k, FIRST_ID, max_length, temperature, tools=False)
-            for number, rollout in zip(numbers, bare, strict=True):
-                column["pass@1_tools_off"][number] += rollout.grade.passed
-        greedy = self._respond(responder, mine, 1, FIRST_ID + _IDS // 2, max_length, 0.0)
-        for number, rollout in zip(mine, greedy, strict=True):
-            column["greedy"][number] = k * rollout.grade.passed
+            values["call_share"] = [bool(rollout.calls) for rollout in rollouts]
+            # The same draws up to the first call, which nothing answers.
+            bare = respond(k, FIRST_ID, own_temperature, tools=False)
+            values["pass@1_tools_off"] = [rollout.grade.passed for rollout in bare]
+        sums = torch.zeros(len(values), len(self.problems), dtype=torch.float64, device=self._device)
+        own = torch.tensor(list(values.values()), dtype=torch.float64, device=self._device)
+        sums[:, self.rank :: self.ranks] = own.view(len(values), len(mine), k).sum(dim=-1)
         if self.ranks > 1:
-            there = sums.to(self._device)
-            dist.all_reduce(there)
-            sums.copy_(there)  # which `column` looks at
-        return self._metrics(column), rollouts[::k]
+            dist.all_reduce(sums)
+        return self._metrics(dict(zip(values, sums.cpu(), strict=True))), rollouts[::k]
 
-    def _respond(
-        self,
-        responder: Responder,
-        numbers: Sequence[int],
-        samples: int,
-        first_id: int,
-        max_length: int,
-        temperature: float | None,
-        *,
-        tools: bool = True,
-    ) -> list[Rollout]:
-        """`samples` responses to each of the problems."""
-        asked: list[Rollout] = []
-        for number in numbers:
-            first = first_id + number * samples
-            asked += responder.ask(self.problems[number], range(first, first + samples), max_length)
-        return responder.respond(asked, temperature, tools=tools)
-
-    def _forced(
-        self, responder: Responder, numbers: Sequence[int], rollouts: Sequence[Rollout]
-    ) -> Iterable[list[Grade]]:
-        """The grades where the answer is forced, in the three ways of `FORCED`, in the order of `rollouts`."""
-        k = self.section.samples
+    def _forced(self, responder: Responder, rollouts: Sequence[Rollout]) -> Iterator[list[float]]:
+        """Which answers pass where the answer is forced: at once, after another's thought, after half of the own."""
         room = ANSWER_TOKENS + max(len(responder.encoder.encode(problem.answer)) for problem in self.problems)
-        problems = [self.problems[number] for number in numbers]
+        problems = [rollout.problem for rollout in rollouts]
         own = [rollout.thought if rollout.has_thought else "" for rollout in rollouts]
-        halves = [_half(responder, thought) for thought in own]
+        ids = [responder.encoder.encode(thought) for thought in own]
+        halves = [str(responder.tokenizer.decode(thought[: len(thought) // 2])) for thought in ids]
         for way, thoughts in enumerate(([""] * len(own), _of_another(own, problems), halves), start=1):
-            ids = [FIRST_ID + way * _IDS + number * k + index % k for index, number in enumerate(numbers)]
-            yield responder.force(list(zip(problems, thoughts, ids, strict=True)), room, self.section.temperature)
+            asked = [
+                (rollout.problem, thought, rollout.id + way * _IDS)
+                for rollout, thought in zip(rollouts, thoughts, strict=True)
+            ]
+            yield [grade.passed for grade in responder.force(asked, room, self.section.temperature)]
 
     def _metrics(self, sums: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-        """Means over problems, by task and by size; `sums` of each problem, by column."""
-        k = self.section.samples
-        tasks = _places(self.problems)
-        passed = sums["pass@1"].tolist()
-        metrics = summarize({task: [round(passed[place]) for place in places] for task, places in tasks.items()}, k)
+        """Means over problems, by task and by size; of pass@1 also the 95 % interval, and pass@k. `sums` over the
+        responses to each problem, by name."""
+        k, tasks = self.section.samples, _places(self.problems)
+        metrics: dict[str, Any] = {}
+        for task, places in tasks.items():
+            passed = sums["pass@1"][places].tolist()
+            rates = [count / k for count in passed]
+            low, high = interval(rates)
+            metrics |= {f"pass@1/{task}": fmean(rates), f"pass@1_low/{task}": low, f"pass@1_high/{task}": high}
+            metrics[f"pass@{k}/{task}"] = fmean(count > 0 for count in passed)
+        for name in ("pass@1", f"pass@{k}"):
+            metrics[name] = fmean(metrics[f"{name}/{task}"] for task in tasks)
         for name in list(sums)[1:]:
             metrics[name] = float(sums[name].mean() / k)
             for task, places in tasks.items():
@@ -160,12 +150,6 @@ def show_evaluation(
         context.log(f"    {sample.problem.question} → {sample.text!r} ({mark})")
 
 
-def _half(responder: Responder, thought: str) -> str:
-    """The first half of its tokens."""
-    ids = responder.encoder.encode(thought)
-    return str(responder.tokenizer.decode(ids[: len(ids) // 2]))
-
-
 def _of_another(thoughts: Sequence[str], problems: Sequence[Problem]) -> list[str]:
     """For each thought that of another problem of the same task and size; where there is no other of its size, of
     another size; its own where the task has only one problem."""
@@ -174,18 +158,13 @@ def _of_another(thoughts: Sequence[str], problems: Sequence[Problem]) -> list[st
         of_problem: dict[Problem, list[int]] = {}
         for place in sorted(places, key=lambda place: problems[place].size):
             of_problem.setdefault(problems[place], []).append(place)
-        following = _each_to_the_next(list(of_problem))
-        for _, same in groupby(of_problem, key=lambda problem: problem.size):
-            if len(of_this_size := list(same)) > 1:
-                following |= _each_to_the_next(of_this_size)
         for problem, own in of_problem.items():
-            for place, other in zip(own, of_problem[following[problem]], strict=True):
+            alike = [one for one in of_problem if one.size == problem.size]
+            circle = alike if len(alike) > 1 else list(of_problem)
+            following = circle[(circle.index(problem) + 1) % len(circle)]
+            for place, other in zip(own, of_problem[following], strict=True):
                 result[place] = thoughts[other]
     return result
-
-
-def _each_to_the_next(problems: list[Problem]) -> dict[Problem, Problem]:
-    return dict(zip(problems, problems[1:] + problems[:1], strict=True))
 
 
 def _places(problems: Sequence[Problem]) -> dict[str, list[int]]:
@@ -194,20 +173,6 @@ def _places(problems: Sequence[Problem]) -> dict[str, list[int]]:
     for place, problem in enumerate(problems):
         places.setdefault(problem.task, []).append(place)
     return places
-
-
-def summarize(passed: Mapping[str, Sequence[int]], k: int) -> dict[str, Any]:
-    """Task → how many of each problem's k responses passed; flat metrics `pass@1/TASK`, `pass@1_low/TASK`,
-    `pass@1_high/TASK` (95 % interval), `pass@k/TASK`, and the means over tasks."""
-    result: dict[str, Any] = {}
-    for task, counts in passed.items():
-        rates = [count / k for count in counts]
-        low, high = interval(rates)
-        result |= {f"pass@1/{task}": fmean(rates), f"pass@1_low/{task}": low, f"pass@1_high/{task}": high}
-        result[f"pass@{k}/{task}"] = fmean(count > 0 for count in counts)
-    for name in ("pass@1", f"pass@{k}"):
-        result[name] = fmean(result[f"{name}/{task}"] for task in passed)
-    return result
 
 
 def interval(rates: Sequence[float]) -> tuple[float, float]:

@@ -13,9 +13,10 @@ import logging
 import sys
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
+from itertools import groupby, islice
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -228,12 +229,14 @@ class BatchedEngine:
         cache, backend = self._room(max(len(one.prompt_ids) + one.max_new_tokens for one in asked))
         for one in asked:
             one.calls = ()
-        waiting = _Waiting(self.model, asked)
+        waiting = _prefilled(self.model, asked)
         running: list[_Running] = []
         hidden_AD = self.model.lm_head.weight.new_empty(0, self.model.config.hidden_size)
         experts_aMK = torch.zeros(0, *self._experts_shape, dtype=torch.long, device=hidden_AD.device)
-        while waiting or running:
+        while True:
             hidden_AD = torch.cat((hidden_AD, *self._admit(waiting, running, cache)))
+            if not running:
+                return
             self._draw(backend, hidden_AD, experts_aMK, running, temperature)
             self._observe(running)
             self.heartbeat()
@@ -260,14 +263,17 @@ class BatchedEngine:
             self._backend = _BACKENDS[self._kind](self.model, self._cache, self._sampler)
         return self._cache, self._backend
 
-    def _admit(self, waiting: "_Waiting", running: list[_Running], cache: SlotCache) -> list[torch.Tensor]:
+    def _admit(
+        self, waiting: Iterator[tuple[Prompt, Rollout]], running: list[_Running], cache: SlotCache
+    ) -> list[torch.Tensor]:
         """Fill the free slots, behind those in use; → the hidden states [n, D] that predict their first tokens."""
         hidden = []
-        while waiting and len(running) < self.slots:
-            prompt, asked = waiting.take(self.slots - len(running))
-            cache.fill(len(running), len(asked), prompt)
-            hidden.append(prompt.hidden_D.expand(len(asked), -1))
-            running.extend(_Running(one, prompt) for one in asked)
+        admitted = list(islice(waiting, self.slots - len(running)))
+        for _, pairs in groupby(admitted, key=lambda pair: id(pair[0])):
+            new = [_Running(one, prompt) for prompt, one in pairs]
+            cache.fill(len(running), len(new), new[0].prompt)
+            hidden.append(new[0].prompt.hidden_D.expand(len(new), -1))
+            running += new
         return hidden
 
     def _draw(
@@ -331,41 +337,22 @@ class BatchedEngine:
         return [running[place.get(slot, slot)] for slot in range(count)]
 
 
-class _Waiting:
-    """Rollouts without a slot, those with one prompt together, and prompts that are ready for the first of them."""
-
-    def __init__(self, model: MaiThinkingForCausalLM, asked: Sequence[Rollout]) -> None:
-        by_prompt: dict[tuple[int, ...], list[Rollout]] = {}
-        for one in asked:
-            by_prompt.setdefault(tuple(one.prompt_ids), []).append(one)
-        self._model = model
-        self._queue = deque(by_prompt.items())
-        self._ready: deque[Prompt] = deque()
-
-    def __len__(self) -> int:
-        return len(self._queue)
-
-    def take(self, most: int) -> tuple[Prompt, list[Rollout]]:
-        """The next prompt, and `most` of its rollouts."""
-        if not self._ready:
-            self._prefill()
-        ids, rollouts = self._queue.popleft()
-        prompt = self._ready.popleft()
-        if left := rollouts[most:]:
-            self._queue.appendleft((ids, left))
-            self._ready.appendleft(prompt)
-        return prompt, rollouts[:most]
-
-    def _prefill(self) -> None:
-        """Make the next prompts ready: as many as go through the model together."""
-        batch: list[tuple[int, ...]] = []
-        longest = 0
-        for ids, _ in self._queue:
-            longest = max(longest, len(ids))
-            if batch and longest * (len(batch) + 1) > PREFILL_TOKENS:
-                break
-            batch.append(ids)
-        self._ready.extend(prefill(self._model, batch))
+def _prefilled(model: MaiThinkingForCausalLM, asked: Sequence[Rollout]) -> Iterator[tuple[Prompt, Rollout]]:
+    """The rollouts, those with one prompt together, each with its prompt. As many prompts as there is room for go
+    through the model together, when the first of them is wanted."""
+    by_prompt: dict[tuple[int, ...], list[Rollout]] = {}
+    for one in asked:
+        by_prompt.setdefault(tuple(one.prompt_ids), []).append(one)
+    batches: list[list[tuple[int, ...]]] = [[]]
+    for ids in by_prompt:
+        longest = max(map(len, [*batches[-1], ids]))
+        if batches[-1] and longest * (len(batches[-1]) + 1) > PREFILL_TOKENS:
+            batches.append([])
+        batches[-1].append(ids)
+    for batch in batches:
+        for ids, prompt in zip(batch, prefill(model, batch), strict=True):
+            for one in by_prompt[ids]:
+                yield prompt, one
 
 
 def inference_copy(model: MaiThinkingForCausalLM, dtype: torch.dtype | None) -> MaiThinkingForCausalLM:
