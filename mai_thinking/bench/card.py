@@ -1,25 +1,21 @@
 """configs/L12.yaml, the report's smallest rung, on one GPU: with our kernels and with the library's.
 
-Model and optimiser are the same for all sides; only how the layers are computed changes. Rows are packed documents of
-the embedded text. Utilisation is the report's (§2.8): matrix products and attention, without recomputation, over the
-whole step's time; attention counts the pairs of tokens that documents and windows leave. It is a share of what a large
-bf16 product reached on the same card in the same run.
+Only how the layers are computed changes. Rows are packed documents of the embedded text. Utilisation is the report's
+(§2.8): matrix products and attention, without recomputation, over the whole step's time; attention counts the pairs of
+tokens that documents and windows leave. It is a share of what a large bf16 product reached on the same card.
 """
 
 import gc
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
 
 from mai_thinking.bench.learner import BenchLearner, loading
-from mai_thinking.bench.machine import Options
-from mai_thinking.bench.profile import gpu_profile_rows
-from mai_thinking.bench.result import Result, Row
-from mai_thinking.bench.timing import Figure
+from mai_thinking.bench.measure import Figure, Result, Row, alternate, milliseconds, profile_rows
 from mai_thinking.config.loading import load_config
 from mai_thinking.config.pretraining import PretrainConfig
 from mai_thinking.data import Batch, PreparedData, prepare
@@ -27,112 +23,74 @@ from mai_thinking.errors import UsageError
 from mai_thinking.model import MaiThinkingConfig
 from mai_thinking.model.configuration import LOCAL
 from mai_thinking.model.experts import CastExperts
-from mai_thinking.training.parallel import compile_layers
+from mai_thinking.training.model_files import model_config
 
 CONFIG = "configs/L12.yaml"
-ROUNDED_GROUPED_MM = "rounded_grouped_mm"
-"""The library's grouped product in bf16; by itself it computes in the weights' dtype, fp32 under autocast."""
 
 
 def _rounded_grouped_mm(module: Any, x_TL: torch.Tensor, *routing: torch.Tensor) -> torch.Tensor:
+    """The library's grouped product in bf16; by itself it computes in the weights' dtype, fp32 under autocast."""
     weights = (weight.to(torch.bfloat16) for weight in (module.gate_up_proj, module.down_proj))
     out: torch.Tensor = grouped_mm_experts_forward(CastExperts(module, *weights), x_TL.to(torch.bfloat16), *routing)
     return out
 
 
-ALL_EXPERTS_FUNCTIONS.register(ROUNDED_GROUPED_MM, _rounded_grouped_mm)
-
-
-@dataclass(frozen=True)
-class Side:
-    """A way to compute the layers."""
-
-    attention: str
-    experts: str
-    compiled: bool
-    micro_batch_size: int | None = None
-    """Null: the config's. What is not compiled keeps more for its backward pass."""
-    rows: int | None = None
-    """In a step. Null: the config's. Fewer will do for those that take long."""
-
-
-SIDES = {
-    "ours": Side("packed_flex", "bucketed_mm", compiled=True),
-    "ours, flash attention": Side("windowed_sdpa", "bucketed_mm", compiled=True),
-    "ours, not compiled": Side("windowed_sdpa", "bucketed_mm", compiled=False, micro_batch_size=8, rows=48),
-    "transformers": Side("sdpa", ROUNDED_GROUPED_MM, compiled=False, micro_batch_size=4, rows=48),
-    "transformers, compiled": Side("sdpa", ROUNDED_GROUPED_MM, compiled=True, micro_batch_size=8, rows=48),
+ALL_EXPERTS_FUNCTIONS.register("rounded_grouped_mm", _rounded_grouped_mm)
+_FLASH, _PLAIN, _FEWER = "execution.attention=windowed_sdpa", "execution.compile=false", "batch.global_batch_size=48"
+_LIBRARY = ("execution.attention=sdpa", "execution.experts=rounded_grouped_mm", _FEWER)
+SIDES: dict[str, Sequence[str]] = {
+    "ours": (),
+    "ours, flash attention": (_FLASH,),
+    # What is not compiled keeps more for its backward pass.
+    "ours, not compiled": (_FLASH, _PLAIN, _FEWER, "batch.micro_batch_size=8"),
+    "transformers": (*_LIBRARY, _PLAIN, "batch.micro_batch_size=4"),
+    "transformers, compiled": (*_LIBRARY, "batch.micro_batch_size=8"),
 }
 
 
-def measure(options: Options) -> Result:
-    """configs/L12.yaml, fresh weights; `options.rounds` steps a side."""
+def measure(model: Path, rounds: int) -> Result:
+    """Every side in turn, with fresh weights and its own warm-up; `rounds` steps each."""
     if not torch.cuda.is_available():
         raise UsageError("card: there is no GPU here; `bench.py train` measures a step of nano on a CPU")
-    config = load_config(PretrainConfig, CONFIG)
-    return compare(config, prepare(config.data), options)
-
-
-def compare(config: PretrainConfig, data: PreparedData, options: Options, sides: dict[str, Side] = SIDES) -> Result:
-    """Every side in turn, each with its warm-up. One that runs out of memory says so."""
+    data = prepare(load_config(PretrainConfig, CONFIG).data)
     product = product_rate()
+    result = Result([], [f"product: {product / 1e12:.0f} TFLOP/s, bf16, 8,192 × 8,192 × 8,192"])
+    for side, changes in SIDES.items():
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        try:
+            result.rows.extend(_steps(side, load_config(PretrainConfig, CONFIG, changes), data, product, rounds))
+        except torch.cuda.OutOfMemoryError as error:
+            result.notes.append(f"{side}: out of memory ({str(error).splitlines()[0][:120]})")
+    return result
+
+
+def _steps(side: str, config: PretrainConfig, data: PreparedData, product: float, rounds: int) -> list[Row]:
+    architecture = model_config(config, data.tokenizer)
     with torch.device("cuda"):  # where drawing 3.7 billion weights takes a moment
-        learner = BenchLearner(config, data)
-    rows, notes = [], [f"product: {product / 1e12:.0f} TFLOP/s, bf16, 8,192 × 8,192 × 8,192"]
-    for name, side in sides.items():
-        row, said = _side(name, side, learner, config, data, product, options.rounds)
-        rows += row
-        notes += said
-    return Result("card", rows, notes)
+        learner = BenchLearner(config, architecture)
+    with loading(config, data) as loader:
+        batches = itertools.cycle([next(loader) for _ in range(2)])
 
+    def step() -> float:
+        batch = next(batches)
+        learner.learn(batch.micro_batches)
+        return step_flops(architecture, batch)
 
-def _side(
-    name: str, side: Side, learner: BenchLearner, config: PretrainConfig, data: PreparedData, product: float, steps: int
-) -> tuple[list[Row], list[str]]:
-    _compute_as(learner, side)
-    micro = side.micro_batch_size or config.batch.micro_batch_size
-    rows = side.rows or config.batch.global_batch_size
-    batch = config.batch.model_copy(update={"micro_batch_size": micro, "global_batch_size": rows})
-    with loading(config.model_copy(update={"batch": batch}), data) as loader:
-        batches = [next(loader) for _ in range(2)]
-    gc.collect()
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
-    try:
-        begin = time.perf_counter()
-        for number in range(2):
-            learner.learn(batches[number])
-        torch.cuda.synchronize()
-        warm_up = time.perf_counter() - begin
-        seconds = [_timed(lambda number=number: learner.learn(batches[number % 2])) for number in range(steps)]  # type: ignore[misc]
-    except torch.cuda.OutOfMemoryError as error:
-        learner.optimizer.zero_grad()
-        return [], [f"{name}: out of memory in micro-batches of {micro} rows ({str(error).splitlines()[0][:120]})"]
-    tokens = batch.tokens_per_step
-    architecture = learner.unwrap().config
-    flops = [step_flops(architecture, batches[number % 2]) for number in range(steps)]
+    warm_up = sum(turn.seconds for turn in alternate({side: step}, rounds=2, warmup=0)[side])
+    turns = alternate({side: step}, rounds=rounds, warmup=0)[side]
     row = Row(
-        {"side": name, "rows at once": micro},
+        {"side": side, "rows at once": config.batch.micro_batch_size},
         {
-            "step": Figure.of((1e3 * s for s in seconds), "ms"),
-            "rate": Figure.of((tokens / s for s in seconds), "tokens/s"),
-            "MFU": Figure.of((100.0 * f / s / product for f, s in zip(flops, seconds, strict=True)), "%"),
+            "step": milliseconds(turns),
+            "rate": Figure.of((config.batch.tokens_per_step / turn.seconds for turn in turns), "tokens/s"),
+            "MFU": Figure.of((100.0 * turn.amount / turn.seconds / product for turn in turns), "%"),
             "memory": Figure.of([torch.cuda.max_memory_allocated() / 2**30], "GiB"),
             "warm-up": Figure.of([warm_up], "s"),
         },
     )
-    shares = gpu_profile_rows(lambda: learner.learn(batches[0])) if name == "ours" else []
-    return [row, *shares], []
-
-
-def _compute_as(learner: BenchLearner, side: Side) -> None:
-    model = learner.unwrap()
-    model.set_attn_implementation(side.attention)
-    model.set_experts_implementation(side.experts)
-    for layer in model.model.layers:
-        layer._compiled_call_impl = None
-    if side.compiled:
-        compile_layers(model)
+    return [row, *(profile_rows(step) if side == "ours" else [])]
 
 
 def step_flops(architecture: MaiThinkingConfig, batch: Batch) -> float:
@@ -149,16 +107,5 @@ def step_flops(architecture: MaiThinkingConfig, batch: Batch) -> float:
 def product_rate(size: int = 8192, rounds: int = 20) -> float:
     """FLOP/s of a bf16 product of random square matrices: the median."""
     a, b = (torch.randn(size, size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    out = torch.empty_like(a)
-    for _ in range(5):
-        torch.mm(a, b, out=out)
-    seconds = sorted(_timed(lambda: torch.mm(a, b, out=out)) for _ in range(rounds))
-    return 2.0 * size**3 / seconds[rounds // 2]
-
-
-def _timed(work: Callable[[], object]) -> float:
-    torch.cuda.synchronize()
-    begin = time.perf_counter()
-    work()
-    torch.cuda.synchronize()
-    return time.perf_counter() - begin
+    turns = alternate({"product": lambda: float((a @ b).size(0))}, rounds=rounds, warmup=5)["product"]
+    return 2.0 * size**3 / (1e-3 * milliseconds(turns).median)

@@ -6,9 +6,7 @@ import time
 from pathlib import Path
 from statistics import median
 
-from mai_thinking.bench.machine import Options
-from mai_thinking.bench.result import Result, Row
-from mai_thinking.bench.timing import Figure
+from mai_thinking.bench.measure import Figure, Result, Row
 from mai_thinking.bench.train import CONFIG
 from mai_thinking.config.loading import load_config
 from mai_thinking.config.pretraining import PretrainConfig
@@ -19,9 +17,9 @@ from mai_thinking.training.trainer import Trainer
 EVERY = 10
 
 
-def measure(options: Options) -> Result:
-    """Half of `options.rounds` saves each way, and one more of each that does not count."""
-    saves = 2 * (options.rounds // 2 + 1)
+def measure(model: Path, rounds: int) -> Result:
+    """Half of `rounds` saves each way, and one more of each that does not count."""
+    saves = 2 * (rounds // 2 + 1)
     with tempfile.TemporaryDirectory(dir=Path.cwd()) as name, contextlib.ExitStack() as stack:
         config = load_config(PretrainConfig, CONFIG, [f"output_dir={name}/run", "steps=10000"])
         trainer = Trainer(config, PretrainRecipe(config, RunContext(config, stack)))
@@ -40,11 +38,10 @@ def measure(options: Options) -> Result:
     for synchronous, marks in cost.items():
         # The last save has no nine steps behind it.
         after = [sum(steps[at : at + 9]) - 9 * usual for _, at in marks[1:] if at + 9 <= len(steps)]
-        stalls = Figure.of((seconds for seconds, _ in marks[1:]), "s")
-        slower = Figure.of(after, "s")
+        stalls, slower = Figure.of((seconds for seconds, _ in marks[1:]), "s"), Figure.of(after, "s")
         whole[synchronous] = stalls.median + max(0.0, slower.median)
         word = "synchronous" if synchronous else "asynchronous"
         rows.append(Row({"save": word}, {"stall": stalls, "nine steps after it, over nine others": slower}))
-    step = Row({"": "a step"}, {"step": Figure.of(steps, "s")})
-    share = Row({"": "asynchronous / synchronous"}, {"cost": Figure.of([whole[False] / whole[True]], "×")})
-    return Result("checkpoint", [*rows, step, share])
+    rows.append(Row({"": "a step"}, {"step": Figure.of(steps, "s")}))
+    rows.append(Row({"": "asynchronous / synchronous"}, {"cost": Figure.of([whole[False] / whole[True]], "×")}))
+    return Result(rows, [])

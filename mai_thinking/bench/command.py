@@ -39,21 +39,18 @@ def run(arguments: list[str] | None = None) -> None:
     parser.add_argument("--json", action="store_true", help="print all figures as one JSON object, in the last line")
     options = parser.parse_args(arguments)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    _measure(options.what, options.model, options.rounds, as_json=options.json)
-
-
-def _measure(what: str, model: Path, rounds: int, *, as_json: bool) -> None:
     # Only now: all of it brings torch.
-    from mai_thinking.bench.machine import Ceiling, Options, describe
+    from mai_thinking.bench.machine import describe, sample_ceiling
+    from mai_thinking.bench.measure import as_json, as_text, rate
     from mai_thinking.training.allocator import keep_freed_memory
 
     keep_freed_memory()  # as in training; for both sides
-    ceiling = Ceiling()
-    ceiling.sample()
-    module = importlib.import_module(f"mai_thinking.bench.{what.replace('-', '_')}")
-    result = module.measure(Options(model, rounds, ceiling))
-    ceiling.sample()
-    result.ceiling, result.machine = ceiling.figures(), describe()
-    print(result.text(), flush=True)
-    if as_json:
-        print(result.json(), flush=True)
+    module = importlib.import_module(f"mai_thinking.bench.{options.what.replace('-', '_')}")
+    before = sample_ceiling()
+    result = module.measure(options.model, options.rounds)
+    after = sample_ceiling()
+    units = {"product": "GFLOP/s", "copy": "GB/s"}
+    ceiling = {name: rate([*before[name], *after[name]], unit) for name, unit in units.items()}
+    print(as_text(result, ceiling, describe()), flush=True)
+    if options.json:
+        print(as_json(options.what, result, ceiling, describe()), flush=True)

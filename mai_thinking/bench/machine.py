@@ -2,7 +2,7 @@
 
 import os
 import platform
-from dataclasses import dataclass
+import re
 from pathlib import Path
 
 import accelerate
@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from mai_thinking import __version__
-from mai_thinking.bench.timing import Figure, Turn, alternate, rate
+from mai_thinking.bench.measure import Turn, alternate
 
 
 def describe() -> dict[str, str | int]:
@@ -30,59 +30,24 @@ def describe() -> dict[str, str | int]:
 
 
 def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
+    linux = Path("/proc/cpuinfo")
+    named = re.search(r"^model name\s*: (.*)$", linux.read_text(), re.MULTILINE) if linux.exists() else None
+    return named[1] if named else platform.processor()
 
 
-class Ceiling:
-    """A large matrix product and a large copy, fp32, sampled through the run."""
+def sample_ceiling(*, size: int = 1536, megabytes: int = 128, rounds: int = 5) -> dict[str, list[Turn]]:
+    """Turns of a large fp32 `product`, in GFLOP, and of a large `copy`, in GB: bytes read and written both count, and
+    should be beyond all caches."""
+    a, b, out = (torch.randn(size, size) for _ in range(3))
+    source = torch.zeros(megabytes * 2**18)
+    target = torch.zeros_like(source)
 
-    def __init__(self, *, size: int = 1536, megabytes: int = 128) -> None:
-        """`size` of the square product; `megabytes` of what is copied, which should be beyond all caches."""
-        self._a, self._b, self._out = (torch.randn(size, size) for _ in range(3))
-        self._source = torch.zeros(megabytes * 2**18)
-        self._target = torch.zeros_like(self._source)
-        self._products: list[Turn] = []
-        self._copies: list[Turn] = []
+    def product() -> float:
+        torch.mm(a, b, out=out)
+        return 2e-9 * size**3
 
-    def sample(self, rounds: int = 5) -> None:
-        """Measure, in turn."""
-        turns = alternate({"product": self._multiply, "copy": self._copy}, rounds=rounds)
-        self._products += turns["product"]
-        self._copies += turns["copy"]
+    def copy() -> float:
+        target.copy_(source)
+        return 2e-9 * source.nbytes
 
-    def figures(self) -> dict[str, Figure]:
-        """The product in GFLOP/s, and the copy in GB/s, read and written bytes both counted."""
-        return {"product": rate(self._products, "GFLOP/s"), "copy": rate(self._copies, "GB/s")}
-
-    def product_milliseconds(self, flops: float) -> float:
-        """What so much arithmetic takes at the product's best rate so far: a disturbed one is no ceiling."""
-        return 1e-6 * flops / max(turn.amount / turn.seconds for turn in self._products)
-
-    def copy_milliseconds(self, moved: float) -> float:
-        """What so many bytes take at the copy's best rate so far."""
-        return 1e-6 * moved / max(turn.amount / turn.seconds for turn in self._copies)
-
-    def _multiply(self) -> float:
-        torch.mm(self._a, self._b, out=self._out)
-        return 2e-9 * self._a.size(0) ** 3
-
-    def _copy(self) -> float:
-        self._target.copy_(self._source)
-        return 2e-9 * self._source.nbytes
-
-
-@dataclass(frozen=True)
-class Options:
-    """What every benchmark is asked with."""
-
-    model: Path
-    """A model folder, for those that start from a trained model."""
-    rounds: int
-    """How often each side has its turn."""
-    ceiling: Ceiling
-    """Sampled before the benchmark starts, and after it; a benchmark may do so too."""
+    return alternate({"product": product, "copy": copy}, rounds=rounds)
