@@ -1,7 +1,7 @@
 """The config of `scripts/ladder.py`: a baseline and candidates, each at a few depths (MAI-Thinking-1 report §2.2)."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -10,12 +10,6 @@ from mai_thinking.config.loading import merge, validate
 from mai_thinking.config.pretraining import PretrainConfig
 from mai_thinking.config.run import BatchSection
 from mai_thinking.errors import UsageError
-
-DERIVED = (
-    *("name", "seed", "output_dir", "steps", "init_by_name", "data.down_sample"),
-    *("schedule.warmup_steps", "model.ladder", "model.num_hidden_layers"),
-)
-"""Keys of a run that the ladder sets."""
 
 Rung = Annotated[int, Field(ge=1, le=10_000)]
 """A depth."""
@@ -35,14 +29,64 @@ class VariantSection(Section):
     probe: Probe | None = None
 
 
-class LadderConfig(Section):
-    """A ladder: every variant at every depth with every seed, each run as long as its active parameters ask for."""
+class ManyRunsConfig(Section):
+    """What a ladder and a search of mixtures have in common: short pre-training runs in one folder, to be compared."""
 
     name: Name
     output_dir: str = ""
-    """The ladder's folder, which workers share; empty means `runs/NAME`."""
+    """The folder, which workers share; empty means `runs/NAME`."""
     run: dict[str, Any]
     """What all runs have in common: keys of a pre-training config."""
+
+    derived: ClassVar[tuple[str, ...]] = (
+        *("name", "seed", "output_dir", "steps", "init_by_name", "data.down_sample", "schedule.warmup_steps"),
+    )
+    """Keys of a run that are not the user's to set."""
+
+    @property
+    def folder(self) -> Path:
+        """The folder."""
+        return Path(self.output_dir or f"runs/{self.name}").expanduser()
+
+    def derive_run(
+        self,
+        name: str,
+        tree: dict[str, Any],
+        more: dict[str, Any],
+        *,
+        seed: int,
+        steps: int,
+        warmup: float,
+        target_tokens: float | None,
+    ) -> PretrainConfig:
+        """One run: the user's `tree`, what follows from its place among the runs, and `more`. Of sources it reads the
+        part that repeats them as often as a run of `target_tokens` will. UsageError for a key that is unknown or not
+        the user's to set."""
+        where = f"{self.name}, {name}"
+        for key in self.derived:
+            section, _, last = key.rpartition(".")
+            if last in (tree.get(section) or {} if section else tree):
+                raise UsageError(f"{where}: {key} is derived; remove it")
+        derived: dict[str, Any] = {
+            "name": name,
+            "seed": seed,
+            "output_dir": str(self.folder / "runs" / name),
+            "steps": steps,
+            "init_by_name": True,
+            "schedule": {"warmup_steps": round(warmup * steps)},
+        }
+        if target_tokens is not None:
+            tokens = steps * validate(BatchSection, tree.get("batch", {}), f"{where}: batch").tokens_per_step
+            derived["data"] = {"down_sample": min(1.0, tokens / target_tokens)}
+        # Losses are compared at the end of a run; what it says on its way is nobody's.
+        quiet = {"evaluation": {"every": steps, "sample_prompts": []}}
+        return validate(PretrainConfig, merge(merge(merge(quiet, tree), derived), more), where)
+
+
+class LadderConfig(ManyRunsConfig):
+    """A ladder: every variant at every depth with every seed, each run as long as its active parameters ask for."""
+
+    derived = (*ManyRunsConfig.derived, "model.ladder", "model.num_hidden_layers")
     scale: dict[str, Weight] = Field(default_factory=dict)
     """Fields of the model that grow with the depth L: each is its number times L, which has to be whole. Empty: the
     report's rule, where L sets every size (`ladder: L`)."""
@@ -66,7 +110,8 @@ class LadderConfig(Section):
     def _check(self) -> Self:
         if isinstance(self.seeds, dict) and set(self.seeds) != set(self.rungs):
             raise ValueError(f"seeds: name each of the rungs {list(self.rungs)}, and no others")
-        for what, values in (("rungs", self.rungs), ("seeds", tuple(self.seeds)), ("candidates", self._names)):
+        names = [variant.name for variant in self.variants]
+        for what, values in (("rungs", self.rungs), ("seeds", tuple(self.seeds)), ("candidates", names)):
             if len(set(values)) < len(values):
                 raise ValueError(f"{what}: {list(values)} has one twice; give each once")
         for variant in self.variants:
@@ -82,39 +127,18 @@ class LadderConfig(Section):
         """The seeds of one rung."""
         return tuple(range(self.seeds[rung])) if isinstance(self.seeds, dict) else self.seeds
 
-    @property
-    def _names(self) -> list[str]:
-        return [variant.name for variant in self.variants]
-
-    @property
-    def folder(self) -> Path:
-        """The ladder's folder."""
-        return Path(self.output_dir or f"runs/{self.name}").expanduser()
-
     def run_config(self, variant: VariantSection, rung: int, seed: int, steps: int) -> PretrainConfig:
         """The config of one run of `steps` steps; `UsageError` for a key that is unknown or not the user's to set."""
-        tree = merge(self.run, variant.overrides)
-        for key in DERIVED:
-            section, _, last = key.rpartition(".")
-            if last in (tree.get(section) or {} if section else tree):
-                raise UsageError(f"{self.name}, {variant.name}: {key} is derived by the ladder; remove it")
         sizes = {name: _whole(name, factor, rung) for name, factor in (self.scale | variant.scale).items()}
-        name = f"{variant.name}-L{rung}-s{seed}"
-        derived = {
-            "name": name,
-            "seed": seed,
-            "output_dir": str(self.folder / "runs" / name),
-            "steps": steps,
-            "init_by_name": True,
-            "model": sizes | {"num_hidden_layers": rung} if sizes else {"ladder": rung},
-            "schedule": {"warmup_steps": round(self.warmup * steps)},
-        }
-        if self.target_tokens is not None:
-            tokens = steps * validate(BatchSection, tree["batch"], "batch").tokens_per_step
-            derived["data"] = {"down_sample": min(1.0, tokens / self.target_tokens)}
-        # Losses are compared at the end of a run; what it says on its way is nobody's.
-        quiet = {"evaluation": {"every": steps, "sample_prompts": []}}
-        return validate(PretrainConfig, merge(merge(quiet, tree), derived), f"{self.name}, {variant.name}")
+        return self.derive_run(
+            f"{variant.name}-L{rung}-s{seed}",
+            merge(self.run, variant.overrides),
+            {"model": sizes | {"num_hidden_layers": rung} if sizes else {"ladder": rung}},
+            seed=seed,
+            steps=steps,
+            warmup=self.warmup,
+            target_tokens=self.target_tokens,
+        )
 
 
 def _whole(name: str, factor: float, rung: int) -> int:

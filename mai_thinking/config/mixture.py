@@ -1,23 +1,22 @@
 """The config of `scripts/mixture.py`: a search over mixtures (MAI-Thinking-1 report §2.5.2–2.5.4)."""
 
-from typing import Any, Self
+from collections.abc import Iterable
+from typing import Self
 
 from pydantic import Field, model_validator
 
 from mai_thinking.config.base import Count, Whole
 from mai_thinking.config.data import DataSection, SourceSection
-from mai_thinking.config.loading import merge, validate
+from mai_thinking.config.ladder import ManyRunsConfig
+from mai_thinking.config.loading import validate
 from mai_thinking.config.pretraining import PretrainConfig
-from mai_thinking.config.run import RunConfig
-
-_DERIVED = ("name", "seed", "output_dir", "steps", "init_by_name")
 
 
-class MixtureConfig(RunConfig):
-    """Small models on sampled mixtures, a regression of score on mixture, finals at more compute."""
+class MixtureConfig(ManyRunsConfig):
+    """Small models on sampled mixtures, a regression of score on mixture, finals at more compute. The sources in `run`
+    have the start's weights."""
 
-    run: dict[str, Any]
-    """Keys of a pre-training config, all but steps and seed: the model, and the sources with the start's weights."""
+    seed: Whole = 0
     samples: Count = 24
     """Small models: the start, and mixtures sampled around it. A regression needs some 3 for each source."""
     spread: float = Field(1.0, gt=0, le=5)
@@ -40,11 +39,9 @@ class MixtureConfig(RunConfig):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        for key in _DERIVED:
-            if key in self.run:
-                raise ValueError(f"run.{key} is derived by the search; remove it")
         if len(self.start) < 2:
             raise ValueError("run.data.sources: one source is no mixture; name more")
+        self.run_config("start", self.start.values(), seed=0, steps=self.steps, reference=None)
         return self
 
     @property
@@ -64,27 +61,23 @@ class MixtureConfig(RunConfig):
         return round(self.final_factor * self.steps)
 
     def run_config(
-        self, name: str, shares: dict[str, float], *, seed: int, steps: int, **evaluation: Any
+        self, name: str, shares: Iterable[float], *, seed: int, steps: int, reference: str | None
     ) -> PretrainConfig:
-        """One run on the mixture `shares`; `UsageError` for a key that is unknown."""
-        data = self.data
-        sources = [s.model_copy(update={"weight": max(1e-6, 100 * shares[s.name])}).model_dump() for s in data.sources]
-        batch = validate(PretrainConfig, self.run | {"name": name, "steps": steps}, self.name).batch
-        derived = {
-            "name": name,
-            "seed": seed,
-            "output_dir": str(self.folder / "runs" / name),
-            "steps": steps,
-            "init_by_name": True,
+        """One run on a mixture, each source's share; `UsageError` for a key that is unknown."""
+        weights = [max(1e-6, 100 * float(share)) for share in shares]
+        more = {
             "data": {
-                "sources": sources,
+                "sources": [
+                    source.model_dump() | {"weight": weight}
+                    for source, weight in zip(self.data.sources, weights, strict=True)
+                ],
                 "tokenizer": {"path": str(self.folder / "tokenizer")},
-                "down_sample": min(1.0, steps * batch.tokens_per_step / self.target_tokens),
             },
-            "schedule": {"warmup_steps": round(0.05 * steps)},
-            "evaluation": {"every": steps, "sample_prompts": [], "memorised_bytes": self.memorised_bytes, **evaluation},
+            "evaluation": {"memorised_bytes": self.memorised_bytes, "reference": reference},
         }
-        return validate(PretrainConfig, merge(self.run, derived), self.name)
+        return self.derive_run(
+            name, self.run, more, seed=seed, steps=steps, warmup=0.05, target_tokens=self.target_tokens
+        )
 
     def unseen_data(self) -> DataSection:
         """The search's data with the unseen sources, for their held-out text alone."""
@@ -92,8 +85,3 @@ class MixtureConfig(RunConfig):
         return data.model_copy(
             update={"tokenizer": data.tokenizer.model_copy(update={"path": str(self.folder / "tokenizer")})}
         )
-
-
-def seeds_of(count: Whole) -> range:
-    """The seeds of finals: not the small models'."""
-    return range(1, count + 1)

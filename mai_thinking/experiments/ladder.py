@@ -1,6 +1,6 @@
-"""A ladder: its runs, shared by any number of workers (`experiments.workers`), read off as points.
+"""A ladder: every variant at every depth and seed (`experiments.runs`), read off as points.
 
-Beside them the folder holds `tokenizer/`, `points.json`, `plan.json` and `report/`.
+Beside its runs the folder holds `points.json`, `plan.json` and `report/`.
 """
 
 import json
@@ -10,20 +10,17 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import median
 
-from mai_thinking.config.data import DataSection
 from mai_thinking.config.ladder import LadderConfig
 from mai_thinking.config.loading import save_config
-from mai_thinking.config.storage import atomic_file, atomic_folder
+from mai_thinking.config.storage import atomic_file
 from mai_thinking.data import PreparedData, prepare
 from mai_thinking.errors import UsageError
-from mai_thinking.experiments.ladder_plan import PlannedRun, plan_runs, plan_table
-from mai_thinking.experiments.queue import WorkQueue
+from mai_thinking.experiments.runs import PlannedRun, plan_table, share_tokenizer, work
 from mai_thinking.experiments.scaling.analysis import analyse
 from mai_thinking.experiments.scaling.points import Point, PointSet
 from mai_thinking.experiments.scaling.power import Plan, pilots, propose
-from mai_thinking.experiments.workers import work
 from mai_thinking.training.metrics import read_records
-from mai_thinking.training.model_files import load_model_config
+from mai_thinking.training.model_files import load_model_config, model_config
 
 BITS = "bits_per_byte/"
 
@@ -53,6 +50,19 @@ def run_ladder(
     return code
 
 
+def plan_runs(ladder: LadderConfig) -> list[PlannedRun]:
+    """All runs, rung by rung and seed by seed, so that whatever is done when a ladder stops can be compared."""
+    runs = []
+    for rung in sorted(ladder.rungs):
+        for seed in ladder.seeds_of(rung):
+            for variant in ladder.variants:
+                config = ladder.run_config(variant, rung, seed, steps=1)
+                tokens = ladder.tokens_per_active_parameter * model_config(config).parameter_counts()[1]
+                steps = max(1, round(tokens / config.batch.tokens_per_step))
+                runs.append(PlannedRun(variant.name, ladder.run_config(variant, rung, seed, steps), variant.probe))
+    return runs
+
+
 def work_on(ladder: LadderConfig, runs: Sequence[PlannedRun]) -> int:
     """Train, the cheapest first, what is missing; returns the exit code."""
 
@@ -75,14 +85,14 @@ def plan_ladder(ladder: LadderConfig, minutes: float) -> str:
     known = pilots(points, analyse(points))
     if len(known) < 3:
         raise UsageError(f"{ladder.name}: pairs on {len(known)} rungs: {few}")
-    chosen, best = propose(known, 60 * minutes, ladder.difference)
+    deciding, best = propose(known, 60 * minutes, ladder.difference)
     lines = [
         f"L{p.rung}: a pair's log gain scatters by {p.spread:.3f} ({p.freedom} degrees of freedom); one seed of all "
         f"configs takes {p.seconds:.0f} s"
         for p in known
     ]
-    if chosen is not None:
-        lines.append(f"a gain of {ladder.difference:.0%} is decided with a power of 90 % by {_spell_plan(chosen)}")
+    if deciding is not None:
+        lines.append(f"a gain of {ladder.difference:.0%} is decided with a power of 90 % by {_spell_plan(deciding)}")
     else:
         lines.append(f"a gain of {ladder.difference:.0%} cannot be decided in {minutes:g} minutes with 90 % power")
         lines.append(
@@ -90,13 +100,8 @@ def plan_ladder(ladder: LadderConfig, minutes: float) -> str:
             if best is not None
             else "nor can any other: three pairs on each of three rungs take longer; make the rungs cheaper"
         )
-    tree = {
-        "minutes": minutes,
-        "difference": ladder.difference,
-        "pilots": [asdict(pilot) for pilot in known],
-        "deciding": None if chosen is None else asdict(chosen),
-        "best": None if best is None else asdict(best),
-    }
+    tree = {"minutes": minutes, "difference": ladder.difference, "pilots": [asdict(pilot) for pilot in known]}
+    tree |= {name: plan and asdict(plan) for name, plan in (("deciding", deciding), ("best", best))}
     with atomic_file(ladder.folder / "plan.json") as path:
         path.write_text(json.dumps(tree, indent=1) + "\n")
     return "\n".join(lines)
@@ -106,9 +111,6 @@ def _spell_plan(plan: Plan) -> str:
     rungs = ", ".join(map(str, plan.seeds))
     seeds = ", ".join(f"{rung}: {pairs}" for rung, pairs in plan.seeds.items())
     return f"'rungs=[{rungs}]' 'seeds={{{seeds}}}' in {plan.seconds / 60:.1f} minutes, what is done included"
-
-
-# ----------------------------------------------------------------------------------------------------------- points
 
 
 def collect(ladder: LadderConfig, runs: Sequence[PlannedRun]) -> PointSet | None:
@@ -127,44 +129,40 @@ def read_point(run: PlannedRun) -> Point:
 
     Seconds are the median step's times the steps, so that a neighbour's noise or an interruption does not count.
     """
-    records = read_records(run.folder.metrics)
-    steps = [record for record in records if "kind" not in record]
-    last = [record for record in records if record.get("kind") == "evaluation"][-1]
+    steps = [record["seconds"] for record in read_records(run.folder.metrics) if "kind" not in record]
     architecture = load_model_config(run.folder.architecture)
     return Point(
         config=run.variant,
-        seed=run.seed,
+        seed=run.config.seed,
         rung=run.rung,
         flops=architecture.flops_per_token(run.config.batch.context_length) * run.tokens,
-        seconds=median(record["seconds"] for record in steps) * run.config.steps,
+        seconds=median(steps) * run.config.steps,
         wall=json.loads(run.folder.notes.read_bytes()).get("wall"),
-        loss={name.removeprefix(BITS): value for name, value in last.items() if name.startswith(BITS)},
+        loss={name.removeprefix(BITS): value for name, value in run.evaluation().items() if name.startswith(BITS)},
     )
-
-
-# ------------------------------------------------------------------------------------------------------ comparability
 
 
 def with_one_yardstick(ladder: LadderConfig, runs: Sequence[PlannedRun]) -> list[PlannedRun]:
     """The runs, with the baseline's tokenizer for those that differ in their data, once it is known that all are
     evaluated on the same text; `UsageError` if they are not."""
-    by_variant = {run.variant: run.config for run in runs}
-    base = by_variant[ladder.baseline.name].data
+    # How much of its sources a run reads says nothing about its held-out text.
+    datas = {run.variant: run.config.data.model_copy(update={"down_sample": 1.0}) for run in runs}
+    base = datas[ladder.baseline.name]
     prepared = prepare(base, log=print)
-    shared = ladder.folder / "tokenizer"
-    with WorkQueue(ladder.folder).planning():
-        if not shared.exists():
-            with atomic_folder(shared) as path:
-                prepared.tokenizer.save_pretrained(path)
-    datas: dict[str, DataSection] = {}
-    for name, config in by_variant.items():
-        data = config.data
-        if data != base and data.tokenizer == base.tokenizer and base.tokenizer.path is None:
-            data = data.model_copy(update={"tokenizer": data.tokenizer.model_copy(update={"path": str(shared)})})
-        if data != base:
-            _check_held_out(name, prepared, prepare(data, log=print))
-        datas[name] = data
-    return [replace(run, config=run.config.model_copy(update={"data": datas[run.variant]})) for run in runs]
+    shared = base.tokenizer.model_copy(update={"path": str(share_tokenizer(ladder.folder, prepared))})
+    tokenizers = {name: data.tokenizer for name, data in datas.items()}
+    for name, data in datas.items():
+        if data == base:
+            continue
+        if data.tokenizer == base.tokenizer and base.tokenizer.path is None:
+            tokenizers[name] = shared
+        other = data.model_copy(update={"tokenizer": tokenizers[name]})
+        _check_held_out(name, prepared, prepare(other, log=print))
+    made = []
+    for run in runs:
+        data = run.config.data.model_copy(update={"tokenizer": tokenizers[run.variant]})
+        made.append(replace(run, config=run.config.model_copy(update={"data": data})))
+    return made
 
 
 def _check_held_out(name: str, baseline: PreparedData, other: PreparedData) -> None:

@@ -20,10 +20,10 @@ from mai_thinking.config.ladder import LadderConfig
 from mai_thinking.config.loading import load_config
 from mai_thinking.errors import RunError, UsageError
 from mai_thinking.experiments import ladder as ladder_module
-from mai_thinking.experiments import workers
-from mai_thinking.experiments.ladder import plan_ladder, run_ladder, with_one_yardstick
+from mai_thinking.experiments import runs as runs_module
+from mai_thinking.experiments.ladder import plan_ladder, plan_runs, run_ladder, with_one_yardstick
 from mai_thinking.experiments.ladder import work_on as work
-from mai_thinking.experiments.ladder_plan import PlannedRun, plan_runs
+from mai_thinking.experiments.runs import PlannedRun
 from mai_thinking.experiments.scaling.points import Point
 from mai_thinking.report.ladder import write_report
 from mai_thinking.training.metrics import read_records
@@ -47,8 +47,9 @@ def test_every_ladder_of_ours_can_be_planned_and_fitted(path: Path) -> None:
     runs = plan_runs(ladder)
     assert len(ladder.rungs) >= 3
     for run in runs:
-        per_active = run.tokens / run.active
-        half_a_step = run.config.batch.tokens_per_step / run.active / 2
+        active = run.architecture.parameter_counts()[1]
+        per_active = run.tokens / active
+        half_a_step = run.config.batch.tokens_per_step / active / 2
         assert per_active == pytest.approx(ladder.tokens_per_active_parameter, abs=half_a_step + 1e-9)
     assert [run.rung for run in runs] == sorted(run.rung for run in runs)
 
@@ -59,7 +60,8 @@ def test_interleaved_and_every_layer_are_equal_in_parameters_and_flops() -> None
         assert (one.variant, other.variant) == ("interleaved", "every-layer")
         # Two experts' rows in the router, of each pair of layers, and nothing else.
         rows = 2 * one.config.model["hidden_size"] * one.rung // 2
-        assert (other.total - one.total, other.active - one.active) == (rows, rows)
+        counts = zip(one.architecture.parameter_counts(), other.architecture.parameter_counts(), strict=True)
+        assert [theirs - ours for ours, theirs in counts] == [rows, rows]
         assert other.config.steps == pytest.approx(one.config.steps, abs=1)
         assert len(one.config.model) > 0
 
@@ -76,26 +78,27 @@ def test_the_reports_rule_where_nothing_is_scaled(tmp_path: Path) -> None:
         name="big", run=tree, rungs=(12, 18), tokens_per_active_parameter=100, baseline={"name": "a"},
         candidates=[{"name": "b", "overrides": {"model": {"num_experts": 256}}}],
     )  # fmt: skip
-    runs = {(run.variant, run.rung): run for run in plan_runs(ladder) if run.seed == 0}
+    runs = {(run.variant, run.rung): run for run in plan_runs(ladder) if run.config.seed == 0}
     assert runs["a", 18].config.model == {"ladder": 18}
     assert runs["b", 18].config.model == {"ladder": 18, "num_experts": 256}
-    assert runs["a", 12].total > 1.9 * runs["b", 12].total
+    total = {name: runs[name, 12].architecture.parameter_counts()[0] for name in ("a", "b")}
+    assert total["a"] > 1.9 * total["b"]
 
 
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("run.steps=5", "steps is derived by the ladder"),
+        ("run.steps=5", "steps is derived"),
         ("run.schedule={warmup_steps: 5}", "schedule.warmup_steps is derived"),
         ("run.model.ladder=12", "model.ladder is derived"),
         (
             "candidates.0.overrides={optimiser: {}}",
-            "tiny-ladder, slow: unknown key 'optimiser'; did you mean 'optimizer'",
+            "tiny-ladder, slow-L1-s0: unknown key 'optimiser'; did you mean 'optimizer'",
         ),
         ("scale.hidden_size=7.5", "7.5 × 1 layers is not a whole number"),
         ("rungs=[2, 2]", "rungs: .* has one twice"),
         ("candidates.0.name=fast", "candidates: .* has one twice"),
-        ("run.init_by_name=false", "init_by_name is derived by the ladder"),
+        ("run.init_by_name=false", "init_by_name is derived"),
         ("seeds={1: 2, 2: 2}", r"seeds: name each of the rungs \[1, 2, 3, 4\]"),
         ("seeds={1: 2, 2: 2, 3: 0, 4: 1}", "seeds"),
         ("rungs=[0]", "rungs.0: input should be greater than or equal to 1"),
@@ -115,7 +118,7 @@ def test_a_launcher_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_each_rung_may_have_seeds_of_its_own(tmp_path: Path) -> None:
     runs = plan_runs(tiny(tmp_path / "ladder", "seeds={1: 3, 2: 2, 3: 1, 4: 1}"))
-    by_rung = {rung: sorted(run.seed for run in runs if run.rung == rung) for rung in (1, 2, 3, 4)}
+    by_rung = {rung: sorted(run.config.seed for run in runs if run.rung == rung) for rung in (1, 2, 3, 4)}
     assert by_rung == {1: [0, 0, 1, 1, 2, 2], 2: [0, 0, 1, 1], 3: [0, 0], 4: [0, 0]}
 
 
@@ -155,7 +158,9 @@ def test_a_plan_wants_pilot_runs_and_then_proposes(tmp_path: Path, monkeypatch: 
     def read_point(run: PlannedRun) -> Point:
         noise = 0.002 * scatter[zlib.crc32(run.name.encode()) % 1000]
         loss = 3.0 * (run.flops / 1e8) ** -0.1 * np.exp(noise)
-        return Point(config=run.variant, seed=run.seed, flops=run.flops, rung=run.rung, loss={"code": loss}, wall=6.0)
+        return Point(
+            config=run.variant, seed=run.config.seed, flops=run.flops, rung=run.rung, loss={"code": loss}, wall=6.0
+        )
 
     monkeypatch.setattr(ladder_module, "read_point", read_point)
     assert work(ladder, plan_runs(ladder)) == 0
@@ -181,7 +186,9 @@ def test_all_are_evaluated_on_one_text_with_one_tokenizer(tmp_path: Path) -> Non
     def with_candidate(overrides: dict[str, Any]) -> LadderConfig:
         return base.model_validate(base.model_dump() | {"candidates": [{"name": "other", "overrides": overrides}]})
 
-    ladder = with_candidate(heavier)
+    ladder = with_candidate(heavier).model_copy(update={"target_tokens": 1e6})
+    for before, run in zip(plan_runs(ladder), with_one_yardstick(ladder, plan_runs(ladder)), strict=True):
+        assert run.config.data.down_sample == before.config.data.down_sample < 1  # its own, not the largest rung's
     configs = {run.variant: run.config for run in with_one_yardstick(ladder, plan_runs(ladder))}
     assert configs["fast"].data.tokenizer.path is None
     assert configs["other"].data.tokenizer.path == str(ladder.folder / "tokenizer")
@@ -208,9 +215,9 @@ def pretend(monkeypatch: pytest.MonkeyPatch, train: Trainer) -> None:
         return code
 
     def read_point(run: PlannedRun) -> Point:
-        return Point(config=run.variant, seed=run.seed, flops=run.flops, loss={"code": 3.0}, rung=run.rung)
+        return Point(config=run.variant, seed=run.config.seed, flops=run.flops, loss={"code": 3.0}, rung=run.rung)
 
-    monkeypatch.setattr(workers, "pretrain", pretrain)
+    monkeypatch.setattr(runs_module, "pretrain", pretrain)
     monkeypatch.setattr(ladder_module, "read_point", read_point)
 
 

@@ -9,7 +9,7 @@ import pytest
 from mai_thinking.config.loading import load_config
 from mai_thinking.config.mixture import MixtureConfig
 from mai_thinking.errors import UsageError
-from mai_thinking.experiments import workers
+from mai_thinking.experiments import runs as runs_module
 from mai_thinking.experiments.mixture import FINALS, run_mixture
 from mai_thinking.experiments.mixture_space import MixtureSpace, Regression
 from mai_thinking.report.mixture import write_report
@@ -74,13 +74,13 @@ def test_a_search_whole_is_taken_up_where_it_was(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = tiny(tmp_path)
-    real, names = workers.pretrain, list[str]()
+    real, names = runs_module.pretrain, list[str]()
 
     def until_the_fourth(run: object) -> int:
         names.append(run.name)  # type: ignore[attr-defined]
         return 75 if len(names) == 4 else real(run)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(workers, "pretrain", until_the_fourth)
+    monkeypatch.setattr(runs_module, "pretrain", until_the_fourth)
     assert run_mixture(config, report=write_report) == 75
     assert run_mixture(config, report=write_report) == 0
     assert names[:5] == ["sample-000", "sample-001", "sample-002", "sample-003", "sample-003"]
