@@ -11,8 +11,7 @@ from mai_thinking.config.base import Coefficient, Name, Pattern, Seconds, Sectio
 
 SerialFamily = Literal["tally", "running", "cups", "chain", "repeat", "numbers", "sums", "map"]
 """The families of `mai_thinking.data.serial`, whose problems need a step of work for each item; `repeat` and `numbers`
-need none. `sums` and `map` are those of `mai_thinking.data.acting`, whose steps are calls of a tool; the items of
-`numbers` and `sums` are digits."""
+need none. The steps of `sums` and `map` are calls of a tool; the items of `numbers` and `sums` are digits."""
 
 Family = Literal["sum", "difference", "largest", "count", "position", "sort", "next"]
 """The procedural families of `mai_thinking.rl.tasks.procedural`, beside the serial ones."""
@@ -155,6 +154,10 @@ class TemplateSection(Section):
         if "{question}" not in prompt:
             raise ValueError("the prompt lacks `{question}`, the place of the question")
         return prompt
+
+
+EXERCISE = TemplateSection(preset="exercise")  # type: ignore[call-arg]
+"""The frame of the embedded exercises."""
 
 
 class GradingSection(Section):

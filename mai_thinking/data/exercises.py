@@ -10,7 +10,7 @@ import random
 from collections.abc import Callable, Iterator
 
 from mai_thinking.data.documents import Document
-from mai_thinking.data.questions import split_of
+from mai_thinking.data.questions import exercise_text, split_of
 
 _Random = random.Random
 
@@ -30,7 +30,7 @@ def exercise(index: int) -> str:
     question, steps, answer = kind(rng)
     while split_of(question) == "held_out":
         question, steps, answer = kind(rng)
-    return "\n".join([f"Question: {question}", *steps, f"Answer: {answer}"]) + "\n"
+    return exercise_text(question, steps, answer)
 
 
 def exercise_kind(index: int) -> str:

@@ -5,43 +5,47 @@ is an exercise of a corpus (`SerialSection`), with or without its working, and a
 so that a step can look its item up in the question; names are letters, which are single tokens behind a space.
 
 Who only guesses is right in at most one of ten cases, whatever the size; under the cups in one of five.
+
+The steps of `sums` and `map` are calls of a tool (MAI-Thinking-1 report §3.3, App. D): sums that are too long for the
+head, and a hidden map that is asked step by step. A hidden map is a function of its number: nothing in the question
+says where it leads, so that only who asks can know.
 """
 
 import random
 import re
 import string
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
+from typing import NamedTuple
 
 from mai_thinking.config.data import SerialSection
-from mai_thinking.config.tasks import SerialFamily
-from mai_thinking.data.acting import Drawn, hidden_map, numbers, solve_acting, sums, written
+from mai_thinking.config.tasks import EXERCISE, SerialFamily
 from mai_thinking.data.documents import Document
-from mai_thinking.data.questions import Split, split_of
+from mai_thinking.data.questions import Split, exercise_text, split_of
 
-STEPS = "Steps:"
-"""How the working begins, if it is shown."""
 _NAMES = string.ascii_lowercase + string.ascii_uppercase
 _CUPS = "12345"
 _ENDS = 10
 """Chains in a question of links, each with an end of its own."""
+_END = "end"
+"""What a hidden map says of a name that leads nowhere."""
 
 
-@dataclass(frozen=True)
-class SerialProblem:
+class SerialProblem(NamedTuple):
     """A question, the steps of its working in order (none for what takes none), and the answer."""
 
     question: str
-    steps: tuple[str, ...]
+    steps: Sequence[str]
     answer: str
-    calls: tuple[tuple[str, str], ...] = ()
+    calls: Sequence[tuple[str, str]] = ()
     """The working where it is calls of a tool, each with its result."""
 
     def text(self, *, worked: bool) -> str:
         """The exercise as a document, with its working or with the bare answer."""
-        working = f"{STEPS} {', '.join(self.steps)}.\n" if self.steps else written(self.calls)
-        return f"Question: {self.question}\n{working if worked else ''}Answer: {self.answer}\n"
+        lines = [f"Steps: {', '.join(self.steps)}."] if self.steps else []
+        for call, result in self.calls:
+            lines += [f"{EXERCISE.call_start}{call}", f"{EXERCISE.result_start}{result}"]
+        return exercise_text(self.question, lines if worked else (), self.answer)
 
 
 def serial_problem(family: SerialFamily, size: int, rng: random.Random, split: Split) -> SerialProblem:
@@ -73,8 +77,7 @@ def solve(question: str) -> str | None:
     if found := _asked(r"The ball is under ([1-5])\. Swap {}\.", "[A-Za-z][1-5][1-5]", question):
         cup = found[0]
         for item in found[-1]:
-            pair = item[1:]
-            cup = pair[1 - pair.index(cup)] if cup in pair else cup
+            cup = _swapped(cup, item[1:])
         return cup
     if found := _asked(r"Links {}\. Follow ([A-Za-z]) to its end\.", "[A-Za-z] [A-Za-z]", question):
         links, place = dict(link.split() for link in found[-1]), found[0]
@@ -82,8 +85,15 @@ def solve(question: str) -> str | None:
             place = links.get(place, place)
         return place
     if found := _asked(r"Repeat {}\.", r"[A-Za-z](?:\d|[+-]\d|[1-5][1-5])", question):
-        return _listed(found[-1])
-    return solve_acting(question)
+        return ", ".join(found[-1])
+    if terms := re.fullmatch(r"(?:What is (\d+) \+ (\d+)\?)|Repeat (\d+ \+ \d+)\.", question):
+        return terms[3] or str(int(terms[1]) + int(terms[2]))
+    if (lookup := map_of(question)) is None:
+        return None
+    place = question.split()[1]
+    while (following := lookup(place)) != _END:
+        place = following
+    return place
 
 
 def _asked(frame: str, item: str, question: str) -> tuple[str, list[str]] | None:
@@ -98,12 +108,13 @@ def _asked(frame: str, item: str, question: str) -> tuple[str, list[str]] | None
 
 def _tally(rng: random.Random, size: int) -> SerialProblem:
     """The sum of named digits."""
-    items = [(name, rng.randint(0, 9)) for name in rng.sample(_NAMES, size)]
-    total, steps = 0, []
-    for name, number in items:
+    total, items, steps = 0, [], []
+    for name in rng.sample(_NAMES, size):
+        number = rng.randint(0, 9)
         total += number
-        steps.append(f"{name}{number}={total}")
-    return SerialProblem(f"Add up {_listed(f'{name}{n}' for name, n in items)}.", tuple(steps), str(total))
+        items.append(f"{name}{number}")
+        steps.append(f"{items[-1]}={total}")
+    return SerialProblem(f"Add up {', '.join(items)}.", steps, str(total))
 
 
 def _running(rng: random.Random, size: int) -> SerialProblem:
@@ -115,7 +126,7 @@ def _running(rng: random.Random, size: int) -> SerialProblem:
         dial = (dial + by) % 10
         turns.append(f"{name}{by:+d}")
         steps.append(f"{turns[-1]}={dial}")
-    return SerialProblem(f"A dial stands at {start}. Turn it {_listed(turns)}.", tuple(steps), str(dial))
+    return SerialProblem(f"A dial stands at {start}. Turn it {', '.join(turns)}.", steps, str(dial))
 
 
 def _cups(rng: random.Random, size: int) -> SerialProblem:
@@ -125,12 +136,17 @@ def _cups(rng: random.Random, size: int) -> SerialProblem:
     while True:
         cup, swaps, steps = start, [], []
         for name in rng.sample(_NAMES, size):
-            pair = sorted(rng.sample(_CUPS, 2))
-            cup = pair[1 - pair.index(cup)] if cup in pair else cup
-            swaps.append(f"{name}{''.join(pair)}")
+            pair = "".join(sorted(rng.sample(_CUPS, 2)))
+            cup = _swapped(cup, pair)
+            swaps.append(f"{name}{pair}")
             steps.append(f"{swaps[-1]}={cup}")
         if cup == end:
-            return SerialProblem(f"The ball is under {start}. Swap {_listed(swaps)}.", tuple(steps), end)
+            return SerialProblem(f"The ball is under {start}. Swap {', '.join(swaps)}.", steps, end)
+
+
+def _swapped(cup: str, pair: str) -> str:
+    """Where a ball under `cup` is when two cups have changed places."""
+    return pair[1 - pair.index(cup)] if cup in pair else cup
 
 
 def _chain(rng: random.Random, size: int) -> SerialProblem:
@@ -144,7 +160,7 @@ def _chain(rng: random.Random, size: int) -> SerialProblem:
     links = [f"{here} {there}" for chain in chains for here, there in pairwise(chain)]
     rng.shuffle(links)
     start, *path = chains[0]
-    return SerialProblem(f"Links {_listed(links)}. Follow {start} to its end.", tuple(path), path[-1])
+    return SerialProblem(f"Links {', '.join(links)}. Follow {start} to its end.", path, path[-1])
 
 
 def _repeat(rng: random.Random, size: int) -> SerialProblem:
@@ -155,21 +171,54 @@ def _repeat(rng: random.Random, size: int) -> SerialProblem:
     for name in rng.sample(_NAMES, size):
         number = rng.choice([n for n in range(-9, 10) if n])
         items.append(name + (str(abs(number)), f"{number:+d}", "".join(sorted(rng.sample(_CUPS, 2))))[kind])
-    return SerialProblem(f"Repeat {_listed(items)}.", (), _listed(items))
+    return SerialProblem(f"Repeat {', '.join(items)}.", (), ", ".join(items))
 
 
-def _acting(draw: Callable[[random.Random, int], Drawn]) -> Callable[[random.Random, int], SerialProblem]:
-    """A family of `mai_thinking.data.acting` as one of these."""
-
-    def made(rng: random.Random, size: int) -> SerialProblem:
-        question, calls, answer = draw(rng, size)
-        return SerialProblem(question, (), answer, calls)
-
-    return made
+def _sums(rng: random.Random, size: int) -> SerialProblem:
+    """The sum of two numbers of `size` digits, by one call."""
+    a, b = _terms(rng, size)
+    return SerialProblem(f"What is {a} + {b}?", (), str(a + b), [(f"calculator {a} + {b}", str(a + b))])
 
 
-def _listed(items: Iterator[str] | list[str]) -> str:
-    return ", ".join(items)
+def _numbers(rng: random.Random, size: int) -> SerialProblem:
+    """Two numbers of `size` digits, once more. It takes no call: it is there so that a base can write out what a call
+    is to be about."""
+    a, b = _terms(rng, size)
+    return SerialProblem(f"Repeat {a} + {b}.", (), f"{a} + {b}")
+
+
+def _terms(rng: random.Random, size: int) -> tuple[int, int]:
+    low, high = 10 ** (size - 1) if size > 1 else 0, 10**size - 1
+    return rng.randint(low, high), rng.randint(low, high)
+
+
+def _map(rng: random.Random, size: int) -> SerialProblem:
+    """The end of a chain of `size` links of a hidden map, by a call for each name."""
+    number = rng.randint(10**4, 10**5 - 1)
+    path = _path(number)[-size - 1 :]
+    calls = [(f"lookup {here}", there) for here, there in pairwise([*path, _END])]
+    return SerialProblem(f"Follow {path[0]} in map {number} to its end.", (), path[-1], calls)
+
+
+def map_of(question: str) -> Callable[[str], str] | None:
+    """The hidden map that a question asks about: name → the next one, or `end`; None where there is none. A name that
+    the map does not have raises ValueError."""
+    found = re.fullmatch(r"Follow [A-Za-z] in map (\d+) to its end\.", question)
+    if found is None:
+        return None
+    links = dict(pairwise([*_path(int(found[1])), _END]))
+
+    def lookup(name: str) -> str:
+        if name not in links:
+            raise ValueError(f"the map has no {name[:20]!r}; its names are single letters")
+        return links[name]
+
+    return lookup
+
+
+def _path(number: int) -> list[str]:
+    """A map's names in the order in which they follow one another."""
+    return random.Random(f"map {number}").sample(_NAMES, len(_NAMES))
 
 
 _DRAWS: dict[SerialFamily, Callable[[random.Random, int], SerialProblem]] = {
@@ -178,7 +227,7 @@ _DRAWS: dict[SerialFamily, Callable[[random.Random, int], SerialProblem]] = {
     "cups": _cups,
     "chain": _chain,
     "repeat": _repeat,
-    "numbers": _acting(numbers),
-    "sums": _acting(sums),
-    "map": _acting(hidden_map),
+    "numbers": _numbers,
+    "sums": _sums,
+    "map": _map,
 }

@@ -9,9 +9,8 @@ import pytest
 
 from mai_thinking.config.data import SerialSection
 from mai_thinking.config.tasks import SERIAL, SerialFamily
-from mai_thinking.data.acting import map_of
 from mai_thinking.data.questions import split_of
-from mai_thinking.data.serial import serial_exercises, serial_problem
+from mai_thinking.data.serial import map_of, serial_exercises, serial_problem
 from mai_thinking.data.serial import solve as library_solve
 
 ACTING = ("sums", "map")

@@ -17,8 +17,7 @@ from torch.nn import functional as F
 
 from mai_thinking.config.tasks import TaskSection, TemplateSection
 from mai_thinking.config.tools import ToolsSection
-from mai_thinking.data.acting import calculate, map_of
-from mai_thinking.data.serial import serial_problem
+from mai_thinking.data.serial import map_of, serial_problem
 from mai_thinking.data.tokenizer import train_tokenizer
 from mai_thinking.errors import UsageError
 from mai_thinking.rl.engine import BatchedEngine
@@ -28,6 +27,7 @@ from mai_thinking.rl.rollout import Rollout
 from mai_thinking.rl.tasks import Problem, make_task
 from mai_thinking.rl.template import Template
 from mai_thinking.rl.tools.base import ToolError, make_call, tool
+from mai_thinking.rl.tools.builtin import calculate
 from mai_thinking.rl.tools.journal import CallJournal
 from mai_thinking.rl.tools.toolbox import Toolbox
 from tiny_models import tiny_model

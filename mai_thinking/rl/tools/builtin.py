@@ -1,10 +1,12 @@
 """The tools that come with the project. A further one is a function here, in `BUILTIN` and in
 `config.tools.BuiltinTool`."""
 
+import math
+import re
 from collections.abc import Callable
 
 from mai_thinking.config.tools import ToolsSection
-from mai_thinking.data.acting import calculate, map_of
+from mai_thinking.data.serial import map_of
 from mai_thinking.rl.tasks import Problem
 from mai_thinking.rl.tools.base import Tool, ToolError, tool
 from mai_thinking.rl.tools.sandbox import isolation, run_python
@@ -57,6 +59,19 @@ def python(problem: Problem, section: ToolsSection) -> Tool:
         return outcome.output.strip()
 
     return tool(python)
+
+
+def calculate(expression: str) -> str:
+    """The value of numbers with +, − and * between them, a product before a sum. ValueError for any other text, and for
+    more than 200 characters."""
+    text = " ".join(re.sub(r"([+*-])", r" \1 ", expression).split())
+    if len(expression) > 200 or not re.fullmatch(r"\d+(?: [+*-] \d+)*", text):
+        raise ValueError("write whole numbers with +, - or * between them, such as 12 + 34")
+    total = 0
+    for sign, term in re.findall(r"(?:^|([+-]) )(\d+(?: \* \d+)*)", text):
+        product = math.prod(map(int, term.split(" * ")))
+        total += -product if sign == "-" else product
+    return str(total)
 
 
 BUILTIN: dict[str, Callable[[Problem, ToolsSection], Tool]] = {
