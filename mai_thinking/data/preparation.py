@@ -263,7 +263,7 @@ class _Preparation:
                 "held_out": count(held_out[source.name]),
                 "tokens": tokens.get(source.name),
                 "stream_start": self.starts.get(source.name),
-                "stream_content": self.readers[source.name].content() if source.streaming else None,
+                "stream_content": self.readers[source.name].fingerprint(times=False) if source.streaming else None,
             }
             for source in self.config.sources
         }
@@ -351,7 +351,9 @@ def _key(config: DataSection, readers: dict[str, Reader]) -> str:
     tree = config.model_dump(mode="json", exclude={"cache_dir", "down_sample"})
     for source in tree["sources"]:
         # What files hold counts, not where they lie.
-        source["path"] = readers[source["name"]].fingerprint() if source["name"] in readers else source["path"]
+        source["path"] = (
+            readers[source["name"]].fingerprint(times=True) if source["name"] in readers else source["path"]
+        )
     embedded = [embedded_fingerprint(source) for source in config.sources if source.kind == "embedded"]
     files = [Path(path).expanduser() for path in config.cleaning.benchmarks]
     if config.tokenizer.path is not None:

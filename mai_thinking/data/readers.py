@@ -1,7 +1,8 @@
 """Readers of JSONL, text, Parquet and Hub sources, which can go on from any document.
 
 The Hub goes through `datasets.load_dataset` and, streaming, its own `state_dict`. Files do not: `datasets` changes JSON
-lines (see `jsonl`) and the line ends of text, and holds a text file of any size as one document.
+lines (see `jsonl`) and the line ends of text, holds a text file of any size as one document, and does not say which row
+of which Parquet file cannot be read.
 """
 
 import itertools
@@ -10,7 +11,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from mai_thinking.config.data import SourceSection
 from mai_thinking.config.names import nearest_path
@@ -23,9 +24,9 @@ Cursor = dict[str, Any]
 _TEXT_PIECE = 65_536
 """A text file longer than this many characters becomes several documents, cut at blank lines."""
 _ROWS = 1024
-"""So many rows of a Parquet file are read at once."""
+"""Rows of a Parquet file that are read at once."""
 _SHOWN = 3
-"""So many names of files are shown in a message."""
+"""Names of files in a message."""
 
 
 class Found(NamedTuple):
@@ -38,44 +39,47 @@ class Found(NamedTuple):
     """Where the next document begins."""
 
 
-class Reader(Protocol):
+class Reader(ABC):
     """A source of documents."""
 
-    def check(self) -> list[str]:
-        """Lines on what is passed over. UsageError for what can be seen without reading everything."""
+    def __init__(self, source: SourceSection) -> None:
+        self.source = source
 
+    @abstractmethod
     def read(self, cursor: Cursor | None = None) -> Iterator[Found]:
         """The documents from `cursor` (default: the first) on."""
 
-    def fingerprint(self) -> str:
-        """Changes when the content does, and no file's place."""
+    @abstractmethod
+    def fingerprint(self, *, times: bool) -> str:
+        """Changes when the content does, and no file's place. Without `times`: what a position in a stream refers to."""
 
-    def content(self) -> str:
-        """The same without times: what a position in a stream refers to."""
+    def check(self) -> list[str]:
+        """Lines on what is passed over. UsageError for what can be seen without reading everything."""
+        if next(self.read(), None) is None:
+            raise self.error(f"{shown(self.source.path)}: no documents in it")
+        return []
+
+    def error(self, problem: str) -> UsageError:
+        """A message that names the source."""
+        return UsageError(f"source {self.source.name!r}: {problem}")
 
 
 def open_reader(source: SourceSection) -> Reader:
     """The reader for a source that is not embedded."""
-    readers: dict[str, type[JsonlReader | ParquetReader | TextReader | HubReader]] = {
-        "jsonl": JsonlReader,
-        "parquet": ParquetReader,
-        "text": TextReader,
-        "hub": HubReader,
-    }
-    return readers[source.kind](source)
+    return {"jsonl": JsonlReader, "parquet": ParquetReader, "text": TextReader, "hub": HubReader}[source.kind](source)
 
 
-class _FilesReader(ABC):
+class _FilesReader(Reader):
     """What the local formats share: a file, or all files with the right ending in a folder, sorted by name."""
 
     suffixes: tuple[str, ...] = ()
 
     def __init__(self, source: SourceSection) -> None:
-        self.source = source
+        super().__init__(source)
         self.root = Path(source.path).expanduser()
 
     def read(self, cursor: Cursor | None = None) -> Iterator[Found]:
-        """See `Reader`. The cursor is {"file", …}, of which the file's reader knows the rest."""
+        """The cursor is {"file", …}, of which `read_file` knows the rest."""
         at = cursor or {"file": 0}
         files = self.files()[0]
         for index in range(at["file"], len(files)):
@@ -90,16 +94,13 @@ class _FilesReader(ABC):
         """One file's documents from `at` (or {}: the first) on; their ids are places in it."""
 
     def check(self) -> list[str]:
-        """See `Reader`."""
-        lines = self.files()[1]
-        if next(self.read(), None) is None:
-            raise self.error(f"{shown(self.root)}: no documents in it")
-        return lines
+        return self.files()[1] + super().check()
 
     def files(self) -> tuple[list[Path], list[str]]:
         """The files to read, and lines on those passed over. Hidden ones are never meant."""
         if not self.root.exists():
-            raise self.error(f"{shown(self.root)}: no such file or folder{self._nearest()}")
+            near = nearest_path(self.root, self.root.parent.iterdir()) if self.root.parent.is_dir() else ""
+            raise self.error(f"{shown(self.root)}: no such file or folder{shown(near)}")
         if not self.root.is_dir():
             if self.root.stat().st_size == 0:
                 raise self.error(f"{shown(self.root)}: the file is empty")
@@ -123,24 +124,14 @@ class _FilesReader(ABC):
             raise self.error(f"{shown(self.root)}: the folder has no {wanted} file")
         return sorted(files), [_passed_over(kind, names) for kind, names in others.items() if names]
 
-    def fingerprint(self) -> str:
+    def fingerprint(self, *, times: bool) -> str:
         """Names, sizes and times of change."""
-        return json.dumps([(self.name(path), path.stat().st_size, path.stat().st_mtime_ns) for path in self.files()[0]])
-
-    def content(self) -> str:
-        """Names and sizes."""
-        return json.dumps([(self.name(path), path.stat().st_size) for path in self.files()[0]])
+        found = [(self.name(path), path.stat()) for path in self.files()[0]]
+        return json.dumps([(name, s.st_size, s.st_mtime_ns) if times else (name, s.st_size) for name, s in found])
 
     def name(self, path: Path) -> str:
         """A file's name in the source."""
         return shown(path.name if path == self.root else path.relative_to(self.root))
-
-    def error(self, problem: str) -> UsageError:
-        """A message that names the source."""
-        return UsageError(f"source {self.source.name!r}: {problem}")
-
-    def _nearest(self) -> str:
-        return shown(nearest_path(self.root, self.root.parent.iterdir())) if self.root.parent.is_dir() else ""
 
     def _refuse(self, error: OSError) -> None:
         raise self.error(f"{shown(error.filename)}: cannot be read: {error.strerror}")
@@ -152,7 +143,6 @@ class JsonlReader(_FilesReader):
     suffixes = (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz")
 
     def read_file(self, path: Path, at: Cursor) -> Iterator[Found]:
-        """See `_FilesReader`."""
         for line in read_jsonl(path, byte=at.get("byte", 0), number=at.get("line", 0)):
             text = text_field(line.value, self.source.text_field, f"{shown(path)}, line {line.number}")
             yield Found(f":{line.number}", text, {"byte": line.end, "line": line.number})
@@ -162,7 +152,6 @@ class TextReader(_FilesReader):
     """Whole files, long ones in pieces; documents are named `FILE` or `FILE#PIECE`, the cursor is {"file", "piece"}."""
 
     def read_file(self, path: Path, at: Cursor) -> Iterator[Found]:
-        """See `_FilesReader`."""
         pieces = _pieces(read_text(path))
         for piece in range(at.get("piece", 0), len(pieces)):
             yield Found(f"#{piece}" if len(pieces) > 1 else "", pieces[piece], {"piece": piece + 1})
@@ -198,7 +187,6 @@ class ParquetReader(_FilesReader):
         return lines
 
     def read_file(self, path: Path, at: Cursor) -> Iterator[Found]:
-        """See `_FilesReader`."""
         import pyarrow.parquet as pq
 
         row, first = 0, at.get("row", 0)
@@ -214,22 +202,13 @@ class ParquetReader(_FilesReader):
             raise UsageError(f"{where}: cannot be read: {_first_line(error)}; mend or remove the row") from None
 
 
-class HubReader:
+class HubReader(Reader):
     """A dataset of the Hugging Face Hub; documents are named by row. The cursor is {"row"} and, streaming, the
     library's own {"state"}."""
 
-    def __init__(self, source: SourceSection) -> None:
-        self.source = source
-        self._dataset: Any = None
-
-    def check(self) -> list[str]:
-        """The dataset can be found and its first row has the field."""
-        if next(self.read(), None) is None:
-            raise UsageError(f"source {self.source.name!r}: {self.source.path} has no documents")
-        return []
+    _dataset: Any = None
 
     def read(self, cursor: Cursor | None = None) -> Iterator[Found]:
-        """See `Reader`."""
         dataset, source = self._load(), self.source
         row = cursor["row"] if cursor else 0
         if source.streaming and cursor:
@@ -241,11 +220,9 @@ class HubReader:
             state = {"state": dataset.state_dict()} if source.streaming else {}
             yield Found(str(row - 1), text, {"row": row, **state})
 
-    def fingerprint(self) -> str:
+    def fingerprint(self, *, times: bool) -> str:
         """The name alone: the Hub is asked for nothing here."""
         return f"{self.source.path} {self.source.subset} {self.source.split}"
-
-    content = fingerprint
 
     def _load(self) -> Any:
         source = self.source
@@ -258,8 +235,8 @@ class HubReader:
             dataset = datasets.load_dataset(source.path, source.subset, split=source.split, streaming=source.streaming)
         except Exception as error:
             # datasets and huggingface_hub raise a dozen unrelated types here, for want of network or a wrong name.
-            raise UsageError(
-                f"source {source.name!r}: cannot load {source.path!r} from the Hub: {_first_line(error)}; "
+            raise self.error(
+                f"cannot load {source.path!r} from the Hub: {_first_line(error)}; "
                 "check path, subset, split and the network, or use a local file"
             ) from None
         if not source.streaming:  # a streaming dataset keeps its position in itself, so each reading gets a new one
