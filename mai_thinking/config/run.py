@@ -6,7 +6,6 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from mai_thinking.config.base import Coefficient, ContextLength, Count, Name, Seconds, Section, Share, Whole
-from mai_thinking.config.checkpoint import CheckpointSection
 from mai_thinking.errors import UsageError
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -85,6 +84,19 @@ class BatchSection(Section):
     def tokens_per_step(self) -> int:
         """Tokens in a global batch."""
         return self.context_length * self.global_batch_size
+
+
+class CheckpointSection(Section):
+    """`checkpoint:` in a run's config; `mai_thinking.training.checkpoint` carries it out."""
+
+    every: Count = 100
+    """Steps from one checkpoint to the next. The best value for a failure rate: `scripts/goodput.py project`."""
+    keep: Count = 2
+    """The newest so many are kept. At least 2, so that a damaged newest one leaves another to go back to."""
+    keep_every: Count | None = None
+    """Checkpoints of steps that this divides are kept for ever, besides the newest; null keeps none."""
+    asynchronous: bool = True
+    """Copy the state in the step and write it beside the following steps; false writes it in the step."""
 
 
 class ExecutionSection(Section):

@@ -9,7 +9,7 @@ import itertools
 import json
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -51,7 +51,7 @@ class Reader(ABC):
 
     @abstractmethod
     def fingerprint(self, *, times: bool) -> str:
-        """Changes when the content does, and no file's place. Without `times`: what a position in a stream refers to."""
+        """Changes when the content does, not when files move. Without `times`: what a place in a stream refers to."""
 
     def check(self) -> list[str]:
         """Lines on what is passed over. UsageError for what can be seen without reading everything."""
@@ -66,7 +66,10 @@ class Reader(ABC):
 
 def open_reader(source: SourceSection) -> Reader:
     """The reader for a source that is not embedded."""
-    return {"jsonl": JsonlReader, "parquet": ParquetReader, "text": TextReader, "hub": HubReader}[source.kind](source)
+    kinds: dict[str, Callable[[SourceSection], Reader]] = {
+        "jsonl": JsonlReader, "parquet": ParquetReader, "text": TextReader, "hub": HubReader,
+    }  # fmt: skip
+    return kinds[source.kind](source)
 
 
 class _FilesReader(Reader):

@@ -1,4 +1,4 @@
-"""Injects the faults of `mai_thinking.config.faults` into a running job, so that anyone can try a run of their own.
+"""Injects the faults of `mai_thinking.config.launch` into a running job, so that anyone can try a run of their own.
 
 The moments and the victims come from a seed. A timed fault strikes once in each of its periods, counted from the job's
 first step, at a moment drawn uniformly; so `kill:60s` is one a minute and yet finds the job in every state.
@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from mai_thinking.config.faults import Fault
+from mai_thinking.config.launch import Fault
 from mai_thinking.training.checkpoint_storage import step_folder, visible_steps
 from mai_thinking.training.heartbeat import read_heartbeat
 

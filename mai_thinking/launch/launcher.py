@@ -28,8 +28,7 @@ from torch.distributed.elastic.rendezvous import RendezvousInfo
 from torch.distributed.elastic.rendezvous.static_tcp_rendezvous import StaticTCPRendezvous
 
 from mai_thinking.config.command import EXIT_COLLAPSED, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, TOLD_VARIABLE
-from mai_thinking.config.faults import parse_faults
-from mai_thinking.config.launch import LaunchSection
+from mai_thinking.config.launch import LaunchSection, parse_faults
 from mai_thinking.launch.chaos import Chaos
 from mai_thinking.launch.worker import run_script
 from mai_thinking.training.heartbeat import HEARTBEAT_VARIABLE, can_save_jit, heartbeat_path, read_heartbeat

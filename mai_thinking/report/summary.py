@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mai_thinking.config.sampling import SamplingSection
+from mai_thinking.config.grpo import SamplingSection
 from mai_thinking.report.document import Document, Interval, Table, fenced
 from mai_thinking.report.panels import BITS, PASS, best_of, figures_of, parts_of
 from mai_thinking.report.reading import Run, read_run, then_and_now

@@ -33,7 +33,7 @@ from typing import Any
 
 import numpy as np
 
-from mai_thinking.config.collapse import CollapseSection
+from mai_thinking.config.grpo import CollapseSection
 from mai_thinking.config.storage import atomic_file
 from mai_thinking.rl.problem_filter import FilterCounts
 

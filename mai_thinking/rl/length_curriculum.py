@@ -3,7 +3,7 @@
 from collections import deque
 from typing import Any
 
-from mai_thinking.config.sampling import CurriculumSection
+from mai_thinking.config.grpo import CurriculumSection
 
 
 class LengthCurriculum:

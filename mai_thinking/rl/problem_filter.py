@@ -7,7 +7,7 @@ decide whether a problem is worth a whole group, and the whole group's pass rate
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-from mai_thinking.config.sampling import SamplingSection
+from mai_thinking.config.grpo import SamplingSection
 from mai_thinking.rl.rollout import Group, Rollout, Verdict
 
 

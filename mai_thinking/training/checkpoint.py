@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 
-from mai_thinking.config.checkpoint import CheckpointSection
+from mai_thinking.config.run import CheckpointSection
 from mai_thinking.errors import UsageError
 from mai_thinking.training.checkpoint_staging import HostCopies
 from mai_thinking.training.checkpoint_storage import (

@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from mai_thinking.config.checkpoint import CheckpointSection
 from mai_thinking.config.command import EXIT_INTERRUPTED, exit_with
+from mai_thinking.config.run import CheckpointSection
 from mai_thinking.errors import UsageError
 from mai_thinking.training.checkpoint import Checkpointer
 from mai_thinking.training.ledger import CHECKPOINT, GoodputLedger

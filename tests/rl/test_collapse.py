@@ -16,8 +16,7 @@ import yaml
 from damaged_grpo import AT, damaged_step
 from simulated_climbs import KINDS, SimulatedClimb
 
-from mai_thinking.config.collapse import CollapseSection
-from mai_thinking.config.grpo import GrpoConfig
+from mai_thinking.config.grpo import CollapseSection, GrpoConfig
 from mai_thinking.config.loading import load_config, save_config
 from mai_thinking.provenance.lineage import require_own
 from mai_thinking.recipes.grpo import GrpoRecipe, grpo

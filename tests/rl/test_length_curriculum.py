@@ -7,7 +7,7 @@ import random
 import pytest
 from pydantic import ValidationError
 
-from mai_thinking.config.sampling import CurriculumSection
+from mai_thinking.config.grpo import CurriculumSection
 from mai_thinking.rl.length_curriculum import LengthCurriculum
 
 

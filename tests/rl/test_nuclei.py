@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mai_thinking.config.checkpoint import CheckpointSection
+from mai_thinking.config.run import CheckpointSection
 from mai_thinking.rl.nuclei import WIDE, Nuclei
 from mai_thinking.training.checkpoint import Checkpointer
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from mai_thinking.config.sampling import SamplingSection
+from mai_thinking.config.grpo import SamplingSection
 from mai_thinking.rl.problem_filter import FilterCounts, ProblemFilter
 from mai_thinking.rl.rollout import Group, Rollout, Verdict
 from mai_thinking.rl.tasks import Grade

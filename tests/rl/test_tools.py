@@ -15,8 +15,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from mai_thinking.config.grpo import ToolsSection
 from mai_thinking.config.tasks import TaskSection, TemplateSection
-from mai_thinking.config.tools import ToolsSection
 from mai_thinking.data.serial import map_of, serial_problem
 from mai_thinking.data.tokenizer import train_tokenizer
 from mai_thinking.errors import UsageError

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
-from mai_thinking.config.checkpoint import CheckpointSection
+from mai_thinking.config.run import CheckpointSection
 from mai_thinking.errors import UsageError
 from mai_thinking.training import checkpoint_storage
 from mai_thinking.training.checkpoint import Checkpointer, CheckpointReader

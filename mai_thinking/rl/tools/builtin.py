@@ -1,11 +1,11 @@
 """The tools that come with the project. A further one is a function here, in `BUILTIN` and in
-`config.tools.BuiltinTool`."""
+`config.grpo.BuiltinTool`."""
 
 import math
 import re
 from collections.abc import Callable
 
-from mai_thinking.config.tools import ToolsSection
+from mai_thinking.config.grpo import ToolsSection
 from mai_thinking.data.serial import map_of
 from mai_thinking.rl.tasks import Problem
 from mai_thinking.rl.tools.base import Tool, ToolError, tool

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from mai_thinking.config.tools import ToolsSection
+from mai_thinking.config.grpo import ToolsSection
 from mai_thinking.data.tokenizer import Encoder
 from mai_thinking.rl.rollout import Call, Rollout
 from mai_thinking.rl.tasks import Problem
