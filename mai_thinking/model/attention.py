@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, and_masks, padding_mask_function, sdpa_mask
@@ -25,7 +25,7 @@ from mai_thinking.model.norm import RMSNorm
 from mai_thinking.model.packed_attention import Documents, packed_attention
 from mai_thinking.model.projection import residual_projection, weight_dtype
 
-RotaryTables = tuple[torch.Tensor, torch.Tensor]
+RotaryTables = tuple[Tensor, Tensor]
 
 
 class Attention(nn.Module):
@@ -58,12 +58,12 @@ class Attention(nn.Module):
 
     def forward(
         self,
-        x_BTD: torch.Tensor,
+        x_BTD: Tensor,
         rotary: RotaryTables,
-        attention_mask: torch.Tensor | Documents | None,
+        attention_mask: Tensor | Documents | None,
         past_key_values: Cache | None = None,
         **kwargs: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    ) -> tuple[Tensor, Tensor | None]:
         """→ output, and weights [B, H, T, keys] if the attention function has them at hand ("eager")."""
         x_BTD = x_BTD.to(weight_dtype(self.q_proj, self.config))
         heads = (*x_BTD.shape[:-1], -1, self.head_dim)
@@ -91,7 +91,7 @@ class Attention(nn.Module):
         return self.o_proj(heads_BTHd.flatten(2)), weights
 
 
-def rotary_tables(position_ids: torch.Tensor, head_dim: int, theta: float) -> RotaryTables:
+def rotary_tables(position_ids: Tensor, head_dim: int, theta: float) -> RotaryTables:
     """cos and sin, each [B, 1, T, d] in fp32, of the angles position · theta^(−2i/d), for integer positions [B, T]."""
     pairs = torch.arange(0, head_dim, 2, device=position_ids.device, dtype=torch.float32)
     angles_BTp = position_ids[..., None].float() * theta ** (-pairs / head_dim)
@@ -99,7 +99,7 @@ def rotary_tables(position_ids: torch.Tensor, head_dim: int, theta: float) -> Ro
     return angles_B1Td.cos(), angles_B1Td.sin()
 
 
-def rotate(x_BHTd: torch.Tensor, rotary: RotaryTables) -> torch.Tensor:
+def rotate(x_BHTd: Tensor, rotary: RotaryTables) -> Tensor:
     """RoPE: dimension i and i + d/2 of each head turn together by their position's angle."""
     cos, sin = rotary
     first, second = x_BHTd.chunk(2, dim=-1)
@@ -108,13 +108,13 @@ def rotate(x_BHTd: torch.Tensor, rotary: RotaryTables) -> torch.Tensor:
 
 def eager_attention(
     module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
     scaling: float,
     **_: Any,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[Tensor, Tensor]:
     """The definition, in plain products, for `attn_implementation="eager"`: outputs [B, T, H, d] and weights."""
     key, value = (repeat_kv(states, module.num_key_value_groups) for states in (key, value))
     scores = (query.float() @ key.float().transpose(2, 3)) * scaling
@@ -126,13 +126,13 @@ def eager_attention(
 
 def windowed_sdpa(
     module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | Documents | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | Documents | None,
     sliding_window: int | None = None,
     **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
+) -> tuple[Tensor, None]:
     """SDPA where a local layer's queries, in blocks as long as the window, meet only their own block of keys and the
     one before it: 2·W keys a query instead of T. Whatever has no mask of such blocks goes through the library's SDPA.
     """
@@ -153,13 +153,13 @@ def windowed_mask(
     batch_size: int,
     q_length: int,
     kv_length: int,
-    mask_function: Callable[..., torch.Tensor],
-    attention_mask: torch.Tensor | None = None,
+    mask_function: Callable[..., Tensor],
+    attention_mask: Tensor | None = None,
     local_size: int | None = None,
     use_vmap: bool = False,
     device: torch.device | str = "cpu",
     **kwargs: Any,
-) -> torch.Tensor | None:
+) -> Tensor | None:
     """The library's mask; for a local layer in whole blocks, only the part of it that `windowed_sdpa` looks at, bool
     [B·n, 1, W, 2W]: all of it, T × T, would cost more than the layer as the context grows."""
     in_blocks = local_size is not None and q_length == kv_length > 2 * local_size and q_length % local_size == 0
@@ -178,7 +178,7 @@ def windowed_mask(
     return seen.expand(batch_size, n, W, 2 * W).reshape(-1, 1, W, 2 * W)
 
 
-def _two_blocks(states_BGTd: torch.Tensor, W: int) -> torch.Tensor:
+def _two_blocks(states_BGTd: Tensor, W: int) -> Tensor:
     """Keys or values [B, G, T, d] → [B·n, G, 2W, d]: each block behind the one before it (zeros for the first)."""
     blocks = states_BGTd.unflatten(2, (-1, W)).transpose(1, 2)
     before = F.pad(blocks[:, :-1], (0, 0, 0, 0, 0, 0, 1, 0))

@@ -18,13 +18,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed._functional_collectives import all_to_all_single, all_to_all_single_autograd
 
 from mai_thinking.errors import RunError
 from mai_thinking.model.grouped_experts import Order, sum_of_rows
 
-ExpertNetworks = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+ExpertNetworks = Callable[[Tensor, Tensor, Tensor], Tensor]
 """An experts module with this rank's share: latents [R, L], experts [R, 1] from 0 on, gates [R, 1] → [R, L]."""
 
 
@@ -34,21 +35,17 @@ class ExpertExchange:
     def __init__(self, group: dist.ProcessGroup, experts: int) -> None:
         self.group, self.experts, self.own = group, experts, experts // group.size()
 
-    def __call__(
-        self, experts: ExpertNetworks, x_TL: torch.Tensor, chosen_TK: torch.Tensor, gates_TK: torch.Tensor
-    ) -> torch.Tensor:
+    def __call__(self, experts: ExpertNetworks, x_TL: Tensor, chosen_TK: Tensor, gates_TK: Tensor) -> Tensor:
         """Latents [T, L], experts [T, K] int64 of all E, gates [T, K] fp32 → Σ_k gate · expert(latent), [T, L].
 
         Collective, also where there is no gradient. RunError if what it receives does not fit into memory.
         """
-        out: torch.Tensor = self._there_and_back(experts, x_TL, chosen_TK, gates_TK)
+        out: Tensor = self._there_and_back(experts, x_TL, chosen_TK, gates_TK)
         return out
 
     # The sizes depend on the data, so that this is no graph; what it calls is compiled by itself.
     @torch.compiler.disable(recursive=False)
-    def _there_and_back(
-        self, experts: ExpertNetworks, x_TL: torch.Tensor, chosen_TK: torch.Tensor, gates_TK: torch.Tensor
-    ) -> torch.Tensor:
+    def _there_and_back(self, experts: ExpertNetworks, x_TL: Tensor, chosen_TK: Tensor, gates_TK: Tensor) -> Tensor:
         order = Order.of(chosen_TK, self.experts)
         sent_E = torch.diff(order.ends_E, prepend=order.ends_E.new_zeros(1))
         received_GE = all_to_all_single(sent_E, None, None, self.group).view(-1, self.own)
@@ -67,7 +64,7 @@ class ExpertExchange:
             ) from error
         return _Combine.apply(y_SL, gates_TK, order)
 
-    def _own_experts(self, experts: ExpertNetworks, x_RL: torch.Tensor, received_GE: torch.Tensor) -> torch.Tensor:
+    def _own_experts(self, experts: ExpertNetworks, x_RL: Tensor, received_GE: Tensor) -> Tensor:
         """Rows come rank by rank, and of a rank expert by expert."""
         rows = x_RL.size(0)
         if not rows:  # whoever shares the weights expects a gradient of them
@@ -77,7 +74,7 @@ class ExpertExchange:
         return experts(x_RL, *_alone(expert_R))
 
 
-def _alone(expert_R: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _alone(expert_R: Tensor) -> tuple[Tensor, Tensor]:
     """One expert a row, weighed with 1."""
     expert_R1 = expert_R.long()[:, None]
     return expert_R1, torch.ones_like(expert_R1, dtype=torch.float32)
@@ -87,13 +84,13 @@ class _Spread(torch.autograd.Function):
     """Each token's row to all its places. Autograd's own gradient would add up in any order."""
 
     @staticmethod
-    def forward(ctx: Any, x_TL: torch.Tensor, order: Order) -> torch.Tensor:
+    def forward(ctx: Any, x_TL: Tensor, order: Order) -> Tensor:
         ctx.save_for_backward(order.row_TK)
         return x_TL.index_select(0, order.pair_S // order.row_TK.size(1))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dx_SL: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, dx_SL: Tensor) -> tuple[Tensor | None, ...]:
         (row_TK,) = ctx.saved_tensors
         return sum_of_rows(dx_SL, row_TK, torch.ones_like(row_TK)).to(dx_SL.dtype), None
 
@@ -102,13 +99,13 @@ class _Combine(torch.autograd.Function):
     """Σ_k gate · y in fp32, each token's rows gathered back."""
 
     @staticmethod
-    def forward(ctx: Any, y_SL: torch.Tensor, gates_TK: torch.Tensor, order: Order) -> torch.Tensor:
+    def forward(ctx: Any, y_SL: Tensor, gates_TK: Tensor, order: Order) -> Tensor:
         ctx.save_for_backward(y_SL, gates_TK, order.pair_S, order.row_TK)
         return sum_of_rows(y_SL, order.row_TK, gates_TK).to(y_SL.dtype)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dout_TL: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, dout_TL: Tensor) -> tuple[Tensor | None, ...]:
         y_SL, gates_TK, pair_S, row_TK = ctx.saved_tensors
         dout_SL = dout_TL.index_select(0, pair_S // gates_TK.size(1)).float()
         dy_SL = dout_SL * gates_TK.float().flatten()[pair_S, None]

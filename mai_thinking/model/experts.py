@@ -21,6 +21,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
@@ -42,27 +43,25 @@ class ExpertWeights(Protocol):
     """What the experts interface hands to an implementation: usually a module with these attributes."""
 
     @property
-    def gate_up_proj(self) -> torch.Tensor:
+    def gate_up_proj(self) -> Tensor:
         """[E, 2F, L]; gate first."""
 
     @property
-    def down_proj(self) -> torch.Tensor:
+    def down_proj(self) -> Tensor:
         """[E, L, F]."""
 
     @property
-    def act_fn(self) -> Callable[[torch.Tensor], torch.Tensor]:
+    def act_fn(self) -> Callable[[Tensor], Tensor]:
         """Of the gate; `bucketed_experts` takes it to be silu."""
 
 
-def own_weights(module: ExpertWeights) -> tuple[torch.Tensor, torch.Tensor]:
+def own_weights(module: ExpertWeights) -> tuple[Tensor, Tensor]:
     """Gate and up, and down, of the experts that this rank has: all, unless `model.expert_parallel` divides them."""
     w_gate_up, w_down = (w.to_local() if isinstance(w, DTensor) else w for w in (module.gate_up_proj, module.down_proj))
     return w_gate_up, w_down
 
 
-def eager_experts(
-    module: ExpertWeights, x_TL: torch.Tensor, chosen_TK: torch.Tensor, gates_TK: torch.Tensor
-) -> torch.Tensor:
+def eager_experts(module: ExpertWeights, x_TL: Tensor, chosen_TK: Tensor, gates_TK: Tensor) -> Tensor:
     """The definition: one expert after another. [T, L], [T, K] int64, [T, K] → [T, L]. Slow to differentiate."""
     w_gate_up, w_down = own_weights(module)
     out_TL = torch.zeros(x_TL.shape, dtype=_wide(x_TL), device=x_TL.device)
@@ -74,9 +73,7 @@ def eager_experts(
     return out_TL.to(x_TL.dtype)
 
 
-def bucketed_experts(
-    module: ExpertWeights, x_TL: torch.Tensor, chosen_TK: torch.Tensor, gates_TK: torch.Tensor
-) -> torch.Tensor:
+def bucketed_experts(module: ExpertWeights, x_TL: Tensor, chosen_TK: Tensor, gates_TK: Tensor) -> Tensor:
     """The same by batched products over buckets of experts. [T, L], [T, K] int64, [T, K] → [T, L].
 
     No pair is dropped, and the same inputs give the same bits. The combination is summed in fp32, or in float64 if that
@@ -99,7 +96,7 @@ def bucketed_experts(
     return _bucketed_on_cpu(x_TL, w_gate_up, w_down, gates_TK, chosen_TK)
 
 
-def _fits_grouped_product(dtype: torch.dtype, *weights: torch.Tensor) -> bool:
+def _fits_grouped_product(dtype: torch.dtype, *weights: Tensor) -> bool:
     """bf16, and whole lines of 16 bytes."""
     return dtype == torch.bfloat16 and all(size % 8 == 0 for weight in weights for size in weight.shape[1:])
 
@@ -107,16 +104,14 @@ def _fits_grouped_product(dtype: torch.dtype, *weights: torch.Tensor) -> bool:
 class CastExperts:
     """An experts module whose weights stand in cast, as `grouped_mm_experts_forward` reads it."""
 
-    def __init__(self, module: ExpertWeights, gate_up_proj: torch.Tensor, down_proj: torch.Tensor) -> None:
+    def __init__(self, module: ExpertWeights, gate_up_proj: Tensor, down_proj: Tensor) -> None:
         self._module, self.gate_up_proj, self.down_proj = module, gate_up_proj, down_proj
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._module, name)
 
 
-def _bucketed_on_cpu(
-    x_TL: torch.Tensor, w_gate_up: torch.Tensor, w_down: torch.Tensor, gates_TK: torch.Tensor, chosen_TK: torch.Tensor
-) -> torch.Tensor:
+def _bucketed_on_cpu(x_TL: Tensor, w_gate_up: Tensor, w_down: Tensor, gates_TK: Tensor, chosen_TK: Tensor) -> Tensor:
     if torch.is_grad_enabled():
         return _BucketedSwiGLU.apply(x_TL, w_gate_up, w_down, gates_TK, chosen_TK)
     if chosen_TK.size(0) == 1:
@@ -130,22 +125,22 @@ def _bucketed_on_cpu(
 class Bucket(NamedTuple):
     """A group of experts that are multiplied in one batch."""
 
-    experts_n: torch.Tensor
+    experts_n: Tensor
     """Their indices, int64."""
     rows: slice
     """Their rows among P: the first expert's c, the second's c, ..."""
     room: int
     """c, the busiest one's load."""
 
-    def of(self, whole_P: torch.Tensor) -> torch.Tensor:
+    def of(self, whole_P: Tensor) -> Tensor:
         """This bucket's part of a tensor over all rows, [P, d] → [n, c, d]; a view."""
         return whole_P[self.rows].view(-1, self.room, whole_P.size(1))
 
-    def on(self, scratch: torch.Tensor) -> torch.Tensor:
+    def on(self, scratch: Tensor) -> Tensor:
         """As much of a scratch tensor as this bucket needs, [at least R, d] → [n, c, d]; a view."""
         return scratch[: self.rows.stop - self.rows.start].view(-1, self.room, scratch.size(1))
 
-    def gather(self, source: torch.Tensor, index_P: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    def gather(self, source: Tensor, index_P: Tensor, out: Tensor) -> Tensor:
         """Rows of `source` [·, d] into scratch → [n, c, d]. `source[index]` would be five times slower."""
         out_R = out[: self.rows.stop - self.rows.start]
         return torch.index_select(source, 0, index_P[self.rows], out=out_R).view(-1, self.room, source.size(1))
@@ -154,30 +149,30 @@ class Bucket(NamedTuple):
 class BucketLayout(NamedTuple):
     """Where each token-expert pair is computed. All indices int64."""
 
-    pair_P: torch.Tensor
+    pair_P: Tensor
     """Each row's pair (token · K + slot); S where the row is padding."""
-    row_TK: torch.Tensor
+    row_TK: Tensor
     """Each pair's row."""
-    idle: torch.Tensor
+    idle: Tensor
     """Experts without work."""
     buckets: list[Bucket]
 
-    def tokens(self) -> torch.Tensor:
+    def tokens(self) -> Tensor:
         """Each row's token, [P]; T where the row is padding."""
         return self.pair_P // self.row_TK.size(1)
 
-    def scratch(self, like: torch.Tensor, *widths: int) -> list[torch.Tensor]:
+    def scratch(self, like: Tensor, *widths: int) -> list[Tensor]:
         """Uninitialised [R, width] tensors with room for the largest bucket."""
         rows = max((b.rows.stop - b.rows.start for b in self.buckets), default=0)
         return [like.new_empty(rows, width) for width in widths]
 
-    def weight_scratch(self, *weights: torch.Tensor) -> list[torch.Tensor]:
+    def weight_scratch(self, *weights: Tensor) -> list[Tensor]:
         """Uninitialised [n, ...] tensors with room for the largest bucket's share of each of `weights`."""
         most = max((b.experts_n.size(0) for b in self.buckets), default=0)
         return [w.new_empty(most, *w.shape[1:]) for w in weights]
 
 
-def bucket_layout(chosen_TK: torch.Tensor, w_gate_up: torch.Tensor) -> BucketLayout:
+def bucket_layout(chosen_TK: Tensor, w_gate_up: Tensor) -> BucketLayout:
     """Sort experts by load, leave out those without work, and cut where the load falls off or the cache is full.
 
     In NumPy: these many small steps, which start several times faster there, are a good part of decoding.
@@ -225,13 +220,8 @@ class _BucketedSwiGLU(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x_TL: torch.Tensor,
-        w_gate_up: torch.Tensor,
-        w_down: torch.Tensor,
-        gates_TK: torch.Tensor,
-        chosen_TK: torch.Tensor,
-    ) -> torch.Tensor:
+        ctx: Any, x_TL: Tensor, w_gate_up: Tensor, w_down: Tensor, gates_TK: Tensor, chosen_TK: Tensor
+    ) -> Tensor:
         layout = bucket_layout(chosen_TK, w_gate_up)
         gate_up_P = x_TL.new_empty(layout.pair_P.size(0), w_gate_up.size(1))
         y_PL = _bucket_by_bucket(layout, x_TL, w_gate_up, w_down, gate_up_P)
@@ -243,7 +233,7 @@ class _BucketedSwiGLU(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dout_TL: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, dout_TL: Tensor) -> tuple[Tensor | None, ...]:
         x_TL, w_gate_up, w_down, gates_TK, y_PL, gate_up_P, pair_P, row_TK, idle = ctx.saved_tensors
         layout = BucketLayout(pair_P, row_TK, idle, ctx.buckets)
         latent, width = x_TL.size(1), w_gate_up.size(1)
@@ -284,12 +274,8 @@ class _BucketedSwiGLU(torch.autograd.Function):
 
 
 def _bucket_by_bucket(
-    layout: BucketLayout,
-    x_TL: torch.Tensor,
-    w_gate_up: torch.Tensor,
-    w_down: torch.Tensor,
-    gate_up_P: torch.Tensor | None,
-) -> torch.Tensor:
+    layout: BucketLayout, x_TL: Tensor, w_gate_up: Tensor, w_down: Tensor, gate_up_P: Tensor | None
+) -> Tensor:
     """→ every row's output [P, L]. Its gate and up are left in `gate_up_P` [P, 2F], if given."""
     latent, width = x_TL.size(1), w_gate_up.size(1)
     y_PL = x_TL.new_empty(layout.pair_P.size(0), latent)
@@ -308,9 +294,7 @@ def _bucket_by_bucket(
     return y_PL
 
 
-def _one_token(
-    x_1L: torch.Tensor, w_gate_up: torch.Tensor, w_down: torch.Tensor, gates_1K: torch.Tensor, chosen_1K: torch.Tensor
-) -> torch.Tensor:
+def _one_token(x_1L: Tensor, w_gate_up: Tensor, w_down: Tensor, gates_1K: Tensor, chosen_1K: Tensor) -> Tensor:
     """The experts of one token share its input: their gates and ups are one product. Every operation counts here."""
     expert_K = chosen_1K[0]
     gate_up_1 = F.linear(x_1L, w_gate_up.index_select(0, expert_K).flatten(0, 1))
@@ -319,9 +303,7 @@ def _one_token(
     return _products(gates_1K.unsqueeze(0), y_K1L.transpose(0, 1)).squeeze(0).to(x_1L.dtype)
 
 
-def _pair_by_pair(
-    x_TL: torch.Tensor, w_gate_up: torch.Tensor, w_down: torch.Tensor, gates_TK: torch.Tensor, chosen_TK: torch.Tensor
-) -> torch.Tensor:
+def _pair_by_pair(x_TL: Tensor, w_gate_up: Tensor, w_down: Tensor, gates_TK: Tensor, chosen_TK: Tensor) -> Tensor:
     """Without sorting: each pair its own copy of its expert's weights, as many at a time as a cache holds."""
     expert_S = chosen_TK.flatten()
     x_S1L = x_TL.unsqueeze(1).expand(*chosen_TK.shape, -1).reshape(-1, 1, x_TL.size(1))
@@ -331,7 +313,7 @@ def _pair_by_pair(
     return _products(gates_TK.unsqueeze(1), y_TKL).squeeze(1).to(x_TL.dtype)
 
 
-def _times_chosen(x_S1I: torch.Tensor, weight_EOI: torch.Tensor, expert_S: torch.Tensor) -> torch.Tensor:
+def _times_chosen(x_S1I: Tensor, weight_EOI: Tensor, expert_S: Tensor) -> Tensor:
     """[S, 1, I], [E, O, I], [S] → [S, 1, O]. The copies stay in the cache, in the same scratch memory."""
     pairs, at_once = expert_S.size(0), max(1, CACHE_BYTES * weight_EOI.size(0) // weight_EOI.nbytes)
     if pairs <= at_once:
@@ -346,25 +328,25 @@ def _times_chosen(x_S1I: torch.Tensor, weight_EOI: torch.Tensor, expert_S: torch
     return out_S1O
 
 
-def _combine(y_PL: torch.Tensor, row_TK: torch.Tensor, gates_TK: torch.Tensor) -> torch.Tensor:
+def _combine(y_PL: Tensor, row_TK: Tensor, gates_TK: Tensor) -> Tensor:
     """Σ_k gate · y: one pass that never holds all pairs' weighted outputs."""
     wide = _wide(y_PL)
     out_TL = F.embedding_bag(row_TK, y_PL.to(wide), mode="sum", per_sample_weights=gates_TK.to(wide))
     return out_TL.to(y_PL.dtype)
 
 
-def _products(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+def _products(a: Tensor, b: Tensor) -> Tensor:
     """A batched product in at least fp32, also where autocast is on, which leaves `out=` alone."""
     a, b = a.to(_wide(a)), b.to(_wide(b))
     return torch.bmm(a, b, out=a.new_empty(a.size(0), a.size(1), b.size(2)))
 
 
-def _with_zero_row(rows: torch.Tensor) -> torch.Tensor:
+def _with_zero_row(rows: Tensor) -> Tensor:
     """Padding reads the last row. Zero times an uninitialised row could be NaN."""
     return torch.cat((rows, rows.new_zeros(1, rows.size(1))))
 
 
-def _wide(x: torch.Tensor) -> torch.dtype:
+def _wide(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 

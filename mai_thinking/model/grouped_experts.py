@@ -17,42 +17,38 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 
 def grouped_experts(
-    x_TL: torch.Tensor,
-    w_gate_up: torch.Tensor,
-    w_down: torch.Tensor,
-    gates_TK: torch.Tensor,
-    chosen_TK: torch.Tensor,
-    copies: "Copies | None" = None,
-) -> torch.Tensor:
+    x_TL: Tensor, w_gate_up: Tensor, w_down: Tensor, gates_TK: Tensor, chosen_TK: Tensor, copies: "Copies | None" = None
+) -> Tensor:
     """Σ_k gate · expert(x): [T, L], [E, 2F, L], [E, L, F], [T, K], [T, K] int64 → [T, L].
 
     No pair is dropped, and the same inputs give the same bits. Products are in the dtype of `x_TL`, which the library's
     grouped product must know; between them all is fp32, the combination too. `copies` are the weights in that dtype,
     for whoever has them.
     """
-    out: torch.Tensor = _GroupedSwiGLU.apply(x_TL, w_gate_up, w_down, gates_TK, chosen_TK, *(copies or (None, None)))
+    out: Tensor = _GroupedSwiGLU.apply(x_TL, w_gate_up, w_down, gates_TK, chosen_TK, *(copies or (None, None)))
     return out
 
 
-Copies = tuple[torch.Tensor, torch.Tensor]
+Copies = tuple[Tensor, Tensor]
 """An experts module's two weights, rounded."""
 
 
 class Order(NamedTuple):
     """Pairs sorted by expert, and within an expert by token."""
 
-    pair_S: torch.Tensor
+    pair_S: Tensor
     """Each row's pair (token · K + slot), int64."""
-    row_TK: torch.Tensor
+    row_TK: Tensor
     """Each pair's row, int64."""
-    ends_E: torch.Tensor
+    ends_E: Tensor
     """Where each expert's rows end, int32, as the grouped product takes it."""
 
     @classmethod
-    def of(cls, chosen_TK: torch.Tensor, experts: int) -> "Order":
+    def of(cls, chosen_TK: Tensor, experts: int) -> "Order":
         """By a stable sort of [T, K] indices of experts."""
         # A radix sort's passes go by the keys' width.
         key_S = chosen_TK.flatten().to(torch.int16 if experts < 2**15 else torch.int32)
@@ -69,14 +65,14 @@ class _GroupedSwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        x_TL: torch.Tensor,
-        w_gate_up: torch.Tensor,
-        w_down: torch.Tensor,
-        gates_TK: torch.Tensor,
-        chosen_TK: torch.Tensor,
-        gate_up_copy: torch.Tensor | None,
-        down_copy: torch.Tensor | None,
-    ) -> torch.Tensor:
+        x_TL: Tensor,
+        w_gate_up: Tensor,
+        w_down: Tensor,
+        gates_TK: Tensor,
+        chosen_TK: Tensor,
+        gate_up_copy: Tensor | None,
+        down_copy: Tensor | None,
+    ) -> Tensor:
         ctx.weight_dtype = w_gate_up.dtype
         w_gate_up = w_gate_up.to(x_TL.dtype) if gate_up_copy is None else gate_up_copy
         w_down = w_down.to(x_TL.dtype) if down_copy is None else down_copy
@@ -90,7 +86,7 @@ class _GroupedSwiGLU(torch.autograd.Function):
         return sum_of_rows(y_SL, order.row_TK, gates_TK).to(x_TL.dtype)
 
     @staticmethod
-    def backward(ctx: Any, dout_TL: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, dout_TL: Tensor) -> tuple[Tensor | None, ...]:
         x_TL, w_gate_up, w_down, gates_TK, gate_up_SF, *order_parts = ctx.saved_tensors
         order = Order(*order_parts)
         token_S = order.pair_S // gates_TK.size(1)
@@ -107,7 +103,7 @@ class _GroupedSwiGLU(torch.autograd.Function):
         return dx_TL, dw_gate_up.to(ctx.weight_dtype), dw_down.to(ctx.weight_dtype), dgates_TK, None, None, None
 
 
-def sum_of_rows(rows_SL: torch.Tensor, row_TK: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
+def sum_of_rows(rows_SL: Tensor, row_TK: Tensor, weights_TK: Tensor) -> Tensor:
     """Σ_k weight · row, [T, L] fp32."""
     if not torch.compiler.is_compiling():
         return (rows_SL[row_TK].float() * weights_TK.float()[..., None]).sum(dim=1)
@@ -117,9 +113,7 @@ def sum_of_rows(rows_SL: torch.Tensor, row_TK: torch.Tensor, weights_TK: torch.T
 
 
 @torch.library.custom_op("mai_thinking::swiglu_backward", mutates_args=())
-def swiglu_backward(
-    d_unweighed_SF: torch.Tensor, gate_up_S2F: torch.Tensor, weight_S: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def swiglu_backward(d_unweighed_SF: Tensor, gate_up_S2F: Tensor, weight_S: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Given the gradient of inner = silu(gate) · up as it would be before weighing, [S, F], and the rows' weights [S]
     fp32: the gradient of gate and up [S, 2F], inner · weight [S, F], and the gradient of the weights [S] fp32."""
     gate, up = gate_up_S2F.float().chunk(2, dim=-1)
@@ -141,9 +135,7 @@ swiglu_backward.register_fake(lambda d, gate_up, weight: tuple(map(torch.empty_l
 
 
 @swiglu_backward.register_kernel("cuda")
-def _(
-    d_unweighed_SF: torch.Tensor, gate_up_S2F: torch.Tensor, weight_S: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _(d_unweighed_SF: Tensor, gate_up_S2F: Tensor, weight_S: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     from mai_thinking.model import swiglu_kernel  # brings Triton, which only builds for a GPU have
 
     return swiglu_kernel.swiglu_backward(d_unweighed_SF.contiguous(), gate_up_S2F.contiguous(), weight_S.contiguous())

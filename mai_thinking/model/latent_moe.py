@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from transformers.integrations import use_experts_implementation
 
 from mai_thinking.model.configuration import MaiThinkingConfig
@@ -35,15 +35,15 @@ class Routing(NamedTuple):
     with a leading dimension of MoE layers.
     """
 
-    counts_E: torch.Tensor
+    counts_E: Tensor
     """Times that each expert was chosen. No gradient."""
-    probabilities_E: torch.Tensor
+    probabilities_E: Tensor
     """Σ over tokens of the router's probabilities, with gradient."""
-    z: torch.Tensor
+    z: Tensor
     """Σ over tokens of logsumexp(logits)², with gradient; a scalar."""
-    entropy: torch.Tensor
+    entropy: Tensor
     """Σ over tokens of the entropy of the router's distribution, in nats. No gradient; a scalar."""
-    tokens: torch.Tensor
+    tokens: Tensor
     """The number of tokens that the sums run over; a scalar."""
 
 
@@ -56,9 +56,7 @@ class Router(nn.Module):
         self.renormalize = config.renormalize_top_k
         self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
 
-    def forward(
-        self, x_TD: torch.Tensor, chosen_TK: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    def forward(self, x_TD: Tensor, chosen_TK: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """→ gate weights [T, K], chosen experts [T, K] int64, logits [T, E], probabilities [T, E].
 
         Given `chosen_TK`, it weighs these experts instead of choosing (routing replay, §3.1).
@@ -75,7 +73,7 @@ class Router(nn.Module):
         return gates_TK, chosen_TK, logits_TE, probabilities_TE
 
 
-def stable_top_k(probabilities_TE: torch.Tensor, k: int) -> torch.Tensor:
+def stable_top_k(probabilities_TE: Tensor, k: int) -> Tensor:
     """Indices of each row's k largest non-negative fp32 values, the lower index first among equals; [T, k] int64.
 
     `torch.topk` promises no order among equals, and a full stable sort is slow. The bits of non-negative floats order
@@ -89,7 +87,7 @@ def stable_top_k(probabilities_TE: torch.Tensor, k: int) -> torch.Tensor:
     return keys.topk(k, dim=-1).indices
 
 
-def _largest_by_turns(keys_TE: torch.Tensor, experts: int, k: int) -> torch.Tensor:
+def _largest_by_turns(keys_TE: Tensor, experts: int, k: int) -> Tensor:
     """`stable_top_k` from its keys by k maxima, which a compiler makes one kernel of: each row is read once."""
     chosen = []
     for _ in range(k):
@@ -117,7 +115,7 @@ class Experts(nn.Module):
         self.copies: Copies | None = None
         """Set by `rounded_once`."""
 
-    def forward(self, x_TL: torch.Tensor, chosen_TK: torch.Tensor, gates_TK: torch.Tensor) -> torch.Tensor:
+    def forward(self, x_TL: Tensor, chosen_TK: Tensor, gates_TK: Tensor) -> Tensor:
         """Latents [T, L], experts [T, K] int64 and their weights [T, K] fp32 → Σ_k gate · expert(latent), [T, L]."""
         return eager_experts(self, x_TL, chosen_TK, gates_TK)
 
@@ -151,11 +149,8 @@ class LatentMoE(nn.Module):
         """Set where ranks divide the experts (`training.parallel`)."""
 
     def forward(
-        self,
-        x_BTD: torch.Tensor,
-        token_mask_BT: torch.Tensor | None = None,
-        chosen_BTK: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, Routing, torch.Tensor]:
+        self, x_BTD: Tensor, token_mask_BT: Tensor | None = None, chosen_BTK: Tensor | None = None
+    ) -> tuple[Tensor, Routing, Tensor]:
         """→ output [B, T, D], the routing's sums over real tokens, experts [B, T, K].
 
         `token_mask_BT` (bool) marks real tokens; padding is computed like any token but not counted. `chosen_BTK`
@@ -171,12 +166,7 @@ class LatentMoE(nn.Module):
         return out_BTD, routing, chosen_TK.view(*x_BTD.shape[:-1], -1)
 
 
-def summarize(
-    chosen_TK: torch.Tensor,
-    logits_TE: torch.Tensor,
-    probabilities_TE: torch.Tensor,
-    token_mask_BT: torch.Tensor | None,
-) -> Routing:
+def summarize(chosen_TK: Tensor, logits_TE: Tensor, probabilities_TE: Tensor, token_mask_BT: Tensor | None) -> Routing:
     """One layer's routing, summed over the real tokens."""
     if token_mask_BT is not None:
         real = token_mask_BT.flatten()
@@ -193,9 +183,7 @@ def summarize(
     return Routing(counts_E, probabilities_TE.sum(dim=0), log_z_T.square().sum(), entropy, tokens)
 
 
-def _summarize_masked(
-    chosen_TK: torch.Tensor, logits_TE: torch.Tensor, probabilities_TE: torch.Tensor, real_T: torch.Tensor
-) -> Routing:
+def _summarize_masked(chosen_TK: Tensor, logits_TE: Tensor, probabilities_TE: Tensor, real_T: Tensor) -> Routing:
     """The same with 1 for real tokens and 0 for others: taking rows out would make a GPU wait for their number."""
     log_z_T = logits_TE.logsumexp(dim=-1)
     with torch.no_grad():
@@ -207,7 +195,7 @@ def _summarize_masked(
     return Routing(counts_E, probabilities_E, (log_z_T.square() * real_T).sum(), entropy, real_T.sum())
 
 
-def balance_loss(counts_ME: torch.Tensor, probabilities_ME: torch.Tensor, tokens: torch.Tensor | float) -> torch.Tensor:
+def balance_loss(counts_ME: Tensor, probabilities_ME: Tensor, tokens: Tensor | float) -> Tensor:
     """GShard's load-balance loss, E · Σ_e f_e · P_e, summed over the MoE layers (M); a scalar, M when uniform.
 
     f_e is expert e's share of all choices in `counts_ME`, P_e = `probabilities_ME` / `tokens` its mean probability. The

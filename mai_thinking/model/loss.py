@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from mai_thinking.model.fused import fused
 from mai_thinking.model.projection import HALF
@@ -12,7 +13,7 @@ CHUNK_ELEMENTS = {"cpu": 2**21, "cuda": 2**28}
 """Logits held at once. On a CPU they should stay near its caches; on a GPU a chunk should fill the machine."""
 
 
-def logits_product(hidden: torch.Tensor, weight_VD: torch.Tensor) -> torch.Tensor:
+def logits_product(hidden: Tensor, weight_VD: Tensor) -> Tensor:
     """hidden [N, D] · weightᵀ, of one dtype → logits [N, V] fp32. No gradient.
 
     Of half precision on a GPU the sums are fp32 too; elsewhere the product is in the operands' dtype.
@@ -22,7 +23,7 @@ def logits_product(hidden: torch.Tensor, weight_VD: torch.Tensor) -> torch.Tenso
     return F.linear(hidden, weight_VD).float()
 
 
-def head_gradient(d_logits_NV: torch.Tensor, hidden_ND: torch.Tensor) -> torch.Tensor:
+def head_gradient(d_logits_NV: Tensor, hidden_ND: Tensor) -> Tensor:
     """d logitsᵀ · hidden, [V, D]; of half precision on a GPU summed and returned in fp32."""
     if d_logits_NV.is_cuda and d_logits_NV.dtype in HALF:
         return torch.mm(d_logits_NV.mT, hidden_ND, out_dtype=torch.float32)
@@ -30,8 +31,8 @@ def head_gradient(d_logits_NV: torch.Tensor, hidden_ND: torch.Tensor) -> torch.T
 
 
 def chunked_cross_entropy(
-    hidden_BTD: torch.Tensor, weight_VD: torch.Tensor, labels_BT: torch.Tensor, dtype: torch.dtype | None = None
-) -> torch.Tensor:
+    hidden_BTD: Tensor, weight_VD: Tensor, labels_BT: Tensor, dtype: torch.dtype | None = None
+) -> Tensor:
     """Σ over labels ≠ -100 of −log softmax(hidden · weightᵀ)[label], a scalar in fp32. `dtype` is what the product's
     operands are rounded to, if not left in the weight's.
 
@@ -47,7 +48,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     dtype."""
 
     @staticmethod
-    def forward(ctx: Any, hidden_TD: torch.Tensor, weight_VD: torch.Tensor, labels_T: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor) -> Tensor:
         wants_gradient = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         loss_and_gradient = fused(_loss_and_gradient) if hidden_TD.is_cuda else _loss_and_gradient_in_place
         operand_VD = weight_VD.to(hidden_TD.dtype)
@@ -73,7 +74,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx: Any, d_loss: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:
         d_hidden, d_weight = ctx.saved_tensors
         # In at least fp32: a rounded factor would scale all of it alike.
         wide = torch.promote_types(d_hidden.dtype, d_loss.dtype)
@@ -82,8 +83,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 
 def _loss_and_gradient_in_place(
-    logits_TV: torch.Tensor, labels_T: torch.Tensor, dtype: torch.dtype, wants_gradient: bool
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+    logits_TV: Tensor, labels_T: Tensor, dtype: torch.dtype, wants_gradient: bool
+) -> tuple[Tensor, Tensor | None]:
     """Σ of the labels' −log softmax, and the logits' gradient in `dtype`, which takes their place."""
     log_z = logits_TV.logsumexp(dim=-1, keepdim=True)
     counted = (labels_T != -100)[:, None]
@@ -97,8 +98,8 @@ def _loss_and_gradient_in_place(
 
 
 def _loss_and_gradient(
-    logits_TV: torch.Tensor, labels_T: torch.Tensor, dtype: torch.dtype, wants_gradient: bool
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+    logits_TV: Tensor, labels_T: Tensor, dtype: torch.dtype, wants_gradient: bool
+) -> tuple[Tensor, Tensor | None]:
     """The same for a compiler: two passes over the logits, and one that writes the gradient."""
     log_z = logits_TV.logsumexp(dim=-1, keepdim=True)
     counted = (labels_T != -100)[:, None]

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
@@ -13,10 +14,10 @@ from mai_thinking.model.packed_flex import packed_block_mask
 
 def layer_masks(
     config: MaiThinkingConfig,
-    inputs_embeds: torch.Tensor,
-    attention_mask: torch.Tensor | dict[str, Any] | None,
+    inputs_embeds: Tensor,
+    attention_mask: Tensor | dict[str, Any] | None,
     past_key_values: Cache | None,
-    position_ids: torch.Tensor | None,
+    position_ids: Tensor | None,
     *,
     half: bool,
 ) -> dict[str, Any]:
@@ -40,7 +41,7 @@ def layer_masks(
 
 
 def _packed_masks(
-    config: MaiThinkingConfig, inputs_embeds: torch.Tensor, position_ids: torch.Tensor | None, *, half: bool
+    config: MaiThinkingConfig, inputs_embeds: Tensor, position_ids: Tensor | None, *, half: bool
 ) -> dict[str, Any] | None:
     """For whole rows: what our own attention functions take in a mask's place, if they are to be used."""
     kind, (rows, length) = config._attn_implementation, inputs_embeds.shape[:2]
@@ -56,8 +57,8 @@ def _packed_masks(
     return None
 
 
-def real_tokens(attention_mask: Any, x_BTD: torch.Tensor) -> torch.Tensor | None:
+def real_tokens(attention_mask: Any, x_BTD: Tensor) -> Tensor | None:
     """Which of the current tokens are no padding, [B, T] bool; None if all are real, or if the mask does not tell."""
-    if not isinstance(attention_mask, torch.Tensor) or attention_mask.dim() != 2:
+    if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2:
         return None
     return attention_mask[:, -x_BTD.size(1) :].bool()

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
@@ -46,7 +46,7 @@ class DenseFeedForward(nn.Module):
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = residual_projection(config.intermediate_size, config.hidden_size)
 
-    def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
+    def forward(self, x_BTD: Tensor) -> Tensor:
         x_BTD = x_BTD.to(weight_dtype(self.gate_proj, self.config))
         return self.down_proj(F.silu(self.gate_proj(x_BTD)) * self.up_proj(x_BTD))
 
@@ -70,14 +70,14 @@ class DecoderLayer(GradientCheckpointingLayer):
 
     def forward(
         self,
-        residual_BTD: torch.Tensor,
-        attention_mask: torch.Tensor | Documents | None = None,
+        residual_BTD: Tensor,
+        attention_mask: Tensor | Documents | None = None,
         rotary: RotaryTables | None = None,
-        token_mask_BT: torch.Tensor | None = None,
+        token_mask_BT: Tensor | None = None,
         past_key_values: Cache | None = None,
-        chosen_BTK: torch.Tensor | None = None,
+        chosen_BTK: Tensor | None = None,
         **kwargs: Any,
-    ) -> tuple[torch.Tensor, Routing | None, torch.Tensor | None]:
+    ) -> tuple[Tensor, Routing | None, Tensor | None]:
         """→ residual stream [B, T, D] fp32 and, of a MoE layer, its routing and the experts that it used [B, T, K],
         which are `chosen_BTK` where that is given."""
         # The norms' outputs are fp32, as the router reads them; what has other weights casts for itself.
@@ -153,7 +153,7 @@ class MaiThinkingModelOutput(MoeModelOutputWithPast):
 
     routing: Routing | None = None
     """With a leading dimension of MoE layers, if `output_routing` asked for it."""
-    expert_choices: torch.Tensor | None = None
+    expert_choices: Tensor | None = None
     """[M, B, T, K] int64, if `output_expert_choices` asked for them."""
 
 
@@ -163,12 +163,12 @@ class MaiThinkingOutput(MoeCausalLMOutputWithPast):
     `output_router_logits` asks for that; a trainer that balances over a global batch takes `routing` instead."""
 
     routing: Routing | None = None
-    expert_choices: torch.Tensor | None = None
-    scores: torch.Tensor | None = None
+    expert_choices: Tensor | None = None
+    scores: Tensor | None = None
     """What `head` returned."""
 
 
-Head = Callable[[torch.Tensor, torch.Tensor, torch.dtype | None], torch.Tensor]
+Head = Callable[[Tensor, Tensor, torch.dtype | None], Tensor]
 """What may take the place of the logits: hidden states [B, T, D] fp32, the head's weights [V, D] and what the product's
 operands are to be rounded to (`half_precision`) → scores."""
 
@@ -192,14 +192,14 @@ class MaiThinkingModel(MaiThinkingPreTrainedModel):
     @capture_outputs
     def forward(
         self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
-        inputs_embeds: torch.Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
-        token_mask: torch.Tensor | None = None,
-        expert_choices: torch.Tensor | None = None,
+        token_mask: Tensor | None = None,
+        expert_choices: Tensor | None = None,
         output_routing: bool = False,
         output_expert_choices: bool = False,
         **kwargs: Any,
@@ -226,7 +226,7 @@ class MaiThinkingModel(MaiThinkingPreTrainedModel):
         rotary = rotary_tables(position_ids, self.config.head_dim, self.config.rope_theta)
 
         routings: list[Routing] = []
-        choices: list[torch.Tensor] = []
+        choices: list[Tensor] = []
         for layer in islice(self.layers, self.config.num_hidden_layers):
             replayed_BTK = expert_choices[len(choices)] if expert_choices is not None and layer.is_moe else None
             residual_BTD, routing, chosen_BTK = layer(
@@ -279,17 +279,17 @@ class MaiThinkingForCausalLM(MaiThinkingPreTrainedModel, GenerationMixin):
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
         use_cache: bool | None = None,
         output_router_logits: bool | None = None,
         output_routing: bool = False,
-        logits_to_keep: int | torch.Tensor = 0,
-        num_items_in_batch: torch.Tensor | int | None = None,
+        logits_to_keep: int | Tensor = 0,
+        num_items_in_batch: Tensor | int | None = None,
         skip_logits: bool = False,
         head: Head | None = None,
         **kwargs: Any,
@@ -328,7 +328,7 @@ class MaiThinkingForCausalLM(MaiThinkingPreTrainedModel, GenerationMixin):
                 logits = self._logits(hidden_BTD[:, kept])
             if shift_labels is not None:
                 items = (shift_labels != -100).sum() if num_items_in_batch is None else num_items_in_batch
-                items = items.to(hidden_BTD.device) if isinstance(items, torch.Tensor) else items
+                items = items.to(hidden_BTD.device) if isinstance(items, Tensor) else items
                 loss = self._cross_entropy(hidden_BTD, shift_labels) / items
         if output_router_logits and output.routing is not None:
             routing = output.routing
@@ -348,11 +348,11 @@ class MaiThinkingForCausalLM(MaiThinkingPreTrainedModel, GenerationMixin):
             scores=scores,
         )
 
-    def _logits(self, hidden_BTD: torch.Tensor) -> torch.Tensor:
-        logits: torch.Tensor = self.lm_head(hidden_BTD.to(weight_dtype(self.lm_head, self.config))).float()
+    def _logits(self, hidden_BTD: Tensor) -> Tensor:
+        logits: Tensor = self.lm_head(hidden_BTD.to(weight_dtype(self.lm_head, self.config))).float()
         return logits
 
-    def _cross_entropy(self, hidden_BTD: torch.Tensor, labels_BT: torch.Tensor) -> torch.Tensor:
+    def _cross_entropy(self, hidden_BTD: Tensor, labels_BT: Tensor) -> Tensor:
         """Summed over the labels. From the head's weights in chunks, if they are all that the head is; an adapted,
         quantised, offloaded or sharded one is called."""
         head: nn.Module = self.lm_head

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 
@@ -17,7 +17,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
         self.epsilon = epsilon
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         x, weight = x.float(), self.weight.float()
         if x.device.type == "cpu" and not torch.compiler.is_compiling():
             return _RMSNormOnCPU.apply(x, weight, self.epsilon)
@@ -32,7 +32,7 @@ class _RMSNormOnCPU(torch.autograd.Function):
     differentiates each of them. With n = x / rms(x): dx = (g · gain − n · mean(g · gain · n)) / rms(x)."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight_d: torch.Tensor, epsilon: float) -> torch.Tensor:
+    def forward(ctx: Any, x: Tensor, weight_d: Tensor, epsilon: float) -> Tensor:
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         inverse = norm.square_().div_(x.size(-1)).add_(epsilon).rsqrt_()
         ctx.save_for_backward(x, weight_d, inverse)
@@ -40,7 +40,7 @@ class _RMSNormOnCPU(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, weight_d, inverse = ctx.saved_tensors
         n = x * inverse
         gn = g * n

@@ -11,25 +11,26 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 
 class Documents(NamedTuple):
     """Where documents begin in rows laid end to end; takes a mask's place in the layers."""
 
-    offsets: torch.Tensor
+    offsets: Tensor
     """Each document's first token among S, and S; int32 [N + 1], on the rows' device."""
-    longest: torch.Tensor
+    longest: Tensor
     """The longest one's length, a scalar on the CPU, where it is read without waiting for the device."""
 
 
-def document_begins(position_ids_BT: torch.Tensor) -> torch.Tensor:
+def document_begins(position_ids_BT: Tensor) -> Tensor:
     """[B, T] bool: a document begins at a row's start and wherever positions do not go on by one."""
     begins_BT = torch.ones_like(position_ids_BT, dtype=torch.bool)
     begins_BT[:, 1:] = position_ids_BT[:, 1:] != position_ids_BT[:, :-1] + 1
     return begins_BT
 
 
-def find_documents(position_ids_BT: torch.Tensor | None, rows: int, length: int, device: torch.device) -> Documents:
+def find_documents(position_ids_BT: Tensor | None, rows: int, length: int, device: torch.device) -> Documents:
     """Of rows [B, T], or [1, T] if they are alike; without positions, a row is one document. Waits for the device."""
     if position_ids_BT is None:
         offsets = torch.arange(0, (rows + 1) * length, length, dtype=torch.int32, device=device)
@@ -42,13 +43,8 @@ def find_documents(position_ids_BT: torch.Tensor | None, rows: int, length: int,
 
 
 def packed_attention(
-    q_BHTd: torch.Tensor,
-    k_BGTd: torch.Tensor,
-    v_BGTd: torch.Tensor,
-    documents: Documents,
-    window: int | None,
-    scale: float,
-) -> torch.Tensor:
+    q_BHTd: Tensor, k_BGTd: Tensor, v_BGTd: Tensor, documents: Documents, window: int | None, scale: float
+) -> Tensor:
     """Causal attention within documents, of each token to itself and the `window` − 1 before it → [B, T, H, d]."""
     B, _, T, _ = q_BHTd.shape
     q, k, v = (states.transpose(1, 2).flatten(0, 1).contiguous() for states in (q_BHTd, k_BGTd, v_BGTd))
@@ -58,14 +54,8 @@ def packed_attention(
 
 @torch.library.custom_op("mai_thinking::packed_attention", mutates_args=(), device_types="cuda")
 def _attend(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    offsets: torch.Tensor,
-    longest: torch.Tensor,
-    before: int,
-    scale: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, longest: Tensor, before: int, scale: float
+) -> tuple[Tensor, Tensor]:
     """[S, H, d], [S, G, d] twice → outputs [S, H, d] and the log-sums of exponentials [H, S] fp32; `before` tokens are
     seen besides the own, −1 for all."""
     most = int(longest)
@@ -75,24 +65,22 @@ def _attend(
     return out, log_sums
 
 
-_attend.register_fake(
-    lambda q, *_: (torch.empty_like(q), q.new_empty(q.size(1), q.size(0), dtype=torch.float32)),
-)
+_attend.register_fake(lambda q, *_: (torch.empty_like(q), q.new_empty(q.size(1), q.size(0), dtype=torch.float32)))
 
 
 @torch.library.custom_op("mai_thinking::packed_attention_backward", mutates_args=(), device_types="cuda")
 def _attend_backward(
-    d_out: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    log_sums: torch.Tensor,
-    offsets: torch.Tensor,
-    longest: torch.Tensor,
+    d_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    log_sums: Tensor,
+    offsets: Tensor,
+    longest: Tensor,
     before: int,
     scale: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """→ gradients like q, k and v."""
     most = int(longest)
     no_dropout = torch.zeros(2, dtype=torch.uint64, device=q.device)
@@ -127,12 +115,12 @@ _attend_backward.register_fake(
 )
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     q, k, v, offsets, longest, ctx.before, ctx.scale = inputs
     ctx.save_for_backward(q, k, v, *output, offsets, longest)
 
 
-def _differentiate(ctx: Any, d_out: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+def _differentiate(ctx: Any, d_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     dq, dk, dv = _attend_backward(d_out, *ctx.saved_tensors, ctx.before, ctx.scale)
     return dq, dk, dv, None, None, None, None
 

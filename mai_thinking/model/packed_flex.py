@@ -13,7 +13,7 @@ Shapes: B rows, T tokens in a row, n = ceil(T / BLOCK) blocks, H query heads, G 
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
@@ -25,14 +25,14 @@ from mai_thinking.model.packed_attention import document_begins
 BLOCK = 128
 
 
-def packed_block_mask(position_ids_BT: torch.Tensor, window: int | None) -> BlockMask:
+def packed_block_mask(position_ids_BT: Tensor, window: int | None) -> BlockMask:
     """The mask of a layer with that window, or of a global one, for rows [B, T] of documents (`document_begins`)."""
     B, T = position_ids_BT.shape
     device = position_ids_BT.device
     index_T = torch.arange(T, device=device)
     start_BT = torch.where(document_begins(position_ids_BT), index_T, 0).cummax(dim=1).values.to(torch.int32)
 
-    def sees(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    def sees(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         within = (k <= q) & (k >= start_BT[b, q])
         return within if window is None else within & (q - k < window)
 
@@ -51,7 +51,7 @@ def packed_block_mask(position_ids_BT: torch.Tensor, window: int | None) -> Bloc
     )
 
 
-def _blocks(chosen_Bnn: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _blocks(chosen_Bnn: Tensor) -> tuple[Tensor, Tensor]:
     """Counts [B, 1, n] and, in front, indices [B, 1, n, n] of each row's chosen blocks; int32."""
     counts = chosen_Bnn.sum(dim=-1, dtype=torch.int32)
     indices = (~chosen_Bnn).to(torch.int8).argsort(dim=-1, stable=True).to(torch.int32)
@@ -60,13 +60,13 @@ def _blocks(chosen_Bnn: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def packed_flex(
     module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: BlockMask | torch.Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: BlockMask | Tensor | None,
     scaling: float,
     **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
+) -> tuple[Tensor, None]:
     """[B, H, T, d], [B, G, T, d] twice → [B, T, H, d]. Without a block mask, as in generation, the library's SDPA."""
     if not isinstance(attention_mask, BlockMask):
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)

@@ -13,12 +13,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 
-def router_product(x_TD: torch.Tensor, weight_ED: torch.Tensor, *, by_parts: bool) -> torch.Tensor:
+def router_product(x_TD: Tensor, weight_ED: Tensor, *, by_parts: bool) -> Tensor:
     """x · weightᵀ in fp32: [T, D], [E, D] → [T, E]; `by_parts` as above."""
     if by_parts:
-        logits_TE: torch.Tensor = _RouterProduct.apply(x_TD, weight_ED)
+        logits_TE: Tensor = _RouterProduct.apply(x_TD, weight_ED)
         return logits_TE
     return F.linear(x_TD, weight_ED)
 
@@ -27,14 +28,14 @@ class _RouterProduct(torch.autograd.Function):
     """The product by parts, forward and backward."""
 
     @staticmethod
-    def forward(ctx: Any, x_TD: torch.Tensor, weight_ED: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, x_TD: Tensor, weight_ED: Tensor) -> Tensor:
         ctx.save_for_backward(x_TD, weight_ED)
         xh, xm, xl = parts(x_TD)
         wh, wm, wl = parts(weight_ED)
         return _product(torch.cat((xh, xh, xm, xh, xm, xl), dim=1), torch.cat((wh, wm, wh, wl, wm, wh), dim=1).mT)
 
     @staticmethod
-    def backward(ctx: Any, d_TE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def backward(ctx: Any, d_TE: Tensor) -> tuple[Tensor, Tensor]:
         x_TD, weight_ED = ctx.saved_tensors
         E, D = weight_ED.shape
         (dh, dm, _), (wh, wm, _), (xh, xm, _) = parts(d_TE), parts(weight_ED), parts(x_TD)
@@ -43,7 +44,7 @@ class _RouterProduct(torch.autograd.Function):
         return dx_TD, crossed[:E, :D] + crossed[E:, :D] + crossed[:E, D:]
 
 
-def parts(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def parts(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Three bf16 tensors whose sum is fp32 `x`, bit for bit, unless it is next to the smallest that there are."""
     # Cut off, not rounded: a compiler takes a number's way to bf16 and back for nothing, and the rest would be 0.
     high = _first_eight_bits(x)
@@ -52,11 +53,11 @@ def parts(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return high.to(torch.bfloat16), middle.to(torch.bfloat16), low.to(torch.bfloat16)
 
 
-def _first_eight_bits(x: torch.Tensor) -> torch.Tensor:
+def _first_eight_bits(x: Tensor) -> Tensor:
     return (x.view(torch.int32) & -65536).view(torch.float32)
 
 
-def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+def _product(a: Tensor, b: Tensor) -> Tensor:
     """Of bf16 matrices, summed and returned in fp32."""
     if a.is_cuda:
         return torch.mm(a, b, out_dtype=torch.float32)

@@ -8,6 +8,7 @@ Shapes: S rows, a token-expert pair each, F inner size.
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 ROWS, COLUMNS = 4, 256
 
@@ -38,9 +39,7 @@ def swiglu_backward_kernel(d_ptr, gate_up_ptr, weight_ptr, d_gate_up_ptr, weighe
     tl.store(d_weight_ptr + row, tl.sum(d_weight, axis=1), mask=there)
 
 
-def swiglu_backward(
-    d_unweighed_SF: torch.Tensor, gate_up_S2F: torch.Tensor, weight_S: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def swiglu_backward(d_unweighed_SF: Tensor, gate_up_S2F: Tensor, weight_S: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """As `grouped_experts.swiglu_backward`, of contiguous tensors on a GPU."""
     rows, inner = d_unweighed_SF.shape
     d_gate_up, weighed = torch.empty_like(gate_up_S2F), torch.empty_like(d_unweighed_SF)

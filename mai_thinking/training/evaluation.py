@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import xxhash
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from mai_thinking.config.storage import atomic_file
@@ -105,12 +106,8 @@ def evaluate_texts(
 
 
 def _score(
-    targets_BT: torch.Tensor,
-    count_sure: bool,
-    hidden_BTD: torch.Tensor,
-    weight_VD: torch.Tensor,
-    dtype: torch.dtype | None,
-) -> torch.Tensor:
+    targets_BT: Tensor, count_sure: bool, hidden_BTD: Tensor, weight_VD: Tensor, dtype: torch.dtype | None
+) -> Tensor:
     """[2]: −log p summed over the targets that are not -100, and how many are sure; a chunk of logits at a time."""
     scored = targets_BT != -100
     operand_VD = weight_VD.to(dtype or weight_VD.dtype)
@@ -150,7 +147,7 @@ def _batched(windows: Iterable[Window], size: int) -> Iterator[list[Window]]:
             yield window_list[begin : begin + size]
 
 
-def _pad(windows: Sequence[Window], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _pad(windows: Sequence[Window], pad: int) -> tuple[Tensor, Tensor]:
     """Right-padded [B, T]; attention is causal, so what stands to the right of a token does not reach it."""
     longest = max(len(inputs) for inputs, _ in windows)
     inputs = torch.tensor([inputs + [pad] * (longest - len(inputs)) for inputs, _ in windows])

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from torch import Tensor
 
 from mai_thinking.config.run import TrainingConfig
 from mai_thinking.errors import RunError
@@ -37,7 +38,7 @@ class Counts(NamedTuple):
 
     tokens: float
     """Real ones, which the routing's sums run over."""
-    experts_ME: torch.Tensor | None
+    experts_ME: Tensor | None
     """How often each expert is chosen, where that is known before the forward pass."""
     signal: bool = True
     """Whether there is anything to learn. Where not, no weight changes: router losses, decay and momentum neither."""
@@ -46,7 +47,7 @@ class Counts(NamedTuple):
 class Forward(NamedTuple):
     """A micro-batch's forward pass."""
 
-    loss: torch.Tensor
+    loss: Tensor
     """Its share of the global batch's loss, with the graph."""
     routing: Routing
     parts: Any
@@ -141,14 +142,14 @@ class Learner:
         routers = {"balance_loss": balance / layers, "router_z_loss": z / layers}
         return {**metrics, **routers, "grad_norm": grad_norm, "lr": rate, **routing_metrics(done.counts_ME, entropy_M)}
 
-    def sum(self, value: torch.Tensor) -> torch.Tensor:
+    def sum(self, value: Tensor) -> Tensor:
         """Over all ranks, in a fixed order."""
         if self.ranks > 1:
             value = value.detach().clone()
             dist.all_reduce(value)
         return value
 
-    def moved(self, tensor: torch.Tensor) -> torch.Tensor:
+    def moved(self, tensor: Tensor) -> Tensor:
         """To the device, which goes on with the last micro-batch meanwhile."""
         if self.device.type == "cuda":
             return tensor.pin_memory().to(self.device, non_blocking=True)
@@ -159,8 +160,8 @@ class Learner:
         counts_ME = torch.zeros((), device=self.device) if counts.experts_ME is None else counts.experts_ME
         at_once = counts.experts_ME is None and self.config.execution.activation_checkpointing
         forwards: list[Forward] = []
-        router_losses: list[torch.Tensor] = []
-        held: list[torch.Tensor] = []
+        router_losses: list[Tensor] = []
+        held: list[Tensor] = []
         passes = self._agree_on_passes(len(micro_batches))
         for index in range(passes):
             idle = index >= len(micro_batches)  # it only keeps the other ranks company
@@ -189,9 +190,7 @@ class Learner:
             _added([forward.routing.entropy.detach() for forward in forwards]),
         )
 
-    def _add_router_losses(
-        self, forward: Forward, counts_ME: torch.Tensor, tokens: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _add_router_losses(self, forward: Forward, counts_ME: Tensor, tokens: float) -> tuple[Tensor, Tensor]:
         """This micro-batch's share of the whole objective, and of the two router losses, detached."""
         balance = balance_loss(counts_ME, forward.routing.probabilities_E, tokens)
         z = forward.routing.z.sum() / tokens
@@ -215,14 +214,14 @@ class _Accumulated:
     """Of this rank's micro-batches."""
 
     parts: list[Any]
-    router_losses: torch.Tensor
+    router_losses: Tensor
     """[2], summed."""
-    counts_ME: torch.Tensor
+    counts_ME: Tensor
     """Over all ranks."""
-    entropy_M: torch.Tensor
+    entropy_M: Tensor
 
 
-def _added(values: Sequence[torch.Tensor]) -> torch.Tensor:
+def _added(values: Sequence[Tensor]) -> Tensor:
     return sum(values[1:], values[0])
 
 
@@ -237,7 +236,7 @@ def _guard_finite(step: int, loss: float, grad_norm: float, advice: str) -> None
             raise NonFiniteError(f"step {step}: the {name} is {value}; weights are as after step {step - 1}. {advice}")
 
 
-def routing_metrics(counts_ME: torch.Tensor, entropy_M: torch.Tensor) -> dict[str, Any]:
+def routing_metrics(counts_ME: Tensor, entropy_M: Tensor) -> dict[str, Any]:
     """Violation rate (max load / mean load − 1) layer by layer, its maximum, experts that no token chose, and the
     router's entropy in nats, mean over layers; from global counts [M, E]."""
     violation_M = counts_ME.max(dim=-1).values / counts_ME.mean(dim=-1) - 1

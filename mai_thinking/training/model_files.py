@@ -12,7 +12,7 @@ import xxhash
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.tensor import DTensor
@@ -34,13 +34,7 @@ from mai_thinking.training.checkpoint_storage import find_damage, step_folder, v
 from mai_thinking.training.state import ModelState
 
 _DEFAULT_HINT = "`python scripts/pretrain.py` makes runs/nano/final"
-MAY_CHANGE = {
-    "dropout",
-    "document_masking",
-    "max_position_embeddings",
-    "router_aux_loss_coef",
-    "router_z_loss_coef",
-}
+MAY_CHANGE = {"dropout", "document_masking", "max_position_embeddings", "router_aux_loss_coef", "router_z_loss_coef"}
 """Fields that a later stage may set otherwise than the checkpoint that it starts from; the others are its weights'."""
 
 
@@ -84,10 +78,7 @@ def build_model(
     """The model in fp32 on the CPU, ready to train. Fresh weights follow from the seed alone. Those that are
     `skip_init`, from a checkpoint, are left as the memory was: drawing them takes longer than reading them. `on_meta`:
     without memory; for `fill_model`, when ranks have divided it."""
-    kinds = {
-        "attn_implementation": config.execution.attention,
-        "experts_implementation": config.execution.experts,
-    }
+    kinds = {"attn_implementation": config.execution.attention, "experts_implementation": config.execution.experts}
     try:
         if on_meta:
             with torch.device("meta"):
@@ -150,7 +141,7 @@ class _DrawnWhole(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         target: Any = args[0] if args else None
-        if func not in _DRAWS or (type(target) is torch.Tensor and target.is_cpu):
+        if func not in _DRAWS or (type(target) is Tensor and target.is_cpu):
             return func(*args, **(kwargs or {}))
         whole = func(torch.empty(target.shape, dtype=target.dtype), *args[1:], **(kwargs or {}))
         if isinstance(target, DTensor):
@@ -248,9 +239,7 @@ def load_model_and_tokenizer(path: str | Path) -> tuple[MaiThinkingForCausalLM, 
     return model, tokenizer
 
 
-def _load_newest_checkpoint(
-    folder: Path,
-) -> tuple[MaiThinkingForCausalLM, PreTrainedTokenizerBase] | None:
+def _load_newest_checkpoint(folder: Path) -> tuple[MaiThinkingForCausalLM, PreTrainedTokenizerBase] | None:
     """The newest that is whole; None if there is none. A run under way may remove what was just listed: look again."""
     for _ in range(3):
         for step in reversed(visible_steps(folder)):

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
@@ -239,6 +239,6 @@ def clip_gradients(model: nn.Module, largest: float) -> float:
     return float(norm)
 
 
-def mesh_of(tensor: torch.Tensor) -> DeviceMesh | None:
+def mesh_of(tensor: Tensor) -> DeviceMesh | None:
     """Over which ranks its shards lie; tensors of different meshes meet in no operation."""
     return tensor.device_mesh if isinstance(tensor, DTensor) else None

@@ -3,10 +3,11 @@
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from mai_thinking.training.learner import Counts, Forward, Learner
 
-MicroBatch = dict[str, torch.Tensor]
+MicroBatch = dict[str, Tensor]
 """[B, T] int64 `input_ids`, `labels` (next tokens, -100 for none) and `position_ids`; and, where there is padding,
 [B, T] bool `token_mask` that is false there."""
 
@@ -42,6 +43,6 @@ class TextLoss:
             )
         return Forward(output.loss, output.routing, output.loss.detach())
 
-    def metrics(self, parts: list[torch.Tensor], learner: Learner) -> dict[str, float]:
+    def metrics(self, parts: list[Tensor], learner: Learner) -> dict[str, float]:
         """`loss`: cross-entropy per label, in nats."""
         return {"loss": float(learner.sum(sum(parts[1:], parts[0])))}
