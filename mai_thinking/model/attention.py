@@ -9,7 +9,6 @@ precision on a GPU, the flash kernel with documents' offsets in the mask's place
 Shapes: B batch, T queries, H query heads, G key-value heads, d head size, W window, n blocks of W.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,12 +16,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, and_masks, padding_mask_function, sdpa_mask
+from transformers.masking_utils import (
+    ALL_MASK_ATTENTION_FUNCTIONS,
+    and_masks,
+    create_causal_mask,
+    create_sliding_window_causal_mask,
+    padding_mask_function,
+    sdpa_mask,
+)
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from mai_thinking.model.configuration import LOCAL, MaiThinkingConfig
+from mai_thinking.model.configuration import GLOBAL, LOCAL, MaiThinkingConfig
 from mai_thinking.model.norm import RMSNorm
-from mai_thinking.model.packed_attention import Documents, packed_attention
+from mai_thinking.model.packed_attention import Documents, find_documents, packed_attention
+from mai_thinking.model.packed_flex import packed_block_mask
 from mai_thinking.model.projection import residual_projection, weight_dtype
 
 RotaryTables = tuple[Tensor, Tensor]
@@ -125,57 +132,26 @@ def eager_attention(
 
 
 def windowed_sdpa(
-    module: nn.Module,
+    module: Attention,
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | Documents | None,
-    sliding_window: int | None = None,
+    mask: Tensor | Documents | None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """SDPA where a local layer's queries, in blocks as long as the window, meet only their own block of keys and the
     one before it: 2·W keys a query instead of T. Whatever has no mask of such blocks goes through the library's SDPA.
     """
-    if isinstance(attention_mask, Documents):
-        return packed_attention(query, key, value, attention_mask, sliding_window, kwargs["scaling"]), None
+    W = module.sliding_window
+    if isinstance(mask, Documents):
+        return packed_attention(query, key, value, mask, W, kwargs["scaling"]), None
     B, _, T, _ = query.shape
-    W = sliding_window
-    if attention_mask is None or W is None or T <= 2 * W or attention_mask.shape[-2:] != (W, 2 * W):
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    n = T // W
-    q_BnHWd = query.unflatten(2, (n, W)).transpose(1, 2).flatten(0, 1)
+    if mask is None or W is None or T <= 2 * W or mask.shape[-2:] != (W, 2 * W):
+        return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
+    q_BnHWd = query.unflatten(2, (-1, W)).transpose(1, 2).flatten(0, 1)
     k_BnG2Wd, v_BnG2Wd = _two_blocks(key, W), _two_blocks(value, W)
-    out_BnWHd, _ = sdpa_attention_forward(module, q_BnHWd, k_BnG2Wd, v_BnG2Wd, attention_mask, **kwargs)
+    out_BnWHd, _ = sdpa_attention_forward(module, q_BnHWd, k_BnG2Wd, v_BnG2Wd, mask, **kwargs)
     return out_BnWHd.reshape(B, T, *out_BnWHd.shape[2:]), None
-
-
-def windowed_mask(
-    batch_size: int,
-    q_length: int,
-    kv_length: int,
-    mask_function: Callable[..., Tensor],
-    attention_mask: Tensor | None = None,
-    local_size: int | None = None,
-    use_vmap: bool = False,
-    device: torch.device | str = "cpu",
-    **kwargs: Any,
-) -> Tensor | None:
-    """The library's mask; for a local layer in whole blocks, only the part of it that `windowed_sdpa` looks at, bool
-    [B·n, 1, W, 2W]: all of it, T × T, would cost more than the layer as the context grows."""
-    in_blocks = local_size is not None and q_length == kv_length > 2 * local_size and q_length % local_size == 0
-    if local_size is None or not in_blocks or use_vmap:
-        return sdpa_mask(
-            batch_size=batch_size, q_length=q_length, kv_length=kv_length, mask_function=mask_function,
-            attention_mask=attention_mask, local_size=local_size, use_vmap=use_vmap, device=device, **kwargs,
-        )  # fmt: skip
-    if attention_mask is not None:
-        mask_function = and_masks(mask_function, padding_mask_function(attention_mask))
-    n, W = q_length // local_size, local_size
-    query_nW1 = torch.arange(q_length, device=device).view(n, W, 1)
-    key_n12W = query_nW1[:, :1] + torch.arange(-W, W, device=device)
-    row_B111 = torch.arange(batch_size, device=device).view(-1, 1, 1, 1)
-    seen = mask_function(row_B111, torch.zeros_like(row_B111[:1]), query_nW1, key_n12W.clamp(min=0)) & (key_n12W >= 0)
-    return seen.expand(batch_size, n, W, 2 * W).reshape(-1, 1, W, 2 * W)
 
 
 def _two_blocks(states_BGTd: Tensor, W: int) -> Tensor:
@@ -183,6 +159,76 @@ def _two_blocks(states_BGTd: Tensor, W: int) -> Tensor:
     blocks = states_BGTd.unflatten(2, (-1, W)).transpose(1, 2)
     before = F.pad(blocks[:, :-1], (0, 0, 0, 0, 0, 0, 1, 0))
     return torch.cat((before, blocks), dim=3).flatten(0, 1)
+
+
+def windowed_mask(local_size: int | None = None, **given: Any) -> Tensor | None:
+    """The library's mask; for a local layer in whole blocks, only the part of it that `windowed_sdpa` looks at, bool
+    [B·n, 1, W, 2W]: all of it, T × T, would cost more than the layer as the context grows."""
+    B, T, W = given["batch_size"], given["q_length"], local_size
+    if W is None or given.get("use_vmap") or not T == given["kv_length"] > 2 * W or T % W:
+        return sdpa_mask(local_size=W, **given)
+    sees, padding, device = given["mask_function"], given.get("attention_mask"), given.get("device")
+    if padding is not None:
+        sees = and_masks(sees, padding_mask_function(padding))
+    query_nW1 = torch.arange(T, device=device).view(-1, W, 1)
+    key_n12W = query_nW1[:, :1] + torch.arange(-W, W, device=device)
+    row_B111 = torch.arange(B, device=device).view(-1, 1, 1, 1)
+    seen = sees(row_B111, torch.zeros_like(row_B111[:1]), query_nW1, key_n12W.clamp(min=0)) & (key_n12W >= 0)
+    return seen.expand(B, T // W, W, 2 * W).reshape(-1, 1, W, 2 * W)
+
+
+def layer_masks(
+    config: MaiThinkingConfig,
+    inputs_embeds: Tensor,
+    attention_mask: Tensor | dict[str, Any] | None,
+    past_key_values: Cache | None,
+    position_ids: Tensor | None,
+    *,
+    half: bool,
+) -> dict[str, Any]:
+    """What queries may see, by kind of layer, in the form that the chosen attention function takes.
+
+    `position_ids` [B, T] that restart inside a row keep documents apart. `half` says that layers compute in half
+    precision on a GPU, where flash attention is to be had.
+    """
+    if isinstance(attention_mask, dict):  # `generate` with a static cache prepares them ahead
+        return attention_mask
+    whole_rows = attention_mask is None and past_key_values is None
+    if whole_rows and (packed := _packed_masks(config, inputs_embeds, position_ids, half=half)):
+        return packed
+    arguments = {
+        "config": config,
+        "inputs_embeds": inputs_embeds,
+        "attention_mask": attention_mask,
+        "past_key_values": past_key_values,
+        "position_ids": position_ids,
+    }
+    make = {GLOBAL: create_causal_mask, LOCAL: create_sliding_window_causal_mask}
+    return {kind: make[kind](**arguments) for kind in set(config.layer_types or ())}
+
+
+def _packed_masks(
+    config: MaiThinkingConfig, inputs_embeds: Tensor, position_ids: Tensor | None, *, half: bool
+) -> dict[str, Any] | None:
+    """For whole rows: what our own attention functions take in a mask's place, if they are to be used."""
+    kind, (rows, length) = config._attn_implementation, inputs_embeds.shape[:2]
+    if inputs_embeds.is_cuda and (config.head_dim % 8 or not 16 <= config.head_dim <= 256):
+        return None  # neither kernel takes such heads
+    if kind == "packed_flex" and (inputs_embeds.is_cuda or not torch.is_grad_enabled()):  # no backward on a CPU
+        positions_1T = torch.arange(length, device=inputs_embeds.device)[None]
+        positions_BT = (positions_1T if position_ids is None else position_ids).expand(rows, -1)
+        windows = {LOCAL: config.sliding_window, GLOBAL: None}
+        return {layer: packed_block_mask(positions_BT, window) for layer, window in windows.items()}
+    if kind == "windowed_sdpa" and half:
+        return dict.fromkeys((GLOBAL, LOCAL), find_documents(position_ids, rows, length, inputs_embeds.device))
+    return None
+
+
+def real_tokens(attention_mask: Any, x_BTD: Tensor) -> Tensor | None:
+    """Which of the current tokens are no padding, [B, T] bool; None if all are real, or if the mask does not tell."""
+    if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2:
+        return None
+    return attention_mask[:, -x_BTD.size(1) :].bool()
 
 
 ALL_ATTENTION_FUNCTIONS.register("windowed_sdpa", windowed_sdpa)

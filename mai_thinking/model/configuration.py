@@ -253,12 +253,7 @@ def _section_schema() -> type[Section]:
 
 def _check(config: MaiThinkingConfig) -> None:
     """Sizes that do not fit together, each with the fix."""
-    sizes = (
-        "vocab_size hidden_size num_hidden_layers intermediate_size num_attention_heads num_key_value_heads head_dim "
-        "attention_period sliding_window moe_period num_experts num_experts_per_tok latent_size moe_intermediate_size "
-        "max_position_embeddings"
-    )
-    for name in sizes.split():
+    for name in [name for name, field in _section_schema().model_fields.items() if field.annotation is int]:
         size = getattr(config, name)
         if not isinstance(size, int) or not 1 <= size < 2**31:
             raise UsageError(f"model.{name}: must be a whole number of at least 1 and less than 2^31, got {size!r}")

@@ -12,11 +12,11 @@ gradient written once. The backward is written out, since autograd would write a
 for every bucket.
 
 Shapes: T tokens, K chosen experts per token, S = T·K token-expert pairs, E experts, L latent size, F inner size;
-P rows of all buckets, a pair's or padding; in one bucket n experts with room for c pairs each, R = n·c rows.
+P rows of all buckets, a pair's or padding; in one bucket n experts with room for c pairs each, R = n·c rows. Weights
+are w_gate_up [E, 2F, L], gate first, and w_down [E, L, F].
 """
 
-from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -39,29 +39,13 @@ PAIRS_PER_EXPERT = 1
 """With no more pairs than this, as in decoding, few share an expert, and sorting costs more than it saves."""
 
 
-class ExpertWeights(Protocol):
-    """What the experts interface hands to an implementation: usually a module with these attributes."""
-
-    @property
-    def gate_up_proj(self) -> Tensor:
-        """[E, 2F, L]; gate first."""
-
-    @property
-    def down_proj(self) -> Tensor:
-        """[E, L, F]."""
-
-    @property
-    def act_fn(self) -> Callable[[Tensor], Tensor]:
-        """Of the gate; `bucketed_experts` takes it to be silu."""
-
-
-def own_weights(module: ExpertWeights) -> tuple[Tensor, Tensor]:
-    """Gate and up, and down, of the experts that this rank has: all, unless `model.expert_parallel` divides them."""
+def own_weights(module: Any) -> tuple[Tensor, Tensor]:
+    """Both of an experts module's weights, of the experts that this rank has: all, unless ranks divide them."""
     w_gate_up, w_down = (w.to_local() if isinstance(w, DTensor) else w for w in (module.gate_up_proj, module.down_proj))
     return w_gate_up, w_down
 
 
-def eager_experts(module: ExpertWeights, x_TL: Tensor, chosen_TK: Tensor, gates_TK: Tensor) -> Tensor:
+def eager_experts(module: Any, x_TL: Tensor, chosen_TK: Tensor, gates_TK: Tensor) -> Tensor:
     """The definition: one expert after another. [T, L], [T, K] int64, [T, K] → [T, L]. Slow to differentiate."""
     w_gate_up, w_down = own_weights(module)
     out_TL = torch.zeros(x_TL.shape, dtype=_wide(x_TL), device=x_TL.device)
@@ -73,7 +57,7 @@ def eager_experts(module: ExpertWeights, x_TL: Tensor, chosen_TK: Tensor, gates_
     return out_TL.to(x_TL.dtype)
 
 
-def bucketed_experts(module: ExpertWeights, x_TL: Tensor, chosen_TK: Tensor, gates_TK: Tensor) -> Tensor:
+def bucketed_experts(module: Any, x_TL: Tensor, chosen_TK: Tensor, gates_TK: Tensor) -> Tensor:
     """The same by batched products over buckets of experts. [T, L], [T, K] int64, [T, K] → [T, L].
 
     No pair is dropped, and the same inputs give the same bits. The combination is summed in fp32, or in float64 if that
@@ -104,7 +88,7 @@ def _fits_grouped_product(dtype: torch.dtype, *weights: Tensor) -> bool:
 class CastExperts:
     """An experts module whose weights stand in cast, as `grouped_mm_experts_forward` reads it."""
 
-    def __init__(self, module: ExpertWeights, gate_up_proj: Tensor, down_proj: Tensor) -> None:
+    def __init__(self, module: Any, gate_up_proj: Tensor, down_proj: Tensor) -> None:
         self._module, self.gate_up_proj, self.down_proj = module, gate_up_proj, down_proj
 
     def __getattr__(self, name: str) -> Any:
@@ -241,10 +225,9 @@ class _BucketedSwiGLU(torch.autograd.Function):
         dgates_TK = _products(dout_TL.unsqueeze(1), y_TKL.mT).squeeze(1).to(gates_TK.dtype)
 
         weights_too = any(ctx.needs_input_grad[1:3])
-        dw_gate_up, dw_down = (torch.empty_like(w) if weights_too else None for w in (w_gate_up, w_down))
-        if dw_gate_up is not None and dw_down is not None:
-            dw_gate_up.index_fill_(0, idle, 0.0)
-            dw_down.index_fill_(0, idle, 0.0)
+        dw_gate_up, dw_down = (
+            torch.empty_like(w).index_fill_(0, idle, 0.0) if weights_too else None for w in (w_gate_up, w_down)
+        )
         dx_PL = torch.empty_like(y_PL)
         token_P = layout.tokens()
         gate_P1 = _with_zero_row(gates_TK.reshape(-1, 1)).index_select(0, pair_P)

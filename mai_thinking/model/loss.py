@@ -50,7 +50,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor) -> Tensor:
         wants_gradient = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
-        loss_and_gradient = fused(_loss_and_gradient) if hidden_TD.is_cuda else _loss_and_gradient_in_place
+        on_gpu = hidden_TD.is_cuda
+        score = fused(_loss_and_gradient) if on_gpu else _loss_and_gradient
         operand_VD = weight_VD.to(hidden_TD.dtype)
         loss = torch.zeros((), dtype=torch.float32, device=hidden_TD.device)
         d_hidden = torch.zeros_like(hidden_TD) if wants_gradient else None
@@ -60,7 +61,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             chunk = slice(begin, begin + size)
             hidden, labels = hidden_TD[chunk], labels_T[chunk]
             logits = logits_product(hidden, operand_VD)
-            chunk_loss, d_logits = loss_and_gradient(logits, labels, operand_VD.dtype, wants_gradient)
+            chunk_loss, d_logits = score(logits, labels, operand_VD.dtype, wants_gradient, in_place=not on_gpu)
             loss += chunk_loss
             if d_hidden is None or d_weight is None or d_logits is None:
                 continue
@@ -82,29 +83,19 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return d_hidden, (d_weight * d_loss).to(ctx.weight_dtype), None
 
 
-def _loss_and_gradient_in_place(
-    logits_TV: Tensor, labels_T: Tensor, dtype: torch.dtype, wants_gradient: bool
+def _loss_and_gradient(
+    logits_TV: Tensor, labels_T: Tensor, dtype: torch.dtype, wants_gradient: bool, *, in_place: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Σ of the labels' −log softmax, and the logits' gradient in `dtype`, which takes their place."""
+    """Σ of the labels' −log softmax, and the logits' gradient in `dtype`. `in_place`, it takes their place; otherwise
+    it is written for a compiler: two passes over the logits, and one that writes the gradient."""
     log_z = logits_TV.logsumexp(dim=-1, keepdim=True)
     counted = (labels_T != -100)[:, None]
     target = labels_T.clamp(min=0)[:, None]
     loss = torch.where(counted, log_z - logits_TV.gather(1, target), 0.0).sum()
     if not wants_gradient:
         return loss, None
-    d_logits = logits_TV.sub_(log_z).exp_().mul_(counted)
-    d_logits.scatter_add_(1, target, -counted.to(d_logits.dtype))
-    return loss, d_logits.to(dtype)
-
-
-def _loss_and_gradient(
-    logits_TV: Tensor, labels_T: Tensor, dtype: torch.dtype, wants_gradient: bool
-) -> tuple[Tensor, Tensor | None]:
-    """The same for a compiler: two passes over the logits, and one that writes the gradient."""
-    log_z = logits_TV.logsumexp(dim=-1, keepdim=True)
-    counted = (labels_T != -100)[:, None]
-    loss = torch.where(counted, log_z - logits_TV.gather(1, labels_T.clamp(min=0)[:, None]), 0.0).sum()
-    if not wants_gradient:
-        return loss, None
+    if in_place:
+        d_logits = logits_TV.sub_(log_z).exp_().mul_(counted)
+        return loss, d_logits.scatter_add_(1, target, -counted.to(d_logits.dtype)).to(dtype)
     is_target = labels_T[:, None] == torch.arange(logits_TV.size(1), device=logits_TV.device)
     return loss, torch.where(counted, (logits_TV - log_z).exp() - is_target.float(), 0.0).to(dtype)

@@ -26,11 +26,10 @@ from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOut
 from transformers.utils import can_return_tuple
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from mai_thinking.model.attention import Attention, RotaryTables, rotary_tables
+from mai_thinking.model.attention import Attention, RotaryTables, layer_masks, real_tokens, rotary_tables
 from mai_thinking.model.configuration import MaiThinkingConfig
 from mai_thinking.model.latent_moe import Experts, LatentMoE, Router, Routing, balance_loss
 from mai_thinking.model.loss import chunked_cross_entropy
-from mai_thinking.model.masks import layer_masks, real_tokens
 from mai_thinking.model.norm import RMSNorm
 from mai_thinking.model.packed_attention import Documents
 from mai_thinking.model.projection import HALF, WIDE, residual_projection, weight_dtype

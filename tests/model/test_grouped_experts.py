@@ -11,7 +11,7 @@ from mai_thinking.model import latent_moe
 from mai_thinking.model.experts import eager_experts
 from mai_thinking.model.grouped_experts import Order, grouped_experts, swiglu_backward
 from mai_thinking.model.latent_moe import stable_top_k
-from mai_thinking.model.loss import _loss_and_gradient, _loss_and_gradient_in_place, chunked_cross_entropy
+from mai_thinking.model.loss import _loss_and_gradient, chunked_cross_entropy
 from mai_thinking.model.router_product import parts, router_product
 
 Results = list[torch.Tensor]
@@ -90,10 +90,10 @@ def test_the_losss_two_ways() -> None:
     torch.manual_seed(0)
     logits, labels = 4 * torch.randn(20, 50), torch.randint(0, 50, (20,))
     labels[3] = -100
-    first = _loss_and_gradient(logits, labels, torch.float32, True)
-    second = _loss_and_gradient_in_place(logits.clone(), labels, torch.float32, True)
+    first = _loss_and_gradient(logits, labels, torch.float32, True, in_place=False)
+    second = _loss_and_gradient(logits.clone(), labels, torch.float32, True, in_place=True)
     torch.testing.assert_close(first, second)
-    assert _loss_and_gradient(logits, labels, torch.float32, False)[1] is None
+    assert _loss_and_gradient(logits, labels, torch.float32, False, in_place=False)[1] is None
 
 
 # --------------------------------------------------------------------------------------------------------- on a GPU
