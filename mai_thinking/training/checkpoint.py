@@ -28,7 +28,6 @@ from torch.distributed.tensor import DTensor
 
 from mai_thinking.config.run import CheckpointSection
 from mai_thinking.errors import UsageError
-from mai_thinking.training.checkpoint_staging import HostCopies
 from mai_thinking.training.checkpoint_storage import (
     CheckpointWriter,
     find_damage,
@@ -43,7 +42,6 @@ from mai_thinking.training.state import (
     ModelState,
     OptimizerState,
     PerRank,
-    check_same_shape,
     join_tree,
     split_tree,
 )
@@ -71,19 +69,15 @@ class Checkpointer:
         heartbeat: Callable[[], None] = lambda: None,
     ):
         self.seal, self.heartbeat = seal, heartbeat
-        self.folder = Path(folder)
-        self.section = section
-        distributed = dist.is_initialized()
-        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
+        self.folder, self.section = Path(folder), section
+        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self.loaded_world: int | None = None
         """The number of ranks that saved what `load_latest` loaded."""
         self.last_saved: int | None = None
         """The step of the newest checkpoint known to be committed."""
         self._damaged: set[int] = set()
         self._asked = False
-        self._write: Future[None] | None = None
-        self._writing = 0
-        """The step of what `_write` writes."""
+        self._write: tuple[int, Future[None]] | None = None  # in flight: its step
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._agreement = dist.new_group(backend="gloo") if self.world > 1 else None
         self._writers = dist.new_group(backend="gloo") if self.world > 1 else None
@@ -101,7 +95,7 @@ class Checkpointer:
         after that is done.
         """
         self._asked = self._asked or step % self.section.every == 0
-        if self._write is not None and self._agree_minimum(int(self._write.done())):
+        if self._write is not None and self._agreed(self._write[1].done()):
             self.wait()
         return self._asked and self._write is None
 
@@ -115,32 +109,25 @@ class Checkpointer:
         self.wait()
         self._asked = False
         if step != self.last_saved:
-            tensors, document = self._collect(state)
-            synchronous = synchronous or not self.section.asynchronous
+            own = {name: value.state.state_dict() for name, value in state.items() if isinstance(value, PerRank)}
+            tensors, documents = _take_apart(state, {self.rank: own})
             tensors = _own_share(tensors, self.rank, self.world)
-            writer = CheckpointWriter(self.folder, step, self.rank, self.world, {self.rank: document}, self.seal)
-            if synchronous:  # in the background it would hide that the steps hang
-                writer.heartbeat = self.heartbeat
-            if synchronous:
+            writer = CheckpointWriter(self.folder, step, self.rank, self.world, documents, self.seal)
+            if synchronous or not self.section.asynchronous:
+                writer.heartbeat = self.heartbeat  # in the background it would hide that the steps hang
                 _write(tensors, writer, self._writers)
                 self._committed(step)
             else:
-                self._writing = step
-                self._write = self._thread.submit(_write, self._host.take(tensors), writer, self._writers)
+                copies = self._host.take(tensors)
+                self._write = step, self._thread.submit(_write, copies, writer, self._writers)
         return time.perf_counter() - begin
 
     def save_jit(self, step: int, shared: State, own: Sequence[dict[str, Any]]) -> bool:
         """Save the checkpoint of `step` for all ranks, when the others can no longer be talked to; whether it was this
         rank that did it, and not another one before. `own`: for each rank, name → the tree of its own state."""
         if self._write is not None:
-            wait([self._write], timeout=5)  # its other ranks are gone, which ends it: since then the disk is free
-        tensors: dict[str, Tensor] = {}
-        documents: dict[int, dict[str, Any]] = {rank: {"shared": {}, "own": {}} for rank in range(self.world)}
-        for name, value in shared.items():
-            documents[0]["shared"][name] = split_tree(_tree_of(value), name, tensors)
-        for rank, trees in enumerate(own):
-            for name, tree in trees.items():
-                documents[rank]["own"][name] = split_tree(tree, f"rank-{rank}/{name}", tensors)
+            wait([self._write[1]], timeout=5)  # its other ranks are gone, which ends it: since then the disk is free
+        tensors, documents = _take_apart(shared, dict(enumerate(own)))
         writer = CheckpointWriter(self.folder, step, 0, self.world, documents, self.seal, jit=True)
         if writer.final.exists() or writer.temporary.exists():
             return False
@@ -150,11 +137,10 @@ class Checkpointer:
 
     def wait(self) -> None:
         """Until no write is in flight. Raises what went wrong in it: OSError for a full disk, on every rank."""
-        if self._write is None:
-            return
-        write, self._write = self._write, None
-        write.result()
-        self._committed(self._writing)
+        if self._write is not None:
+            (step, write), self._write = self._write, None
+            write.result()
+            self._committed(step)
 
     def close(self) -> None:
         """Wait, and give the copies in host memory back."""
@@ -162,35 +148,18 @@ class Checkpointer:
             self.wait()
         finally:
             self._thread.shutdown()
-            self._host.close()
+            self._host = HostCopies()
 
     def _committed(self, step: int) -> None:
+        """Remove what is neither among the newest good ones nor to be kept for ever. Damaged ones stay for inspection
+        until their step is saved again."""
         self.last_saved = step
         self._damaged.discard(step)
         if self.rank == 0:
-            self._retain()
-
-    def _collect(self, state: State) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """All tensors under unique names, and this rank's JSON document, which no later step can change."""
-        tensors: dict[str, Tensor] = {}
-        document: dict[str, dict[str, Any]] = {"shared": {}, "own": {}}
-        for name, value in state.items():
-            if isinstance(value, PerRank):
-                prefix = f"rank-{self.rank}/{name}"
-                document["own"][name] = split_tree(value.state.state_dict(), prefix, tensors)
-            elif self.rank == 0:
-                document["shared"][name] = split_tree(_tree_of(value), name, tensors)
-            else:
-                split_tree(_tree_of(value), name, tensors)
-        return tensors, json.loads(json.dumps(document))
-
-    def _retain(self) -> None:
-        """Remove what is neither among the newest good ones nor to be kept for ever. Damaged ones stay for inspection
-        until their step is saved again."""
-        good = [step for step in visible_steps(self.folder) if step not in self._damaged]
-        for step in good[: -self.section.keep]:
-            if not (self.section.keep_every and step % self.section.keep_every == 0):
-                remove_checkpoint(step_folder(self.folder, step))
+            good = [old for old in visible_steps(self.folder) if old not in self._damaged]
+            for old in good[: -self.section.keep]:
+                if not (self.section.keep_every and old % self.section.keep_every == 0):
+                    remove_checkpoint(step_folder(self.folder, old))
 
     # ----------------------------------------------------------------------------------------------- loading
 
@@ -202,12 +171,13 @@ class Checkpointer:
         over by itself. Collective.
         """
         if self.rank == 0:
-            self._report([f"{name}: an unfinished save, removed" for name in remove_leftovers(self.folder)])
+            for name in remove_leftovers(self.folder):
+                self._report(f"{name}: an unfinished save, removed")
         steps = visible_steps(self.folder)
         for step in reversed(steps):
             path = step_folder(self.folder, step)
             damage = find_damage(path, self.rank, self.world)
-            if self._agree_minimum(int(damage is None)):
+            if self._agreed(damage is None):
                 try:
                     self._load(path, state)
                 except KeyError as error:  # the format of a part has changed since
@@ -218,7 +188,7 @@ class Checkpointer:
                 self.last_saved = step
                 return step
             self._damaged.add(step)
-            self._report([f"{path}: damaged ({damage or 'seen by another rank'}); going back to the one before"])
+            self._report(f"{path}: damaged ({damage or 'seen by another rank'}); going back to the one before")
         if steps:
             raise UsageError(
                 f"{self.folder}: none of its {len(steps)} checkpoints is whole; restore one from a copy, or name a new "
@@ -230,8 +200,15 @@ class Checkpointer:
         self.loaded_world = world = read_manifest(path)["world_size"]
         reader = CheckpointReader(path)
         for name, value in state.items():
-            if isinstance(value, PerRank):
-                self._load_own(name, value, reader, world)
+            if isinstance(value, PerRank) and world == self.world:
+                value.state.load_state_dict(reader.read(name, of_rank=self.rank))
+            elif isinstance(value, PerRank):
+                if not hasattr(value.state, "load_from_world"):
+                    raise UsageError(
+                        f"{path} was saved by {world} ranks and {name!r} needs as many; use --nproc {world}"
+                    )
+                states = [reader.read(name, of_rank=rank) for rank in range(world)]
+                value.state.load_from_world(states, self.rank, self.world)
             elif isinstance(value, ModelState | OptimizerState):
                 value.load_state_dict(reader.read(name, like=value.state_dict()))
             elif hasattr(value, "load_state_dict"):
@@ -239,29 +216,42 @@ class Checkpointer:
             else:
                 state[name] = reader.read(name)
 
-    def _load_own(self, name: str, value: PerRank, reader: "CheckpointReader", world: int) -> None:
-        if world == self.world:
-            value.state.load_state_dict(reader.read(name, of_rank=self.rank))
-        elif hasattr(value.state, "load_from_world"):
-            states = [reader.read(name, of_rank=rank) for rank in range(world)]
-            value.state.load_from_world(states, self.rank, self.world)
-        else:
-            raise UsageError(
-                f"{reader.path} was saved by {world} ranks and {name!r} needs as many; use --nproc {world}"
-            )
-
-    def _report(self, lines: list[str]) -> None:
+    def _report(self, line: str) -> None:
         if self.rank == 0:
-            for line in lines:
-                print(f"checkpoint: {line}", file=sys.stderr, flush=True)
+            print(f"checkpoint: {line}", file=sys.stderr, flush=True)
 
-    def _agree_minimum(self, value: int) -> int:
-        """The least of all ranks' values."""
+    def _agreed(self, mine: bool) -> bool:
+        """Whether it is so on all ranks."""
         if self._agreement is None:
-            return value
-        shared = torch.tensor(value)
-        dist.all_reduce(shared, dist.ReduceOp.MIN, group=self._agreement)
-        return int(shared)
+            return mine
+        all_ranks = torch.tensor(int(mine))
+        dist.all_reduce(all_ranks, dist.ReduceOp.MIN, group=self._agreement)
+        return bool(all_ranks)
+
+
+class HostCopies:
+    """Copies of tensors in host memory, in buffers that are used again from checkpoint to checkpoint: memory that was
+    touched, and on a GPU's host pinned, before is several times faster to fill. PyTorch's own `DefaultStager` does the
+    same, but that of torch 2.11 empties itself after its first use and fails at the second."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, Tensor] = {}
+
+    def take(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Copies by the same names (of a DTensor, of this rank's shard), valid until the next call."""
+        before, self._buffers = self._buffers, {}
+        copies: dict[str, Tensor] = {}
+        for name, tensor in tensors.items():
+            local = (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
+            buffer = before.get(name)
+            if buffer is None or (buffer.shape, buffer.dtype) != (local.shape, local.dtype):
+                buffer = torch.empty(local.shape, dtype=local.dtype, pin_memory=local.is_cuda)
+            self._buffers[name] = copies[name] = buffer.copy_(local, non_blocking=True)
+            if isinstance(tensor, DTensor):  # `from_local` would take it back to the mesh's device
+                copies[name] = DTensor(buffer, tensor._spec, requires_grad=False)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return copies
 
 
 class CheckpointReader:
@@ -285,37 +275,34 @@ class CheckpointReader:
             raise UsageError(f"{self.path} holds no {name!r}; it was saved by another kind of run") from None
         given: dict[str, Tensor] = {}
         split_tree(like, prefix, given)
-        targets: dict[str, Tensor] = {}
-        for key, saved in self._tensors.items():
-            if key != prefix and not key.startswith(f"{prefix}/"):
-                continue
-            assert isinstance(saved, TensorStorageMetadata)
-            if key in given:
-                targets[key] = given[key]
-                check_same_shape(key, saved.size, saved.properties.dtype, given[key])
-            else:
-                targets[key] = torch.empty(saved.size, dtype=saved.properties.dtype)
-        if targets:
-            self._load(targets)
-        return join_tree(skeleton, targets)
+        names = [key for key in self._tensors if key == prefix or key.startswith(f"{prefix}/")]
+        return join_tree(skeleton, self._load(names, given))
 
     def read_tensors(self, name: str, keys: Iterable[str]) -> dict[str, Tensor]:
         """Those of the tree saved under `name` that stand under `keys`, on the CPU."""
-        skeleton = self._document(0)["shared"][name]
-        places = {key: skeleton[key][TENSOR] for key in keys}
-        targets = {}
-        for place in places.values():
-            saved = self._tensors[place]
-            assert isinstance(saved, TensorStorageMetadata)
-            targets[place] = torch.empty(saved.size, dtype=saved.properties.dtype)
-        self._load(targets)
-        return {key: targets[place] for key, place in places.items()}
+        skeleton = {key: self._document(0)["shared"][name][key] for key in keys}
+        tensors: dict[str, Tensor] = join_tree(skeleton, self._load([place[TENSOR] for place in skeleton.values()], {}))
+        return tensors
 
-    def _load(self, targets: dict[str, Tensor]) -> None:
+    def _load(self, names: Iterable[str], given: dict[str, Tensor]) -> dict[str, Tensor]:
         """Every rank reads its own part; there is nothing to agree on."""
-        storage = HuggingFaceStorageReader(str(self.path))
-        planner = DefaultLoadPlanner(flatten_state_dict=False)
-        dcp.load(targets, storage_reader=storage, planner=planner, no_dist=True)
+        targets = {}
+        for name in names:
+            saved = self._tensors[name]
+            assert isinstance(saved, TensorStorageMetadata)
+            shape, dtype = saved.size, saved.properties.dtype
+            target = given[name] if name in given else torch.empty(shape, dtype=dtype)
+            if (target.shape, target.dtype) != (shape, dtype):
+                raise UsageError(
+                    f"the checkpoint holds {name!r} as {_spell(shape, dtype)} where this run has "
+                    f"{_spell(target.shape, target.dtype)}; rerun with the config that it was saved with"
+                )
+            targets[name] = target
+        if targets:
+            storage = HuggingFaceStorageReader(str(self.path))
+            planner = DefaultLoadPlanner(flatten_state_dict=False)
+            dcp.load(targets, storage_reader=storage, planner=planner, no_dist=True)
+        return targets
 
     def _document(self, rank: int) -> dict[str, Any]:
         if rank not in self._documents:
@@ -356,5 +343,22 @@ def _own_share(tensors: dict[str, Tensor], rank: int, world: int) -> dict[str, T
     return mine
 
 
-def _tree_of(value: Any) -> Any:
-    return value.state_dict() if hasattr(value, "state_dict") else value
+def _take_apart(state: State, own: dict[int, dict[str, Any]]) -> tuple[dict[str, Tensor], dict[int, bytes]]:
+    """All tensors under unique names, and of each rank in `own`, which has the trees of its own state, the JSON
+    document, which no later step can change."""
+    tensors: dict[str, Tensor] = {}
+    shared = {
+        name: split_tree(value.state_dict() if hasattr(value, "state_dict") else value, name, tensors)
+        for name, value in state.items()
+        if not isinstance(value, PerRank)
+    }
+    documents = {}
+    for rank, trees in own.items():
+        split = {name: split_tree(tree, f"rank-{rank}/{name}", tensors) for name, tree in trees.items()}
+        document = {"shared": {} if rank else shared, "own": split}
+        documents[rank] = json.dumps(document, separators=(",", ":")).encode()
+    return tensors, documents
+
+
+def _spell(shape: torch.Size, dtype: torch.dtype) -> str:
+    return f"{str(dtype).removeprefix('torch.')}[{', '.join(map(str, shape))}]"

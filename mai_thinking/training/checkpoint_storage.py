@@ -15,7 +15,6 @@ All ranks must see the same folder (a shared file system, where there are severa
 import errno
 import fcntl
 import json
-import math
 import mmap
 import os
 import re
@@ -30,7 +29,7 @@ import torch
 import xxhash
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
-from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
@@ -71,8 +70,7 @@ def remove_leftovers(folder: Path) -> list[str]:
 def remove_checkpoint(path: Path) -> None:
     """Delete a checkpoint; an interruption leaves no half of it visible."""
     hidden = path.with_name(path.name + ".removed")
-    if hidden.exists():
-        shutil.rmtree(hidden)
+    shutil.rmtree(hidden, ignore_errors=True)
     path.rename(hidden)
     shutil.rmtree(hidden)
 
@@ -119,8 +117,7 @@ class CheckpointWriter(StorageWriter):
     DCP plans which rank writes which shard and calls the methods in the order of their definition. `documents` are the
     ranks' JSON files that this rank writes: its own, or in a `jit` checkpoint those of all ranks. `seal` is called on
     the coordinator with the complete folder, before it is committed. The writing loop spends its time in copies, in
-    xxhash and in system calls, all outside the interpreter's lock, and waits for the disk rather than fill the page
-    cache: run in a thread, it takes little from a training step even where every core is busy.
+    xxhash and in system calls, all outside the interpreter's lock: run in a thread, it takes little from a step.
     """
 
     def __init__(
@@ -129,7 +126,7 @@ class CheckpointWriter(StorageWriter):
         step: int,
         rank: int,
         world: int,
-        documents: dict[int, dict[str, Any]],
+        documents: dict[int, bytes],
         seal: Callable[[Path], None] | None = None,
         *,
         jit: bool = False,
@@ -142,11 +139,10 @@ class CheckpointWriter(StorageWriter):
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike) -> bool:
-        """Never chosen by DCP on its own."""
-        return False
+        return False  # DCP never chooses it on its own
 
     def reset(self, checkpoint_id: str | os.PathLike | None = None) -> None:
-        """Nothing: a writer serves one checkpoint."""
+        pass  # it serves one checkpoint
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         """On the coordinator, make the temporary folder: DCP's plan is exchanged before anyone writes. FileExistsError
@@ -157,26 +153,20 @@ class CheckpointWriter(StorageWriter):
             self.temporary.mkdir(parents=True)
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
-        """As DCP has it."""
         return plan
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        """As DCP has it: replicated tensors are already spread over the ranks."""
-        return plans
+        return plans  # replicated tensors are already spread over the ranks
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         """Write and synchronise this rank's files; the results carry their sizes and checksums."""
-        files = {}
-        for rank, document in self.documents.items():
-            text = json.dumps(document, separators=(",", ":")).encode()
-            files[f"rank-{rank:05d}.json"] = self.write_file(f"rank-{rank:05d}.json", [text])
+        blocks: dict[str, Iterable[bytes | memoryview]]
+        blocks = {f"rank-{rank:05d}.json": [document] for rank, document in self.documents.items()}
         if plan.items:
-            name = f"rank-{self.rank:05d}.safetensors"
-            files[name] = self.write_file(name, _safetensors_blocks(plan, planner))
+            blocks[f"rank-{self.rank:05d}.safetensors"] = _safetensors_blocks(plan, planner)
+        files = {name: self.write_file(name, content) for name, content in blocks.items()}
         future: Future[list[WriteResult]] = Future()
-        future.set_result(
-            [WriteResult(MetadataIndex(name), entry["bytes"], (name, entry)) for name, entry in files.items()]
-        )
+        future.set_result([WriteResult(MetadataIndex(name), of["bytes"], (name, of)) for name, of in files.items()])
         return future
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
@@ -212,8 +202,8 @@ def _new_file(path: Path, *, past_cache: bool) -> Iterator[Callable[[memoryview]
     the operating system.
 
     Its bytes go past the page cache where the file system lets them (O_DIRECT): filling pages costs the processor
-    several times what the disk does, and training wants both cores and memory. Anything that this does not suit, be it
-    the file system or the length of the last chunk, is written in the ordinary way.
+    several times what the disk does. What this does not suit, be it the file system or the length of the last chunk, is
+    written in the ordinary way.
     """
     flags, mode = os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666  # the rights of any new file
     try:
@@ -274,35 +264,25 @@ def _safetensors_blocks(plan: SavePlan, planner: SavePlanner) -> Iterable[bytes 
     offsets: dict[str, Any] = {}
     position = 0
     # Widest type first, so that every tensor is aligned to its own type in the file.
-    items = sorted(plan.items, key=lambda item: (-_dtype(item).itemsize, item.index.fqn))
-    for item in items:
+    items = [(item, planner.resolve_data(item)) for item in plan.items]
+    items.sort(key=lambda pair: (-pair[1].itemsize, pair[0].index.fqn))
+    for item, tensor in items:
         assert item.tensor_data is not None
-        chunk = item.tensor_data.chunk
-        end = position + math.prod(chunk.sizes) * _dtype(item).itemsize
-        header[item.index.fqn] = {
-            "dtype": _TYPE_NAMES[_dtype(item)],
-            "shape": list(chunk.sizes),
-            "data_offsets": [position, end],
-        }
-        offsets[item.index.fqn] = {"saved_offsets": list(chunk.offsets)}
-        position = end
+        name, place = item.index.fqn, [position, position + tensor.nbytes]
+        header[name] = {"dtype": _TYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": place}
+        offsets[name] = {"saved_offsets": list(item.tensor_data.chunk.offsets)}
+        position += tensor.nbytes
     assert len(header) == len(items), "one rank holds two shards of one tensor"
     header["__metadata__"] = {"format": "pt", "DCP_VERSION": "1.0", "DCP_SHARDING_INFO": json.dumps(offsets)}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     yield len(text).to_bytes(8, "little") + text
-    for item in items:
-        yield _bytes_of(planner.resolve_data(item))
+    for _, tensor in items:
+        yield _bytes_of(tensor)
 
 
-def _dtype(item: WriteItem) -> torch.dtype:
-    assert item.tensor_data is not None, f"{item.index.fqn} is not a tensor"
-    return item.tensor_data.properties.dtype
-
-
-def _bytes_of(tensor: Any) -> memoryview:
+def _bytes_of(tensor: Tensor) -> memoryview:
     """A view of a tensor's elements in row-major order, without a copy where they lie so on the CPU."""
-    assert isinstance(tensor, Tensor)
     flat = tensor.detach().cpu().contiguous().view(-1)
     if flat.numel() <= 1:  # whose stride may be anything, which a view as bytes does not take
         flat = torch.empty(flat.shape, dtype=flat.dtype).copy_(flat)

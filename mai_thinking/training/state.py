@@ -26,8 +26,6 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.checkpoint.stateful import Stateful
 from torch.distributed.tensor import DTensor
 
-from mai_thinking.errors import UsageError
-
 TENSOR, PAIRS, TUPLE = "$tensor", "$pairs", "$tuple"
 """The keys that mark, in a skeleton, a tensor's name, a dict whose keys are not strings, and a tuple."""
 
@@ -177,16 +175,3 @@ class RandomState:
         random.seed(seed)
         np.random.seed(seed % 2**32)
         torch.manual_seed(seed % 2**63)
-
-
-def check_same_shape(name: str, saved_shape: torch.Size, saved_dtype: torch.dtype, target: Tensor) -> None:
-    """UsageError unless a saved tensor fits its place."""
-    if (saved_shape, saved_dtype) != (target.shape, target.dtype):
-        raise UsageError(
-            f"the checkpoint holds {name!r} as {_spell(saved_shape, saved_dtype)} where this run has "
-            f"{_spell(target.shape, target.dtype)}; rerun with the config that it was saved with"
-        )
-
-
-def _spell(shape: torch.Size, dtype: torch.dtype) -> str:
-    return f"{str(dtype).removeprefix('torch.')}[{', '.join(map(str, shape))}]"

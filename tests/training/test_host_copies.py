@@ -2,7 +2,7 @@
 
 import torch
 
-from mai_thinking.training.checkpoint_staging import HostCopies
+from mai_thinking.training.checkpoint import HostCopies
 
 
 def test_copies_are_apart_from_the_state_and_their_memory_is_used_again() -> None:
