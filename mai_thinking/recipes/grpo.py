@@ -146,7 +146,6 @@ class GrpoRecipe(Recipe):
 
     def evaluate(self, step: int, *, last: bool) -> dict[str, Any] | None:
         """pass@1 and pass@k on the held-out problems, with the newest weights."""
-        assert self.context.ledger is not None
         with self.context.ledger.span(EVALUATION):
             self.executor.give_weights(self.engine, self.learner.unwrap())
             metrics, samples = self.held_out.evaluate(self.responder, self.curriculum.max_length)

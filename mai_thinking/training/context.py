@@ -1,18 +1,23 @@
 """Where a run takes place: its folder, its ranks and device, and the way to its terminal and its launcher."""
 
+import sys
+import time
+from collections import deque
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from mai_thinking.config.run import TrainingConfig
 from mai_thinking.training.checkpoint_storage import visible_steps
 from mai_thinking.training.heartbeat import Heartbeat
 from mai_thinking.training.ledger import GoodputLedger
-from mai_thinking.training.progress import ProgressLine
 from mai_thinking.training.run_folder import RunFolder
 from mai_thinking.training.stop import StopRequest, wait_for_savers
 
@@ -38,8 +43,60 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
     )
 
 
+class ProgressLine:
+    """Step, loss, tokens per second and time left, on rank 0: a bar on a terminal, elsewhere a line now and then."""
+
+    def __init__(self, steps: int, every: float, *, show: bool) -> None:
+        self.steps, self.every, self.show = steps, every, show
+        self.console = Console(file=sys.stdout, highlight=False, markup=False, emoji=False, soft_wrap=True)
+        self._recent: deque[tuple[float, int, int]] = deque(maxlen=50)
+        self._last_print = 0.0
+        self._bar: Progress | None = None
+        if show and self.console.is_terminal:
+            columns = TextColumn("step"), MofNCompleteColumn(), BarColumn(bar_width=24)
+            self._bar = Progress(*columns, TextColumn("{task.fields[text]}", markup=False), console=self.console)
+            self._task = self._bar.add_task("training", total=steps, text="")
+
+    def begin(self, step: int) -> AbstractContextManager[object]:
+        """Around the steps after `step`."""
+        if self._bar is None:
+            return nullcontext()
+        self._bar.update(self._task, completed=step)
+        return self._bar
+
+    def update(self, step: int, tokens: int, loss: float, note: str = "") -> None:
+        """After step `step`, which brought the run to `tokens` tokens."""
+        now = time.monotonic()
+        self._recent.append((now, step, tokens))
+        if not self.show:
+            return
+        text = f"loss {loss:.4f}  {self._rate()}  {note}".rstrip()
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, text=text)
+        elif now - self._last_print >= self.every or step == self.steps:
+            self._last_print = now
+            self.console.print(f"step {step}/{self.steps}  {text}")
+
+    def _rate(self) -> str:
+        first, last = self._recent[0], self._recent[-1]
+        seconds, steps = last[0] - first[0], last[1] - first[1]
+        if seconds <= 0 or steps <= 0:
+            return ""
+        left = timedelta(seconds=round((self.steps - last[1]) * seconds / steps))
+        return f"{(last[2] - first[2]) / seconds:,.0f} tokens/s  {left} left"
+
+    def log(self, text: str) -> None:
+        """Print a line of its own, above the bar."""
+        if self.show:
+            self.console.print(text)
+
+
 class RunContext:
     """What a recipe sees of the run around it, on one rank. Making one touches nothing on the disk."""
+
+    ledger: GoodputLedger
+    stop: StopRequest
+    """Both are the trainer's."""
 
     def __init__(self, config: TrainingConfig, stack: ExitStack) -> None:
         """What is entered into `stack` is left when the run ends, however it ends."""
@@ -51,25 +108,16 @@ class RunContext:
         self.resuming = bool(visible_steps(self.folder.checkpoints))
         """Whether there is a checkpoint, from which the weights will come."""
         self.heart = Heartbeat(self.folder.path)
-        self.line: ProgressLine | None = None
-        self.ledger: GoodputLedger | None = None
-        self.stop: StopRequest | None = None
+        self.line = ProgressLine(config.steps, config.tracking.print_every, show=self.rank == 0)
 
     def log(self, text: str) -> None:
         """A line of its own, from rank 0; on every rank a sign of life."""
         self.heartbeat()
-        if self.line is not None:
-            self.line.log(text)
-        elif self.rank == 0:
-            print(text, flush=True)
+        self.line.log(text)
 
     def heartbeat(self) -> None:
         """Tell the launcher's watchdog that this rank moves on within something long."""
         self.heart.beat()
-
-    def stop_requested(self) -> bool:
-        """Whether any rank was asked to stop. Collective."""
-        return self.stop is not None and self.stop.agreed()
 
     def sum(self, values: Mapping[str, float]) -> dict[str, float]:
         """Each value's sum over all ranks, in float64. Collective."""

@@ -17,8 +17,7 @@ class Heartbeat:
 
     def __init__(self, output_dir: Path):
         """`output_dir`: the run's folder, which the launcher's fault injection needs to find checkpoints."""
-        self.can_save_jit = False
-        """Whether this rank would save the whole state if another died: the launcher then gives it the time."""
+        self._saves_jit = False
         self._step = 0
         self._descriptor: int | None = None
         self._output_dir = str(output_dir.resolve())
@@ -26,11 +25,16 @@ class Heartbeat:
             path = heartbeat_path(Path(folder), int(os.environ["RANK"]))
             self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
 
+    def announce(self, can_save_jit: bool) -> None:
+        """Whether this rank would save the whole state if another died: the launcher then gives it the time."""
+        self._saves_jit = can_save_jit
+        self.beat()
+
     def beat(self, step: int | None = None) -> None:
         """Step `step` is complete; without one, the rank moves on within what it does between steps."""
         self._step = self._step if step is None else step
         if self._descriptor is not None:
-            record = json.dumps({"step": self._step, "output_dir": self._output_dir, "can_save_jit": self.can_save_jit})
+            record = json.dumps({"step": self._step, "output_dir": self._output_dir, "can_save_jit": self._saves_jit})
             os.pwrite(self._descriptor, record.ljust(4096).encode(), 0)
 
 

@@ -49,7 +49,7 @@ class HeldOutEvaluation:
         by_category = self._sets(by_set=last and self.reference is not None)
         results: dict[str, dict[str, Likelihood]] = {category: {} for category in by_category}
         for category, name, documents in ((c, n, d) for c, sets in by_category.items() for n, d in sets.items()):
-            if last and self.context.stop_requested():
+            if last and self.context.stop.agreed():
                 return None
             texts = _first_bytes([document.text for document in documents], limit)
             results[category][name] = known.get(name) or self._likelihood(model, texts)
@@ -82,7 +82,6 @@ class HeldOutEvaluation:
         self, model: MaiThinkingForCausalLM, texts: Sequence[str], *, count_sure: bool = False
     ) -> Likelihood:
         context = self.context
-        assert context.ledger is not None
         with context.ledger.span(EVALUATION), context.accelerator.autocast():
             mine = evaluate_texts(
                 model,

@@ -69,11 +69,6 @@ class GoodputLedger:
             self._heartbeat.beat()
             self._write("span", category=category, seconds=round(time.perf_counter() - begin, 6))
 
-    def announce(self, can_save_jit: bool) -> None:
-        """Tell the launcher whether this rank would save alone if another died (`JitCheckpoint`)."""
-        self._heartbeat.can_save_jit = can_save_jit
-        self._heartbeat.beat()
-
     def end(self, how: str) -> None:
         """The attempt ends in an orderly way: `done` or `interrupted` (saved on request)."""
         self._write("end", how=how)

@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,6 @@ from mai_thinking.training.learner import Learner
 from mai_thinking.training.ledger import CHECKPOINT, GoodputLedger
 from mai_thinking.training.metrics import MetricsLog, Record, read_records
 from mai_thinking.training.model_files import save_checkpoint_as_model, save_model
-from mai_thinking.training.progress import ProgressLine
 from mai_thinking.training.run_folder import RunFolder
 from mai_thinking.training.state import PerRank, RandomState
 from mai_thinking.training.stop import StopRequest
@@ -99,7 +99,7 @@ class Recipe(ABC):
 
     @abstractmethod
     def describe(self) -> str:
-        """What the run is and costs, for its beginning."""
+        """What the run is and costs."""
 
     @abstractmethod
     def state(self) -> dict[str, Any]:
@@ -173,7 +173,7 @@ class Trainer:
         # On a GPU a dead peer leaves the others waiting in a stream, where no error reaches them.
         if context.ranks > 1 and not self.learner.parallel.in_step and context.device.type == "cpu":
             self._jit = JitCheckpoint(
-                self.checkpointer, self.learner.optimizer, self.state, self.folder.ranks, self.ledger.announce
+                self.checkpointer, self.learner.optimizer, self.state, self.folder.ranks, context.heart.announce
             )
             jit = self._jit
             self.learner.before_reduction = lambda: jit.before_reduction(self.step + 1)
@@ -181,16 +181,23 @@ class Trainer:
     def run(self) -> int:
         """Train to the last step, or until the recipe ends the run; evaluate, report, save `final/`. Or, when asked to
         stop, save and stop. The exit code."""
-        self._save_architecture()
+        if self.is_main and not self.folder.architecture.exists():  # for whoever reads its checkpoints as models
+            with atomic_folder(self.folder.architecture) as path:
+                self.recipe.architecture.save_pretrained(path)
+                self.recipe.tokenizer.save_pretrained(path)
         self.context.log(f"{self.config.name} in {self.folder.path}\n\n{self.recipe.describe()}\n")
         self.learner.model.train()
-        with self.line, self._jit.watching(self._record_for_the_dead) if self._jit else nullcontext():
+        watching = self._jit.watching(self._record_for_the_dead) if self._jit else nullcontext()
+        with self.context.line.begin(self.step), watching:
             self._evaluate_if_due()  # a rank that died took it along
             while self.step < self.config.steps and self.recipe.ending is None:
                 self.take_step()
                 if self.recipe.ending is None:
                     self._evaluate_if_due()
-                    if self._stop_after_step():
+                    stopping = self.stop.agreed()
+                    if self.checkpointer.due(self.step) or stopping:
+                        self.save(synchronous=stopping)
+                    if stopping:
                         return self._end_interrupted()
         self.save(synchronous=True)
         return self._finish()
@@ -212,7 +219,7 @@ class Trainer:
         self._record({"step": self.step, "tokens": self.tokens, **done.metrics, **speed}, self.recipe.exact)
         if self._jit is not None:
             self._jit.completed(self.step)
-        self.line.update(self.step, self.tokens, done.metrics["loss"], done.note)
+        self.context.line.update(self.step, self.tokens, done.metrics["loss"], done.note)
 
     def save(self, *, synchronous: bool = False) -> float:
         """Save a checkpoint; the seconds for which that held up the run. Collective."""
@@ -230,12 +237,6 @@ class Trainer:
             "progress": {"step": self.step, "tokens": self.tokens, **self.recipe.progress()},
             "ledger": self.ledger,
         }
-
-    @property
-    def line(self) -> ProgressLine:
-        """The progress line."""
-        assert self.context.line is not None
-        return self.context.line
 
     # ------------------------------------------------------------------------------------------- begin and resume
 
@@ -257,11 +258,11 @@ class Trainer:
         step = self.checkpointer.load_latest(state) or 0
         if self.context.resuming and not step:
             raise RunError(f"{self.folder.checkpoints}: the checkpoints have gone while the run was starting; rerun")
-        self._other_ranks = self.checkpointer.loaded_world not in (None, self.context.ranks)
+        other_ranks = self.checkpointer.loaded_world not in (None, self.context.ranks)
         self.step, self.tokens = step, state["progress"]["tokens"]
         self.recipe.load_progress(state["progress"])
         recorded = max((r["step"] for r in read_records(self.folder.metrics)), default=0)
-        if self._other_ranks and self.recipe.draws_by_rank and recorded > step:
+        if other_ranks and self.recipe.draws_by_rank and recorded > step:
             raise UsageError(
                 f"{self.folder.path}: was struck at step {recorded}, and what it did since the checkpoint of step "
                 f"{step} only {self.checkpointer.loaded_world} ranks can do again: go on with --nproc "
@@ -270,11 +271,9 @@ class Trainer:
         if self.is_main:
             # Another number of ranks adds in another order. Of rows at once too, and where the balance loss takes
             # running counts (§2.1) they are others.
-            tolerance = 1e-2 if self.folder.rounds_otherwise(self.config) else 1e-3 if self._other_ranks else 0.0
+            tolerance = 1e-2 if self.folder.rounds_otherwise(self.config) else 1e-3 if other_ranks else 0.0
             self._metrics = MetricsLog(self.folder.metrics, tolerance=tolerance)
-        tracking = self.config.tracking
-        self.context.line = ProgressLine(self.config.steps, done=step, every=tracking.print_every, show=self.is_main)
-        if tracking.trackers:
+        if self.config.tracking.trackers:
             about = {"name": self.config.name, "seed": self.config.seed}
             try:
                 self.context.accelerator.init_trackers(self.config.name, config=about)
@@ -285,13 +284,6 @@ class Trainer:
             checkpoint = step_folder(self.folder.checkpoints, step)
             self._parents, self._earlier_code = resuming_from(checkpoint, self._parents)
             self.context.log(f"going on after step {step}")
-
-    def _save_architecture(self) -> None:
-        """What the run's checkpoints need to be read as models."""
-        if self.is_main and not self.folder.architecture.exists():
-            with atomic_folder(self.folder.architecture) as path:
-                self.recipe.architecture.save_pretrained(path)
-                self.recipe.tokenizer.save_pretrained(path)
 
     # ------------------------------------------------------------------------------------------------ in the loop
 
@@ -310,13 +302,6 @@ class Trainer:
             record = {"kind": "evaluation", "step": self.step, "tokens": self.tokens, **metrics}
             self._record(record, self.recipe.exact_evaluation)
         return metrics is not None
-
-    def _stop_after_step(self) -> bool:
-        """Save if a checkpoint is due or the run was asked to stop; whether it is to stop now, saved."""
-        stopping = self.stop.agreed()
-        if self.checkpointer.due(self.step) or stopping:
-            self.save(synchronous=stopping)
-        return stopping
 
     def _record(self, record: Record, exact: tuple[str, ...]) -> None:
         """To metrics.jsonl and the trackers; `exact` fields must come out alike when a step is computed again."""
@@ -366,17 +351,13 @@ class Trainer:
 
     def _save_final(self) -> None:
         """On rank 0 alone: what it does not hold of the model is in the last checkpoint."""
-        origin = self._origin()
-
-        def record(folder: Path) -> None:
-            record_model(folder, **origin, steps=self.step)
-
+        record = partial(record_model, **self._origin(), steps=self.step)
+        tokenizer, final = self.recipe.tokenizer, self.folder.final
         if self.learner.parallel.in_step:
-            checkpoint = step_folder(self.folder.checkpoints, self.step)
-            save_checkpoint_as_model(checkpoint, self.recipe.tokenizer, self.folder.final, record)
+            save_checkpoint_as_model(step_folder(self.folder.checkpoints, self.step), tokenizer, final, record)
         else:
-            save_model(self.learner.unwrap(), self.recipe.tokenizer, self.folder.final, record)
-        self.context.log(f"\nmodel in {self.folder.final}, report in {self.folder.report}/summary.md")
+            save_model(self.learner.unwrap(), tokenizer, final, record)
+        self.context.log(f"\nmodel in {final}, report in {self.folder.report}/summary.md")
 
     def _end_interrupted(self) -> int:
         """Stopped on request; all is saved."""
