@@ -250,7 +250,7 @@ def strike_last_evaluation(
                 strike()
         return evaluate(model, tokenizer, texts, **settings)
 
-    monkeypatch.setattr("mai_thinking.training.held_out_evaluation.evaluate_texts", struck)
+    monkeypatch.setattr("mai_thinking.training.evaluation.evaluate_texts", struck)
     return begun
 
 

@@ -12,8 +12,7 @@ from mai_thinking.data import Batch, Loader, PreparedData, prepare
 from mai_thinking.data.accounting import left_out_table
 from mai_thinking.data.mixture import mixture_markdown
 from mai_thinking.training.context import RunContext
-from mai_thinking.training.evaluation import compressors
-from mai_thinking.training.held_out_evaluation import HeldOutEvaluation
+from mai_thinking.training.evaluation import HeldOutEvaluation, compressors
 from mai_thinking.training.learner import Learner
 from mai_thinking.training.metrics import MetricsLog
 from mai_thinking.training.model_files import build_model, fill_model, model_config, starting_point

@@ -1,6 +1,7 @@
 """Held-out likelihood: bits per byte by category, the report's weighted score, and compressors as a yardstick.
 
-MAI-Thinking-1 report §2.3: NLL per category, weighted; bits per byte where tokenizers differ.
+MAI-Thinking-1 report §2.3: NLL per category, weighted; bits per byte where tokenizers differ; at a run's end Eq. 3 over
+several sets a category. §2.6: what is known by heart.
 """
 
 import functools
@@ -9,36 +10,40 @@ import json
 import lzma
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import astuple, dataclass
-from itertools import islice
+from contextlib import closing
+from dataclasses import dataclass
+from itertools import islice, pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 import xxhash
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
+from mai_thinking.config.pretraining import EvaluationSection
 from mai_thinking.config.storage import atomic_file
 from mai_thinking.data import PreparedData
+from mai_thinking.data.documents import Document
 from mai_thinking.data.held_out import fingerprint, held_out_sets
 from mai_thinking.data.jsonl import read_text, shown
 from mai_thinking.data.tokenizer import Encoder
 from mai_thinking.errors import UsageError
 from mai_thinking.model import MaiThinkingForCausalLM
 from mai_thinking.model.loss import CHUNK_ELEMENTS, logits_product
+from mai_thinking.training.context import RunContext
+from mai_thinking.training.ledger import EVALUATION
+from mai_thinking.training.metrics import MetricsLog, read_records
 
 CATEGORY_WEIGHTS = {"code": 0.5, "stem": 0.175, "maths": 0.175, "general": 0.1, "multilingual": 0.05}
 """The report's weights. Categories without held-out text are left out and the rest scaled to sum to 1."""
-
-
 MEMORISED = 0.01
 """Nats: the report's bound of a token that is known by heart (§2.6)."""
 
 
-@dataclass(frozen=True)
-class Likelihood:
+class Likelihood(NamedTuple):
     """How well text was predicted."""
 
     nats: float
@@ -85,17 +90,18 @@ def evaluate_texts(
     after each batch of windows. `count_sure` fills `Likelihood.sure`. `together` is for ranks that call the model
     together (`Learner.together`). Leaves the model in the mode it was in and touches no random generator.
     """
-    encoder = Encoder(tokenizer)
+    encoder, pad = Encoder(tokenizer), functools.partial(pad_sequence, batch_first=True)
     was_training = model.training
     model.eval()
     nats = torch.zeros((), dtype=torch.float64)
     tokens = sure = 0
     try:
         for windows in together(_batched(_windows(texts, encoder, context_length), batch_size), [([0], [-100])]):
-            inputs, targets = _pad(windows, encoder.end_of_text)
-            inputs, targets = inputs.to(model.device), targets.to(model.device)
+            # On the right: attention is causal, so what stands there does not reach a token.
+            inputs = pad([torch.tensor(part) for part, _ in windows], padding_value=encoder.end_of_text)
+            targets = pad([torch.tensor(part) for _, part in windows], padding_value=-100).to(model.device)
             head = functools.partial(_score, targets, count_sure)
-            scores = model(input_ids=inputs, use_cache=False, head=head).scores.double().cpu()
+            scores = model(input_ids=inputs.to(model.device), use_cache=False, head=head).scores.double().cpu()
             nats += scores[0]
             tokens += int((targets != -100).sum())
             sure += int(scores[1])
@@ -125,17 +131,13 @@ def _score(
 
 def _windows(texts: Iterable[str], encoder: Encoder, context: int) -> Iterator[Window]:
     for text in texts:
-        yield from _cut([*encoder.encode_prompt(text), encoder.end_of_text], context)
-
-
-def _cut(tokens: list[int], context: int) -> Iterator[Window]:
-    inputs, targets = tokens[:-1], tokens[1:]
-    done = 0
-    while done < len(targets):
-        stop = min(len(targets), done + (context if done == 0 else max(1, context // 2)))
-        start = max(0, stop - context)
-        yield inputs[start:stop], [-100] * (done - start) + targets[done:stop]
-        done = stop
+        tokens = [*encoder.encode_prompt(text), encoder.end_of_text]
+        done, last = 0, len(tokens) - 1
+        while done < last:
+            stop = min(last, done + (context if done == 0 else max(1, context // 2)))
+            start = max(0, stop - context)
+            yield tokens[start:stop], [-100] * (done - start) + tokens[done + 1 : stop + 1]
+            done = stop
 
 
 def _batched(windows: Iterable[Window], size: int) -> Iterator[list[Window]]:
@@ -147,30 +149,23 @@ def _batched(windows: Iterable[Window], size: int) -> Iterator[list[Window]]:
             yield window_list[begin : begin + size]
 
 
-def _pad(windows: Sequence[Window], pad: int) -> tuple[Tensor, Tensor]:
-    """Right-padded [B, T]; attention is causal, so what stands to the right of a token does not reach it."""
-    longest = max(len(inputs) for inputs, _ in windows)
-    inputs = torch.tensor([inputs + [pad] * (longest - len(inputs)) for inputs, _ in windows])
-    targets = torch.tensor([targets + [-100] * (longest - len(targets)) for _, targets in windows])
-    return inputs, targets
-
-
 def weighted_score(values: Mapping[str, float]) -> float:
     """The report's weighted mean over the categories that are present."""
     weights = {category: CATEGORY_WEIGHTS[category] for category in values}
     return sum(weights[category] * value for category, value in values.items()) / sum(weights.values())
 
 
-def summarize(likelihoods: Mapping[str, Likelihood]) -> dict[str, Any]:
+def summarize(likelihoods: Mapping[str, Likelihood]) -> dict[str, float]:
     """Flat metrics: `bits_per_byte/CATEGORY`, `nll/CATEGORY`, and the weighted score of each."""
-    bits = {category: result.bits_per_byte for category, result in likelihoods.items()}
-    nll = {category: result.nll for category, result in likelihoods.items()}
-    return {
-        **{f"bits_per_byte/{category}": value for category, value in bits.items()},
-        **{f"nll/{category}": value for category, value in nll.items()},
-        "bits_per_byte": weighted_score(bits),
-        "nll": weighted_score(nll),
-    }
+    metrics: dict[str, float] = {}
+    for name in ("bits_per_byte", "nll"):
+        values = {category: getattr(result, name) for category, result in likelihoods.items()}
+        metrics |= _by_category(name, values)
+    return metrics
+
+
+def _by_category(name: str, values: Mapping[str, float]) -> dict[str, float]:
+    return {f"{name}/{category}": value for category, value in values.items()} | {name: weighted_score(values)}
 
 
 @dataclass(frozen=True)
@@ -212,13 +207,7 @@ class Reference:
                     raise UsageError(f"evaluation.reference: held-out set {name!r} {problem}; write it anew")
                 ratios.append(result.nats / max(1, result.bytes) / nats)
             found[category] = sum(ratios) / len(ratios)
-        return {f"normalised/{name}": value for name, value in found.items()} | {"normalised": weighted_score(found)}
-
-
-def added(parts: Iterable[Likelihood]) -> Likelihood:
-    """The likelihood of all texts together."""
-    nats, tokens, size, sure = (sum(column) for column in zip(*map(astuple, parts), strict=True))
-    return Likelihood(nats, int(tokens), int(size), int(sure))
+        return _by_category("normalised", found)
 
 
 def compressors(texts: Sequence[str]) -> dict[str, float]:
@@ -261,21 +250,125 @@ def evaluate_files(
 
     Raises `UsageError` for a file that is missing, empty or not UTF-8, before anything is computed.
     """
-    context_length = context_length or model.config.max_position_embeddings
     texts = {shown(path): read_text(path) for path in paths}
     if empty := [name for name, text in texts.items() if not text]:
         raise UsageError(f"{empty[0]}: is empty")
-    rows = [(name, _measure(model, tokenizer, [text], context_length, batch_size)) for name, text in texts.items()]
-    if len(texts) > 1:
-        rows.append(("all", _measure(model, tokenizer, list(texts.values()), context_length, batch_size)))
+    rows = [(name, [text]) for name, text in texts.items()]
+    if len(rows) > 1:
+        rows.append(("all", list(texts.values())))
     width = max(len(name) for name, _ in rows)
-    heading = f"{'bits per byte':<{width}}   model  gzip -9  xz -9e     bytes"
-    return "\n".join([heading, *(f"{name:<{width}}  {cells}" for name, cells in rows)])
+    lines = [f"{'bits per byte':<{width}}   model  gzip -9  xz -9e     bytes"]
+    for name, those in rows:
+        context = context_length or model.config.max_position_embeddings
+        found = evaluate_texts(model, tokenizer, those, context_length=context, batch_size=batch_size)
+        gzip_9, xz_9e = compressors(those).values()
+        lines.append(f"{name:<{width}}  {found.bits_per_byte:6.4f}   {gzip_9:6.4f}  {xz_9e:6.4f}  {found.bytes:>8}")
+    return "\n".join(lines)
 
 
-def _measure(
-    model: MaiThinkingForCausalLM, tokenizer: PreTrainedTokenizerBase, texts: list[str], context: int, batch_size: int
-) -> str:
-    result = evaluate_texts(model, tokenizer, texts, context_length=context, batch_size=batch_size)
-    yardstick = compressors(texts)
-    return f"{result.bits_per_byte:6.4f}   {yardstick['gzip']:6.4f}  {yardstick['xz']:6.4f}  {result.bytes:>8}"
+class HeldOutEvaluation:
+    """What `evaluation:` in a pre-training config asks for: resumable, shared by the ranks."""
+
+    def __init__(
+        self,
+        data: PreparedData,
+        section: EvaluationSection,
+        context: RunContext,
+        *,
+        context_length: int,
+        together: Together,
+    ) -> None:
+        """`together` as for `evaluate_texts`. Raises UsageError for a reference that is none."""
+        self.data, self.section, self.context, self.context_length = data, section, context, context_length
+        self._together = together
+        self.reference = None
+        if section.reference is not None:
+            self.reference = Reference.read(Path(section.reference).expanduser())
+
+    def evaluate(self, model: MaiThinkingForCausalLM, step: int, *, last: bool) -> dict[str, Any] | None:
+        """Each rank its share of the documents: of the first `max_bytes`, at the end of all. That takes long enough to
+        be struck by a fault or asked to stop (None), and goes on with the set where it was."""
+        limit = None if last else self.section.max_bytes
+        known = self._evaluated(step) if last else {}
+        by_category = self._sets(by_set=last and self.reference is not None)
+        results: dict[str, dict[str, Likelihood]] = {category: {} for category in by_category}
+        for category, name, documents in ((c, n, d) for c, sets in by_category.items() for n, d in sets.items()):
+            if last and self.context.stop.agreed():
+                return None
+            texts = _first_bytes([document.text for document in documents], limit)
+            results[category][name] = known.get(name) or self._likelihood(model, texts)
+            if last and name not in known and self.context.rank == 0:
+                with closing(MetricsLog(self.context.folder.evaluations)) as log:
+                    log.append({"step": step, "kind": name, **results[category][name]._asdict()})
+        metrics = summarize(
+            {category: Likelihood(*map(sum, zip(*sets.values(), strict=True))) for category, sets in results.items()}
+        )
+        if last and self.reference is not None:
+            hashes = {name: fingerprint(found) for sets in by_category.values() for name, found in sets.items()}
+            metrics |= self.reference.normalised(results, hashes)
+        if last and self.section.memorised_bytes is not None:
+            metrics |= self._memorised(model, self.section.memorised_bytes)
+        return metrics
+
+    def _sets(self, *, by_set: bool) -> dict[str, dict[str, list[Document]]]:
+        """Category → set → documents; without sets, one that is called as the category."""
+        if by_set:
+            return held_out_sets(self.data.held_out, self.data.config.sources)
+        return {category: {category: found} for category, found in self.data.held_out.items() if found}
+
+    def _memorised(self, model: MaiThinkingForCausalLM, limit: int) -> dict[str, float]:
+        """`memorised/SOURCE` and `memorised/held_out`: the share of tokens that the model is sure of."""
+        texts = {name: _training_text(self.data, name, limit) for name in self.data.sources}
+        held_out = [document.text for documents in self.data.held_out.values() for document in documents]
+        texts["held_out"] = _first_bytes(held_out, limit * len(self.data.sources))
+        results = {name: self._likelihood(model, found, count_sure=True) for name, found in texts.items()}
+        return {f"memorised/{name}": result.sure / max(1, result.tokens) for name, result in results.items()}
+
+    def _likelihood(
+        self, model: MaiThinkingForCausalLM, texts: Sequence[str], *, count_sure: bool = False
+    ) -> Likelihood:
+        context = self.context
+        with context.ledger.span(EVALUATION), context.accelerator.autocast():
+            mine = evaluate_texts(
+                model,
+                self.data.tokenizer,
+                texts[context.rank :: context.ranks],
+                context_length=self.context_length,
+                batch_size=self.section.batch_size,
+                heartbeat=context.heartbeat,
+                count_sure=count_sure,
+                together=self._together,
+            )
+            sums = context.sum(mine._asdict())
+        return Likelihood(sums["nats"], *(round(sums[name]) for name in ("tokens", "bytes", "sure")))
+
+    def _evaluated(self, step: int) -> dict[str, Likelihood]:
+        """What an earlier attempt at the last evaluation has done of it. All ranks read before one writes."""
+        records = [part for part in read_records(self.context.folder.evaluations) if part["step"] == step]
+        self.context.accelerator.wait_for_everyone()
+        return {part["kind"]: Likelihood(part["nats"], part["tokens"], part["bytes"]) for part in records}
+
+
+def _training_text(data: PreparedData, name: str, limit: int) -> list[str]:
+    """The first documents of a source's training tokens, of at least `limit` bytes if there are so many."""
+    source = data.sources[name]
+    texts: list[str] = []
+    size = 0
+    for begin, end in pairwise(source.offsets):
+        if size >= limit:
+            break
+        texts.append(data.tokenizer.decode(source.tokens[begin + 1 : end].tolist()))
+        size += len(texts[-1].encode())
+    return texts
+
+
+def _first_bytes(texts: Sequence[str], limit: int | None) -> list[str]:
+    """Whole texts from the front until `limit` bytes are reached; at least one."""
+    taken: list[str] = []
+    size = 0
+    for text in texts:
+        size += len(text.encode())
+        if limit is not None and size > limit and taken:
+            break
+        taken.append(text)
+    return taken
