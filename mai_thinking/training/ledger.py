@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mai_thinking.training.heartbeat import Heartbeat
-from mai_thinking.training.metrics import cut_torn_line
+from mai_thinking.training.metrics import open_log
 
 PRODUCTIVE = "productive steps"
 SLOW = "slow steps"
@@ -45,14 +45,12 @@ class GoodputLedger:
         self._heartbeat = heartbeat or Heartbeat(self.path.parent)
         if not enabled:
             return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        cut_torn_line(self.path)
-        self._descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        self._descriptor = open_log(self.path)
         # Within an attempt the monotonic clock counts: nobody sets it.
         self._offset = time.time() - time.monotonic()
         started = float(os.environ.get(LAUNCHED_VARIABLE) or time.time() - seconds_since_process_start())
         world = int(os.environ.get("WORLD_SIZE", 1))
-        self._write("attempt", time=started, world=world, cause=os.environ.get(CAUSE_VARIABLE))
+        self._write("attempt", time=round(started, 6), world=world, cause=os.environ.get(CAUSE_VARIABLE))
 
     def step(self, step: int, seconds: float, *, data_wait: float = 0.0) -> None:
         """A training step has just ended that took `seconds`, `data_wait` of them waiting for its data."""
@@ -84,8 +82,7 @@ class GoodputLedger:
 
     def _write(self, event: str, **values: Any) -> None:
         if self.enabled:
-            record = {"event": event, "time": time.monotonic() + self._offset, **values}
-            record["time"] = round(record["time"], 6)
+            record = {"event": event, "time": round(time.monotonic() + self._offset, 6), **values}
             os.write(self._descriptor, (json.dumps(record) + "\n").encode())
 
 

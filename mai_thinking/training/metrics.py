@@ -35,11 +35,9 @@ class MetricsLog:
         self.path = Path(path)
         self.tolerance = tolerance
         self._recorded: dict[tuple[str, int], Record] = {}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        cut_torn_line(self.path)
+        self._descriptor = open_log(self.path)
         for record in read_records(self.path):
             self._recorded[_identity(record)] = record
-        self._descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
 
     def append(self, record: Record, *, exact: tuple[str, ...] = ("loss", "grad_norm")) -> bool:
         """Write `record`, or, if its step is there already, compare the fields named in `exact` and write nothing.
@@ -50,10 +48,9 @@ class MetricsLog:
         if before is not None:
             self._compare(before, record, exact)
             return False
-        line = json.dumps(record, separators=(", ", ": ")) + "\n"
+        line = (json.dumps(record) + "\n").encode()
         # One call for the whole line: no reader sees half of it.
-        written = os.write(self._descriptor, line.encode())
-        if written < len(line.encode()):
+        if os.write(self._descriptor, line) < len(line):
             raise OSError(28, "No space left on device", str(self.path))
         self._recorded[_identity(record)] = record
         return True
@@ -70,23 +67,26 @@ class MetricsLog:
     def _compare(self, before: Record, again: Record, exact: tuple[str, ...]) -> None:
         for name in exact:
             old, new = before.get(name), again.get(name)
-            if _same(old, new) or (self.tolerance and _close(old, new, self.tolerance)):
-                continue
-            raise NotReproducedError(
-                f"step {again['step']}, computed again after a restart, gave {name} {_spell(new)} where {self.path} "
-                f"has {_spell(old)}: the run is not deterministic, or its config, code, data or machine changed"
-            )
+            numbers = isinstance(old, int | float) and isinstance(new, int | float)
+            close = self.tolerance and numbers and math.isclose(old, new, rel_tol=self.tolerance)
+            if not (close or _same(old, new)):
+                raise NotReproducedError(
+                    f"step {again['step']}, computed again after a restart, gave {name} {_spell(new)} where {self.path} "
+                    f"has {_spell(old)}: the run is not deterministic, or its config, code, data or machine changed"
+                )
 
 
-def cut_torn_line(path: Path) -> None:
-    """Shorten a file of lines, if it is there, to the end of its last whole line; say so on stderr."""
-    if not path.exists():
-        return
+def open_log(path: Path) -> int:
+    """Open a file of lines, made if need be, for appending. It is shortened to the end of its last whole line first;
+    that is told on stderr."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     content = path.read_bytes()
     whole = content.rfind(b"\n") + 1
     if whole < len(content):
         print(f"{path}: cut off a torn last line", file=sys.stderr, flush=True)
-        os.truncate(path, whole)
+        os.truncate(descriptor, whole)
+    return descriptor
 
 
 def read_records(path: Path | str) -> list[Record]:
@@ -116,11 +116,6 @@ def _same(old: Any, new: Any) -> bool:
     if isinstance(old, float) and isinstance(new, float):
         return old.hex() == new.hex()
     return bool(old == new)
-
-
-def _close(old: Any, new: Any, tolerance: float) -> bool:
-    numbers = isinstance(old, int | float) and isinstance(new, int | float)
-    return numbers and math.isclose(old, new, rel_tol=tolerance)
 
 
 def _spell(value: Any) -> str:
