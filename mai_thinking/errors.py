@@ -20,3 +20,8 @@ class RunError(Exception):
 
     The message is a single line that names the step. Scripts print it and exit with code 1.
     """
+
+
+def one_line(error: BaseException) -> str:
+    """The beginning of another library's message, for one of ours."""
+    return " ".join(str(error).split())[:200]

@@ -42,7 +42,7 @@ def run(arguments: list[str] | None = None) -> None:
     # Only now: all of it brings torch.
     from mai_thinking.bench.machine import describe, sample_ceiling
     from mai_thinking.bench.measure import as_json, as_text, rate
-    from mai_thinking.training.allocator import keep_freed_memory
+    from mai_thinking.training.process import keep_freed_memory
 
     keep_freed_memory()  # as in training; for both sides
     module = importlib.import_module(f"mai_thinking.bench.{options.what.replace('-', '_')}")

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TextIO, cast
 
-from mai_thinking.training.orphans import die_with_parent
+from mai_thinking.training.process import die_with_parent
 
 
 def run_script(script: str, arguments: list[str], environment: dict[str, str]) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from mai_thinking.errors import UsageError
+from mai_thinking.errors import UsageError, one_line
 from mai_thinking.experiments.plan import INPUTS
 from mai_thinking.launch.goodput import Account, account
 from mai_thinking.provenance.record import RECORD, Lineage, read_lineage
@@ -174,7 +174,7 @@ def read_config(path: Path) -> dict[str, Any]:
     try:
         config = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
-        raise UsageError(f"{path / 'config.yaml'}: cannot be read: {' '.join(str(error).split())[:150]}") from None
+        raise UsageError(f"{path / 'config.yaml'}: cannot be read: {one_line(error)}") from None
     if not isinstance(config, dict):
         raise UsageError(f"{path / 'config.yaml'}: is not the config of a run")
     return config

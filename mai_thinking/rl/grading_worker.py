@@ -23,7 +23,7 @@ from mai_thinking.config.tasks import TaskSection
 from mai_thinking.errors import UsageError
 from mai_thinking.rl.tasks import WRONG, Grade, Problem, make_task
 from mai_thinking.rl.tasks.base import combine, no_grade
-from mai_thinking.training.orphans import die_with_parent
+from mai_thinking.training.process import die_with_parent
 
 
 class Grader:

@@ -117,7 +117,7 @@ class TraceStore:
             try:
                 before = _read_part(path)
             except (OSError, ValueError) as error:
-                print(f"{path}: damaged ({_one_line(error)}); written again", file=sys.stderr, flush=True)
+                print(f"{path}: damaged ({one_line(error)}); written again", file=sys.stderr, flush=True)
             else:
                 stored = [name for name in pq.read_schema(path).names if name in SCHEMA.names]
                 self._compare(batch, before.select(stored), table)
@@ -139,7 +139,7 @@ class TraceStore:
             try:
                 table = _read_part(path, where, columns)
             except (OSError, ValueError) as error:
-                print(f"{path}: damaged ({_one_line(error)}); left out", file=sys.stderr, flush=True)
+                print(f"{path}: damaged ({one_line(error)}); left out", file=sys.stderr, flush=True)
             else:
                 if table.num_rows:
                     yield table
@@ -187,7 +187,3 @@ def _read_part(path: Path, where: Where = (), columns: Sequence[str] = SCHEMA.na
         place = table.column_names.index("passed")
         table = table.set_column(place, SCHEMA.field("passed"), pc.greater(table["reward_task"], 0.0))
     return table.select(columns)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]

@@ -27,7 +27,7 @@ from mai_thinking.rl.rollout_worker import Order, Responder, RolloutWorker
 from mai_thinking.rl.schedule import Spool
 from mai_thinking.rl.tasks import TaskSampler
 from mai_thinking.rl.template import Template
-from mai_thinking.training.allocator import keep_freed_memory
+from mai_thinking.training.process import keep_freed_memory
 
 _PAUSE = 0.002
 _NONE, _CLOSED = -1, -2

@@ -38,10 +38,11 @@ class Queue(Protocol):
 
 
 class JitCheckpoint:
-    """Keeps ready, from update to update, what it takes to save the state of all ranks from this one.
+    """Keeps ready, from update to update, what it takes to save the state of all ranks from this one. For replicated
+    models on several ranks.
 
-    For replicated models on several ranks. `announce(True)` is called when this rank could save, `announce(False)` at
-    the end of the steps, however they ended: in between the launcher waits for it.
+    `state` is as for `Checkpointer.save`; `folder` is for the ranks' files. `announce(True)` is called when this rank
+    could save, `announce(False)` at the end of the steps, however they ended: in between the launcher waits for it.
     """
 
     def __init__(
@@ -52,7 +53,6 @@ class JitCheckpoint:
         folder: Path,
         announce: Callable[[bool], None],
     ) -> None:
-        """`state` as for `Checkpointer.save`; `folder` is for the ranks' files."""
         self._checkpointer, self._state, self._folder, self._announce = checkpointer, state, folder, announce
         self._shared: tuple[int, dict[str, Any]] | None = None  # the last complete step, and what all ranks have alike
         self._updating = False

@@ -34,10 +34,8 @@ class MetricsLog:
         a run that goes on at another world size adds in another order and needs something like 1e-4."""
         self.path = Path(path)
         self.tolerance = tolerance
-        self._recorded: dict[tuple[str, int], Record] = {}
         self._descriptor = open_log(self.path)
-        for record in read_records(self.path):
-            self._recorded[_identity(record)] = record
+        self._recorded = {_identity(record): record for record in read_records(self.path)}
 
     def append(self, record: Record, *, exact: tuple[str, ...] = ("loss", "grad_norm")) -> bool:
         """Write `record`, or, if its step is there already, compare the fields named in `exact` and write nothing.
@@ -71,8 +69,9 @@ class MetricsLog:
             close = self.tolerance and numbers and math.isclose(old, new, rel_tol=self.tolerance)
             if not (close or _same(old, new)):
                 raise NotReproducedError(
-                    f"step {again['step']}, computed again after a restart, gave {name} {_spell(new)} where {self.path} "
-                    f"has {_spell(old)}: the run is not deterministic, or its config, code, data or machine changed"
+                    f"step {again['step']}, computed again after a restart, gave {name} {_spell(new)} where "
+                    f"{self.path} has {_spell(old)}: the run is not deterministic, or its config, code, data or "
+                    "machine changed"
                 )
 
 

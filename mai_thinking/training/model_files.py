@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from transformers.utils import logging
 from mai_thinking.config.pretraining import PretrainConfig
 from mai_thinking.config.storage import atomic_folder
 from mai_thinking.data.tokenizer import architecture_folder, is_checkpoint, load_tokenizer, vocabulary_size
-from mai_thinking.errors import UsageError
+from mai_thinking.errors import UsageError, one_line
 from mai_thinking.model import MaiThinkingConfig, MaiThinkingForCausalLM
 from mai_thinking.model.modeling import MaiThinkingModel
 from mai_thinking.provenance.lineage import Lineage, random_weights, require_own
@@ -80,11 +81,9 @@ def build_model(
     without memory; for `fill_model`, when ranks have divided it."""
     kinds = {"attn_implementation": config.execution.attention, "experts_implementation": config.execution.experts}
     try:
-        if on_meta:
-            with torch.device("meta"):
+        if on_meta or skip_init:
+            with torch.device("meta") if on_meta else nullcontext():
                 return _unfilled(architecture, **kinds)
-        if skip_init:
-            return _unfilled(architecture, **kinds)
         if config.init_from is not None:
             return load_model(config.init_from, config=architecture, **kinds)
         torch.manual_seed(config.seed)
@@ -94,7 +93,7 @@ def build_model(
         return model
     except (ValueError, ImportError, KeyError) as error:
         if any(name in str(error) for name in ("attn_implementation", "experts_implementation", "attention")):
-            raise UsageError(f"execution: {' '.join(str(error).split())}") from None
+            raise UsageError(f"execution: {error}") from None
         raise
 
 
@@ -112,24 +111,18 @@ def fill_model(model: MaiThinkingForCausalLM, config: PretrainConfig) -> None:
     if config.init_from is not None:
         read_weights(model, config.init_from)
         return
+    architecture, head = model.config, model.lm_head
     torch.manual_seed(config.seed)
-    draw_weights(model)
-    if config.init_by_name:
-        with _DrawnWhole():
-            _draw_by_name(model, config.seed)
-
-
-def draw_weights(model: MaiThinkingForCausalLM) -> None:
-    """Fresh weights from the global generator, those that `_from_config` would have drawn."""
-    config, head = model.config, model.lm_head
     with _DrawnWhole():
         # PyTorch's modules draw weights when they are made, and then the library does anew: first of the decoder.
         with torch.device("meta"):
-            MaiThinkingModel._from_config(config)
+            MaiThinkingModel._from_config(architecture)
         model.model.initialize_weights()
-        if not config.tie_word_embeddings:
+        if not architecture.tie_word_embeddings:
             nn.Linear(head.in_features, head.out_features, bias=False, device="meta")
             model._init_weights(head)
+        if config.init_by_name:
+            _draw_by_name(model, config.seed)
 
 
 _DRAWS = (torch.ops.aten.normal_.default, torch.ops.aten.uniform_.default)
@@ -164,7 +157,7 @@ def read_weights(model: MaiThinkingForCausalLM, folder: str | Path) -> None:
     try:
         dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(path)), no_dist=True)
     except (CheckpointException, SafetensorError, OSError, RuntimeError, ValueError) as error:
-        raise UsageError(f"{folder}: the weights cannot be loaded: {' '.join(str(error).split())}") from None
+        raise UsageError(f"{folder}: the weights cannot be loaded: {error}") from None
 
 
 def _check_whole(checkpoint: Path) -> None:
@@ -194,7 +187,7 @@ def load_model_config(folder: str | Path) -> MaiThinkingConfig:
     except UsageError as error:
         raise UsageError(f"{folder}: config.json: {error}") from None
     except Exception as error:  # the library's own for a wrong type, a missing brace, ...
-        raise UsageError(f"{folder}: config.json cannot be read: {' '.join(str(error).split())[:200]}") from None
+        raise UsageError(f"{folder}: config.json cannot be read: {one_line(error)}") from None
     if config.model_type != MaiThinkingConfig.model_type:
         raise UsageError(f"{folder}: a {config.model_type!r} model, not {MaiThinkingConfig.model_type!r}")
     return config
@@ -211,7 +204,7 @@ def load_model(folder: str | Path, **changes: object) -> MaiThinkingForCausalLM:
     try:
         return MaiThinkingForCausalLM.from_pretrained(Path(folder).expanduser(), dtype=torch.float32, **changes)
     except (SafetensorError, OSError, RuntimeError, TypeError, ValueError) as error:  # of any of its files
-        raise UsageError(f"{folder}: the weights cannot be loaded: {' '.join(str(error).split())}") from None
+        raise UsageError(f"{folder}: the weights cannot be loaded: {error}") from None
 
 
 def load_model_and_tokenizer(path: str | Path) -> tuple[MaiThinkingForCausalLM, PreTrainedTokenizerBase]:
@@ -247,7 +240,7 @@ def _load_newest_checkpoint(folder: Path) -> tuple[MaiThinkingForCausalLM, PreTr
                 return load_model_and_tokenizer(step_folder(folder, step))
             except (UsageError, OSError, CheckpointException) as error:
                 if step_folder(folder, step).is_dir():
-                    print(f"{' '.join(str(error).split())}; an older checkpoint is taken", file=sys.stderr, flush=True)
+                    print(f"{one_line(error)}; an older checkpoint is taken", file=sys.stderr, flush=True)
     return None
 
 

@@ -38,8 +38,9 @@ class RunFolder:
     """`config.yaml`, `metrics.jsonl`, `events.jsonl`, `checkpoints/`, `final/`, `report/` under one path.
 
     `evaluations.jsonl` holds the parts of the last evaluation, so that it can go on where it was; `samples.jsonl` what
-    a policy wrote at each evaluation of an RL run; `notes.json` what the page of results tells beside the records.
-    `architecture/` holds what a checkpoint needs to be read as a model: the model's config and the tokenizer.
+    a policy wrote at each evaluation of an RL run; `notes.json` what the page of results tells beside the records;
+    `architecture/` what a checkpoint needs to be read as a model: the model's config and the tokenizer; `.ranks/` what
+    each rank has of its own, for just-in-time checkpoints.
     """
 
     def __init__(self, path: Path) -> None:
@@ -55,7 +56,6 @@ class RunFolder:
         self.final = path / "final"
         self.report = path / "report"
         self.ranks = path / ".ranks"
-        """What each rank has of its own, for just-in-time checkpoints."""
 
     def documents(self, rank: int, ranks: int) -> Path:
         """The record of what one of so many ranks has read, step by step."""

@@ -38,7 +38,13 @@ def split_tree(tree: Any, name: str, tensors: dict[str, Tensor], seen: dict[Any,
     seen = {} if seen is None else seen
     match tree:
         case Tensor():
-            return {TENSOR: _name_once(tree, name, tensors, seen)}
+            local = tree.to_local() if isinstance(tree, DTensor) else tree
+            identity = (local.data_ptr(), local.shape, local.stride(), local.dtype, tree.shape)
+            if local.numel() == 0 or identity not in seen:
+                seen[identity] = name
+                tensors[name] = tree.detach()
+                return {TENSOR: name}
+            return {TENSOR: seen[identity]}
         case Mapping() if all(isinstance(key, str) for key in tree):
             return {key: split_tree(value, f"{name}/{key}", tensors, seen) for key, value in tree.items()}
         case Mapping():
@@ -83,22 +89,11 @@ def read_tree(path: Path) -> Any:
         return join_tree(json.loads(file.metadata()["tree"]), tensors)
 
 
-def _name_once(tensor: Tensor, name: str, tensors: dict[str, Tensor], seen: dict[Any, str]) -> str:
-    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-    identity = (local.data_ptr(), local.shape, local.stride(), local.dtype, tensor.shape)
-    if local.numel() == 0 or identity not in seen:
-        seen[identity] = name
-        tensors[name] = tensor.detach()
-        return name
-    return seen[identity]
-
-
 class PerRank:
     """Marks a state as this rank's own (its generators, its place in the data): saved and loaded rank by rank.
 
-    At the world size that it was saved with, each rank gets its own back. At another, `state` must have a method
-    `load_from_world(states, rank, world)`, which takes up, as rank `rank` of `world`, the states that `len(states)`
-    ranks saved, in their order; otherwise loading is a UsageError.
+    At another world size than it was saved with, `state` must have a method `load_from_world(states, rank, world)`,
+    which takes up, as rank `rank` of `world`, the states of all ranks that saved; else loading is a UsageError.
     """
 
     def __init__(self, state: Stateful):

@@ -1,5 +1,6 @@
 """How a run is asked to stop, and how it waits for the one before."""
 
+import contextlib
 import os
 import signal
 import time
@@ -16,16 +17,10 @@ the run; it ends them when they have."""
 def wait_for_savers() -> None:
     """Until those ranks of the attempt before that save the run have done so and are gone, with all their locks."""
     for pid in os.environ.pop(SAVERS_VARIABLE, "").split():
-        while _exists(int(pid)):
-            time.sleep(0.005)
-
-
-def _exists(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return True
+        with contextlib.suppress(ProcessLookupError):
+            while True:
+                os.kill(int(pid), 0)
+                time.sleep(0.005)
 
 
 class StopRequest:

@@ -21,7 +21,7 @@ from mai_thinking.config.command import EXIT_INTERRUPTED
 from mai_thinking.config.run import TrainingConfig
 from mai_thinking.config.storage import atomic_folder
 from mai_thinking.data import PreparedData
-from mai_thinking.errors import DataError, RunError, UsageError
+from mai_thinking.errors import DataError, RunError, UsageError, one_line
 from mai_thinking.model import MaiThinkingConfig
 from mai_thinking.provenance.lineage import (
     CodeVersion,
@@ -32,7 +32,6 @@ from mai_thinking.provenance.lineage import (
     record_traces,
     resuming_from,
 )
-from mai_thinking.training.allocator import keep_freed_memory
 from mai_thinking.training.checkpoint import Checkpointer
 from mai_thinking.training.checkpoint_storage import step_folder
 from mai_thinking.training.context import RunContext
@@ -41,6 +40,7 @@ from mai_thinking.training.learner import Learner
 from mai_thinking.training.ledger import CHECKPOINT, GoodputLedger
 from mai_thinking.training.metrics import MetricsLog, Record, read_records
 from mai_thinking.training.model_files import save_checkpoint_as_model, save_model
+from mai_thinking.training.process import keep_freed_memory
 from mai_thinking.training.run_folder import RunFolder
 from mai_thinking.training.state import PerRank, RandomState
 from mai_thinking.training.stop import StopRequest
@@ -278,8 +278,9 @@ class Trainer:
             try:
                 self.context.accelerator.init_trackers(self.config.name, config=about)
             except Exception as error:  # no account, no network
-                reason = " ".join(str(error).split())[:200]
-                raise UsageError(f"tracking.trackers: cannot start: {reason}; mend that, or remove it") from None
+                raise UsageError(
+                    f"tracking.trackers: cannot start: {one_line(error)}; mend that, or remove it"
+                ) from None
         if step:
             checkpoint = step_folder(self.folder.checkpoints, step)
             self._parents, self._earlier_code = resuming_from(checkpoint, self._parents)
@@ -319,8 +320,8 @@ class Trainer:
                 act(tracker)
             except Exception as error:  # of the network, of another library's service: anything
                 trackers.remove(tracker)
-                reason = " ".join(str(error).split())[:200] or type(error).__name__
-                self.context.log(f"tracking.trackers: {tracker.name} failed and is left out from now on: {reason}")
+                failed = f"tracking.trackers: {tracker.name} failed and is left out from now on"
+                self.context.log(f"{failed}: {one_line(error) or type(error).__name__}")
 
     def _record_for_the_dead(self, step: int) -> None:
         """Rank 0 may have died between an update and its record: write what it would have written of `step`."""

@@ -6,7 +6,7 @@ SIGTERM or SIGHUP that every process of a job gets does not take the server, and
 
 import signal
 
-from mai_thinking.training.orphans import die_with_parent
+from mai_thinking.training.process import die_with_parent
 
 die_with_parent()
 signal.signal(signal.SIGTERM, signal.SIG_IGN)

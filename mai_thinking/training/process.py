@@ -1,11 +1,13 @@
-"""Keeps the memory that a training step frees for the next step."""
+"""What a process asks of the kernel and of its allocator."""
 
 import ctypes
 import os
+import signal
 import sys
 
+_PR_SET_PDEATHSIG = 1
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4
-"""Parameters of mallopt(3)."""
+"""Parameters of prctl(2) and mallopt(3)."""
 
 _OWN_CHOICE = ("GLIBC_TUNABLES", "MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_MMAP_MAX_")
 
@@ -22,3 +24,9 @@ def keep_freed_memory() -> bool:
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     return mallopt is not None and bool(mallopt(_TRIM_THRESHOLD, -1) and mallopt(_MMAP_MAX, 0))
+
+
+def die_with_parent() -> None:
+    """Ask the kernel to SIGKILL this process when its parent dies, by whatever death. Linux only; elsewhere nothing."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)

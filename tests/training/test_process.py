@@ -10,7 +10,7 @@ import pytest
 pytestmark = pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="glibc's allocator only")
 PROBE = """
 import resource, sys, torch
-from mai_thinking.training.allocator import keep_freed_memory
+from mai_thinking.training.process import keep_freed_memory
 if sys.argv[1] == "keep":
     assert keep_freed_memory() == (sys.argv[2] == "done")
 faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
