@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from mai_thinking.config.storage import atomic_file
-from mai_thinking.errors import RunError
+from mai_thinking.errors import RunError, one_line
 from mai_thinking.rl.rewards import TERMS
 from mai_thinking.rl.rollout import Group
 

@@ -29,7 +29,7 @@ import torch
 import xxhash
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
-from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
@@ -264,7 +264,7 @@ def _safetensors_blocks(plan: SavePlan, planner: SavePlanner) -> Iterable[bytes 
     offsets: dict[str, Any] = {}
     position = 0
     # Widest type first, so that every tensor is aligned to its own type in the file.
-    items = [(item, planner.resolve_data(item)) for item in plan.items]
+    items: list[tuple[WriteItem, Any]] = [(item, planner.resolve_data(item)) for item in plan.items]
     items.sort(key=lambda pair: (-pair[1].itemsize, pair[0].index.fqn))
     for item, tensor in items:
         assert item.tensor_data is not None

@@ -65,8 +65,9 @@ class MetricsLog:
     def _compare(self, before: Record, again: Record, exact: tuple[str, ...]) -> None:
         for name in exact:
             old, new = before.get(name), again.get(name)
-            numbers = isinstance(old, int | float) and isinstance(new, int | float)
-            close = self.tolerance and numbers and math.isclose(old, new, rel_tol=self.tolerance)
+            close = False
+            if self.tolerance and isinstance(old, int | float) and isinstance(new, int | float):
+                close = math.isclose(old, new, rel_tol=self.tolerance)
             if not (close or _same(old, new)):
                 raise NotReproducedError(
                     f"step {again['step']}, computed again after a restart, gave {name} {_spell(new)} where "
