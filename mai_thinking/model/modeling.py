@@ -115,8 +115,8 @@ class MaiThinkingPreTrainedModel(PreTrainedModel):
 
     @property
     def dtype(self) -> torch.dtype:
-        """That of the weights which follow the dtype asked for, not of the embeddings, which are fp32 whatever it is.
-        The library writes it into `config.json`, and loads the folder in it."""
+        """Of the weights that follow the dtype asked for; embeddings are fp32 whatever it is. The library writes it into
+        `config.json`, and loads the folder in it."""
         return next(module.down_proj.dtype for module in self.modules() if isinstance(module, Experts))
 
     @classmethod
@@ -348,8 +348,7 @@ class MaiThinkingForCausalLM(MaiThinkingPreTrainedModel, GenerationMixin):
         )
 
     def _logits(self, hidden_BTD: Tensor) -> Tensor:
-        logits: Tensor = self.lm_head(hidden_BTD.to(weight_dtype(self.lm_head, self.config))).float()
-        return logits
+        return self.lm_head(hidden_BTD.to(weight_dtype(self.lm_head, self.config))).float()
 
     def _cross_entropy(self, hidden_BTD: Tensor, labels_BT: Tensor) -> Tensor:
         """Summed over the labels. From the head's weights in chunks, if they are all that the head is; an adapted,

@@ -24,8 +24,15 @@ from mai_thinking.rl.template import Template
 from mai_thinking.rl.tools.sandbox import isolation
 from mai_thinking.rl.tools.toolbox import Toolbox
 from mai_thinking.training.model_files import load_model, load_model_config
-from mai_thinking.training.plan import WEIGHT, computes_in_bf16, layout_text, memory_per_rank, memory_rows, quantity
-from mai_thinking.training.traffic import Work
+from mai_thinking.training.plan import (
+    WEIGHT,
+    Work,
+    computes_in_bf16,
+    layout_text,
+    memory_per_rank,
+    memory_rows,
+    quantity,
+)
 
 
 def policy_config(config: GrpoConfig) -> MaiThinkingConfig:

@@ -68,8 +68,11 @@ class JitCheckpoint:
 
     def completed(self, step: int) -> None:
         """The update of `step` is done, and all that goes with it."""
-        state = self._state().items()
-        shared = {name: _copy(value) for name, value in state if not isinstance(value, PerRank) and not _is_live(value)}
+        shared = {
+            name: copy.deepcopy(value.state_dict() if hasattr(value, "state_dict") else value)
+            for name, value in self._state().items()
+            if not isinstance(value, PerRank) and not _is_live(value)
+        }
         if self._shared is None:
             self._announce(True)
         self._shared, self._updating = (step, shared), False
@@ -125,7 +128,3 @@ class JitCheckpoint:
 
 def _is_live(value: Any) -> bool:
     return isinstance(value, ModelState | OptimizerState)
-
-
-def _copy(value: Any) -> Any:
-    return copy.deepcopy(value.state_dict() if hasattr(value, "state_dict") else value)

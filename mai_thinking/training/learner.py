@@ -12,22 +12,21 @@ change what is learned. The balance loss takes expert frequencies over the globa
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
-from mai_thinking.config.run import TrainingConfig
+from mai_thinking.config.run import OptimizerSection, ScheduleSection, TrainingConfig
 from mai_thinking.errors import RunError
 from mai_thinking.model import MaiThinkingForCausalLM
 from mai_thinking.model.latent_moe import Routing, balance_loss
-from mai_thinking.training.optimizer import build_optimizer, learning_rate
-from mai_thinking.training.parallel import apply_compile_and_checkpointing, clip_gradients, parallelize, together
+from mai_thinking.training.parallel import apply_compile_and_checkpointing, clip_gradients, mesh_of, parallelize
 from mai_thinking.training.state import ModelState, OptimizerState
 
 T = TypeVar("T")
@@ -103,10 +102,20 @@ class Learner:
         """The model without any wrapper, for evaluation, sampling and saving; see `Replicated.unwrap`."""
         return self.parallel.unwrap()
 
-    def together(self, batches: Iterable[T], idle: T) -> Iterable[T]:
+    def together(self, batches: Iterable[T], idle: T) -> Iterator[T]:
         """`batches`, for passes through the model; where ranks must make as many as the others, `idle` ones behind
         them. Collective."""
-        return together(batches, idle, self.device) if self.parallel.in_step else batches
+        if not self.parallel.in_step:
+            yield from batches
+            return
+        remaining = iter(batches)
+        while True:
+            batch = next(remaining, None)
+            more = torch.tensor(batch is not None, dtype=torch.int32, device=self.device)
+            dist.all_reduce(more, dist.ReduceOp.MAX)
+            if not more:
+                return
+            yield idle if batch is None else batch
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds of it."""
@@ -125,22 +134,25 @@ class Learner:
         """
         counts = loss.count(micro_batches, self)
         with self.parallel.cached_bf16():
-            done = self._accumulate(micro_batches, loss, counts)
+            parts, router_losses, counts_ME, entropy_M = self._accumulate(micro_batches, loss, counts)
         self.before_reduction()
         grad_norm = clip_gradients(self.model, self.config.optimizer.clip_norm)
-        metrics = loss.metrics(done.parts, self)
-        balance, z = self.sum(done.router_losses).tolist()
-        entropy_M = self.sum(done.entropy_M) / counts.tokens
-        _guard_finite(step, metrics["loss"], grad_norm, loss.advice)
+        metrics = loss.metrics(parts, self)
+        balance, z = self.sum(router_losses).tolist()
+        entropy_M = self.sum(entropy_M) / counts.tokens
+        for name, value in (("loss", metrics["loss"]), ("gradient norm", grad_norm)):
+            if not math.isfinite(value):
+                weights = f"weights are as after step {step - 1}"
+                raise NonFiniteError(f"step {step}: the {name} is {value}; {weights}. {loss.advice}")
         rate = self.learning_rate(step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         if counts.signal:
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        layers = max(1, done.counts_ME.size(0))
+        layers = max(1, counts_ME.size(0))
         routers = {"balance_loss": balance / layers, "router_z_loss": z / layers}
-        return {**metrics, **routers, "grad_norm": grad_norm, "lr": rate, **routing_metrics(done.counts_ME, entropy_M)}
+        return {**metrics, **routers, "grad_norm": grad_norm, "lr": rate, **routing_metrics(counts_ME, entropy_M)}
 
     def sum(self, value: Tensor) -> Tensor:
         """Over all ranks, in a fixed order."""
@@ -155,40 +167,39 @@ class Learner:
             return tensor.pin_memory().to(self.device, non_blocking=True)
         return tensor.to(self.device)
 
-    def _accumulate(self, micro_batches: Sequence[Any], loss: Loss, counts: Counts) -> "_Accumulated":
-        """Forward and backward of every micro-batch; gradients are averaged over ranks, the counts are global."""
+    def _accumulate(
+        self, micro_batches: Sequence[Any], loss: Loss, counts: Counts
+    ) -> tuple[list[Any], Tensor, Tensor, Tensor]:
+        """Forward and backward of every micro-batch; gradients are averaged over ranks. → this rank's parts, the two
+        router losses' sums [2], the experts' counts over all ranks [M, E], this rank's entropies [M]."""
         counts_ME = torch.zeros((), device=self.device) if counts.experts_ME is None else counts.experts_ME
         at_once = counts.experts_ME is None and self.config.execution.activation_checkpointing
         forwards: list[Forward] = []
         router_losses: list[Tensor] = []
-        held: list[Tensor] = []
         passes = self._agree_on_passes(len(micro_batches))
         for index in range(passes):
             idle = index >= len(micro_batches)  # it only keeps the other ranks company
             # Whether DDP reduces is decided in the forward pass.
             with nullcontext() if index == passes - 1 else self.parallel.no_sync():
                 forward = loss.forward(micro_batches[min(index, len(micro_batches) - 1)], self)
-                if at_once:
-                    held.append(forward.loss)
-                else:
+                if not at_once:
                     if counts.experts_ME is None:
                         counts_ME = counts_ME + self.sum(forward.routing.counts_E)
                     total, parts = self._add_router_losses(forward, counts_ME, counts.tokens)
                     (total * (0.0 if idle else self.ranks)).backward()
                     router_losses.append(parts)
             if not idle:
-                forwards.append(forward if at_once else _without_graph(forward))
+                if not at_once:  # the tensors would keep their graph until the end of the update
+                    routing = Routing(*(value.detach() for value in forward.routing))
+                    forward = Forward(forward.loss.detach(), routing, forward.parts)
+                forwards.append(forward)
         if at_once:
             counts_ME = self.sum(torch.stack([forward.routing.counts_E for forward in forwards]).sum(dim=0))
             totals = [self._add_router_losses(forward, counts_ME, counts.tokens) for forward in forwards]
             (torch.stack([total for total, _ in totals]).sum() * self.ranks).backward()
             router_losses = [parts for _, parts in totals]
-        return _Accumulated(
-            [forward.parts for forward in forwards],
-            _added(router_losses[: len(forwards)]),
-            counts_ME,
-            _added([forward.routing.entropy.detach() for forward in forwards]),
-        )
+        entropy_M = _added([forward.routing.entropy.detach() for forward in forwards])
+        return [forward.parts for forward in forwards], _added(router_losses[: len(forwards)]), counts_ME, entropy_M
 
     def _add_router_losses(self, forward: Forward, counts_ME: Tensor, tokens: float) -> tuple[Tensor, Tensor]:
         """This micro-batch's share of the whole objective, and of the two router losses, detached."""
@@ -209,31 +220,8 @@ class Learner:
         return int(most)
 
 
-@dataclass(frozen=True)
-class _Accumulated:
-    """Of this rank's micro-batches."""
-
-    parts: list[Any]
-    router_losses: Tensor
-    """[2], summed."""
-    counts_ME: Tensor
-    """Over all ranks."""
-    entropy_M: Tensor
-
-
 def _added(values: Sequence[Tensor]) -> Tensor:
     return sum(values[1:], values[0])
-
-
-def _without_graph(forward: Forward) -> Forward:
-    """Routing's tensors with a graph would keep it until the end of the update."""
-    return Forward(forward.loss.detach(), Routing(*(value.detach() for value in forward.routing)), forward.parts)
-
-
-def _guard_finite(step: int, loss: float, grad_norm: float, advice: str) -> None:
-    for name, value in (("loss", loss), ("gradient norm", grad_norm)):
-        if not math.isfinite(value):
-            raise NonFiniteError(f"step {step}: the {name} is {value}; weights are as after step {step - 1}. {advice}")
 
 
 def routing_metrics(counts_ME: Tensor, entropy_M: Tensor) -> dict[str, Any]:
@@ -246,3 +234,44 @@ def routing_metrics(counts_ME: Tensor, entropy_M: Tensor) -> dict[str, Any]:
         "dead_experts": int((counts_ME == 0).sum()),
         "router_entropy": float(entropy_M.mean()),
     }
+
+
+def build_optimizer(model: nn.Module, section: OptimizerSection) -> torch.optim.AdamW:
+    """AdamW over all trainable parameters, weight decay by kind (MAI-Thinking-1 report §2.6).
+
+    Three groups: attention (everything inside an attention sublayer), embeddings (with the tied head), and the rest.
+    The report exempts nothing else, so norm gains decay like what they belong to. Where ranks divide the experts, these
+    are a group of their own: one operation takes no shards of different meshes.
+    """
+    decay = {
+        "attention": section.weight_decay_attention,
+        "embeddings": section.weight_decay_embeddings,
+        "rest": section.weight_decay,
+    }
+    members: dict[tuple[str, DeviceMesh | None], list[nn.Parameter]] = {(group, None): [] for group in decay}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            members.setdefault((_group(name), mesh_of(parameter)), []).append(parameter)
+    groups = [
+        {"params": parameters, "weight_decay": decay[group], "name": group}
+        for (group, _), parameters in members.items()
+        if parameters
+    ]
+    return torch.optim.AdamW(groups, lr=section.learning_rate, betas=section.betas, eps=section.epsilon, fused=True)
+
+
+def _group(name: str) -> str:
+    parts = name.split(".")
+    if "attention" in parts:
+        return "attention"
+    return "embeddings" if "embed_tokens" in parts or "lm_head" in parts else "rest"
+
+
+def learning_rate(step: int, steps: int, top: float, section: ScheduleSection) -> float:
+    """The rate of step 1 … `steps`: linear to `top` over the warm-up, then `section.shape` to the end."""
+    if step <= section.warmup_steps:
+        return top * step / section.warmup_steps
+    if section.shape == "constant":
+        return top
+    done = (step - section.warmup_steps) / max(1, steps - section.warmup_steps)
+    return top * (section.floor + (1 - section.floor) * 0.5 * (1 + math.cos(math.pi * done)))

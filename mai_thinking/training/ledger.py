@@ -71,15 +71,6 @@ class GoodputLedger:
         """The attempt ends in an orderly way: `done` or `interrupted` (saved on request)."""
         self._write("end", how=how)
 
-    def state_dict(self) -> dict[str, int]:
-        """How long the ledger is: what a checkpoint remembers of it."""
-        return {"bytes": os.fstat(self._descriptor).st_size if self.enabled else 0}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Say in the ledger itself if it is shorter than when the checkpoint was saved."""
-        if self.enabled and (missing := state["bytes"] - os.fstat(self._descriptor).st_size) > 0:
-            self._write("note", text=f"{missing} bytes of this ledger, written before the checkpoint, are missing")
-
     def _write(self, event: str, **values: Any) -> None:
         if self.enabled:
             record = {"event": event, "time": round(time.monotonic() + self._offset, 6), **values}

@@ -5,12 +5,10 @@ Replicas meet once per global batch, while the backward pass of its last micro-b
 micro-batch, since otherwise every rank would hold the gradient of the whole model.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TypeVar
 
 import torch
-import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
@@ -25,12 +23,9 @@ from mai_thinking.model import MaiThinkingForCausalLM
 from mai_thinking.model.expert_parallel import ExpertExchange
 from mai_thinking.model.latent_moe import Experts, LatentMoE, rounded_once
 
-T = TypeVar("T")
-
 
 class Replicated:
-    """A model of which every rank holds the whole, but for experts that are divided (DDP; with one rank, the model
-    itself)."""
+    """A model that every rank holds whole, but for experts that are divided (DDP; with one rank, the model itself)."""
 
     def __init__(self, model: MaiThinkingForCausalLM, accelerator: Accelerator, experts: "DividedExperts") -> None:
         self.accelerator, self._plain, self._experts = accelerator, model, experts
@@ -64,8 +59,8 @@ class Replicated:
 
 class Sharded:
     """The same for a model whose weights, gradients and optimiser state lie in shards, an equal part on each rank
-    (FSDP2, as ZeRO stage 3). A layer is gathered while it is computed, its experts by themselves. Accelerate falls back
-    to DDP where there is no GPU; `fully_shard` works over gloo too."""
+    (FSDP2). A layer is gathered while it is computed, its experts by themselves. Not through Accelerate, which falls
+    back to DDP where there is no GPU."""
 
     in_step = True
 
@@ -142,16 +137,17 @@ class DividedExperts:
     @contextmanager
     def no_sync(self) -> Iterator[None]:
         """Between micro-batches replicas of experts keep their gradients, and the weights as they are computed with."""
-        self._meet(False)
+
+        def meet(now: bool) -> None:
+            for module in self._modules:
+                module.set_requires_all_reduce(now)
+                module.set_reshard_after_backward(now)
+
+        meet(False)
         try:
             yield
         finally:
-            self._meet(True)
-
-    def _meet(self, now: bool) -> None:
-        for module in self._modules:
-            module.set_requires_all_reduce(now)
-            module.set_reshard_after_backward(now)
+            meet(True)
 
 
 def divides(execution: ExecutionSection, ranks: int) -> bool:
@@ -196,34 +192,17 @@ def _check_divides(model: MaiThinkingForCausalLM, ranks: int, execution: Executi
         raise UsageError(f"{key} needs execution.experts=bucketed_mm, not {kind!r}, which computes all experts")
 
 
-def together(batches: Iterable[T], idle: T, device: torch.device) -> Iterator[T]:
-    """`batches`, and then `idle` until every rank has had all of its own, where ranks must compute together."""
-    remaining = iter(batches)
-    while True:
-        batch = next(remaining, None)
-        more = torch.tensor(batch is not None, dtype=torch.int32, device=device)
-        dist.all_reduce(more, dist.ReduceOp.MAX)
-        if not more:
-            return
-        yield idle if batch is None else batch
-
-
 def apply_compile_and_checkpointing(model: MaiThinkingForCausalLM, execution: ExecutionSection) -> None:
-    """Have `model` recompute activations and run compiled, as `execution` says."""
+    """Have `model` recompute activations and run compiled, as `execution` says: each layer by itself, when it first
+    runs. Layers of a kind share one compilation, and what stands between layers may look at the data."""
     if execution.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if execution.compile:
-        compile_layers(model)
-
-
-def compile_layers(model: MaiThinkingForCausalLM) -> None:
-    """Compile each layer by itself, when it first runs: layers of a kind share one compilation, and whatever stands
-    between layers, such as finding the documents in a row, may look at the data."""
-    # A compilation for each kind of layer, with gradients and without, and for each shape.
-    torch._dynamo.config.optimize_ddp = False  # it would cut graphs where DDP's buckets end, which layers do already
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
-    for layer in model.model.layers:
-        layer.compile()
+        torch._dynamo.config.optimize_ddp = False  # it would cut graphs where DDP's buckets end, as layers do already
+        # A compilation for each kind of layer, with gradients and without, and for each shape.
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+        for layer in model.model.layers:
+            layer.compile()
 
 
 def clip_gradients(model: nn.Module, largest: float) -> float:

@@ -1,16 +1,48 @@
-"""What a run will cost, before it costs anything: `--dry-run`."""
+"""What a run will cost, before it costs anything: `--dry-run`. Memory, what ranks send, and the time of a step:
+
+    time of a step  =  compute + all-to-all + what gathering and reducing take longer than what they run beside
+
+Computation runs at the rate that L12 was measured at on one card. Rows of experts travel while nothing else is done,
+which is how `model.expert_parallel` is written. FSDP's gathering and reducing runs beside all of a step's computation,
+DDP's reduction beside the backward pass of the last micro-batch. Links are those of nodes of eight H100, full and not
+shared with others; a collective crosses between nodes once a node, each card carrying its part. Routing is even. So it
+is a bound for this code, not a promise.
+"""
 
 import os
+from dataclasses import dataclass
 
 import torch
 
 from mai_thinking.config.run import ExecutionSection, TextTrainingConfig
 from mai_thinking.model import MaiThinkingConfig
 from mai_thinking.model.loss import CHUNK_ELEMENTS
-from mai_thinking.training.traffic import Work, prediction_rows
 
 WEIGHT, GRADIENT, MOMENTS = 4, 4, 8
 """Bytes per parameter: fp32 weights, fp32 gradients, AdamW's two fp32 moments (REPORT §1: fp32 always)."""
+PEAK = 989e12
+"""FLOP/s of a card's dense bf16 products, by its data sheet."""
+MEASURED = 0.380 * 799e12
+"""FLOP/s of a step of L12 on one card (results/bench)."""
+WITHIN, BETWEEN = 450e9, 50e9
+"""Bytes/s a card sends to others of its node (NVLink 4), and to other nodes (400 Gb/s)."""
+NODE = 8
+"""Cards of a node."""
+Flow = dict[str, float]
+"""Bytes that a rank sends in a step: `within` its node and `between` nodes."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """A step's work as one rank sees it."""
+
+    ranks: int
+    tokens: int
+    """In a micro-batch."""
+    step_tokens: int
+    """Of this rank."""
+    compute_bytes: int
+    """Of a number in the layers."""
 
 
 def memory_per_rank(architecture: MaiThinkingConfig, execution: ExecutionSection, work: Work) -> dict[str, float]:
@@ -19,9 +51,8 @@ def memory_per_rank(architecture: MaiThinkingConfig, execution: ExecutionSection
     `working` is what weights are computed from beside those that the optimiser has: experts rounded once for a step
     (DDP), or the layer that is gathered and the next one (FSDP), with the gradient of one before it is reduced.
     Activations are an estimate: what each sublayer keeps for its backward pass, or with checkpointing the fp32 residual
-    stream at each layer of the whole step, which waits for one backward pass (see `Learner`), with each micro-batch's
-    gradient of the head, and one layer's full set. Routing is taken to be even. The framework's own memory and
-    fragmentation are not in it.
+    stream at each layer of the whole step (see `Learner`), with each micro-batch's gradient of the head, and one
+    layer's full set. The framework's own memory and fragmentation are not in it.
     """
     parts, sharded = architecture.parameter_breakdown(), execution.parallel == "fsdp" and work.ranks > 1
     total, _ = architecture.parameter_counts()
@@ -142,3 +173,75 @@ def quantity(value: float) -> str:
         if value >= 1000**power:
             return f"{value / 1000**power:.4g}{letter}"
     return f"{value:.4g}"
+
+
+def traffic(architecture: MaiThinkingConfig, execution: ExecutionSection, work: Work) -> dict[str, Flow]:
+    """By use, over a step's micro-batches. Weights of experts travel as they are computed with, all else in fp32."""
+    parts, total = architecture.parameter_breakdown(), architecture.parameter_counts()[0]
+    ranks, divided = work.ranks, execution.expert_parallel
+    passes = work.step_tokens / work.tokens
+    experts, dense, cast = parts["experts"] / divided, total - parts["experts"], work.compute_bytes
+    # Of the ranks that have the same experts, so many are on one node; neighbours divide them.
+    copies, neighbours = ranks // divided, max(1, min(NODE, ranks) // divided)
+    if execution.parallel == "fsdp":
+        # Gathered for the forward pass and for the backward; the embeddings and the head's, once for both.
+        forth = passes * (4 * (2 * dense - parts["embeddings"]))
+        flows = {
+            "dense: gather": _collective(forth, ranks, min(NODE, ranks)),
+            "dense: reduce": _collective(passes * 4 * dense, ranks, min(NODE, ranks)),
+            "experts: gather": _collective(passes * 2 * cast * experts, copies, neighbours),
+            "experts: reduce": _collective(passes * 4 * experts, copies, neighbours),
+        }
+    else:
+        flows = {
+            "dense: reduce": _collective(2 * 4 * dense, ranks, min(NODE, ranks)),
+            "experts: reduce": _collective(2 * 4 * experts, copies, neighbours),
+        }
+    # There and back, forward and backward, and once more where the forward pass is computed again.
+    journeys = 6 if execution.activation_checkpointing else 4
+    rows = work.step_tokens * architecture.num_experts_per_tok * len(architecture.moe_layers)
+    sent = journeys * rows * architecture.latent_size * cast
+    elsewhere = max(0, divided - NODE) / divided
+    flows["experts: rows"] = {"within": sent * (min(divided, NODE) - 1) / divided, "between": sent * elsewhere}
+    return {use: flow for use, flow in flows.items() if sum(flow.values())}
+
+
+def _collective(size: float, ranks: int, on_node: int) -> Flow:
+    """A rank's part in gathering, or scattering the sums of, `size` bytes over `ranks`, `on_node` of which are on each
+    node."""
+    nodes = max(1, ranks // on_node)
+    return {"within": size * (on_node - 1) / on_node, "between": size / on_node * (nodes - 1) / nodes}
+
+
+def step_seconds(
+    architecture: MaiThinkingConfig, execution: ExecutionSection, work: Work, flops_per_token: float
+) -> dict[str, float]:
+    """Seconds of a step by what they go into: `compute`, `rows` that travel, `waiting` for gathers and reductions."""
+    again = 4 / 3 if execution.activation_checkpointing else 1.0
+    compute = again * work.step_tokens * flops_per_token / MEASURED
+    flows = traffic(architecture, execution, work)
+    rows = _seconds(flows.pop("experts: rows", {}))
+    beside = compute if execution.parallel == "fsdp" else compute * 2 / 3 * work.tokens / work.step_tokens
+    return {"compute": compute, "rows": rows, "waiting": max(0.0, sum(map(_seconds, flows.values())) - beside)}
+
+
+def _seconds(flow: Flow) -> float:
+    """Both kinds of links are at work at once."""
+    return max(flow.get("within", 0.0) / WITHIN, flow.get("between", 0.0) / BETWEEN)
+
+
+def prediction_rows(
+    architecture: MaiThinkingConfig, execution: ExecutionSection, work: Work, flops_per_token: float
+) -> list[tuple[str, str]]:
+    """The lines of `--dry-run` about it."""
+    flows = traffic(architecture, execution, work)
+    seconds = step_seconds(architecture, execution, work, flops_per_token)
+    whole = sum(seconds.values())
+    mfu = work.step_tokens * flops_per_token / whole / PEAK
+    sums = {link: sum(flow[link] for flow in flows.values()) / 1e9 for link in ("within", "between")}
+    return [
+        ("sends", f"{sums['within']:,.1f} GB a rank and step within a node, {sums['between']:,.1f} GB between nodes"),
+        *((f"  {use}", f"{f['within'] / 1e9:,.1f} GB, {f['between'] / 1e9:,.1f} GB") for use, f in flows.items()),
+        ("a step", ", ".join(f"{value:.2f} s {name}" for name, value in seconds.items()) + f": {whole:.2f} s"),
+        ("utilisation", f"{100 * mfu:.1f} % of {PEAK / 1e12:.0f} TFLOP/s, as `training.plan` models it"),
+    ]

@@ -235,7 +235,6 @@ class Trainer:
             **self.recipe.state(),
             "random": PerRank(RandomState()),
             "progress": {"step": self.step, "tokens": self.tokens, **self.recipe.progress()},
-            "ledger": self.ledger,
         }
 
     # ------------------------------------------------------------------------------------------- begin and resume

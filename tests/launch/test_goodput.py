@@ -166,13 +166,3 @@ def test_table_and_timeline(tmp_path):
     assert "recomputation" in text
     assert "1 restarts, 0 of them from a just-in-time checkpoint, 7.00 s each" in text
     assert (tmp_path / "report" / "goodput.png").stat().st_size > 5000
-
-
-def test_a_shortened_ledger_says_so(tmp_path):
-    ledger = GoodputLedger(tmp_path / "events.jsonl")
-    ledger.step(1, 0.1)
-    state = ledger.state_dict()
-    ledger.load_state_dict(state)
-    assert "missing" not in (tmp_path / "events.jsonl").read_text()
-    ledger.load_state_dict({"bytes": state["bytes"] + 7})
-    assert "7 bytes of this ledger" in (tmp_path / "events.jsonl").read_text()

@@ -15,9 +15,8 @@ from mai_thinking.config.pretraining import PretrainConfig
 from mai_thinking.config.run import ExecutionSection
 from mai_thinking.model import MaiThinkingConfig, MaiThinkingForCausalLM
 from mai_thinking.training.model_files import model_config
-from mai_thinking.training.plan import memory_per_rank, plan_text, work_of
+from mai_thinking.training.plan import PEAK, Work, memory_per_rank, plan_text, step_seconds, traffic, work_of
 from mai_thinking.training.text_loss import TextLoss
-from mai_thinking.training.traffic import PEAK, Work, step_seconds, traffic
 from ranks import run_ranks
 from tiny_models import tiny_learner, tiny_model
 
