@@ -107,14 +107,12 @@ def _bucketed_on_cpu(x_TL: Tensor, w_gate_up: Tensor, w_down: Tensor, gates_TK: 
 
 
 class Bucket(NamedTuple):
-    """A group of experts that are multiplied in one batch."""
+    """Experts that are multiplied in one batch: their indices, int64; their rows among P, the first expert's c, the
+    second's c, …; and c, the busiest one's load."""
 
     experts_n: Tensor
-    """Their indices, int64."""
     rows: slice
-    """Their rows among P: the first expert's c, the second's c, ..."""
     room: int
-    """c, the busiest one's load."""
 
     def of(self, whole_P: Tensor) -> Tensor:
         """This bucket's part of a tensor over all rows, [P, d] → [n, c, d]; a view."""
@@ -131,14 +129,12 @@ class Bucket(NamedTuple):
 
 
 class BucketLayout(NamedTuple):
-    """Where each token-expert pair is computed. All indices int64."""
+    """Where each token-expert pair is computed: each row's pair (token · K + slot; S where the row is padding), each
+    pair's row, the experts without work, and the buckets. All indices int64."""
 
     pair_P: Tensor
-    """Each row's pair (token · K + slot); S where the row is padding."""
     row_TK: Tensor
-    """Each pair's row."""
     idle: Tensor
-    """Experts without work."""
     buckets: list[Bucket]
 
     def tokens(self) -> Tensor:

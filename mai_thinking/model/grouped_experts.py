@@ -38,14 +38,12 @@ Copies = tuple[Tensor, Tensor]
 
 
 class Order(NamedTuple):
-    """Pairs sorted by expert, and within an expert by token."""
+    """Pairs sorted by expert, and within an expert by token: each row's pair (token · K + slot) and each pair's row,
+    int64, and where each expert's rows end, int32, as the grouped product takes it."""
 
     pair_S: Tensor
-    """Each row's pair (token · K + slot), int64."""
     row_TK: Tensor
-    """Each pair's row, int64."""
     ends_E: Tensor
-    """Where each expert's rows end, int32, as the grouped product takes it."""
 
     @classmethod
     def of(cls, chosen_TK: Tensor, experts: int) -> "Order":

@@ -115,7 +115,7 @@ class MaiThinkingPreTrainedModel(PreTrainedModel):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the weights that follow the dtype asked for; embeddings are fp32 whatever it is. The library writes it into
+        """Of the weights that follow the dtype asked for; embeddings are fp32 in any case. The library writes it into
         `config.json`, and loads the folder in it."""
         return next(module.down_proj.dtype for module in self.modules() if isinstance(module, Experts))
 

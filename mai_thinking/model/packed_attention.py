@@ -15,12 +15,12 @@ from torch import Tensor
 
 
 class Documents(NamedTuple):
-    """Where documents begin in rows laid end to end; takes a mask's place in the layers."""
+    """Where documents begin in rows laid end to end; takes a mask's place in the layers. Each document's first token
+    among S, and S, int32 [N + 1] on the rows' device; and the longest one's length, a scalar on the CPU, where it is
+    read without waiting for the device."""
 
     offsets: Tensor
-    """Each document's first token among S, and S; int32 [N + 1], on the rows' device."""
     longest: Tensor
-    """The longest one's length, a scalar on the CPU, where it is read without waiting for the device."""
 
 
 def document_begins(position_ids_BT: Tensor) -> Tensor:

@@ -44,15 +44,13 @@ MEMORISED = 0.01
 
 
 class Likelihood(NamedTuple):
-    """How well text was predicted."""
+    """How well text was predicted: Σ −log p over the predicted tokens, their number, the bytes of the same text in
+    UTF-8, and the tokens of less than `MEMORISED` nats, where they were counted."""
 
     nats: float
-    """Σ −log p over the predicted tokens."""
     tokens: int
     bytes: int
-    """Length of the same text in UTF-8."""
     sure: int = 0
-    """Tokens of less than `MEMORISED` nats, where they were counted."""
 
     @property
     def nll(self) -> float:
@@ -170,10 +168,9 @@ def _by_category(name: str, values: Mapping[str, float]) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Reference:
-    """A fixed model's nats per byte on held-out sets, each with the hash of its text."""
+    """The hash of a fixed model's weights, and its nats per byte on held-out sets, each with the hash of its text."""
 
     model: str
-    """Hash of its weights."""
     sets: dict[str, tuple[str, float]]
 
     @classmethod

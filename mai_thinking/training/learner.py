@@ -33,24 +33,22 @@ T = TypeVar("T")
 
 
 class Counts(NamedTuple):
-    """Of a global batch, for the router losses."""
+    """Of a global batch, for the router losses: real tokens, which the routing's sums run over; how often each expert
+    is chosen, where that is known before the forward pass; and whether there is anything to learn. Where not, no
+    weight changes: router losses, decay and momentum neither."""
 
     tokens: float
-    """Real ones, which the routing's sums run over."""
     experts_ME: Tensor | None
-    """How often each expert is chosen, where that is known before the forward pass."""
     signal: bool = True
-    """Whether there is anything to learn. Where not, no weight changes: router losses, decay and momentum neither."""
 
 
 class Forward(NamedTuple):
-    """A micro-batch's forward pass."""
+    """A micro-batch's forward pass: its share of the global batch's loss, with the graph, its routing, and what the
+    loss's `metrics` need of it, without the graph."""
 
     loss: Tensor
-    """Its share of the global batch's loss, with the graph."""
     routing: Routing
     parts: Any
-    """What the loss's `metrics` need of it, without the graph."""
 
 
 class Loss(Protocol):

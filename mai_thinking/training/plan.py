@@ -10,7 +10,7 @@ is a bound for this code, not a promise.
 """
 
 import os
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -32,17 +32,14 @@ Flow = dict[str, float]
 """Bytes that a rank sends in a step: `within` its node and `between` nodes."""
 
 
-@dataclass(frozen=True)
-class Work:
-    """A step's work as one rank sees it."""
+class Work(NamedTuple):
+    """A step's work as one rank sees it: tokens in a micro-batch, its tokens of a step, bytes of a number in the
+    layers."""
 
     ranks: int
     tokens: int
-    """In a micro-batch."""
     step_tokens: int
-    """Of this rank."""
     compute_bytes: int
-    """Of a number in the layers."""
 
 
 def memory_per_rank(architecture: MaiThinkingConfig, execution: ExecutionSection, work: Work) -> dict[str, float]:

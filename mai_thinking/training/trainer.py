@@ -9,10 +9,9 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing, nullcontext
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from accelerate.utils import set_seed
 from transformers import PreTrainedTokenizerBase
@@ -46,29 +45,23 @@ from mai_thinking.training.state import PerRank, RandomState
 from mai_thinking.training.stop import StopRequest
 
 
-@dataclass(frozen=True)
-class Step:
-    """What a recipe reports of an update."""
+class Step(NamedTuple):
+    """What a recipe reports of an update: metrics for metrics.jsonl, the tokens that all ranks learned from, a note for
+    the progress line, and the seconds that it waited for its data."""
 
     metrics: dict[str, Any]
-    """For metrics.jsonl."""
     tokens: int
-    """That it learned from, over all ranks."""
     note: str = ""
-    """For the progress line."""
     data_wait: float = 0.0
-    """Seconds."""
 
 
-@dataclass(frozen=True)
-class Ending:
-    """Why a run ends before its last step."""
+class Ending(NamedTuple):
+    """Why a run ends before its last step, how that is called in the goodput ledger, and its exit code: with another
+    than 0 the run leaves no model."""
 
     reason: str
     how: str = "done"
-    """As the goodput ledger has it."""
     exit_code: int = 0
-    """Other than 0: the run leaves no model."""
 
 
 class Recipe(ABC):
@@ -84,18 +77,12 @@ class Recipe(ABC):
     data: PreparedData | Sequence[Source]
     exact: tuple[str, ...] = ("loss", "grad_norm")
     """Metrics of a step that must come out alike when it is computed again."""
-    exact_evaluation: tuple[str, ...] = ()
-    """The same of an evaluation."""
-    draws_by_rank: bool = False
-    """Whether another number of ranks learns from other data."""
-    evaluate_every: int | None = None
-    """Steps from one evaluation to the next."""
-    evaluate_first: bool = False
-    """Whether there is one before the first step."""
-    traces: Path | None = None
-    """A folder of traces that the run adds to."""
-    ending: Ending | None = None
-    """Set by the recipe when the run is to end."""
+    exact_evaluation: tuple[str, ...] = ()  # the same of an evaluation
+    draws_by_rank: bool = False  # whether another number of ranks learns from other data
+    evaluate_every: int | None = None  # steps
+    evaluate_first: bool = False  # whether there is an evaluation before the first step
+    traces: Path | None = None  # a folder of traces that the run adds to
+    ending: Ending | None = None  # set by the recipe when the run is to end
 
     @abstractmethod
     def describe(self) -> str:
