@@ -36,11 +36,9 @@ RotaryTables = tuple[Tensor, Tensor]
 
 
 class Attention(nn.Module):
-    """One attention sublayer, [B, T, D] → [B, T, D], without its norms.
-
-    Queries and keys pass an RMSNorm per head. Layers of kind "sliding_attention" rotate them by position; the global
-    ones see no positions at all, so that they extend to any length.
-    """
+    """One attention sublayer, [B, T, D] → [B, T, D], without its norms. Queries and keys pass an RMSNorm per head.
+    Layers of kind "sliding_attention" rotate them by position; the global ones see no positions at all, so that they
+    extend to any length."""
 
     def __init__(self, config: MaiThinkingConfig, layer_idx: int) -> None:
         super().__init__()
@@ -186,11 +184,9 @@ def layer_masks(
     *,
     half: bool,
 ) -> dict[str, Any]:
-    """What queries may see, by kind of layer, in the form that the chosen attention function takes.
-
-    `position_ids` [B, T] that restart inside a row keep documents apart. `half` says that layers compute in half
-    precision on a GPU, where flash attention is to be had.
-    """
+    """What queries may see, by kind of layer, in the form that the chosen attention function takes. `position_ids` [B,
+    T] that restart inside a row keep documents apart. `half` says that layers compute in half precision on a GPU, where
+    flash attention is to be had."""
     if isinstance(attention_mask, dict):  # `generate` with a static cache prepares them ahead
         return attention_mask
     whole_rows = attention_mask is None and past_key_values is None

@@ -23,9 +23,7 @@ GLOBAL = "full_attention"
 
 class MaiThinkingConfig(PretrainedConfig):
     """Sizes and switches of a MaiThinkingForCausalLM. The defaults are the ladder's lowest published rung, L12.
-
-    Inconsistent sizes raise a `UsageError` that names the field and the fix.
-    """
+    Inconsistent sizes raise a `UsageError` that names the field and the fix."""
 
     model_type: ClassVar[str] = "mai_thinking"
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "aux_loss", "router_logits"]
@@ -154,10 +152,8 @@ class MaiThinkingConfig(PretrainedConfig):
 
     @classmethod
     def from_section(cls, section: dict[str, Any], **changes: Any) -> Self:
-        """The `model:` section of a run's config: `ladder: L` or `preset: mai-base-1`, and fields laid over it.
-
-        Raises `UsageError` with the nearest valid name for an unknown key.
-        """
+        """The `model:` section of a run's config: `ladder: L` or `preset: mai-base-1`, and fields laid over it. Raises
+        `UsageError` with the nearest valid name for an unknown key."""
         given = validate(_section_schema(), section | changes, "model").model_dump(exclude_unset=True)
         rung, preset = given.pop("ladder", None), given.pop("preset", None)
         if rung is not None and preset is not None:

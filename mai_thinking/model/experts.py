@@ -58,12 +58,10 @@ def eager_experts(module: Any, x_TL: Tensor, chosen_TK: Tensor, gates_TK: Tensor
 
 
 def bucketed_experts(module: Any, x_TL: Tensor, chosen_TK: Tensor, gates_TK: Tensor) -> Tensor:
-    """The same by batched products over buckets of experts. [T, L], [T, K] int64, [T, K] → [T, L].
-
-    No pair is dropped, and the same inputs give the same bits. The combination is summed in fp32, or in float64 if that
-    is what comes in. On a GPU, and in a compiled graph, grouped products take over: ours in bf16 on a GPU
-    (`model.grouped_experts`), else the library's.
-    """
+    """The same by batched products over buckets of experts. [T, L], [T, K] int64, [T, K] → [T, L]. No pair is dropped,
+    and the same inputs give the same bits. The combination is summed in fp32, or in float64 if that is what comes in.
+    On a GPU, and in a compiled graph, grouped products take over: ours in bf16 on a GPU (`model.grouped_experts`), else
+    the library's."""
     device = x_TL.device.type
     w_gate_up, w_down = own_weights(module)
     # Neither a custom autograd function nor the grouped product is cast by autocast itself.
@@ -153,10 +151,8 @@ class BucketLayout(NamedTuple):
 
 
 def bucket_layout(chosen_TK: Tensor, w_gate_up: Tensor) -> BucketLayout:
-    """Sort experts by load, leave out those without work, and cut where the load falls off or the cache is full.
-
-    In NumPy: these many small steps, which start several times faster there, are a good part of decoding.
-    """
+    """Sort experts by load, leave out those without work, and cut where the load falls off or the cache is full. In
+    NumPy: these many small steps, which start several times faster there, are a good part of decoding."""
     experts, width, latent = w_gate_up.shape
     expert_S = chosen_TK.flatten().numpy()
     load_E = np.bincount(expert_S, minlength=experts)

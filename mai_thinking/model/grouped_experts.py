@@ -23,12 +23,9 @@ from torch import Tensor
 def grouped_experts(
     x_TL: Tensor, w_gate_up: Tensor, w_down: Tensor, gates_TK: Tensor, chosen_TK: Tensor, copies: "Copies | None" = None
 ) -> Tensor:
-    """Σ_k gate · expert(x): [T, L], [E, 2F, L], [E, L, F], [T, K], [T, K] int64 → [T, L].
-
-    No pair is dropped, and the same inputs give the same bits. Products are in the dtype of `x_TL`, which the library's
-    grouped product must know; between them all is fp32, the combination too. `copies` are the weights in that dtype,
-    for whoever has them.
-    """
+    """Σ_k gate · expert(x): [T, L], [E, 2F, L], [E, L, F], [T, K], [T, K] int64 → [T, L]. No pair is dropped, and the
+    same inputs give the same bits. Products are in the dtype of `x_TL`, which the library's grouped product must know;
+    between them all is fp32, the combination too. `copies` are the weights in that dtype, for whoever has them."""
     out: Tensor = _GroupedSwiGLU.apply(x_TL, w_gate_up, w_down, gates_TK, chosen_TK, *(copies or (None, None)))
     return out
 

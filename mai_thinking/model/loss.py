@@ -14,10 +14,8 @@ CHUNK_ELEMENTS = {"cpu": 2**21, "cuda": 2**28}
 
 
 def logits_product(hidden: Tensor, weight_VD: Tensor) -> Tensor:
-    """hidden [N, D] · weightᵀ, of one dtype → logits [N, V] fp32. No gradient.
-
-    Of half precision on a GPU the sums are fp32 too; elsewhere the product is in the operands' dtype.
-    """
+    """hidden [N, D] · weightᵀ, of one dtype → logits [N, V] fp32. No gradient. Of half precision on a GPU the sums are
+    fp32 too; elsewhere the product is in the operands' dtype."""
     if hidden.is_cuda and hidden.dtype in HALF:
         return torch.mm(hidden, weight_VD.mT, out_dtype=torch.float32)
     return F.linear(hidden, weight_VD).float()
@@ -34,11 +32,8 @@ def chunked_cross_entropy(
     hidden_BTD: Tensor, weight_VD: Tensor, labels_BT: Tensor, dtype: torch.dtype | None = None
 ) -> Tensor:
     """Σ over labels ≠ -100 of −log softmax(hidden · weightᵀ)[label], a scalar in fp32. `dtype` is what the product's
-    operands are rounded to, if not left in the weight's.
-
-    Tokens go through in chunks, and where a gradient is wanted it is computed with the chunk's logits at hand, so that
-    neither pass ever sees all of them. Differentiable once.
-    """
+    operands are rounded to, if not left in the weight's. Tokens go through in chunks, and where a gradient is wanted it
+    is computed with the chunk's logits at hand, so that neither pass ever sees all of them. Differentiable once."""
     hidden_TD = hidden_BTD.flatten(0, 1).to(dtype or weight_VD.dtype)
     return _ChunkedCrossEntropy.apply(hidden_TD, weight_VD, labels_BT.flatten())
 

@@ -203,12 +203,10 @@ class MaiThinkingModel(MaiThinkingPreTrainedModel):
         output_expert_choices: bool = False,
         **kwargs: Any,
     ) -> MaiThinkingModelOutput:
-        """`input_ids` [B, T] int64 → hidden states [B, T, D] fp32.
-
-        `attention_mask` [B, T] marks padding with 0. Without one, `position_ids` [B, T] that restart inside a row mark
-        packed documents, which `config.document_masking` keeps apart; `token_mask` [B, T] bool then tells which tokens
-        count in the routing's sums. `expert_choices` [M, B, T, K] int64 replace the routers' own choice (§3.1).
-        """
+        """`input_ids` [B, T] int64 → hidden states [B, T, D] fp32. `attention_mask` [B, T] marks padding with 0.
+        Without one, `position_ids` [B, T] that restart inside a row mark packed documents, which
+        `config.document_masking` keeps apart; `token_mask` [B, T] bool then tells which tokens count in the routing's
+        sums. `expert_choices` [M, B, T, K] int64 replace the routers' own choice (§3.1)."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         residual_BTD = (self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds).float()

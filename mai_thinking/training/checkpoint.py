@@ -88,23 +88,18 @@ class Checkpointer:
     # ------------------------------------------------------------------------------------------------ saving
 
     def due(self, step: int) -> bool:
-        """Whether to `save` after `step`. Ask after every step, on every rank: this is also where a failed write in
-        the background raises, and where one that ended is noticed.
-
-        A checkpoint that falls due while the one before is being written is not dropped: it is due at the first step
-        after that is done.
-        """
+        """Whether to `save` after `step`. Ask after every step, on every rank: this is also where a failed write in the
+        background raises, and where one that ended is noticed. A checkpoint that falls due while the one before is
+        being written is not dropped: it is due at the first step after that is done."""
         self._asked = self._asked or step % self.section.every == 0
         if self._write is not None and self._agreed(self._write[1].done()):
             self.wait()
         return self._asked and self._write is None
 
     def save(self, step: int, state: State, *, synchronous: bool = False) -> float:
-        """Save `state` as the checkpoint of `step`; return the seconds for which this call held up the loop.
-
-        Returns when the state is copied to host memory, or, if `synchronous` or the section says so, committed. Waits
-        for one in flight first. Saving a step that is saved already does nothing. Collective.
-        """
+        """Save `state` as the checkpoint of `step`; return the seconds for which this call held up the loop. Returns
+        when the state is copied to host memory, or, if `synchronous` or the section says so, committed. Waits for one
+        in flight first. Saving a step that is saved already does nothing. Collective."""
         begin = time.perf_counter()
         self.wait()
         self._asked = False
@@ -165,11 +160,9 @@ class Checkpointer:
 
     def load_latest(self, state: State) -> int | None:
         """Load the newest good checkpoint into `state`; return its step, or None if there never was a checkpoint.
-
         Objects get `load_state_dict`, with new CPU tensors; plain trees are replaced in `state`. A newest checkpoint
         that is torn or damaged is reported and the one before is taken. UsageError if none is good: a run never starts
-        over by itself. Collective.
-        """
+        over by itself. Collective."""
         if self.rank == 0:
             for name in remove_leftovers(self.folder):
                 self._report(f"{name}: an unfinished save, removed")
@@ -263,11 +256,9 @@ class CheckpointReader:
         self._documents: dict[int, dict[str, Any]] = {}
 
     def read(self, name: str, *, like: Any = None, of_rank: int | None = None) -> Any:
-        """The tree saved under `name`, or the one that `of_rank` saved as its own.
-
-        Tensors are read into those at the same place of `like` (DTensors: this rank's shard of them); where `like` has
-        none, into new ones on the CPU. UsageError if the name is not there or a shape or dtype differs.
-        """
+        """The tree saved under `name`, or the one that `of_rank` saved as its own. Tensors are read into those at the
+        same place of `like` (DTensors: this rank's shard of them); where `like` has none, into new ones on the CPU.
+        UsageError if the name is not there or a shape or dtype differs."""
         part, rank, prefix = ("shared", 0, name) if of_rank is None else ("own", of_rank, f"rank-{of_rank}/{name}")
         try:
             skeleton = self._document(rank)[part][name]

@@ -89,11 +89,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 
 def find_damage(path: Path, share: int = 0, shares: int = 1) -> str | None:
-    """What is wrong with the checkpoint at `path`, or None if every byte is as it was written.
-
-    Several ranks may share the work: each reads every `shares`-th file, from its `share` on, and sees only the damage
-    in those.
-    """
+    """What is wrong with the checkpoint at `path`, or None if every byte is as it was written. Several ranks may share
+    the work: each reads every `shares`-th file, from its `share` on, and sees only the damage in those."""
     try:
         manifest = read_manifest(path)
     except ValueError as error:
@@ -199,12 +196,9 @@ class CheckpointWriter(StorageWriter):
 @contextmanager
 def _new_file(path: Path, *, past_cache: bool) -> Iterator[Callable[[memoryview], None]]:
     """What writes a chunk to a new file, which is on the disk when the block ends; if `past_cache` is false, only with
-    the operating system.
-
-    Its bytes go past the page cache where the file system lets them (O_DIRECT): filling pages costs the processor
-    several times what the disk does. What this does not suit, be it the file system or the length of the last chunk, is
-    written in the ordinary way.
-    """
+    the operating system. Its bytes go past the page cache where the file system lets them (O_DIRECT): filling pages
+    costs the processor several times what the disk does. What this does not suit, be it the file system or the length
+    of the last chunk, is written in the ordinary way."""
     flags, mode = os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666  # the rights of any new file
     try:
         descriptor = os.open(path, flags | (_DIRECT if past_cache else 0), mode)

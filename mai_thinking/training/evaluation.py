@@ -191,9 +191,7 @@ class Reference:
     def normalised(self, results: Mapping[str, Mapping[str, Likelihood]], texts: Mapping[str, str]) -> dict[str, float]:
         """Eq. 3 of §2.3: `normalised/CATEGORY`, the mean over the category's sets of NLL by that of the reference on
         the same bytes, and the weighted `normalised`. `results` is category → set → likelihood, `texts` set → hash.
-
-        `UsageError` for a set of which the reference knows nothing, or other text.
-        """
+        `UsageError` for a set of which the reference knows nothing, or other text."""
         found: dict[str, float] = {}
         for category, sets in results.items():
             ratios = []
@@ -243,10 +241,8 @@ def evaluate_files(
     context_length: int | None,
     batch_size: int,
 ) -> str:
-    """A line per file and one for all of them: bits per byte of the model, of `gzip -9` and of `xz -9e`.
-
-    Raises `UsageError` for a file that is missing, empty or not UTF-8, before anything is computed.
-    """
+    """A line per file and one for all of them: bits per byte of the model, of `gzip -9` and of `xz -9e`. Raises
+    `UsageError` for a file that is missing, empty or not UTF-8, before anything is computed."""
     texts = {shown(path): read_text(path) for path in paths}
     if empty := [name for name, text in texts.items() if not text]:
         raise UsageError(f"{empty[0]}: is empty")

@@ -10,10 +10,8 @@ HEARTBEAT_VARIABLE = "MAI_HEARTBEATS"
 
 
 class Heartbeat:
-    """Tells the launcher which step this rank has reached; without a launcher it does nothing.
-
-    A beat is one write to a file, some microseconds. `GoodputLedger` beats for the loop.
-    """
+    """Tells the launcher which step this rank has reached; without a launcher it does nothing. A beat is one write to a
+    file, some microseconds. `GoodputLedger` beats for the loop."""
 
     def __init__(self, output_dir: Path):
         """`output_dir`: the run's folder, which the launcher's fault injection needs to find checkpoints."""

@@ -39,11 +39,9 @@ class Queue(Protocol):
 
 class JitCheckpoint:
     """Keeps ready, from update to update, what it takes to save the state of all ranks from this one. For replicated
-    models on several ranks.
-
-    `state` is as for `Checkpointer.save`; `folder` is for the ranks' files. `announce(True)` is called when this rank
-    could save, `announce(False)` at the end of the steps, however they ended: in between the launcher waits for it.
-    """
+    models on several ranks. `state` is as for `Checkpointer.save`; `folder` is for the ranks' files. `announce(True)`
+    is called when this rank could save, `announce(False)` at the end of the steps, however they ended: in between the
+    launcher waits for it."""
 
     def __init__(
         self,

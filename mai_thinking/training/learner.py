@@ -72,11 +72,9 @@ class NonFiniteError(RunError):
 
 
 class Learner:
-    """A model, how ranks share it, its precision, its optimiser and schedule.
-
-    `balance` and `z` are the weights of the two router losses. `before_reduction` is called in each update when this
-    rank's gradients are there and before the ranks meet for the last time; see `JitCheckpoint`.
-    """
+    """A model, how ranks share it, its precision, its optimiser and schedule. `balance` and `z` are the weights of the
+    two router losses. `before_reduction` is called in each update when this rank's gradients are there and before the
+    ranks meet for the last time; see `JitCheckpoint`."""
 
     def __init__(
         self,
@@ -124,12 +122,10 @@ class Learner:
         return learning_rate(step, self.config.steps, self.config.optimizer.learning_rate, self.config.schedule)
 
     def update(self, micro_batches: Sequence[Any], loss: Loss, step: int) -> dict[str, Any]:
-        """Update the weights, for the `step`-th time, with this rank's micro-batches of a global batch.
-
-        → `loss.metrics`, `balance_loss` (mean over the MoE layers; 1 when all experts are used alike), `router_z_loss`,
+        """Update the weights, for the `step`-th time, with this rank's micro-batches of a global batch. →
+        `loss.metrics`, `balance_loss` (mean over the MoE layers; 1 when all experts are used alike), `router_z_loss`,
         `grad_norm` (L2, before clipping), `lr` and `routing_metrics`. Raises `NonFiniteError`, before any weight
-        changes, when a loss or gradient is not finite. Collective.
-        """
+        changes, when a loss or gradient is not finite. Collective."""
         counts = loss.count(micro_batches, self)
         with self.parallel.cached_bf16():
             parts, router_losses, counts_ME, entropy_M = self._accumulate(micro_batches, loss, counts)
@@ -235,12 +231,10 @@ def routing_metrics(counts_ME: Tensor, entropy_M: Tensor) -> dict[str, Any]:
 
 
 def build_optimizer(model: nn.Module, section: OptimizerSection) -> torch.optim.AdamW:
-    """AdamW over all trainable parameters, weight decay by kind (MAI-Thinking-1 report §2.6).
-
-    Three groups: attention (everything inside an attention sublayer), embeddings (with the tied head), and the rest.
-    The report exempts nothing else, so norm gains decay like what they belong to. Where ranks divide the experts, these
-    are a group of their own: one operation takes no shards of different meshes.
-    """
+    """AdamW over all trainable parameters, weight decay by kind (MAI-Thinking-1 report §2.6). Three groups: attention
+    (everything inside an attention sublayer), embeddings (with the tied head), and the rest. The report exempts nothing
+    else, so norm gains decay like what they belong to. Where ranks divide the experts, these are a group of their own:
+    one operation takes no shards of different meshes."""
     decay = {
         "attention": section.weight_decay_attention,
         "embeddings": section.weight_decay_embeddings,

@@ -31,12 +31,10 @@ LAUNCHED_VARIABLE = "MAI_LAUNCHED_AT"
 
 
 class GoodputLedger:
-    """Appends what a run does to `events.jsonl`, a line each, with the operating system when the call returns.
-
-    Spans and steps follow one another and do not overlap; what lies between them is accounted as `other`. A call costs
-    some ten microseconds. Only rank 0 keeps the ledger; elsewhere (`enabled=False`) nothing is written. On every rank
-    each call also beats for the launcher's watchdog.
-    """
+    """Appends what a run does to `events.jsonl`, a line each, with the operating system when the call returns. Spans
+    and steps follow one another and do not overlap; what lies between them is accounted as `other`. A call costs some
+    ten microseconds. Only rank 0 keeps the ledger; elsewhere (`enabled=False`) nothing is written. On every rank each
+    call also beats for the launcher's watchdog."""
 
     def __init__(self, path: Path | str, *, enabled: bool = True, heartbeat: Heartbeat | None = None):
         """Opens the ledger and begins an attempt, dated back to the start of this process, or of its launcher."""

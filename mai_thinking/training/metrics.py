@@ -39,9 +39,7 @@ class MetricsLog:
 
     def append(self, record: Record, *, exact: tuple[str, ...] = ("loss", "grad_norm")) -> bool:
         """Write `record`, or, if its step is there already, compare the fields named in `exact` and write nothing.
-
-        Returns whether it was written. NotReproducedError, naming the step, if a field differs.
-        """
+        Returns whether it was written. NotReproducedError, naming the step, if a field differs."""
         before = self._recorded.get(_identity(record))
         if before is not None:
             self._compare(before, record, exact)

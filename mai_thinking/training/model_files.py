@@ -41,10 +41,8 @@ MAY_CHANGE = {"dropout", "document_masking", "max_position_embeddings", "router_
 
 def model_config(config: PretrainConfig, tokenizer: PreTrainedTokenizerBase | None = None) -> MaiThinkingConfig:
     """The architecture of a run: its `model:` section, or that of `init_from` with the section laid over it.
-
     `tokenizer` is the prepared data's; before there is one, the vocabulary is as large as the config asks. Raises
-    `UsageError` for sizes that do not fit together or the checkpoint, or another tokenizer than the checkpoint's.
-    """
+    `UsageError` for sizes that do not fit together or the checkpoint, or another tokenizer than the checkpoint's."""
     before = None if config.init_from is None else load_model_config(config.init_from)
     if tokenizer is None and config.data.tokenizer.path is not None:
         tokenizer = load_tokenizer(config.data.tokenizer.path)
@@ -208,10 +206,8 @@ def load_model(folder: str | Path, **changes: object) -> MaiThinkingForCausalLM:
 
 
 def load_model_and_tokenizer(path: str | Path) -> tuple[MaiThinkingForCausalLM, PreTrainedTokenizerBase]:
-    """What `path` holds: a model folder, a run's folder (its `final/`, else its newest checkpoint), or a checkpoint.
-
-    On a GPU if there is one. Raises `UsageError` if there is no model, or its tokenizer is another's.
-    """
+    """What `path` holds: a model folder, a run's folder (its `final/`, else its newest checkpoint), or a checkpoint. On
+    a GPU if there is one. Raises `UsageError` if there is no model, or its tokenizer is another's."""
     path = Path(path).expanduser()
     if (path / "config.json").is_file() or is_checkpoint(path):
         model, tokenizer = load_model(path), load_tokenizer(path)
@@ -257,11 +253,8 @@ def save_model(
     folder: Path,
     record: Callable[[Path], None] | None = None,
 ) -> None:
-    """A Hugging Face folder of both, whole or not at all.
-
-    `record` is called with the complete folder before it is visible, to put `lineage.record_model`'s record into it:
-    without one, no run starts from this model.
-    """
+    """A Hugging Face folder of both, whole or not at all. `record` is called with the complete folder before it is
+    visible, to put `lineage.record_model`'s record into it: without one, no run starts from this model."""
     logging.disable_progress_bar()
     with atomic_folder(folder) as path:
         model.save_pretrained(path)

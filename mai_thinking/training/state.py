@@ -31,10 +31,8 @@ TENSOR, PAIRS, TUPLE = "$tensor", "$pairs", "$tuple"
 
 
 def split_tree(tree: Any, name: str, tensors: dict[str, Tensor], seen: dict[Any, str] | None = None) -> Any:
-    """Put the tensors of `tree` into `tensors` under names that begin with `name`; return the JSON skeleton.
-
-    A tensor that occurs twice (tied weights) is put in once; both places of the skeleton name it.
-    """
+    """Put the tensors of `tree` into `tensors` under names that begin with `name`; return the JSON skeleton. A tensor
+    that occurs twice (tied weights) is put in once; both places of the skeleton name it."""
     seen = {} if seen is None else seen
     match tree:
         case Tensor():
@@ -90,11 +88,9 @@ def read_tree(path: Path) -> Any:
 
 
 class PerRank:
-    """Marks a state as this rank's own (its generators, its place in the data): saved and loaded rank by rank.
-
-    At another world size than it was saved with, `state` must have a method `load_from_world(states, rank, world)`,
-    which takes up, as rank `rank` of `world`, the states of all ranks that saved; else loading is a UsageError.
-    """
+    """Marks a state as this rank's own (its generators, its place in the data): saved and loaded rank by rank. At
+    another world size than it was saved with, `state` must have a method `load_from_world(states, rank, world)`, which
+    takes up, as rank `rank` of `world`, the states of all ranks that saved; else loading is a UsageError."""
 
     def __init__(self, state: Stateful):
         self.state = state
@@ -134,9 +130,7 @@ class OptimizerState:
 
 class RandomState:
     """Every random generator of this process: Python's, NumPy's, PyTorch's on the CPU and on the current GPU.
-
-    Generators that a component owns belong in that component's state. Wrap this in `PerRank`.
-    """
+    Generators that a component owns belong in that component's state. Wrap this in `PerRank`."""
 
     def state_dict(self) -> dict[str, Any]:
         """JSON values and uint8 tensors."""

@@ -24,12 +24,10 @@ def wait_for_savers() -> None:
 
 
 class StopRequest:
-    """Turns SIGTERM, SIGINT and SIGHUP into a question that all ranks answer alike at the end of a step.
-
-    Constructing one is collective where torch.distributed is initialised. A second signal, a second or more after the
-    first, is not taken for an echo of it: the process ends at once. One made within another knows what that was asked
-    for, and when it is closed tells it what came since: no signal is lost between two runs of one process.
-    """
+    """Turns SIGTERM, SIGINT and SIGHUP into a question that all ranks answer alike at the end of a step. Constructing
+    one is collective where torch.distributed is initialised. A second signal, a second or more after the first, is not
+    taken for an echo of it: the process ends at once. One made within another knows what that was asked for, and when
+    it is closed tells it what came since: no signal is lost between two runs of one process."""
 
     def __init__(self) -> None:
         holder = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)
