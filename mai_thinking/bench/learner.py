@@ -9,9 +9,8 @@ from mai_thinking.config.run import ScheduleSection
 from mai_thinking.data import Loader, PreparedData
 from mai_thinking.model import MaiThinkingConfig
 from mai_thinking.training.context import make_accelerator
-from mai_thinking.training.learner import Learner
+from mai_thinking.training.learner import Learner, TextLoss
 from mai_thinking.training.model_files import build_model
-from mai_thinking.training.text_loss import TextLoss
 
 LEARNING_RATE = 1e-4
 """As low as makes the routing stay what it is while it is measured."""

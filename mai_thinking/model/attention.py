@@ -28,8 +28,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mai_thinking.model.configuration import GLOBAL, LOCAL, MaiThinkingConfig
 from mai_thinking.model.norm import RMSNorm
-from mai_thinking.model.packed_attention import Documents, find_documents, packed_attention
-from mai_thinking.model.packed_flex import packed_block_mask
+from mai_thinking.model.packed_attention import Documents, find_documents, packed_attention, packed_block_mask
 from mai_thinking.model.projection import residual_projection, weight_dtype
 
 RotaryTables = tuple[Tensor, Tensor]

@@ -38,8 +38,7 @@ class ExpertExchange:
     def __call__(self, experts: ExpertNetworks, x_TL: Tensor, chosen_TK: Tensor, gates_TK: Tensor) -> Tensor:
         """Latents [T, L], experts [T, K] int64 of all E, gates [T, K] fp32 → Σ_k gate · expert(latent), [T, L].
         Collective, also where there is no gradient. RunError if what it receives does not fit into memory."""
-        out: Tensor = self._there_and_back(experts, x_TL, chosen_TK, gates_TK)
-        return out
+        return self._there_and_back(experts, x_TL, chosen_TK, gates_TK)
 
     # The sizes depend on the data, so that this is no graph; what it calls is compiled by itself.
     @torch.compiler.disable(recursive=False)

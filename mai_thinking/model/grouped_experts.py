@@ -26,8 +26,7 @@ def grouped_experts(
     """Σ_k gate · expert(x): [T, L], [E, 2F, L], [E, L, F], [T, K], [T, K] int64 → [T, L]. No pair is dropped, and the
     same inputs give the same bits. Products are in the dtype of `x_TL`, which the library's grouped product must know;
     between them all is fp32, the combination too. `copies` are the weights in that dtype, for whoever has them."""
-    out: Tensor = _GroupedSwiGLU.apply(x_TL, w_gate_up, w_down, gates_TK, chosen_TK, *(copies or (None, None)))
-    return out
+    return _GroupedSwiGLU.apply(x_TL, w_gate_up, w_down, gates_TK, chosen_TK, *(copies or (None, None)))
 
 
 Copies = tuple[Tensor, Tensor]

@@ -18,10 +18,7 @@ from torch import Tensor
 
 def router_product(x_TD: Tensor, weight_ED: Tensor, *, by_parts: bool) -> Tensor:
     """x · weightᵀ in fp32: [T, D], [E, D] → [T, E]; `by_parts` as above."""
-    if by_parts:
-        logits_TE: Tensor = _RouterProduct.apply(x_TD, weight_ED)
-        return logits_TE
-    return F.linear(x_TD, weight_ED)
+    return _RouterProduct.apply(x_TD, weight_ED) if by_parts else F.linear(x_TD, weight_ED)
 
 
 class _RouterProduct(torch.autograd.Function):

@@ -17,10 +17,9 @@ from mai_thinking.rl.policy_model import policy_model
 from mai_thinking.rl.trace_packing import Batches
 from mai_thinking.rl.trace_selection import Selection, own_traces, select, trace_folder
 from mai_thinking.training.context import RunContext
-from mai_thinking.training.learner import Learner
+from mai_thinking.training.learner import Learner, TextLoss
 from mai_thinking.training.model_files import load_model_config
 from mai_thinking.training.plan import plan_text, quantity
-from mai_thinking.training.text_loss import TextLoss
 from mai_thinking.training.trainer import Recipe, Step, run_recipe
 
 

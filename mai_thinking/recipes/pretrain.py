@@ -13,13 +13,12 @@ from mai_thinking.data.accounting import left_out_table
 from mai_thinking.data.mixture import mixture_markdown
 from mai_thinking.training.context import RunContext
 from mai_thinking.training.evaluation import HeldOutEvaluation, compressors
-from mai_thinking.training.learner import Learner
+from mai_thinking.training.learner import Learner, TextLoss
 from mai_thinking.training.metrics import MetricsLog
 from mai_thinking.training.model_files import build_model, fill_model, model_config, starting_point
 from mai_thinking.training.parallel import divides
 from mai_thinking.training.plan import plan_text
 from mai_thinking.training.sampling import sample_text
-from mai_thinking.training.text_loss import TextLoss
 from mai_thinking.training.trainer import Recipe, Step, run_recipe
 
 

@@ -21,7 +21,7 @@ from mai_thinking.errors import UsageError
 from mai_thinking.rl.packing import lay_out
 from mai_thinking.rl.rollout import Rollout
 from mai_thinking.rl.trace_selection import Selection
-from mai_thinking.training.text_loss import MicroBatch
+from mai_thinking.training.learner import MicroBatch
 
 IGNORED = -100
 """The label of a place that nothing is learned from."""

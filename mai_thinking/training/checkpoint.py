@@ -272,8 +272,7 @@ class CheckpointReader:
     def read_tensors(self, name: str, keys: Iterable[str]) -> dict[str, Tensor]:
         """Those of the tree saved under `name` that stand under `keys`, on the CPU."""
         skeleton = {key: self._document(0)["shared"][name][key] for key in keys}
-        tensors: dict[str, Tensor] = join_tree(skeleton, self._load([place[TENSOR] for place in skeleton.values()], {}))
-        return tensors
+        return join_tree(skeleton, self._load([place[TENSOR] for place in skeleton.values()], {}))
 
     def _load(self, names: Iterable[str], given: dict[str, Tensor]) -> dict[str, Tensor]:
         """Every rank reads its own part; there is nothing to agree on."""

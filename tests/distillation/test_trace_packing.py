@@ -17,7 +17,7 @@ from mai_thinking.rl.rollout import Rollout
 from mai_thinking.rl.trace_packing import IGNORED, Batches, trace_row
 from mai_thinking.rl.trace_selection import select
 from mai_thinking.rl.traces import Trace
-from mai_thinking.training.text_loss import TextLoss
+from mai_thinking.training.learner import TextLoss
 from tiny_models import tiny_learner, tiny_model
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from mai_thinking.training import learner
 from mai_thinking.training.checkpoint_storage import CheckpointWriter, step_folder, visible_steps
-from mai_thinking.training.text_loss import TextLoss
+from mai_thinking.training.learner import TextLoss
 from mai_thinking.training.trainer import Trainer
 
 FAULTS = json.loads(os.environ.get("FAULTS", "[]"))

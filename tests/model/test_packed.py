@@ -7,8 +7,13 @@ import torch
 import torch.nn.functional as F
 
 from mai_thinking.config.run import ExecutionSection
-from mai_thinking.model.packed_attention import find_documents, packed_attention
-from mai_thinking.model.packed_flex import BLOCK, packed_block_mask, packed_flex
+from mai_thinking.model.packed_attention import (
+    BLOCK,
+    find_documents,
+    packed_attention,
+    packed_block_mask,
+    packed_flex,
+)
 from mai_thinking.training.parallel import apply_compile_and_checkpointing
 from tiny_models import tiny_model
 

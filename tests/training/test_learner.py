@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from mai_thinking.model.latent_moe import balance_loss
-from mai_thinking.training.learner import NonFiniteError, routing_metrics
-from mai_thinking.training.text_loss import TextLoss
+from mai_thinking.training.learner import NonFiniteError, TextLoss, routing_metrics
 from ranks import run_ranks
 from tiny_models import tiny_learner, tiny_model
 

@@ -14,9 +14,9 @@ from mai_thinking.config.loading import load_config
 from mai_thinking.config.pretraining import PretrainConfig
 from mai_thinking.config.run import ExecutionSection
 from mai_thinking.model import MaiThinkingConfig, MaiThinkingForCausalLM
+from mai_thinking.training.learner import TextLoss
 from mai_thinking.training.model_files import model_config
 from mai_thinking.training.plan import PEAK, Work, memory_per_rank, plan_text, step_seconds, traffic, work_of
-from mai_thinking.training.text_loss import TextLoss
 from ranks import run_ranks
 from tiny_models import tiny_learner, tiny_model
 
