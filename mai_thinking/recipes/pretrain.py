@@ -68,13 +68,7 @@ class PretrainRecipe(Recipe):
         if divided and not context.resuming:
             fill_model(self.learner.unwrap(), config)
         self.evaluate_every = config.evaluation.every
-        self.held_out = HeldOutEvaluation(
-            self.data,
-            config.evaluation,
-            context,
-            context_length=config.batch.context_length,
-            together=self.learner.together,
-        )
+        self.held_out = HeldOutEvaluation(self.data, config, context, self.learner)
         self._documents: MetricsLog | None = None
 
     def describe(self) -> str:
@@ -98,7 +92,7 @@ class PretrainRecipe(Recipe):
     def evaluate(self, step: int, *, last: bool) -> dict[str, Any] | None:
         """Held-out likelihood by category; at the end the report's normalised score and what is known by heart too, if
         the config asks for them."""
-        metrics = self.held_out.evaluate(self.learner.unwrap(), step, last=last)
+        metrics = self.held_out.evaluate(step, last=last)
         if metrics is not None:
             self.context.log(f"step {step}: held-out bits per byte {_spell_bits(metrics)}")
         return metrics

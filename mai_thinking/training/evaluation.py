@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
-from mai_thinking.config.pretraining import EvaluationSection
+from mai_thinking.config.pretraining import PretrainConfig
 from mai_thinking.config.storage import atomic_file
 from mai_thinking.data import PreparedData
 from mai_thinking.data.documents import Document
@@ -34,6 +34,7 @@ from mai_thinking.errors import UsageError
 from mai_thinking.model import MaiThinkingForCausalLM
 from mai_thinking.model.loss import CHUNK_ELEMENTS, logits_product
 from mai_thinking.training.context import RunContext
+from mai_thinking.training.learner import Learner
 from mai_thinking.training.ledger import EVALUATION
 from mai_thinking.training.metrics import MetricsLog, read_records
 
@@ -262,23 +263,15 @@ def evaluate_files(
 class HeldOutEvaluation:
     """What `evaluation:` in a pre-training config asks for: resumable, shared by the ranks."""
 
-    def __init__(
-        self,
-        data: PreparedData,
-        section: EvaluationSection,
-        context: RunContext,
-        *,
-        context_length: int,
-        together: Together,
-    ) -> None:
-        """`together` as for `evaluate_texts`. Raises UsageError for a reference that is none."""
-        self.data, self.section, self.context, self.context_length = data, section, context, context_length
-        self._together = together
+    def __init__(self, data: PreparedData, config: PretrainConfig, context: RunContext, learner: Learner) -> None:
+        """Raises UsageError for a reference that is none."""
+        self.data, self.config, self.context, self.learner = data, config, context, learner
+        self.section = section = config.evaluation
         self.reference = None
         if section.reference is not None:
             self.reference = Reference.read(Path(section.reference).expanduser())
 
-    def evaluate(self, model: MaiThinkingForCausalLM, step: int, *, last: bool) -> dict[str, Any] | None:
+    def evaluate(self, step: int, *, last: bool) -> dict[str, Any] | None:
         """Each rank its share of the documents: of the first `max_bytes`, at the end of all. That takes long enough to
         be struck by a fault or asked to stop (None), and goes on with the set where it was."""
         limit = None if last else self.section.max_bytes
@@ -289,7 +282,7 @@ class HeldOutEvaluation:
             if last and self.context.stop.agreed():
                 return None
             texts = _first_bytes([document.text for document in documents], limit)
-            results[category][name] = known.get(name) or self._likelihood(model, texts)
+            results[category][name] = known.get(name) or self._likelihood(texts)
             if last and name not in known and self.context.rank == 0:
                 with closing(MetricsLog(self.context.folder.evaluations)) as log:
                     log.append({"step": step, "kind": name, **results[category][name]._asdict()})
@@ -300,7 +293,7 @@ class HeldOutEvaluation:
             hashes = {name: fingerprint(found) for sets in by_category.values() for name, found in sets.items()}
             metrics |= self.reference.normalised(results, hashes)
         if last and self.section.memorised_bytes is not None:
-            metrics |= self._memorised(model, self.section.memorised_bytes)
+            metrics |= self._memorised(self.section.memorised_bytes)
         return metrics
 
     def _sets(self, *, by_set: bool) -> dict[str, dict[str, list[Document]]]:
@@ -309,28 +302,26 @@ class HeldOutEvaluation:
             return held_out_sets(self.data.held_out, self.data.config.sources)
         return {category: {category: found} for category, found in self.data.held_out.items() if found}
 
-    def _memorised(self, model: MaiThinkingForCausalLM, limit: int) -> dict[str, float]:
+    def _memorised(self, limit: int) -> dict[str, float]:
         """`memorised/SOURCE` and `memorised/held_out`: the share of tokens that the model is sure of."""
         texts = {name: _training_text(self.data, name, limit) for name in self.data.sources}
         held_out = [document.text for documents in self.data.held_out.values() for document in documents]
         texts["held_out"] = _first_bytes(held_out, limit * len(self.data.sources))
-        results = {name: self._likelihood(model, found, count_sure=True) for name, found in texts.items()}
+        results = {name: self._likelihood(found, count_sure=True) for name, found in texts.items()}
         return {f"memorised/{name}": result.sure / max(1, result.tokens) for name, result in results.items()}
 
-    def _likelihood(
-        self, model: MaiThinkingForCausalLM, texts: Sequence[str], *, count_sure: bool = False
-    ) -> Likelihood:
+    def _likelihood(self, texts: Sequence[str], *, count_sure: bool = False) -> Likelihood:
         context = self.context
         with context.ledger.span(EVALUATION), context.accelerator.autocast():
             mine = evaluate_texts(
-                model,
+                self.learner.unwrap(),
                 self.data.tokenizer,
                 texts[context.rank :: context.ranks],
-                context_length=self.context_length,
+                context_length=self.config.batch.context_length,
                 batch_size=self.section.batch_size,
                 heartbeat=context.heartbeat,
                 count_sure=count_sure,
-                together=self._together,
+                together=self.learner.together,
             )
             sums = context.sum(mine._asdict())
         return Likelihood(sums["nats"], *(round(sums[name]) for name in ("tokens", "bytes", "sure")))
