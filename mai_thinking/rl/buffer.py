@@ -21,8 +21,6 @@ class RolloutBuffer:
 
     def __init__(self) -> None:
         self._groups: deque[Group] = deque()
-        self.grown = self.taken = 0
-        """For just-in-time checkpoints: how often groups were added, how many were taken in all."""
 
     def __len__(self) -> int:
         return len(self._groups)
@@ -30,7 +28,6 @@ class RolloutBuffer:
     def add(self, groups: Sequence[Group]) -> None:
         """Behind those that are there."""
         self._groups.extend(groups)
-        self.grown += 1
 
     def drop_stale(self, oldest: int) -> list[Group]:
         """Drop the groups of weights before version `oldest`; → them."""
@@ -40,13 +37,7 @@ class RolloutBuffer:
 
     def take(self, count: int) -> list[Group]:
         """The `count` oldest groups."""
-        self.taken += count
         return [self._groups.popleft() for _ in range(count)]
-
-    @staticmethod
-    def after_taking(state: dict[str, Any], count: int) -> dict[str, Any]:
-        """A `state_dict()` without the first `count` groups."""
-        return {"groups": state["groups"][count:]}
 
     def state_dict(self) -> dict[str, Any]:
         """A tree of tensors and plain values."""

@@ -11,30 +11,13 @@ import copy
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 
 from mai_thinking.errors import RunError
 from mai_thinking.training.checkpoint import Checkpointer, State
 from mai_thinking.training.state import ModelState, OptimizerState, PerRank, read_tree, write_tree
-
-
-@runtime_checkable
-class Queue(Protocol):
-    """A rank's own state that is too large to write at each update: it grows now and then, and is taken from."""
-
-    grown: int
-    """How often."""
-    taken: int
-    """How much in all."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """All that is in it."""
-
-    @staticmethod
-    def after_taking(state: dict[str, Any], count: int) -> dict[str, Any]:
-        """`state` when so much more has been taken."""
 
 
 class JitCheckpoint:
@@ -54,15 +37,13 @@ class JitCheckpoint:
         self._checkpointer, self._state, self._folder, self._announce = checkpointer, state, folder, announce
         self._shared: tuple[int, dict[str, Any]] | None = None  # the last complete step, and what all ranks have alike
         self._updating = False
-        self._grown: dict[str, tuple[int, int]] = {}  # of each queue, as it was last written
         optimizer.register_step_pre_hook(lambda *_: setattr(self, "_updating", True))
 
     def before_reduction(self, step: int) -> None:
         """Write what this rank has of its own after `step`. Its weights are not yet updated; all the rest is."""
         self._folder.mkdir(exist_ok=True)
-        own = {name: value.state for name, value in self._state().items() if isinstance(value, PerRank)}
-        trees = {name: self._queue(name, s) if isinstance(s, Queue) else s.state_dict() for name, s in own.items()}
-        write_tree(self._file(self._checkpointer.rank, step), {"step": step, "own": trees})
+        own = {name: value.state.state_dict() for name, value in self._state().items() if isinstance(value, PerRank)}
+        write_tree(self._file(self._checkpointer.rank, step), {"step": step, "own": own})
 
     def completed(self, step: int) -> None:
         """The update of `step` is done, and all that goes with it."""
@@ -100,28 +81,16 @@ class JitCheckpoint:
         except Exception as problem:  # there is an older checkpoint, and the first error is the one to tell
             print(f"this rank could not save just in time: {problem}", file=sys.stderr, flush=True)
 
-    def _queue(self, name: str, queue: Queue) -> dict[str, int]:
-        """Write what is in it if that has grown since; → which file that is, and how much was taken since."""
-        if self._grown.get(name, (-1, 0))[0] != queue.grown:
-            self._grown[name] = queue.grown, queue.taken
-            write_tree(self._file(self._checkpointer.rank, queue.grown, name), queue.state_dict())
-        return {"grown": queue.grown, "taken": queue.taken - self._grown[name][1]}
-
     def _read(self, rank: int, step: int) -> dict[str, Any]:
         """What `rank` had of its own after `step`."""
         written = read_tree(self._file(rank, step))
         if written["step"] != step:
             raise RuntimeError(f"rank {rank} left its state of step {written['step']}, not of {step}")
-        own: dict[str, Any] = written["own"]
-        for name, value in self._state().items():
-            if isinstance(value, PerRank) and isinstance(value.state, Queue):
-                content = read_tree(self._file(rank, own[name]["grown"], name))
-                own[name] = value.state.after_taking(content, own[name]["taken"])
-        return own
+        return written["own"]
 
-    def _file(self, rank: int, number: int, name: str = "own") -> Path:
-        """Two of each take turns: while one is written, the one before may be needed."""
-        return self._folder / f"rank-{rank:05d}-{name}-{number % 2}.safetensors"
+    def _file(self, rank: int, step: int) -> Path:
+        """Two of each rank take turns: while one is written, the one before may be needed."""
+        return self._folder / f"rank-{rank:05d}-{step % 2}.safetensors"
 
 
 def _is_live(value: Any) -> bool:

@@ -66,7 +66,7 @@ class MetricsLog:
             close = False
             if self.tolerance and isinstance(old, int | float) and isinstance(new, int | float):
                 close = math.isclose(old, new, rel_tol=self.tolerance)
-            if not (close or _same(old, new)):
+            if not close and json.dumps(old) != json.dumps(new):  # NaN is itself
                 raise NotReproducedError(
                     f"step {again['step']}, computed again after a restart, gave {name} {_spell(new)} where "
                     f"{self.path} has {_spell(old)}: the run is not deterministic, or its config, code, data or "
@@ -108,12 +108,6 @@ def read_records(path: Path | str) -> list[Record]:
 
 def _identity(record: Record) -> tuple[str, int]:
     return record.get("kind", "step"), record["step"]
-
-
-def _same(old: Any, new: Any) -> bool:
-    if isinstance(old, float) and isinstance(new, float):
-        return old.hex() == new.hex()
-    return bool(old == new)
 
 
 def _spell(value: Any) -> str:

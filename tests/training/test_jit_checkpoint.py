@@ -25,14 +25,9 @@ class Pending:
 
     def __init__(self) -> None:
         self.items: list[int] = []
-        self.grown = self.taken = 0
 
     def state_dict(self) -> dict[str, Any]:
         return {"items": list(self.items)}
-
-    @staticmethod
-    def after_taking(state: dict[str, Any], count: int) -> dict[str, Any]:
-        return {"items": state["items"][count:]}
 
 
 class Saved:
@@ -67,9 +62,7 @@ class Rank:
         """A step up to its last reduction: every second one fills the queue, each takes one of it."""
         if self.step % 2 == 0:
             self.pending.items += [100 * self.checkpointer.rank + self.step + n for n in range(3)]
-            self.pending.grown += 1
         self.pending.items.pop(0)
-        self.pending.taken += 1
         self.place.value = self.step + 1
         self.jit.before_reduction(self.step + 1)
 
