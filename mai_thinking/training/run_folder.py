@@ -139,24 +139,17 @@ class RunFolder:
     @contextlib.contextmanager
     def claim(self, config: RunConfig) -> Iterator[None]:
         """Make the folder this run's while the block runs, for one process (rank 0) at a time."""
-        with locked(self.path):
+        self.path.mkdir(parents=True, exist_ok=True)
+        with open(self.path / "lock", "w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise UsageError(f"{self.path}: another process is running this run; wait for it or stop it") from None
             self.check(config)
             if not self.config.exists():
                 with atomic_file(self.config) as path:
                     save_config(config, path)
             yield
-
-
-@contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """The folder `path`, made if need be, is this process's while the block runs; UsageError if it is another's."""
-    path.mkdir(parents=True, exist_ok=True)
-    with open(path / "lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UsageError(f"{path}: another process is running this run; wait for it or stop it") from None
-        yield
 
 
 def _differences(before: Any, now: Any, prefix: str = "") -> list[str]:
