@@ -223,15 +223,9 @@ _CLASSES = {
 }
 """What the library's Auto classes make of a model folder."""
 
-_LEAST = {
-    "rope_theta": 1.0,
-    "rms_norm_eps": 1e-30,
-    "initializer_range": 0.0,
-    "router_aux_loss_coef": 0.0,
-    "router_z_loss_coef": 0.0,
-}
-_LARGEST = 1e12
-"""The bounds of numbers that are no sizes: what is beyond them is a slip, or is infinite in fp32 when multiplied."""
+_LEAST, _LARGEST = {"rope_theta": 1.0, "rms_norm_eps": 1e-30}, 1e12
+"""Bounds of numbers that are no sizes, the least of others being 0: what is beyond them is a slip, or is infinite in
+fp32 when multiplied."""
 
 _SHORTHANDS: dict[str, Any] = {"ladder": (int | None, None), "preset": (Literal["mai-base-1"] | None, None)}
 """Keys of a `model:` section that stand for many fields."""
@@ -249,14 +243,14 @@ def _section_schema() -> type[Section]:
 
 def _check(config: MaiThinkingConfig) -> None:
     """Sizes that do not fit together, each with the fix."""
-    for name in [name for name, field in _section_schema().model_fields.items() if field.annotation is int]:
-        size = getattr(config, name)
-        if not isinstance(size, int) or not 1 <= size < 2**31:
-            raise UsageError(f"model.{name}: must be a whole number of at least 1 and less than 2^31, got {size!r}")
-    for name, least in _LEAST.items():
-        number = getattr(config, name)
-        if not isinstance(number, int | float) or not least <= number <= _LARGEST:  # NaN is not either
-            raise UsageError(f"model.{name}: must be a number from {least:g} to {_LARGEST:g}, got {number!r}")
+    if not 0.0 <= config.dropout < 1.0:
+        raise UsageError(f"model.dropout: {config.dropout} is not in [0, 1)")
+    for name, field in _section_schema().model_fields.items():
+        value, least = getattr(config, name), _LEAST.get(name, 0.0)
+        if field.annotation is int and not (isinstance(value, int) and 1 <= value < 2**31):
+            raise UsageError(f"model.{name}: must be a whole number of at least 1 and less than 2^31, got {value!r}")
+        if field.annotation is float and not (isinstance(value, int | float) and least <= value <= _LARGEST):  # nor NaN
+            raise UsageError(f"model.{name}: must be a number from {least:g} to {_LARGEST:g}, got {value!r}")
     layers, period = config.num_hidden_layers, config.attention_period
     if layers % period:
         raise UsageError(
@@ -282,5 +276,3 @@ def _check(config: MaiThinkingConfig) -> None:
         )
     if config.head_dim % 2:
         raise UsageError(f"model.head_dim: {config.head_dim} is odd; RoPE turns pairs, so use an even size")
-    if not 0.0 <= config.dropout < 1.0:
-        raise UsageError(f"model.dropout: {config.dropout} is not in [0, 1)")
