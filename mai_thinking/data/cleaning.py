@@ -40,10 +40,8 @@ _WHITE_SPACE = np.array([chr(byte).isspace() and byte < 128 for byte in range(25
 class NearDuplicates:
     """MinHash over word shingles, with banding to find candidates (rensa makes the signatures)."""
 
-    def __init__(self, cleaning: CleaningSection) -> None:
-        if cleaning.near_duplicates is None:
-            raise ValueError("near_duplicates is off")
-        self.threshold = cleaning.near_duplicates
+    def __init__(self, threshold: float, cleaning: CleaningSection) -> None:
+        self.threshold = threshold
         self.permutations = cleaning.minhash_permutations
         self.shingle = cleaning.minhash_shingle
         self.rows = band_rows(self.threshold, self.permutations)
@@ -103,7 +101,7 @@ def clean(
     or full of digits where they should be.
     """
     seen: set[int] = set()
-    near = NearDuplicates(cleaning) if cleaning.near_duplicates is not None else None
+    near = NearDuplicates(cleaning.near_duplicates, cleaning) if cleaning.near_duplicates else None
     kept: dict[str, list[Document]] = {}
     for name, procedural, documents in sources:
         sift = tallies[name].sift

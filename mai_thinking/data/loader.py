@@ -16,8 +16,7 @@ from mai_thinking.data.accounting import LeftOut
 from mai_thinking.data.mixture import Mixture
 from mai_thinking.data.packing import PreparedRows, Row, positions
 from mai_thinking.data.prepared import PreparedData
-from mai_thinking.data.readers import open_reader
-from mai_thinking.data.streaming import StreamCleaner, StreamedRows
+from mai_thinking.data.streaming import StreamedRows
 from mai_thinking.errors import DataError, UsageError
 
 
@@ -59,8 +58,9 @@ class Loader:
                 f"batch.global_batch_size: {rows_per_step} rows cannot be divided over {world_size} ranks × "
                 f"micro-batches of {micro_batch_size}; make it a multiple of {world_size * micro_batch_size}"
             )
-        self._rows = _RowMaker(prepared, context_length=context_length, seed=seed)
-        self._shape = rows_per_step, micro_batch_size, rank, world_size
+        share = rows_per_step // world_size
+        mine = range(rank * share, (rank + 1) * share)
+        self._rows = _RowMaker(prepared, context_length, seed, rows_per_step, mine, micro_batch_size)
         self._prefetch = prefetch
         self._ahead: deque[Future[tuple[Batch, dict[str, Any]]]] = deque()
         self._stop_thread: weakref.finalize | None = None
@@ -74,7 +74,7 @@ class Loader:
     def __next__(self) -> Batch:
         begin = time.perf_counter()
         try:
-            step, self._state = self._made_ahead() if self._prefetch else _make_step(self._rows, *self._shape)
+            step, self._state = self._made_ahead() if self._prefetch else self._rows.step()
         except UsageError as error:
             raise DataError(str(error)) from None
         self.wait_seconds = time.perf_counter() - begin
@@ -114,7 +114,7 @@ class Loader:
             # Also of a loader that is dropped: the thread knows its rows, not the loader.
             self._stop_thread = weakref.finalize(self, self._thread.shutdown, cancel_futures=True)
         while len(self._ahead) <= self._prefetch:
-            self._ahead.append(self._thread.submit(_make_step, self._rows, *self._shape))
+            self._ahead.append(self._thread.submit(self._rows.step))
         made = self._ahead[0].result()  # a second attempt after an error gets the same error
         self._ahead.popleft()
         return made
@@ -129,8 +129,18 @@ class Loader:
 class _RowMaker:
     """The run's sequence of rows, and the position in it."""
 
-    def __init__(self, prepared: PreparedData, *, context_length: int, seed: int) -> None:
-        self.end_of_text = prepared.encoder.end_of_text
+    def __init__(
+        self,
+        prepared: PreparedData,
+        context_length: int,
+        seed: int,
+        rows_per_step: int,
+        mine: range,
+        micro_batch_size: int,
+    ) -> None:
+        """`mine`: which of a step's rows are this rank's."""
+        self._rows_per_step, self._mine, self._micro_batch_size = rows_per_step, mine, micro_batch_size
+        self._end_of_text = prepared.encoder.end_of_text
         self._weights = {source.name: source.weight for source in prepared.config.sources}
         self._identity = {
             "data": prepared.content,
@@ -144,32 +154,24 @@ class _RowMaker:
         for source in prepared.config.sources:
             name = source.name
             if source.streaming:
-                start, cleaner = prepared.stream_start(name), StreamCleaner(prepared.config.cleaning, prepared.overlap)
-                self._streamed[name] = StreamedRows(
-                    name, open_reader(source), start, cleaner, prepared.encoder, context_length=context_length
-                )
-                continue
-            data = prepared.sources[name]
-            if len(data.tokens) <= context_length:
-                raise UsageError(
-                    f"source {name!r} has {len(data.tokens)} tokens, too few for a row of context_length "
-                    f"{context_length}; shorten context_length, add data, or remove the source"
-                )
-            self._prepared[name] = PreparedRows(
-                name, data.tokens, data.offsets, data.ids, context_length=context_length, seed=seed
-            )
+                self._streamed[name] = StreamedRows(source, prepared, context_length=context_length)
+            else:
+                data = prepared.sources[name]
+                self._prepared[name] = PreparedRows(name, data, context_length=context_length, seed=seed)
 
-    @property
-    def position(self) -> int:
-        """Rows dealt so far."""
-        return sum(self._mixture.rows.values())
-
-    def next_row(self, wanted: bool) -> Row | None:
-        """The run's next row, or None where it is not wanted and need not be made."""
-        name, index = self._mixture.next_source()
-        if name in self._streamed:
-            return self._streamed[name].next_row()
-        return self._prepared[name].row(index) if wanted else None
+    def step(self) -> tuple[Batch, dict[str, Any]]:
+        """The next step of this rank, and the state behind it."""
+        kept = []
+        for place in range(self._rows_per_step):
+            name, index = self._mixture.next_source()
+            if name in self._streamed:  # in order only: the others' rows are read too
+                row = self._streamed[name].next_row()
+                kept += [row] if place in self._mine else []
+            elif place in self._mine:
+                kept.append(self._prepared[name].row(index))
+        pieces = [kept[at : at + self._micro_batch_size] for at in range(0, len(kept), self._micro_batch_size)]
+        micro_batches = [_collate(piece, self._end_of_text) for piece in pieces]
+        return Batch(micro_batches, [row.document_ids for row in kept]), self.state()
 
     def state(self) -> dict[str, Any]:
         streams = {name: rows.state() for name, rows in self._streamed.items()}
@@ -186,22 +188,6 @@ class _RowMaker:
         self._mixture.rows.update(state["rows"])
         for name, rows in self._streamed.items():
             rows.restore(state["streams"][name])
-
-
-def _make_step(
-    rows: _RowMaker, rows_per_step: int, micro_batch_size: int, rank: int, world_size: int
-) -> tuple[Batch, dict[str, Any]]:
-    """The next step of `rank`, and the state behind it."""
-    share = rows_per_step // world_size
-    first = rows.position
-    mine = range(first + rank * share, first + (rank + 1) * share)
-    made = [rows.next_row(wanted=n in mine) for n in range(first, first + rows_per_step)]
-    kept = [row for n, row in enumerate(made, first) if row is not None and n in mine]
-    micro_batches = [
-        _collate(kept[start : start + micro_batch_size], rows.end_of_text)
-        for start in range(0, share, micro_batch_size)
-    ]
-    return Batch(micro_batches, [row.document_ids for row in kept]), rows.state()
 
 
 def _collate(rows: list[Row], end_of_text: int) -> dict[str, Tensor]:

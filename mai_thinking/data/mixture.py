@@ -1,7 +1,9 @@
 """Which source gives the next row, and the report's table of the mixture (MAI-Thinking-1 report §2.4)."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
+
+from mai_thinking.config.data import SourceSection
 
 
 class Mixture:
@@ -21,14 +23,10 @@ class Mixture:
         return name, index
 
 
-@dataclass(frozen=True)
-class MixtureRow:
+class MixtureRow(NamedTuple):
     """A line of the table; tokens include the one that opens each document."""
 
-    source: str
-    category: str
-    licence: str
-    provenance: str
+    source: SourceSection
     unique_tokens: int | None
     """None for a streamed source, whose size is not known."""
     training_tokens: int
@@ -50,7 +48,7 @@ def mixture_markdown(rows: Sequence[MixtureRow]) -> str:
         unique = "streamed" if row.unique_tokens is None else f"{row.unique_tokens:,}"
         epochs = "–" if row.epochs is None else f"{row.epochs:.2f}"
         lines.append(
-            f"| {row.source} | {row.category} | {row.licence} | {row.provenance} | {unique} "
-            f"| {row.training_tokens:,} | {100 * row.share:.1f} % | {epochs} |"
+            f"| {row.source.name} | {row.source.category} | {row.source.licence} | {row.source.provenance} "
+            f"| {unique} | {row.training_tokens:,} | {100 * row.share:.1f} % | {epochs} |"
         )
     return "\n".join(lines) + "\n"

@@ -7,12 +7,14 @@ and a label once, whatever T is, and no label is ever missing. The end-of-text t
 that it opens: as an input it has position 0 there, and what it predicts is that document's first token.
 """
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
+
+from mai_thinking.data.prepared import PreparedSource
+from mai_thinking.errors import UsageError
 
 Tokens = NDArray[np.int64]
 
@@ -34,23 +36,14 @@ def positions(input_ids_T: Tokens, end_of_text: int) -> Tokens:
 class PreparedRows:
     """The rows of a prepared source; row k is a function of (seed, k) alone."""
 
-    def __init__(
-        self,
-        name: str,
-        tokens: NDArray[np.unsignedinteger],
-        offsets: NDArray[np.int64],
-        ids: Sequence[str],
-        *,
-        context_length: int,
-        seed: int,
-    ) -> None:
-        """`tokens` [all tokens]: the documents one after the other; document d is tokens[offsets[d]:offsets[d + 1]]."""
-        self.name = name
-        self.context_length = context_length
-        self._tokens = tokens
-        self._offsets = offsets
-        self._lengths = np.diff(offsets)
-        self._ids = ids
+    def __init__(self, name: str, source: PreparedSource, *, context_length: int, seed: int) -> None:
+        if len(source.tokens) <= context_length:
+            raise UsageError(
+                f"source {name!r} has {len(source.tokens)} tokens, too few for a row of context_length "
+                f"{context_length}; shorten context_length, add data, or remove the source"
+            )
+        self.name, self.context_length, self._source = name, context_length, source
+        self._lengths = np.diff(source.offsets)
         self._seed = [seed, xxhash.xxh3_64_intdigest(name.encode())]
         self._epochs: dict[int, tuple[NDArray[np.int64], NDArray[np.int64]]] = {}
 
@@ -63,20 +56,20 @@ class PreparedRows:
             pieces.append(piece)
             # The last token of the row is only a label: the next row has it as an input.
             if missing > 1:
-                ids.append(f"{self.name}/{self._ids[document]}")
+                ids.append(f"{self.name}/{self._source.ids[document]}")
             start, missing = start + len(piece), missing - len(piece)
         return Row(np.concatenate(pieces).astype(np.int64), ids)
 
     def _piece(self, start: int, most: int) -> tuple[int, NDArray[np.unsignedinteger]]:
         """From token `start` of the endless sequence to the end of its document: the document and the tokens."""
-        epoch, within = divmod(start, len(self._tokens))
+        epoch, within = divmod(start, len(self._source.tokens))
         order, ends = self._epoch(epoch)
         place = int(np.searchsorted(ends, within, side="right"))
         document = int(order[place])
         begin = within - int(ends[place] - self._lengths[document])
-        first = int(self._offsets[document]) + begin
-        last = min(first + most, int(self._offsets[document + 1]))
-        return document, self._tokens[first:last]
+        first = int(self._source.offsets[document]) + begin
+        last = min(first + most, int(self._source.offsets[document + 1]))
+        return document, self._source.tokens[first:last]
 
     def _epoch(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """The permutation of epoch `epoch` and where, in tokens, each of its documents ends."""

@@ -35,7 +35,6 @@ from mai_thinking.data.prepared import (
     PreparedSource,
     find_damage,
     save_held_out,
-    save_source,
     write_manifest,
 )
 from mai_thinking.data.readers import Cursor, Reader, open_reader
@@ -251,7 +250,7 @@ class _Preparation:
             batch = encoder.encode_documents([document.text for document in found[start : start + _ENCODE_BATCH]])
             parts += [tokens.astype(dtype) for tokens in batch]
         offsets = np.cumsum([0, *map(len, parts)], dtype=np.int64)
-        save_source(folder, name, PreparedSource(np.concatenate(parts), offsets, [document.id for document in found]))
+        PreparedSource(np.concatenate(parts), offsets, [document.id for document in found]).save(folder, name)
         self.tallies[name].kept = count(found)
         return int(offsets[-1])
 

@@ -39,6 +39,18 @@ class PreparedSource:
     ids: list[str]
     """[documents] their names."""
 
+    def save(self, folder: Path, name: str) -> None:
+        """Write three files."""
+        np.save(folder / f"{name}.tokens.npy", self.tokens)
+        np.save(folder / f"{name}.offsets.npy", self.offsets)
+        (folder / f"{name}.ids.json").write_text(json.dumps(self.ids), encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: Path, name: str) -> "PreparedSource":
+        """Read them back, the tokens memory-mapped."""
+        ids = json.loads((folder / f"{name}.ids.json").read_text(encoding="utf-8"))
+        return cls(np.load(folder / f"{name}.tokens.npy", mmap_mode="r"), np.load(folder / f"{name}.offsets.npy"), ids)
+
     def cut(self, share: float) -> "PreparedSource":
         """About this share of the tokens: documents in the order of their hashes, as many as come nearest to it."""
         hashes = [xxhash.xxh3_64_intdigest(self.tokens[a:b].tobytes()) for a, b in pairwise(self.offsets)]
@@ -102,17 +114,15 @@ class PreparedData:
     @cached_property
     def sources(self) -> dict[str, PreparedSource]:
         """Training tokens by name, without the streamed sources; cut to the share that `down_sample` leaves."""
-        whole = {s.name: load_source(self.folder, s.name) for s in self.config.sources if not s.streaming}
+        whole = {s.name: PreparedSource.load(self.folder, s.name) for s in self.config.sources if not s.streaming}
         share = self.config.down_sample
         return whole if share == 1 else {name: source.cut(share) for name, source in whole.items()}
 
     @cached_property
     def held_out(self) -> dict[str, list[Document]]:
         """Held-out documents by category, as raw text: for bits per byte, and for compressors on the same bytes."""
-        found: dict[str, list[Document]] = {}
-        for path in sorted((self.folder / HELD_OUT).glob("*.jsonl")):
-            found[path.stem] = [Document(**line.value) for line in read_jsonl(path)]
-        return found
+        paths = sorted((self.folder / HELD_OUT).glob("*.jsonl"))
+        return {path.stem: [Document(**line.value) for line in read_jsonl(path)] for path in paths}
 
     @cached_property
     def overlap(self) -> OverlapIndex | None:
@@ -122,42 +132,18 @@ class PreparedData:
         with np.load(self.folder / OVERLAP) as runs:
             return OverlapIndex(dict(runs))
 
-    def stream_start(self, name: str) -> dict[str, Any] | None:
-        """Where the training part of a streamed source begins."""
-        cursor: dict[str, Any] | None = self.manifest["sources"][name]["stream_start"]
-        return cursor
-
     def mixture(self, training_tokens: int) -> list[MixtureRow]:
         """What a run of `training_tokens` sees of each source."""
         total = sum(source.weight for source in self.config.sources)
         return [
             MixtureRow(
-                source=source.name,
-                category=source.category,
-                licence=source.licence,
-                provenance=source.provenance,
+                source,
                 unique_tokens=None if source.streaming else len(self.sources[source.name].tokens),
                 training_tokens=round(training_tokens * source.weight / total),
                 share=source.weight / total,
             )
             for source in self.config.sources
         ]
-
-
-def save_source(folder: Path, name: str, source: PreparedSource) -> None:
-    """Write a source's three files."""
-    np.save(folder / f"{name}.tokens.npy", source.tokens)
-    np.save(folder / f"{name}.offsets.npy", source.offsets)
-    (folder / f"{name}.ids.json").write_text(json.dumps(source.ids), encoding="utf-8")
-
-
-def load_source(folder: Path, name: str) -> PreparedSource:
-    """Read them back, the tokens memory-mapped."""
-    return PreparedSource(
-        tokens=np.load(folder / f"{name}.tokens.npy", mmap_mode="r"),
-        offsets=np.load(folder / f"{name}.offsets.npy"),
-        ids=json.loads((folder / f"{name}.ids.json").read_text(encoding="utf-8")),
-    )
 
 
 def save_held_out(folder: Path, held_out: Mapping[str, list[Document]]) -> None:

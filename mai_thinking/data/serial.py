@@ -11,6 +11,7 @@ head, and a hidden map that is asked step by step. A hidden map is a function of
 says where it leads, so that only who asks can know.
 """
 
+import itertools
 import random
 import re
 import string
@@ -59,12 +60,10 @@ def serial_problem(family: SerialFamily, size: int, rng: random.Random, split: S
 def serial_exercises(section: SerialSection) -> Iterator[Document]:
     """Exercises 0, 1, 2, … without end; each is a function of its number and the section alone. None of their questions
     is one that RL holds out."""
-    index = 0
-    while True:
+    for index in itertools.count():
         rng = random.Random(f"serial {section.families} {section.sizes} {index}")
         problem = serial_problem(rng.choice(section.families), rng.randint(*section.sizes), rng, "train")
         yield Document(str(index), problem.text(worked=rng.random() < section.p_cot))
-        index += 1
 
 
 def solve(question: str) -> str | None:

@@ -12,13 +12,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mai_thinking.config.data import CleaningSection
+from mai_thinking.config.data import CleaningSection, SourceSection
 from mai_thinking.data.cleaning import quality_fault
 from mai_thinking.data.decontamination import OverlapIndex
 from mai_thinking.data.documents import Document
 from mai_thinking.data.packing import Row, Tokens
-from mai_thinking.data.readers import Cursor, Reader
-from mai_thinking.data.tokenizer import Encoder
+from mai_thinking.data.prepared import PreparedData
+from mai_thinking.data.readers import Cursor, open_reader
 from mai_thinking.errors import UsageError
 
 MEMORY = 8192
@@ -123,21 +123,13 @@ class _Segment(NamedTuple):
 class StreamedRows:
     """The rows of a stream, in order only. Its state is the place of the document in which the next row begins."""
 
-    def __init__(
-        self,
-        name: str,
-        reader: Reader,
-        start: Cursor | None,
-        cleaner: StreamCleaner,
-        encoder: Encoder,
-        *,
-        context_length: int,
-    ) -> None:
-        """`start`: where training begins, behind the held-out documents."""
-        self.name = name
-        self.context_length = context_length
-        self._reader, self._start, self._cleaner, self._encoder = reader, start, cleaner, encoder
-        self._begin(0, start, offset=0)
+    def __init__(self, source: SourceSection, prepared: PreparedData, *, context_length: int) -> None:
+        self.name, self.context_length = source.name, context_length
+        self._reader, self._encoder = open_reader(source), prepared.encoder
+        self._cleaner = StreamCleaner(prepared.config.cleaning, prepared.overlap)
+        self._start: Cursor | None = prepared.manifest["sources"][source.name]["stream_start"]
+        """Where training begins, behind the held-out documents."""
+        self._begin(0, self._start, offset=0)
 
     def next_row(self) -> Row:
         """The next T + 1 tokens; the last of them is the first of the row after."""

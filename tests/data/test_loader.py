@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from mai_thinking.data import Batch, Loader, PreparedData
-from mai_thinking.data import loader as loader_module
+from mai_thinking.data.loader import _RowMaker
 from mai_thinking.errors import UsageError
 
 T = 48
@@ -116,7 +116,7 @@ def test_global_generators_are_left_alone(two_sources: PreparedData, prefetch: i
 
 
 def test_what_the_thread_raises_arrives_in_the_step(two_sources: PreparedData, monkeypatch: pytest.MonkeyPatch) -> None:
-    make_step, calls = loader_module._make_step, []
+    make_step, calls = _RowMaker.step, []
 
     def break_at_third(*arguments: Any) -> Any:
         calls.append(1)
@@ -124,7 +124,7 @@ def test_what_the_thread_raises_arrives_in_the_step(two_sources: PreparedData, m
             raise UsageError("line 3 is broken")
         return make_step(*arguments)
 
-    monkeypatch.setattr(loader_module, "_make_step", break_at_third)
+    monkeypatch.setattr(_RowMaker, "step", break_at_third)
     with make(two_sources, prefetch=4) as loader:
         next(loader), next(loader)
         for _ in range(2):  # also when asked again
@@ -162,13 +162,13 @@ def test_a_program_that_forgets_to_close_ends(two_sources: PreparedData) -> None
 
 
 def test_waiting_is_measured(two_sources: PreparedData, monkeypatch: pytest.MonkeyPatch) -> None:
-    make_step = loader_module._make_step
+    make_step = _RowMaker.step
 
     def slow(*arguments: Any) -> Any:
         time.sleep(0.2)
         return make_step(*arguments)
 
-    monkeypatch.setattr(loader_module, "_make_step", slow)
+    monkeypatch.setattr(_RowMaker, "step", slow)
     with make(two_sources, prefetch=1) as loader:
         next(loader)
         assert loader.wait_seconds >= 0.1

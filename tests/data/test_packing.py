@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from mai_thinking.data.packing import PreparedRows, positions
+from mai_thinking.data.prepared import PreparedSource
 
 END = 0
 
@@ -19,7 +20,7 @@ def make(lengths: list[int], T: int, seed: int = 3) -> tuple[PreparedRows, list[
     tokens = np.concatenate([np.array(document, dtype=np.uint16) for document in documents])
     offsets = np.cumsum([0, *lengths])
     ids = [f"d{i}" for i in range(len(lengths))]
-    return PreparedRows("s", tokens, offsets, ids, context_length=T, seed=seed), documents
+    return PreparedRows("s", PreparedSource(tokens, offsets, ids), context_length=T, seed=seed), documents
 
 
 LENGTHS = [5, 1, 40, 7, 2, 90, 13, 3, 1, 28]

@@ -125,7 +125,7 @@ def test_the_mixture_table_adds_up(two_sources: PreparedData) -> None:
     assert [row.share for row in rows] == [0.75, 0.25]
     assert sum(row.training_tokens for row in rows) == 10_000
     for row in rows:
-        assert row.unique_tokens == len(two_sources.sources[row.source].tokens)
+        assert row.unique_tokens == len(two_sources.sources[row.source.name].tokens)
     assert f"{7500 / rows[0].unique_tokens:.2f}" in mixture_markdown(rows)
 
 
