@@ -1,6 +1,7 @@
 """Deduplication and quality filters. MAI-Thinking-1 report §2.4. Each rule has the name of its config key."""
 
 import zlib
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -44,9 +45,10 @@ class NearDuplicates:
         self.threshold = threshold
         self.permutations = cleaning.minhash_permutations
         self.shingle = cleaning.minhash_shingle
-        self.rows = band_rows(self.threshold, self.permutations)
+        self.rows = _band_rows(self.threshold, self.permutations)
         self._words = WordHashes()
-        self._bands: list[dict[bytes, list[int]]] = [{} for _ in range(self.permutations // self.rows)]
+        self._bands: defaultdict[tuple[int, bytes], list[int]] = defaultdict(list)
+        """Place and content of a band → the kept documents that have it."""
         self._signatures: list[NDArray[np.uint32]] = []
 
     def are_new(self, documents: Sequence[Document]) -> list[bool]:
@@ -71,25 +73,21 @@ class NearDuplicates:
         return np.array(matrix.to_rows(), dtype=np.uint32)
 
     def _keep(self, signature: NDArray[np.uint32]) -> bool:
-        keys = [signature[i : i + self.rows].tobytes() for i in range(0, self.permutations, self.rows)]
-        candidates = {other for band, key in zip(self._bands, keys, strict=True) for other in band.get(key, ())}
-        for other in candidates:
-            if np.mean(self._signatures[other] == signature) >= self.threshold:
-                return False
-        for band, key in zip(self._bands, keys, strict=True):
-            band.setdefault(key, []).append(len(self._signatures))
+        keys = [(i, signature[i : i + self.rows].tobytes()) for i in range(0, self.permutations, self.rows)]
+        candidates = {other for key in keys for other in self._bands.get(key, ())}
+        if any(np.mean(self._signatures[other] == signature) >= self.threshold for other in candidates):
+            return False
+        for key in keys:
+            self._bands[key].append(len(self._signatures))
         self._signatures.append(signature)
         return True
 
 
-def band_rows(threshold: float, permutations: int) -> int:
+def _band_rows(threshold: float, permutations: int) -> int:
     """Rows per band: the most (so the fewest candidates) that still find 95 % of pairs at the threshold."""
-    best = 1
-    for rows in range(1, permutations + 1):
-        found = 1 - (1 - threshold**rows) ** (permutations // rows)
-        if permutations % rows == 0 and found >= _MINHASH_RECALL:
-            best = rows
-    return best
+    divisors = (rows for rows in range(1, permutations + 1) if permutations % rows == 0)
+    found = {rows: 1 - (1 - threshold**rows) ** (permutations // rows) for rows in divisors}
+    return max((rows for rows in found if found[rows] >= _MINHASH_RECALL), default=1)
 
 
 def clean(

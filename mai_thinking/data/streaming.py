@@ -38,12 +38,11 @@ class StreamCleaner:
     """The per-document rules of a stream. Its memory and its counts are part of the stream's state."""
 
     def __init__(self, cleaning: CleaningSection, overlap: OverlapIndex | None) -> None:
-        self._cleaning = cleaning
-        self._overlap = overlap
+        self._cleaning, self._overlap = cleaning, overlap
         self._log: deque[int] = deque()
-        self._forgotten = 0
+        """Hashes of documents, `_forgotten` before the first of them."""
         self._recent: set[int] = set()
-        self._read = 0
+        self._forgotten = self._read = 0
         self._dropped: dict[str, int] = {}
 
     def clean(self, text: str | None, epoch: int = 0) -> str | None:
@@ -61,7 +60,7 @@ class StreamCleaner:
                 rule = None if kept is not None else "decontamination"
         if rule is None:
             return kept
-        self._dropped = {**self._dropped, rule: self._dropped.get(rule, 0) + 1}
+        self._dropped = {**self._dropped, rule: self._dropped.get(rule, 0) + 1}  # marks keep the one of before
         return None
 
     def mark(self) -> Mark:
@@ -72,17 +71,12 @@ class StreamCleaner:
         """What there was at `mark`: the memory, as base64 of 64-bit hashes, oldest first, and the counts."""
         end = mark.remembered - self._forgotten
         memory = np.array(list(self._log)[max(end - MEMORY, 0) : end], dtype="<u8")
-        return {
-            "memory": base64.b64encode(memory.tobytes()).decode(),
-            "read": mark.read,
-            "dropped": mark.dropped,
-        }
+        return {"memory": base64.b64encode(memory).decode(), "read": mark.read, "dropped": mark.dropped}
 
     def restore(self, state: dict[str, Any]) -> None:
         """The inverse of `state`."""
         self._log = deque(np.frombuffer(base64.b64decode(state["memory"]), dtype="<u8").tolist())
-        self._forgotten = 0
-        self._recent = set(self._log)
+        self._recent, self._forgotten = set(self._log), 0
         self._read, self._dropped = state["read"], dict(state["dropped"])
 
     def forget_before(self, mark: Mark) -> None:
@@ -147,12 +141,8 @@ class StreamedRows:
     def state(self) -> dict[str, Any]:
         """Plain JSON; `restore` with it makes `next_row` give what it would give now."""
         place = self._segments[0].place if self._segments else self._first
-        return {
-            "epoch": place.epoch,
-            "cursor": place.cursor,
-            "offset": self._offset,
-            **self._cleaner.state(place.mark),
-        }
+        at = {"epoch": place.epoch, "cursor": place.cursor, "offset": self._offset}
+        return at | self._cleaner.state(place.mark)
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from a `state`."""
