@@ -1,9 +1,7 @@
 """Which source gives the next row, and the report's table of the mixture (MAI-Thinking-1 report §2.4)."""
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
-
-from mai_thinking.config.data import SourceSection
+from typing import Any
 
 
 class Mixture:
@@ -23,32 +21,17 @@ class Mixture:
         return name, index
 
 
-class MixtureRow(NamedTuple):
-    """A line of the table; tokens include the one that opens each document."""
-
-    source: SourceSection
-    unique_tokens: int | None
-    """None for a streamed source, whose size is not known."""
-    training_tokens: int
-    share: float
-
-    @property
-    def epochs(self) -> float | None:
-        """How often the source is seen, on average."""
-        return None if self.unique_tokens is None else self.training_tokens / self.unique_tokens
-
-
-def mixture_markdown(rows: Sequence[MixtureRow]) -> str:
-    """The table as Markdown: unique tokens, training tokens, share and average epochs of each source."""
+def mixture_markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The rows of `PreparedData.mixture` as Markdown."""
     lines = [
         "| source | category | licence | provenance | unique tokens | training tokens | share | epochs |",
         "|---|---|---|---|---:|---:|---:|---:|",
     ]
     for row in rows:
-        unique = "streamed" if row.unique_tokens is None else f"{row.unique_tokens:,}"
-        epochs = "–" if row.epochs is None else f"{row.epochs:.2f}"
+        unique = "streamed" if row["unique_tokens"] is None else f"{row['unique_tokens']:,}"
+        epochs = "–" if row["epochs"] is None else f"{row['epochs']:.2f}"
         lines.append(
-            f"| {row.source.name} | {row.source.category} | {row.source.licence} | {row.source.provenance} "
-            f"| {unique} | {row.training_tokens:,} | {100 * row.share:.1f} % | {epochs} |"
+            f"| {row['source']} | {row['category']} | {row['licence']} | {row['provenance']} | {unique} "
+            f"| {row['training_tokens']:,} | {100 * row['share']:.1f} % | {epochs} |"
         )
     return "\n".join(lines) + "\n"

@@ -19,7 +19,6 @@ from mai_thinking.data.accounting import LeftOut, Tally
 from mai_thinking.data.decontamination import OverlapIndex
 from mai_thinking.data.documents import Document
 from mai_thinking.data.jsonl import read_jsonl
-from mai_thinking.data.mixture import MixtureRow
 from mai_thinking.data.tokenizer import Encoder, load_tokenizer
 
 MANIFEST = "manifest.json"
@@ -132,18 +131,18 @@ class PreparedData:
         with np.load(self.folder / OVERLAP) as runs:
             return OverlapIndex(dict(runs))
 
-    def mixture(self, training_tokens: int) -> list[MixtureRow]:
-        """What a run of `training_tokens` sees of each source."""
+    def mixture(self, training_tokens: int) -> list[dict[str, Any]]:
+        """What a run of `training_tokens` sees of each source; tokens include the one that opens each document. A
+        stream's unique tokens and epochs are None."""
+        rows = []
         total = sum(source.weight for source in self.config.sources)
-        return [
-            MixtureRow(
-                source,
-                unique_tokens=None if source.streaming else len(self.sources[source.name].tokens),
-                training_tokens=round(training_tokens * source.weight / total),
-                share=source.weight / total,
-            )
-            for source in self.config.sources
-        ]
+        for source in self.config.sources:
+            row = source.model_dump(include={"category", "licence", "provenance"})
+            unique = None if source.streaming else len(self.sources[source.name].tokens)
+            tokens = round(training_tokens * source.weight / total)
+            counts = {"unique_tokens": unique, "training_tokens": tokens, "share": source.weight / total}
+            rows.append({"source": source.name, **row, **counts, "epochs": tokens / unique if unique else None})
+        return rows
 
 
 def save_held_out(folder: Path, held_out: Mapping[str, list[Document]]) -> None:

@@ -71,7 +71,7 @@ class StreamCleaner:
         """What there was at `mark`: the memory, as base64 of 64-bit hashes, oldest first, and the counts."""
         end = mark.remembered - self._forgotten
         memory = np.array(list(self._log)[max(end - MEMORY, 0) : end], dtype="<u8")
-        return {"memory": base64.b64encode(memory).decode(), "read": mark.read, "dropped": mark.dropped}
+        return {"memory": base64.b64encode(memory.tobytes()).decode(), "read": mark.read, "dropped": mark.dropped}
 
     def restore(self, state: dict[str, Any]) -> None:
         """The inverse of `state`."""

@@ -4,7 +4,6 @@ Mid-training is the same with `init_from`, another context and another mixture.
 """
 
 import functools
-from dataclasses import asdict
 from typing import Any
 
 from mai_thinking.config.pretraining import PretrainConfig
@@ -110,10 +109,9 @@ class PretrainRecipe(Recipe):
         texts = {
             category: [d.text for d in documents] for category, documents in self.data.held_out.items() if documents
         }
-        mixture = self.data.mixture(self.config.steps * self.config.batch.tokens_per_step)
         self.context.folder.note(
             plan=plan_text(self.config, self.architecture),
-            mixture=[asdict(row) | {"epochs": row.epochs} for row in mixture],
+            mixture=self.data.mixture(self.config.steps * self.config.batch.tokens_per_step),
             left_out=left_out_table([*self.data.left_out, *self.loader.left_out()]),
             compressors={category: compressors(found) for category, found in texts.items()},
             written=samples,

@@ -28,8 +28,7 @@ from mai_thinking.rl.tasks import Problem, make_task
 from mai_thinking.rl.template import Template
 from mai_thinking.rl.tools.base import ToolError, make_call, tool
 from mai_thinking.rl.tools.builtin import calculate
-from mai_thinking.rl.tools.journal import CallJournal
-from mai_thinking.rl.tools.toolbox import Toolbox
+from mai_thinking.rl.tools.toolbox import CallJournal, Toolbox
 from tiny_models import tiny_model
 
 TOKENIZER = train_tokenizer(["Call: lookup a\nResult: b\nAnswer: b\n" * 50], 400)

@@ -1,12 +1,14 @@
 """What a task is, and when two answers are the same. Its held-out problems: `mai_thinking.data.questions`."""
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from mai_thinking.config.tasks import TaskSection
-from mai_thinking.data.questions import Split
+from mai_thinking.data.questions import Split, question_id
+from mai_thinking.errors import UsageError
 
 LONGEST_ANSWER = 10_000
 """Characters; a longer answer is wrong, unread."""
@@ -69,20 +71,33 @@ def no_grade(section: TaskSection) -> Grade:
     return WRONG._replace(gate_failed=section.combination == "gate" and bool(section.graders))
 
 
-class Task(Protocol):
+class Task(ABC):
     """A family of problems with a verifier."""
 
-    name: str
+    notes: Sequence[str] = ()
+    """What was left out, a line each."""
 
+    def __init__(self, section: TaskSection) -> None:
+        self.name, self.section = section.name, section
+
+    @abstractmethod
     def problem(self, split: Split, index: int) -> Problem:
         """Problem `index` (0, 1, 2, …) of a split: a function of the task's section and the arguments alone. Different
         indices may give the same problem. Raises UsageError if the split is empty."""
-        ...
 
     def verify(self, problem: Problem, answer: str) -> float | tuple[float, bool]:
-        """0 (wrong) to 1 (right), and, unless only 1 passes, whether the answer passes. Never raises, on any text. Fast
-        on any text too for the procedural tasks; for others the grading process has the limits."""
-        ...
+        """0 (wrong) to 1 (right), and, unless only 1 passes, whether the answer passes; here: 1 for the reference as
+        text. Never raises, on any text. Fast on any text too for the procedural tasks; for others the grading process
+        has the limits."""
+        return float(same_text(problem.answer, answer))
+
+    def made(self, question: str, answer: str, *, size: int = 0, item: int = 0) -> Problem:
+        """One of this task's problems."""
+        return Problem(self.name, question_id(question), question, answer, size, item)
+
+    def lacks(self, split: Split, where: str) -> UsageError:
+        """What to raise where a split is empty; `where` one looked, and the fix."""
+        return UsageError(f"task {self.name!r} has no {split.replace('_', '-')} question{where}")
 
 
 _SPACE = re.compile(r"[ \t\r\n]+")

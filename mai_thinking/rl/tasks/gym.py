@@ -15,9 +15,9 @@ from functools import lru_cache
 
 from mai_thinking.config.names import nearest_name
 from mai_thinking.config.tasks import TaskSection
-from mai_thinking.data.questions import Split, question_id, split_of
+from mai_thinking.data.questions import Split, split_of
 from mai_thinking.errors import UsageError
-from mai_thinking.rl.tasks.base import LONGEST_ANSWER, Problem
+from mai_thinking.rl.tasks.base import LONGEST_ANSWER, Problem, Task
 from mai_thinking.rl.tasks.mathematics import same_mathematics
 
 _FULL = 1 - 1e-6
@@ -52,12 +52,13 @@ _FUNCTIONS = frozenset(
 )
 
 
-class GymTask:
+class GymTask(Task):
     """One data set of reasoning-gym, with its section's options."""
 
     def __init__(self, section: TaskSection) -> None:
         """Raises UsageError if the library is missing, or does not know the data set or an option."""
-        self.name, dataset = section.name, section.dataset
+        super().__init__(section)
+        dataset = section.dataset
         try:
             import reasoning_gym
         except ImportError:
@@ -81,21 +82,17 @@ class GymTask:
         self._entry = lru_cache(maxsize=256)(self._dataset.__getitem__)
 
     def problem(self, split: Split, index: int) -> Problem:
-        """See `Task.problem`. Makes items until one falls into the split."""
         rng = random.Random(f"{split} {index}")
         for _ in range(_ATTEMPTS):
             item = rng.randrange(self._items)
             entry = self._entry(item)
             question = str(entry["question"]).strip()
             if split_of(question) == split:
-                return Problem(self.name, question_id(question), question, str(entry["answer"]), item=item)
-        raise UsageError(
-            f"task {self.name!r} has no {split.replace('_', '-')} question among {_ATTEMPTS}; "
-            "give it `options` with more distinct questions"
-        )
+                return self.made(question, str(entry["answer"]), item=item)
+        raise self.lacks(split, f" among {_ATTEMPTS}; give it `options` with more distinct questions")
 
     def verify(self, problem: Problem, answer: str) -> float:
-        """See `Task.verify`: 1 if the library's own verifier gives full marks. For a grading process only.
+        """1 if the library's own verifier gives full marks. For a grading process only.
 
         More text around the reference is wrong, for some verifiers look no further than the reference's length.
         """

@@ -7,12 +7,12 @@ equality of text, so nothing that a model writes is ever evaluated.
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import cast
 
-from mai_thinking.config.tasks import LISTS, SERIAL, TaskSection
-from mai_thinking.data.questions import Split, question_id, split_of
+from mai_thinking.config.tasks import LISTS, SerialFamily
+from mai_thinking.data.questions import Split, split_of
 from mai_thinking.data.serial import serial_problem
-from mai_thinking.errors import UsageError
-from mai_thinking.rl.tasks.base import Problem, same_text
+from mai_thinking.rl.tasks.base import Problem, Task
 
 _LENGTH = (3, 6)
 _ATTEMPTS = 2_000
@@ -103,40 +103,28 @@ _DRAWS: dict[str, Callable[[_Sizes], _Drawn]] = {
 }
 
 
-class ProceduralTask:
-    """One of the families, with the sizes of its section."""
-
-    def __init__(self, section: TaskSection) -> None:
-        self.name, self._family = section.name, section.kind
-        self._digits = section.digits or (1, 2)
-        self._length = section.length or _LENGTH
+class ProceduralTask(Task):
+    """One of the families, with the sizes of its section. The name of the task plays no part: the same options give the
+    same problems."""
 
     def problem(self, split: Split, index: int) -> Problem:
-        """See `Task.problem`. The name of the task plays no part: the same options give the same problems."""
+        kind, digits, length = self.section.kind, self.section.digits or (1, 2), self.section.length or _LENGTH
         for attempt in range(_ATTEMPTS):
-            rng = random.Random(f"{self._family} {self._digits} {self._length} {index} {attempt}")
-            draw = _Sizes(rng, self._digits, self._length)
-            question, answer = _DRAWS[self._family](draw)
+            draw = _Sizes(random.Random(f"{kind} {digits} {length} {index} {attempt}"), digits, length)
+            question, answer = _DRAWS[kind](draw)
             if split_of(question) == split:
-                return Problem(self.name, question_id(question), question, answer, size=draw.items)
-        options = "`digits` or `length`" if self._family in LISTS else "`digits`"
-        raise UsageError(
-            f"task {self.name!r} has no {split.replace('_', '-')} question among {_ATTEMPTS:,} drawn; raise {options}"
-        )
-
-    def verify(self, problem: Problem, answer: str) -> float:
-        """See `Task.verify`: 1 for the reference as text, 0 for everything else."""
-        return float(same_text(problem.answer, answer))
+                return self.made(question, answer, size=draw.items)
+        options = "`digits` or `length`" if kind in LISTS else "`digits`"
+        raise self.lacks(split, f" among {_ATTEMPTS:,} drawn; raise {options}")
 
 
-class SerialTask(ProceduralTask):
+class SerialTask(Task):
     """One of the families of `mai_thinking.data.serial`: the questions of its exercises, apart by the hash of their
-    text."""
+    text. Sizes are drawn evenly."""
 
     def problem(self, split: Split, index: int) -> Problem:
-        """See `Task.problem`. Sizes are drawn evenly."""
-        rng = random.Random(f"{self._family} {self._length} {split} {index}")
-        size = rng.randint(*self._length)
-        family = next(family for family in SERIAL if family == self._family)
-        made = serial_problem(family, size, rng, split)
-        return Problem(self.name, question_id(made.question), made.question, made.answer, size=size)
+        kind, length = self.section.kind, self.section.length or _LENGTH
+        rng = random.Random(f"{kind} {length} {split} {index}")
+        size = rng.randint(*length)
+        drawn = serial_problem(cast(SerialFamily, kind), size, rng, split)
+        return self.made(drawn.question, drawn.answer, size=size)

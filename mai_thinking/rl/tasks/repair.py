@@ -9,9 +9,9 @@ import re
 from dataclasses import dataclass
 
 from mai_thinking.config.tasks import TaskSection
-from mai_thinking.data.questions import Split, question_id, split_of
+from mai_thinking.data.questions import Split, split_of
 from mai_thinking.errors import UsageError
-from mai_thinking.rl.tasks.base import Problem
+from mai_thinking.rl.tasks.base import Problem, Task
 from mai_thinking.rl.tools.sandbox import isolation, run_python
 
 _LOOP = "def f(numbers):\n    {start}\n    for n in numbers:\n{body}\n    return {end}"
@@ -41,11 +41,11 @@ class _Program:
     hidden: list[list[int]]
 
 
-class RepairTask:
+class RepairTask(Task):
     """Programs to repair. UsageError unless the right program passes and the empty one fails, each of three times."""
 
     def __init__(self, section: TaskSection) -> None:
-        self.name = section.name
+        super().__init__(section)
         self.notes = [isolation()] if isolation() else []
         problem, golden = self.problem("train", 0), self.golden("train", 0)
         for _ in range(_TRIES):
@@ -53,9 +53,9 @@ class RepairTask:
                 raise UsageError(f"task {self.name!r}: programs cannot be graded on this machine; leave the task out")
 
     def problem(self, split: Split, index: int) -> Problem:
-        """See `Task.problem`."""
         number, question = self._number(split, index)
-        return Problem(self.name, question_id(question), question, _expected(_program(number)), item=number)
+        program = _program(number)
+        return self.made(question, " ".join(map(str, _run(program.golden, program.hidden))), item=number)
 
     def golden(self, split: Split, index: int) -> str:
         """The program without its fault."""
@@ -79,10 +79,8 @@ class RepairTask:
             results = _run(program.golden, program.shown)
             examples = ", ".join(f"f({case}) = {result}" for case, result in zip(program.shown, results, strict=True))
             question = f"Repair this program, so that {examples}:\n{program.faulty}"
-            if (
-                _run(program.faulty, program.hidden) != _run(program.golden, program.hidden)
-                and split_of(question) == split
-            ):
+            shows = _run(program.faulty, program.hidden) != _run(program.golden, program.hidden)
+            if shows and split_of(question) == split:
                 return number, question
             attempt += 1
 
@@ -94,10 +92,6 @@ def _program(number: int) -> _Program:
     right, wrong = rng.choice([fault for fault in _FAULTS if fault[0] in golden])
     cases = [[rng.randint(0, 20) for _ in range(rng.randint(2, 5))] for _ in range(_SHOWN + _HIDDEN)]
     return _Program(golden, golden.replace(right, wrong, 1), cases[:_SHOWN], cases[_SHOWN:])
-
-
-def _expected(program: _Program) -> str:
-    return " ".join(map(str, _run(program.golden, program.hidden)))
 
 
 def _run(program: str, cases: list[list[int]]) -> list[int]:

@@ -21,13 +21,10 @@ _PATIENCE = 500
 
 def make_task(section: TaskSection) -> Task:
     """The task of a section. Raises UsageError if it cannot be had."""
-    if section.kind == "reasoning-gym":
-        return GymTask(section)
-    if section.kind in SERIAL:
-        return SerialTask(section)
-    if section.kind == "repair":
-        return RepairTask(section)
-    return JsonlTask(section) if section.kind == "jsonl" else ProceduralTask(section)
+    kinds: dict[str, Callable[[TaskSection], Task]] = {
+        "reasoning-gym": GymTask, "repair": RepairTask, "jsonl": JsonlTask, **dict.fromkeys(SERIAL, SerialTask),
+    }  # fmt: skip
+    return kinds.get(section.kind, ProceduralTask)(section)
 
 
 class TaskSampler:
@@ -51,7 +48,7 @@ class TaskSampler:
         for task in self._tasks.values():  # early, rather than hours into the run
             task.problem("train", 0)
             task.problem("held_out", 0)
-            self.notes += getattr(task, "notes", ())
+            self.notes += task.notes
 
     @property
     def families(self) -> list[str]:

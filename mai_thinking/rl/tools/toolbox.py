@@ -4,22 +4,24 @@ What comes back is context: it is encoded as text, whatever it spells, and the r
 """
 
 import functools
+import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
+import xxhash
 from transformers import PreTrainedTokenizerBase
 
 from mai_thinking.config.grpo import ToolsSection
+from mai_thinking.config.storage import atomic_file
 from mai_thinking.data.tokenizer import Encoder
 from mai_thinking.rl.rollout import Call, Rollout
 from mai_thinking.rl.tasks import Problem
 from mai_thinking.rl.template import Template
-from mai_thinking.rl.tools.base import Tool, make_call
+from mai_thinking.rl.tools.base import Tool, ToolError, make_call
 from mai_thinking.rl.tools.builtin import BUILTIN
-from mai_thinking.rl.tools.journal import CallJournal
 from mai_thinking.rl.tools.servers import ToolServers
 
 _CUT = "…"
@@ -27,6 +29,33 @@ _PROBLEMS = 1024
 """Whose tools are kept: a schema is read out of a docstring, which no call should wait for."""
 _CHARACTERS = 16
 """Of an observation that are looked at, for each token that it may have."""
+
+
+class CallJournal:
+    """Calls that change something outside: a file for each, there before the call is made. A rollout that is generated
+    again, after a death or a failure, by whichever process, does not make them again. The folder is made when there is
+    something to write."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def once(self, key: tuple[int | str, ...], call: Callable[[], str]) -> str:
+        """The result of `call`, or that of before. ToolError where it was begun and nobody knows what came of it."""
+        path = self.folder / f"{xxhash.xxh3_128_hexdigest(json.dumps(key).encode())}.json"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            with path.open("x", encoding="utf-8") as file:
+                file.flush()
+                os.fsync(file.fileno())
+        except FileExistsError:
+            text = path.read_text(encoding="utf-8")
+            if not text:
+                raise ToolError("nobody knows whether this call has had its effect; it is not made again") from None
+            return str(json.loads(text)["result"])
+        result = call()
+        with atomic_file(path, durable=True) as temporary:
+            temporary.write_text(json.dumps({"call": key, "result": result}), encoding="utf-8")
+        return result
 
 
 class Toolbox:
