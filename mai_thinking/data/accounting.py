@@ -38,6 +38,10 @@ class Tally:
         before = self.dropped.get(rule, [0, 0])
         self.dropped[rule] = [before[0] + documents, before[1] + size]
 
+    def shorten(self, size: int) -> None:
+        """Count a document that `size` bytes are cut out of."""
+        self.shortened = [self.shortened[0] + 1, self.shortened[1] + size]
+
     def sift(self, documents: Iterable[Document], verdicts: Iterable[str | None]) -> list[Document]:
         """The documents on which the verdict is None; the others are counted under the rule that it names."""
         kept = []

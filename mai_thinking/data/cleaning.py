@@ -2,7 +2,7 @@
 
 import zlib
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 
 import numpy as np
 from numpy.typing import NDArray
@@ -91,9 +91,9 @@ def _band_rows(threshold: float, permutations: int) -> int:
 
 
 def clean(
-    sources: Sequence[tuple[str, bool, list[Document]]], cleaning: CleaningSection, tallies: dict[str, Tally]
+    sources: Mapping[str, list[Document]], procedural: Set[str], cleaning: CleaningSection, tallies: Mapping[str, Tally]
 ) -> dict[str, list[Document]]:
-    """Apply all rules to `(name, procedural?, documents)`; the first source that has a text keeps it.
+    """Apply all rules to each source's documents; the first source that has a text keeps it.
 
     Procedural text is deduplicated by its exact text alone: exercises from one template are alike by design, and short
     or full of digits where they should be.
@@ -101,11 +101,11 @@ def clean(
     seen: set[int] = set()
     near = NearDuplicates(cleaning.near_duplicates, cleaning) if cleaning.near_duplicates else None
     kept: dict[str, list[Document]] = {}
-    for name, procedural, documents in sources:
+    for name, documents in sources.items():
         sift = tallies[name].sift
         if cleaning.exact_duplicates:
             documents = sift(documents, _repeats(documents, seen))
-        if not procedural:
+        if name not in procedural:
             documents = sift(documents, (quality_fault(d.text, cleaning.quality) for d in documents))
             if near is not None:
                 documents = sift(documents, (None if new else "near_duplicates" for new in near.are_new(documents)))

@@ -9,6 +9,7 @@ import re
 import shutil
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -99,9 +100,8 @@ class _Preparation:
         with self._phase("reading"):
             documents = {s.name: self._load(s) for s in self.config.sources if not s.streaming}
         with self._phase("cleaning"):
-            procedural = {s.name: s.provenance == "procedural" for s in self.config.sources}
-            sources = [(name, procedural[name], found) for name, found in documents.items()]
-            documents = self._any_left(clean(sources, self.config.cleaning, self.tallies))
+            procedural = {s.name for s in self.config.sources if s.provenance == "procedural"}
+            documents = self._any_left(clean(documents, procedural, self.config.cleaning, self.tallies))
         with self._phase("holding out"):
             held_out, documents = self._hold_out(documents)
             save_held_out(folder, _by_category(self.config, held_out))
@@ -154,10 +154,8 @@ class _Preparation:
     def _any_left(self, documents: _BY_SOURCE) -> _BY_SOURCE:
         for name, found in documents.items():
             if not found:
-                raise UsageError(
-                    f"source {name!r}: {self.tallies[name].worst()}; "
-                    "relax it under `data.cleaning`, or name another source"
-                )
+                worst = self.tallies[name].worst()
+                raise UsageError(f"source {name!r}: {worst}; relax it under `data.cleaning`, or name another source")
         return documents
 
     def _hold_out(self, documents: _BY_SOURCE) -> tuple[_BY_SOURCE, _BY_SOURCE]:
@@ -165,14 +163,13 @@ class _Preparation:
         held_out: _BY_SOURCE = {}
         training: _BY_SOURCE = {}
         for source in self.config.sources:
+            name = source.name
             if source.streaming:
-                held_out[source.name], self.starts[source.name] = self._head_of_stream(source)
-                continue
-            found = documents[source.name]
-            chosen = self._choose(source, found) if source.held_out else []
-            names = {document.id for document in chosen}
-            held_out[source.name] = chosen
-            training[source.name] = [document for document in found if document.id not in names]
+                held_out[name], self.starts[name] = self._head_of_stream(source)
+            else:
+                held_out[name] = self._choose(source, documents[name]) if source.held_out else []
+                chosen = {document.id for document in held_out[name]}
+                training[name] = [document for document in documents[name] if document.id not in chosen]
         return held_out, training
 
     def _choose(self, source: SourceSection, found: list[Document]) -> list[Document]:
@@ -182,7 +179,7 @@ class _Preparation:
                 "split it into several, or set the source's `held_out: false`"
             )
         section = self.config.held_out
-        budget = min(section.max_bytes, int(section.fraction * sum(document.size for document in found)))
+        budget = min(section.max_bytes, int(section.fraction * count(found)[1]))
         ordered = sorted(found, key=lambda document: document.fingerprint)
         return _within(ordered, budget) or [min(ordered, key=lambda document: document.size)]
 
@@ -214,18 +211,15 @@ class _Preparation:
         return OverlapIndex.build(n, texts)
 
     def _decontaminate(self, name: str, found: list[Document], overlap: OverlapIndex) -> list[Document]:
-        kept = []
-        tally = self.tallies[name]
+        kept, tally = [], self.tallies[name]
         for document in found:
             text = overlap.clean(document.text)
             if text is None:
                 tally.drop("decontamination", document.size)
                 continue
-            shortened = Document(document.id, text)
+            kept.append(Document(document.id, text))
             if text != document.text:
-                documents, cut = tally.shortened
-                tally.shortened = [documents + 1, cut + document.size - shortened.size]
-            kept.append(shortened)
+                tally.shorten(document.size - kept[-1].size)
         return kept
 
     def _tokenizer_texts(self, documents: _BY_SOURCE, overlap: OverlapIndex | None) -> Iterator[str]:
@@ -274,8 +268,7 @@ def _too_short(benchmarks: dict[str, list[list[str]]], n: int | None) -> list[Le
     least = min(n or SHORTEST, SHORTEST)
     found = []
     for path, records in benchmarks.items():
-        few = sum(all(len(words_of(text)) < least for text in record) for record in records)
-        if few:
+        if few := sum(all(len(words_of(text)) < least for text in record) for record in records):
             what = f"{few:,} of {len(records):,} records have fewer than {least} words and are not looked for"
             found.append(LeftOut(path, what))
     return found
@@ -283,11 +276,10 @@ def _too_short(benchmarks: dict[str, list[list[str]]], n: int | None) -> list[Le
 
 def _by_category(config: DataSection, held_out: _BY_SOURCE) -> _BY_SOURCE:
     """Held-out documents of all sources of a category, named `SOURCE/ID`."""
-    found: _BY_SOURCE = {}
+    found: defaultdict[str, list[Document]] = defaultdict(list)
     for source in config.sources:
-        renamed = [Document(f"{source.name}/{document.id}", document.text) for document in held_out[source.name]]
-        if renamed:
-            found.setdefault(source.category, []).extend(renamed)
+        for id, text in held_out[source.name]:
+            found[source.category].append(Document(f"{source.name}/{id}", text))
     return found
 
 
