@@ -7,19 +7,16 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import xxhash
 
-Digest = Literal["sha256", "xxh3_128", "xxh3_64"]
-_XXH3: dict[str, Any] = {"xxh3_128": xxhash.xxh3_128, "xxh3_64": xxhash.xxh3_64}
 
-
-def checksum(file: Path, digest: Digest = "xxh3_128") -> str:
+def checksum(file: Path, digest: Literal["sha256", "xxh3_128", "xxh3_64"] = "xxh3_128") -> str:
     """Hexadecimal checksum of a file's bytes. The xxh3 ones find accidents at the speed of memory; SHA-256 is for
     what names a file to others."""
     with file.open("rb") as stream:
-        return hashlib.file_digest(stream, _XXH3.get(digest, digest)).hexdigest()
+        return hashlib.file_digest(stream, digest if digest == "sha256" else getattr(xxhash, digest)).hexdigest()
 
 
 @contextmanager

@@ -1,9 +1,5 @@
 """Sources, cleaning, tokenizer, mixture, packing: everything between text and batches.
 
-prepared = prepare(config.data)
-with Loader(prepared, context_length=1024, micro_batch_size=4, rows_per_step=16) as loader:
-    for batch in loader: …
-
 The names are looked up when they are used: torch is not loaded for who reads a file of questions.
 """
 

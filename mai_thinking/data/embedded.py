@@ -70,24 +70,25 @@ def _stdlib_root() -> Path:
 
 def _stdlib_files(tests: bool) -> list[tuple[Path, str]]:
     """The standard library's modules, or its tests: (file, name below the library)."""
-    root = _stdlib_root()
-    return [(root.joinpath(*parts), "/".join(parts)) for parts in _stdlib_modules(root) if _is_test(parts) == tests]
+    return [(path, name) for path, name in _modules(_stdlib_root()) if _is_test(name) == tests]
 
 
 @functools.cache
-def _stdlib_modules(root: Path) -> tuple[tuple[str, ...], ...]:
-    """The path below `root` of every module, in order. Looked up once, and never below what is not the library's:
-    installed packages may be a hundred times as many, and a restarted worker waits for this."""
+def _modules(root: Path, part: str = "") -> tuple[tuple[Path, str], ...]:
+    """Each module of a `part` of `root`, which is a folder or a file, and its name below `root`, in order. Looked up
+    once, and never below what is not the library's: installed packages may be a hundred times as many, and a restarted
+    worker waits for this."""
+    if (root / part).is_file():
+        return ((root / part, part),)
     found = []
-    for folder, below, files in os.walk(root):
+    for folder, below, files in os.walk(root / part):
         below[:] = [name for name in below if name not in _ELSEWHERE]
-        above = Path(folder).relative_to(root).parts
-        found += [(*above, name) for name in files if name.endswith(".py")]
-    return tuple(sorted(found))
+        found += [Path(folder, name).relative_to(root).parts for name in files if name.endswith(".py")]
+    return tuple((root.joinpath(*parts), "/".join(parts)) for parts in sorted(found))
 
 
-def _is_test(parts: tuple[str, ...]) -> bool:
-    return any(part in ("test", "tests", "idle_test", "testing") for part in parts[:-1])
+def _is_test(name: str) -> bool:
+    return any(part in ("test", "tests", "idle_test", "testing") for part in name.split("/")[:-1])
 
 
 def _read_files(files: list[tuple[Path, str]]) -> Iterator[Document]:
@@ -99,18 +100,14 @@ def _read_files(files: list[tuple[Path, str]]) -> Iterator[Document]:
 
 
 def _package_files(names: tuple[str, ...]) -> list[tuple[Path, str]]:
-    """Modules below `names`, which are packages or parts of them; without their tests."""
-    found = []
+    """Modules of `names`, which are packages or parts of them; without their tests."""
+    found: list[tuple[Path, str]] = []
     for name in names:
-        spec = importlib.util.find_spec(name.split("/")[0])
+        package = name.split("/")[0]
+        spec = importlib.util.find_spec(package)
         if spec is None or spec.origin is None:
-            raise UsageError(f"the package {name.split('/')[0]!r} is missing; `pip install {name.split('/')[0]}`")
-        packages = Path(spec.origin).parent.parent
-        start = packages / name
-        for path in [start] if start.is_file() else sorted(start.rglob("*.py")):
-            parts = path.relative_to(packages).parts
-            if not _is_test(parts):
-                found.append((path, "/".join(parts)))
+            raise UsageError(f"the package {package!r} is missing; `pip install {package}`")
+        found += [one for one in _modules(Path(spec.origin).parent.parent, name) if not _is_test(one[1])]
     return found
 
 

@@ -10,13 +10,12 @@ from pathlib import Path
 
 import torch
 
+from mai_thinking.config.shipped import SCRIPTS
 from mai_thinking.errors import RunError
 from mai_thinking.experiments.processes import climb_processes
 from mai_thinking.provenance.record import read_lineage
 from mai_thinking.training.metrics import Record, read_records
 from mai_thinking.training.model_files import load_model
-
-_SCRIPTS = Path(__file__).parents[2] / "scripts"
 
 
 class ClimbRun:
@@ -52,11 +51,11 @@ class ClimbRun:
         if not self.over:
             return
         self.folder.parent.mkdir(parents=True, exist_ok=True)
-        script = [str(_SCRIPTS / "grpo.py")]
+        script = [str(SCRIPTS / "grpo.py")]
         if self.without:
             script = ["-m", "mai_thinking.experiments.without", self.without, *script]
         elif self.launched:
-            script = [str(_SCRIPTS / "launch.py"), *self.launched, *script]
+            script = [str(SCRIPTS / "launch.py"), *self.launched, *script]
         with open(f"{self.folder}.log", "ab") as log:
             environment = os.environ | {"OMP_NUM_THREADS": str(self.threads)}
             self.process = subprocess.Popen(

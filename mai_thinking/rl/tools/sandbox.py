@@ -36,19 +36,9 @@ class Outcome:
 def run_python(code: str, *, seconds: float, megabytes: int, locked: bool = True) -> Outcome:
     """Run a program with so much processor time and memory, in a process of its own that ends with it; `locked`: in the
     kernel's hold, or not at all."""
+    child = [sandbox_child.__file__, str(seconds), str(megabytes), str(locked)]
     process = subprocess.Popen(
-        [
-            sys.executable,
-            "-P",
-            "-s",
-            "-S",
-            "-X",
-            "utf8",
-            sandbox_child.__file__,
-            str(seconds),
-            str(megabytes),
-            str(locked),
-        ],
+        [sys.executable, *["-P", "-s", "-S", "-X", "utf8"], *child],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
