@@ -246,7 +246,7 @@ def _check(config: MaiThinkingConfig) -> None:
     if not 0.0 <= config.dropout < 1.0:
         raise UsageError(f"model.dropout: {config.dropout} is not in [0, 1)")
     for name, field in _section_schema().model_fields.items():
-        value, least = getattr(config, name), _LEAST.get(name, 0.0)
+        value, least = getattr(config, name, None), _LEAST.get(name, 0.0)  # a shorthand is no attribute
         if field.annotation is int and not (isinstance(value, int) and 1 <= value < 2**31):
             raise UsageError(f"model.{name}: must be a whole number of at least 1 and less than 2^31, got {value!r}")
         if field.annotation is float and not (isinstance(value, int | float) and least <= value <= _LARGEST):  # nor NaN
