@@ -38,7 +38,7 @@ def main() -> None:
 
     from mai_thinking.experiments.climb_run import commits_of
     from mai_thinking.experiments.rocket import Proof
-    from mai_thinking.experiments.rocket_page import draw, staleness, write_part, write_timeline
+    from mai_thinking.report.rocket import draw, staleness, write_part
 
     proof = Proof(options.config, options.overrides, options.work, options.updates, options.max_staleness)
     ways = {
@@ -57,10 +57,9 @@ def main() -> None:
         runs = [run.folder for run in proof.runs]
         if part == "staleness":
             runs = [final.parent for study in options.studies for final in study.glob("stale-*/final")]
-        write_part(options.out, part, found, command, commits_of(runs), proof.config.seed)
+        timed = options.work / "time-1" if part == "time" else None
+        write_part(options.out, part, found, command, commits_of(runs), proof.config.seed, timed)
         proof.runs.clear()
-        if part == "time":
-            write_timeline(options.work / "time-1", options.out)
     draw(options.out)
     print(f"{options.out}/summary.md")
 

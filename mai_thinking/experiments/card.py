@@ -4,20 +4,17 @@ Each part is a process of its own, so that one which fails, hangs or runs out of
 part that the time left is too short for is left out, and said so.
 """
 
-import hashlib
 import json
-import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from mai_thinking.config.storage import atomic_file
+from mai_thinking.bench.machine import describe
+from mai_thinking.config.storage import atomic_file, checksum
 from mai_thinking.training.checkpoint_storage import step_folder, visible_steps
 from mai_thinking.training.metrics import read_records
 
@@ -26,8 +23,7 @@ GRACE = 20.0
 """Seconds that a part has to save after its time is up."""
 
 
-@dataclass(frozen=True)
-class Part:
+class Part(NamedTuple):
     """One thing to know."""
 
     name: str
@@ -38,22 +34,10 @@ class Part:
     """Seconds without which it is not begun."""
     most: float = 3600.0
     """Seconds after which it is ended."""
-    between: Callable[[], None] = lambda: None
-    """Called before each command but the first."""
     figures: Callable[[str], Figures] = lambda text: {}
     """From what the commands printed and left."""
-
-
-@dataclass
-class Outcome:
-    """What became of a part."""
-
-    name: str
-    what: str
-    commands: list[str]
-    state: str
-    seconds: float = 0.0
-    figures: Figures = field(default_factory=dict)
+    between: Callable[[], None] = lambda: None
+    """Called before each command but the first."""
 
 
 def parts_of(work: Path, *, tiny: bool) -> list[Part]:
@@ -74,65 +58,53 @@ def parts_of(work: Path, *, tiny: bool) -> list[Part]:
         Part("climb", "GRPO of it: its curve, learner against engine", [rise], 45, 240, figures=lambda _: _run(climb)),
         Part(
             "resume", "the same bits from a checkpoint", [again, again],
-            most=90, between=lambda: _take_back(twice), figures=lambda _: _same(twice),
+            most=90, figures=lambda _: _same(twice), between=lambda: _take_back(twice),
         ),
         Part("rollouts", "the engine against `generate`", [rollout], least=20, most=150, figures=_bench),
     ]  # fmt: skip
 
 
-def run_parts(parts: Sequence[Part], minutes: float, out: Path) -> list[Outcome]:
-    """Run what there is time for; the outcomes are in `out` after each part, with everything that was printed."""
+def run_parts(parts: Sequence[Part], minutes: float, out: Path) -> list[dict[str, Any]]:
+    """Run what there is time for; what became of each part is in `out` when the next begins, with all that it
+    printed."""
     out.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + 60 * minutes
-    outcomes: list[Outcome] = []
+    outcomes: list[dict[str, Any]] = []
     for part in parts:
-        outcome = Outcome(part.name, part.what, [" ".join(("python", *c)) for c in part.commands], "left out: no time")
+        commands = [" ".join(("python", *command)) for command in part.commands]
+        outcome: dict[str, Any] = {"name": part.name, "what": part.what, "commands": commands}
+        outcome |= {"state": "left out: no time", "seconds": 0.0, "figures": {}}
         left = end - time.monotonic()
         if left > max(part.least, GRACE):
-            _run_part(part, outcome, min(part.most, left - GRACE), out / f"{part.name}.txt")
+            begin = time.monotonic()
+            outcome["state"], outcome["figures"] = _run_part(part, min(part.most, left - GRACE), out)
+            outcome["seconds"] = time.monotonic() - begin
         outcomes.append(outcome)
         _write(outcomes, out)
-        print(f"{part.name}: {outcome.state}, {outcome.seconds:.0f} s", flush=True)
+        print(f"{part.name}: {outcome['state']}, {outcome['seconds']:.0f} s", flush=True)
     return outcomes
 
 
-def _run_part(part: Part, outcome: Outcome, seconds: float, log: Path) -> None:
-    begin = time.monotonic()
-    outcome.state = "done"
+def _run_part(part: Part, seconds: float, out: Path) -> tuple[str, Figures]:
+    """(its state, its figures)"""
+    begin, log, state = time.monotonic(), out / f"{part.name}.txt", "done"
     with log.open("w") as output:
         try:
             for number, command in enumerate(part.commands):
                 if number:
                     part.between()
-                left = begin + seconds - time.monotonic()
-                if (code := _run_command(command, left, output)) != 0:
-                    outcome.state = "ended: its time was up" if code is None else f"failed: exit code {code}"
+                left = max(1.0, begin + seconds - time.monotonic())
+                # First asked to end, so that it saves.
+                limited = ["timeout", f"--kill-after={GRACE / 2}", str(left), sys.executable, *command]
+                if (code := subprocess.run(limited, stdout=output, stderr=subprocess.STDOUT).returncode) != 0:
+                    state = "ended: its time was up" if code in (124, 137) else f"failed: exit code {code}"
                     break
         except Exception as error:
-            outcome.state = f"failed: {type(error).__name__}: {error}"
-    outcome.seconds = time.monotonic() - begin
+            state = f"failed: {type(error).__name__}: {error}"
     try:  # of what was cut short too
-        outcome.figures = part.figures(log.read_text())
+        return state, part.figures(log.read_text())
     except Exception as error:
-        outcome.figures = {"none": f"{type(error).__name__}: {error}"}
-
-
-def _run_command(command: Sequence[str], seconds: float, output: Any) -> int | None:
-    """Its exit code, or None if it had to be ended: first asked to, so that it saves."""
-    process = subprocess.Popen(
-        [sys.executable, *command], stdout=output, stderr=subprocess.STDOUT, start_new_session=True
-    )
-    try:
-        return process.wait(max(1.0, seconds))
-    except subprocess.TimeoutExpired:
-        for number in (signal.SIGTERM, signal.SIGKILL):
-            os.killpg(process.pid, number)
-            try:
-                process.wait(GRACE / 2)
-                break
-            except subprocess.TimeoutExpired:
-                continue
-        return None
+        return state, {"none": f"{type(error).__name__}: {error}"}
 
 
 def _bench(text: str) -> Figures:
@@ -167,25 +139,19 @@ def _take_back(run: Path) -> None:
 
 def _same(run: Path) -> Figures:
     """Whether both attempts left the same weights; the steps' losses are compared when they are computed again."""
-    hashes = [_sha256(folder / "model.safetensors") for folder in (run.with_name("first"), run / "final")]
+    hashes = [checksum(folder / "model.safetensors", "sha256") for folder in (run.with_name("first"), run / "final")]
     return {"same bits": hashes[0] == hashes[1], "sha256": hashes[0]}
 
 
-def _sha256(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()
-
-
-def _write(outcomes: Sequence[Outcome], out: Path) -> None:
-    from mai_thinking.bench.machine import describe
-
+def _write(outcomes: Sequence[dict[str, Any]], out: Path) -> None:
     machine = describe()
     with atomic_file(out / "summary.json") as path:
-        path.write_text(json.dumps({"machine": machine, "parts": [asdict(o) for o in outcomes]}, indent=1) + "\n")
+        path.write_text(json.dumps({"machine": machine, "parts": outcomes}, indent=1) + "\n")
     lines = ["# A card's minutes", "", ", ".join(f"{name} {value}" for name, value in machine.items()), ""]
     lines += ["| part | | state | seconds |", "|---|---|---|---:|"]
-    lines += [f"| [{o.name}]({o.name}.txt) | {o.what} | {o.state} | {o.seconds:.0f} |" for o in outcomes]
+    lines += ["| [{name}]({name}.txt) | {what} | {state} | {seconds:.0f} |".format(**outcome) for outcome in outcomes]
     for outcome in outcomes:
-        lines += ["", f"## {outcome.name}", "", *(f"    {command}" for command in outcome.commands)]
-        lines += ["", "```json", json.dumps(outcome.figures, indent=1), "```"] if outcome.figures else []
+        lines += ["", f"## {outcome['name']}", "", *(f"    {command}" for command in outcome["commands"])]
+        lines += ["", "```json", json.dumps(outcome["figures"], indent=1), "```"] if outcome["figures"] else []
     with atomic_file(out / "summary.md") as path:
         path.write_text("\n".join(lines) + "\n")

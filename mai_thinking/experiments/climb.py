@@ -7,6 +7,7 @@ The folder is all that processes need to share to work on one climb together.
 """
 
 import gc
+import itertools
 import os
 import time
 from collections.abc import Callable
@@ -19,10 +20,7 @@ from accelerate.utils import broadcast_object_list
 
 from mai_thinking.config.climb import ClimbConfig
 from mai_thinking.config.command import EXIT_COLLAPSED, EXIT_INTERRUPTED
-from mai_thinking.config.distillation import DistillConfig
-from mai_thinking.config.grpo import GrpoConfig
 from mai_thinking.config.loading import save_config
-from mai_thinking.config.pretraining import PretrainConfig
 from mai_thinking.config.storage import atomic_file
 from mai_thinking.errors import RunError
 from mai_thinking.experiments.plan import ClimbPlan, Stage
@@ -35,6 +33,7 @@ from mai_thinking.training.ledger import CAUSE_VARIABLE, LAUNCHED_VARIABLE
 from mai_thinking.training.stop import StopRequest
 
 POLL_SECONDS = 2.0
+RECIPES: dict[str, Callable[[Any], int]] = {"pretrain": pretrain, "grpo": grpo, "self_distill": self_distill}
 
 
 def run_climb(
@@ -61,8 +60,11 @@ def run_climb(
             if stage == "wait":
                 time.sleep(POLL_SECONDS)
             else:
-                _clear_memory()
-                code = _run(stage)
+                # Leave nothing of an earlier stage here: the last model, its optimiser, and what DDP holds of them;
+                # nor the precision, with another one of which the next `Accelerator` would refuse.
+                gc.collect()
+                AcceleratorState._reset_state()
+                code = RECIPES[stage.run](stage.config)
                 if code not in (0, EXIT_COLLAPSED):
                     return code
                 if queue is not None and report_stage is not None:
@@ -71,7 +73,9 @@ def run_climb(
                 if queue is not None:
                     print("stopped between two stages; the same command goes on with the next", flush=True)
                 return EXIT_INTERRUPTED
-            _begin_anew()
+            # The next ledger is not to begin before now, nor with the fault that this stage was restarted for.
+            os.environ[LAUNCHED_VARIABLE] = str(time.time())
+            os.environ.pop(CAUSE_VARIABLE, None)
         if queue is not None and report is not None:
             # Each process does, one after the other: none can know that it is the last.
             with queue.planning():
@@ -109,41 +113,9 @@ def _next_stage(queue: WorkQueue, config: ClimbConfig) -> Stage | Literal["wait"
         if name == last:
             raise RunError(f"stage {name} ended and is not finished: {stage.state} {stage.why}".rstrip())
         if stage.state == "changed":
-            aside = _move_aside(stage.folder.path)
+            numbered = (stage.folder.path.with_name(f"{name}-old-{number}") for number in itertools.count(1))
+            aside = stage.folder.path.rename(next(path for path in numbered if not path.exists()))
             print(f"stage {name} is run again ({stage.why}); what it was is in {aside}", flush=True)
         plan.remember_inputs(stage)
         print(f"── stage {name}\n", flush=True)
         return stage
-
-
-def _run(stage: Stage) -> int:
-    """By the function of the script that its kind names."""
-    match stage.config:
-        case PretrainConfig():
-            return pretrain(stage.config)
-        case GrpoConfig():
-            return grpo(stage.config)
-        case DistillConfig():
-            return self_distill(stage.config)
-
-
-def _clear_memory() -> None:
-    """Leave nothing of an earlier stage in this process."""
-    gc.collect()  # the last model, its optimiser, and what DDP holds of them
-    # Precision is kept there; with another one the next `Accelerator` would refuse. The ranks' connection stays.
-    AcceleratorState._reset_state()
-
-
-def _begin_anew() -> None:
-    """The next ledger is not to begin before now, nor with the fault that an earlier stage was restarted for."""
-    os.environ[LAUNCHED_VARIABLE] = str(time.time())
-    os.environ.pop(CAUSE_VARIABLE, None)
-
-
-def _move_aside(folder: Path) -> Path:
-    """Give a stage's folder the first free name of FOLDER-old-1, FOLDER-old-2, …; returns it."""
-    number = 1
-    while (aside := folder.with_name(f"{folder.name}-old-{number}")).exists():
-        number += 1
-    folder.rename(aside)
-    return aside

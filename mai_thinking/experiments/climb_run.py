@@ -12,7 +12,6 @@ import torch
 
 from mai_thinking.config.shipped import SCRIPTS
 from mai_thinking.errors import RunError
-from mai_thinking.experiments.processes import climb_processes
 from mai_thinking.provenance.record import read_lineage
 from mai_thinking.training.metrics import Record, read_records
 from mai_thinking.training.model_files import load_model
@@ -37,18 +36,20 @@ class ClimbRun:
         return (self.folder / "final").is_dir()
 
     @property
-    def over(self) -> bool:
-        """Whether it does not run now."""
-        return self.process is None or self.process.poll() is not None
-
-    @property
     def steps(self) -> list[Record]:
         """The records of its gradient steps."""
         return [r for r in read_records(self.folder / "metrics.jsonl") if "kind" not in r]
 
-    def ensure_started(self) -> None:
-        """Begin, or go on, if it does not run."""
-        if not self.over:
+    def finish(
+        self,
+        *,
+        until: int | None = None,
+        beside: Callable[[], None] | None = None,
+        ends: Sequence[int] = (0, 75),
+    ) -> None:
+        """Begin, or go on, and wait for the end; or for step `until`, where it is stopped. `beside` is called
+        meanwhile, often. RunError for an exit code that is not in `ends`."""
+        if self.finished or (until is not None and self._reached(until)):
             return
         self.folder.parent.mkdir(parents=True, exist_ok=True)
         script = [str(SCRIPTS / "grpo.py")]
@@ -58,22 +59,8 @@ class ClimbRun:
             script = [str(SCRIPTS / "launch.py"), *self.launched, *script]
         with open(f"{self.folder}.log", "ab") as log:
             environment = os.environ | {"OMP_NUM_THREADS": str(self.threads)}
-            self.process = subprocess.Popen(
-                [sys.executable, *script, *self.command], env=environment, stdout=log, stderr=log
-            )
-
-    def wait(self) -> int:
-        """For the end of its process; → the exit code."""
-        assert self.process is not None
-        return self.process.wait()
-
-    def finish(self, *, until: int | None = None, beside: Callable[[], None] | None = None) -> None:
-        """Start if need be, and wait for the end; or for step `until`, where it is stopped. `beside` is called
-        meanwhile, often. RunError if it fails."""
-        if self.finished or (until is not None and self._reached(until)):
-            return
-        self.ensure_started()
-        assert self.process is not None
+            command = [sys.executable, *script, *self.command]
+            self.process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
         while self.process.poll() is None:
             if until is not None and self._reached(until):
                 self.process.send_signal(signal.SIGTERM)
@@ -81,7 +68,7 @@ class ClimbRun:
             if beside is not None:
                 beside()
             time.sleep(0.2)
-        if self.process.returncode not in (0, 75):
+        if self.process.returncode not in ends:
             raise RunError(f"{self.folder}: exit code {self.process.returncode}; see {self.folder}.log")
 
     def processes(self) -> dict[str, list[int]]:
@@ -100,6 +87,23 @@ class ClimbRun:
 
     def _reached(self, step: int) -> bool:
         return bool(self.steps) and self.steps[-1]["step"] >= step
+
+
+def climb_processes(trainer: int) -> dict[str, list[int]]:
+    """Process ids of the `worker`s and `grader`s of the trainer with this id. Linux."""
+    running: list[tuple[int, int, str]] = []  # id, parent's id, command
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = int((path / "stat").read_text().rsplit(")", 1)[1].split()[1])
+            running.append((int(path.name), parent, (path / "cmdline").read_bytes().decode(errors="replace")))
+        except (OSError, IndexError):  # it has ended
+            continue
+
+    def children(parents: list[int], word: str) -> list[int]:
+        return sorted(pid for pid, parent, command in running if parent in parents and word in command)
+
+    workers = children(children([trainer], "forkserver"), "forkserver")
+    return {"worker": workers, "grader": children([trainer, *workers], "grading_worker")}
 
 
 def commits_of(runs: Iterable[Path]) -> list[str]:

@@ -8,7 +8,8 @@ resolved config, and the records of lineage of the models and traces that it beg
 import json
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -30,11 +31,9 @@ from mai_thinking.training.metrics import read_records
 from mai_thinking.training.run_folder import RunFolder
 
 StageConfig = PretrainConfig | GrpoConfig | DistillConfig
-CONFIGS: dict[StageKind, type[StageConfig]] = {
-    "pretrain": PretrainConfig,
-    "grpo": GrpoConfig,
-    "self_distill": DistillConfig,
-}
+_CONFIGS: dict[StageKind, type[StageConfig]] = {
+    "pretrain": PretrainConfig, "grpo": GrpoConfig, "self_distill": DistillConfig,
+}  # fmt: skip
 INPUTS = "stages.json"
 """In the climb's folder: the ids of the lineage records that each stage began with."""
 LATE = 0.5
@@ -43,7 +42,7 @@ LATE = 0.5
 State = Literal["finished", "collapsed", "begun", "changed", "waits", "to do"]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Stage:
     """One run of the climb, resolved."""
 
@@ -88,7 +87,12 @@ class Stage:
 
     def parent_ids(self) -> dict[str, str | None]:
         """The ids of its parents' records, by path; None where there is no sound record."""
-        return {str(path): _record_id(path) for path in self.parents}
+        ids: dict[str, str | None] = {}
+        for path in self.parents:
+            ids[str(path)] = None
+            with suppress(ValueError):
+                ids[str(path)] = read_lineage(path).id
+        return ids
 
 
 class ClimbPlan:
@@ -111,10 +115,12 @@ class ClimbPlan:
     def ready(self) -> list[Stage]:
         """The stages that may be run, or gone on with, now; none when all is done. RunError if one has collapsed, and
         that is neither answered nor accepted."""
-        answered = {stage.answers for stage in self.stages}
+        reset, answered = self.config.reset, {stage.answers for stage in self.stages}
         for stage in self.stages:
             if stage.state == "collapsed" and stage.name not in answered and not self._accepted(stage):
-                raise RunError(f"stage {stage.name}: {stage.collapse}. {self._no_answer()}")
+                allowed = f"`reset` allows {reset.at_most} answer(s), from traces before it; change" if reset else ""
+                advice = allowed or "Set `reset` to answer with self-distillation, or change"
+                raise RunError(f"stage {stage.name}: {stage.collapse}. {advice} the stage's config")
         return [stage for stage in self.stages if not stage.ended and self._waits_for(stage) is None]
 
     def remember_inputs(self, stage: Stage) -> None:
@@ -130,25 +136,25 @@ class ClimbPlan:
         name: str,
         run: StageKind,
         tree: dict[str, Any],
-        seconds_per_step: float | None,
+        declared: float | None,
         answers: str | None = None,
     ) -> Stage:
         tree |= {"name": name, "output_dir": str(self.path / name)}
         # By its name, so that another stage before it changes nothing here.
         tree.setdefault("seed", (self.config.seed + zlib.crc32(name.encode())) % 2**31)
-        config = validate(CONFIGS[run], tree, f"stage {name!r}")
+        config = validate(_CONFIGS[run], tree, f"stage {name!r}")
         model = config.init_from
         parents = [] if model is None else [Path(model).expanduser()]
         if isinstance(config, DistillConfig):
             parents += [source.folder / "traces" for source in config.traces]
-        stage = Stage(name, run, config, tuple(parents), seconds_per_step, answers)
-        state, why = self._judge(stage)
-        stage = replace(stage, state=state, why=why)
+        stage = Stage(name, run, config, tuple(parents), declared, answers)
+        stage.state, stage.why = self._judge(stage)
         self.stages.append(stage)
         return stage
 
     def _tree(self, section: StageSection) -> dict[str, Any]:
-        tree = _read_with(section.config, section.set, section.name)
+        tree = read_yaml_with_base(Path(section.config))
+        _lay_over(tree, section.set, section.name)
         if section.init_from is not None:
             model = str(self._last[section.init_from].folder.final)
             tree["init_from"] = model
@@ -177,7 +183,8 @@ class ClimbPlan:
             traces.append({"run": str(stage.folder.path), "steps": [0, good], "late": LATE})
             left = max(1, left - good)
             names = answer_names(first.name, len(traces))
-            tree = _read_with(reset.config, reset.set, names[0])
+            tree = read_yaml_with_base(Path(reset.config))
+            _lay_over(tree, reset.set, names[0])
             model = reset.set.get("init_from", first.config.init_from)
             tree |= {"init_from": model, "traces": list(traces)}
             distilled = self._add(names[0], "self_distill", tree, reset.seconds_per_step, stage.name)
@@ -262,40 +269,24 @@ class ClimbPlan:
         """The stages that `stage` begins with, or folders from elsewhere."""
         parts = []
         for path in stage.parents:
-            before = self._stage_of(path)
             of_it = "" if path.name == "final" else f" ({path.name})"
-            parts.append(f"{before.name}{of_it}" if before else str(path))
+            parts.append(f"{before.name}{of_it}" if (before := self._stage_of(path)) else str(path))
         return ", ".join(parts)
 
     def _stage_of(self, path: Path) -> Stage | None:
         """The stage that `path` is a part of."""
         return next((stage for stage in self.stages if stage.folder.path in path.parents), None)
 
-    def _no_answer(self) -> str:
-        if self.config.reset is None:
-            return "Set `reset` to answer with self-distillation, or change the stage's config"
-        return f"`reset` allows {self.config.reset.at_most} answer(s), from traces before it; change the stage's config"
-
 
 def _spell(stage: Stage) -> str:
-    match stage.state:
-        case "begun":
-            return f"begun, {stage.steps_done} steps done"
-        case "changed":
-            return f"to do again: {stage.why}"
-        case "waits":
-            return f"there, but waits {stage.why}"
-        case "collapsed":
-            return f"collapsed at step {stage.collapse.step}" if stage.collapse else stage.state
-        case _ if stage.answers:
-            return f"{stage.state}; answers the collapse of {stage.answers}"
-    return stage.state
-
-
-def _read_with(path: str, changes: Mapping[str, Any], stage: str) -> dict[str, Any]:
-    tree = read_yaml_with_base(Path(path))
-    _lay_over(tree, changes, stage)
-    return tree
+    said = {
+        "begun": f"begun, {stage.steps_done if stage.state == 'begun' else 0} steps done",
+        "changed": f"to do again: {stage.why}",
+        "waits": f"there, but waits {stage.why}",
+        "collapsed": f"collapsed at step {stage.collapse.step}" if stage.collapse else "",
+    }
+    answer = f"; answers the collapse of {stage.answers}" if stage.answers else ""
+    return said.get(stage.state) or f"{stage.state}{answer}"
 
 
 def _lay_over(tree: dict[str, Any], changes: Mapping[str, Any], stage: str) -> None:
@@ -318,13 +309,6 @@ def _newest_before_collapse(stage: Stage) -> Path:
     if not before:
         raise RunError(f"stage {stage.name} has no checkpoint from before its collapse; raise checkpoint.keep")
     return before[-1]
-
-
-def _record_id(folder: Path) -> str | None:
-    try:
-        return read_lineage(folder).id
-    except ValueError:
-        return None
 
 
 def _read_json(path: Path) -> dict[str, Any]:

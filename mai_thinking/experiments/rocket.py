@@ -1,12 +1,13 @@
 """The proof of asynchronous RL (MAI-Thinking-1 report §3.6): exact where nothing is stale, the same again by its
 schedule where something is, nothing lost when processes die, and the time that it takes. Each part is a few runs."""
 
+import contextlib
 import json
 import os
 import random
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -76,17 +77,23 @@ class Proof:
     def faults(self, kills: int) -> _Found:
         """One run in which processes are killed at random; and its schedule done again undisturbed."""
         struck = self._run("struck", [*self.ahead, "rollouts.workers=2"])
-        made: dict[str, list[int]] = {}
         record = self.work / "kills.json"
         if not struck.finished:
-            done: dict[str, int] = dict.fromkeys((kind for kind, _ in _KINDS), 0)
-            for kind in _victims(kills):
-                if not _strike(struck, kind, made):
-                    break
-                done[kind] += 1
-            struck.finish()
-            twice = sum(len(set(times)) - 1 for times in made.values())
-            record.write_text(json.dumps({"kills": done, "generated_twice": twice}))
+            victims = [kind for kind, share in _KINDS for _ in range(round(share * kills / 10))]
+            random.Random(19).shuffle(victims)
+            killer = _Killer(struck, self.steps, victims)
+            made: dict[str, set[int]] = {}
+
+            def beside() -> None:
+                killer()
+                for path in (struck.folder / "rollouts").glob("batch-*"):
+                    with contextlib.suppress(FileNotFoundError):  # no longer needed
+                        made.setdefault(path.name, set()).add(path.stat().st_mtime_ns)
+
+            while not struck.finished:
+                struck.finish(beside=beside, ends=(0, 75, -signal.SIGKILL))
+            twice = sum(len(times) - 1 for times in made.values())
+            record.write_text(json.dumps({"kills": killer.done, "generated_twice": twice}))
         again = self._run("again", [*self.ahead, f"rollouts.replay={struck.folder}"])
         again.finish()
         arrived = sorted(arrival["arrived"] for arrival in Schedule(schedule_path(struck.folder, 0)).arrivals)
@@ -104,8 +111,8 @@ class Proof:
         """Updates a second of a run whose workers are killed, in turns with one that is left alone."""
         settings = [*self.ahead, "rollouts.workers=2"]
         sides = {"undisturbed": self._run("calm", settings), "struck": self._run("deaths", settings)}
-        killer = _Killer(sides["struck"], self._moments(kills))
-        steps = self._in_turns(sides, blocks, {"struck": killer})
+        killer = _Killer(sides["struck"], self.steps, ["worker"] * kills)
+        steps = self._in_turns(sides, blocks, killer)
         rates = {side: len(rows) / sum(r["seconds"] for r in rows) / self.per_update for side, rows in steps.items()}
         text = Path(f"{sides['struck'].folder}.log").read_text()
         return {
@@ -124,14 +131,12 @@ class Proof:
             run.without = without
             run.finish()
             found[way] = shares_by_size(run.folder, self.config, self.max_staleness)
-        names = ("groups", "response_length", "learned")
-        rows = [
-            {"size": paced["size"]} | {f"{name} {way}": row[name] for way, row in pair.items() for name in names}
-            for paced, pair in (
-                (one, {"pacing": one, "dropping": other})
-                for one, other in zip(found["pacing"], found["dropping"], strict=True)
-            )
-        ]
+        rows: list[Record] = []
+        for size in sorted({row["size"] for side in found.values() for row in side}):
+            rows.append({"size": size})
+            for way, side in found.items():
+                own = next((row for row in side if row["size"] == size), {"groups": 0})
+                rows[-1] |= {f"{name} {way}": own.get(name) for name in ("groups", "response_length", "learned")}
         return {"shares_updates": self.updates, "shares_max_staleness": self.max_staleness, "learned_by_size": rows}
 
     def jit(self, kills: int) -> _Found:
@@ -141,7 +146,7 @@ class Proof:
         for name, parallel in (("before", "fsdp"), ("after", "ddp")):
             run = self._run(f"jit-{parallel}", [f"execution.parallel={parallel}"])
             run.launched = ["--nproc", "2", "--restarts", "1000"]
-            run.finish(beside=_Killer(run, self._moments(kills)))  # its launcher's workers are the ranks
+            run.finish(beside=_Killer(run, self.steps, ["worker"] * kills))  # its launcher's workers are the ranks
             account = account_of(run.folder)
             row = {"just_in_time": name, "parallel": parallel, "restarts": len(account.recoveries)}
             row |= {"from_a_rank_that_was_left": account.rescued, "recovery_seconds": fmean(account.recoveries)}
@@ -168,18 +173,15 @@ class Proof:
         return {"simulated": rows}
 
     def _in_turns(
-        self, sides: dict[str, ClimbRun], blocks: int, beside: dict[str, Callable[[], None]] | None = None
+        self, sides: dict[str, ClimbRun], blocks: int, killer: "_Killer | None" = None
     ) -> dict[str, list[Record]]:
         """Steps by side, of runs that took turns, without the first two of each turn."""
         for block in range(blocks):
-            for side, run in sides.items():
+            for run in sides.values():
                 until = (block + 1) * self.steps // blocks if block + 1 < blocks else None
-                run.finish(until=until, beside=(beside or {}).get(side))
+                run.finish(until=until, beside=killer if killer is not None and killer.run is run else None)
         first = {block * self.steps // blocks + skip for block in range(blocks) for skip in (1, 2)}
         return {side: [r for r in run.steps if r["step"] not in first] for side, run in sides.items()}
-
-    def _moments(self, kills: int) -> list[float]:
-        return [self.steps * (n + 0.5) / kills for n in range(kills)]
 
     def _run(self, name: str, settings: Sequence[str], threads: int = 1) -> ClimbRun:
         command = [*self.command, f"steps={self.steps}", f"name={name}", *settings]
@@ -188,54 +190,28 @@ class Proof:
 
 
 class _Killer:
-    """Kills a worker, one or the other, whenever the run has come to one of `moments`, in steps."""
+    """Kills one of `victims` after the other, in even distances of a run of `steps`; to be called often."""
 
-    def __init__(self, run: ClimbRun, moments: Sequence[float]) -> None:
-        self.run, self.draw = run, random.Random(19)
-        self.moments = [moment for moment in moments if moment > len(run.steps)]
+    def __init__(self, run: ClimbRun, steps: int, victims: Sequence[str]) -> None:
+        self.run, self.draw, self.done = run, random.Random(19), dict.fromkeys(victims, 0)
+        moments = [steps * (n + 0.5) / len(victims) for n in range(len(victims))]
+        self._left = [pair for pair in zip(moments, victims, strict=True) if pair[0] > len(run.steps)]
         self._step, self._since, self._seconds = len(run.steps), time.monotonic(), 0.0
 
     def __call__(self) -> None:
-        """To be called often."""
         step, now = len(self.run.steps), time.monotonic()
         if step > self._step:
             self._seconds = (now - self._since) / (step - self._step)
             self._step, self._since = step, now
         progress = step + min(0.99, (now - self._since) / self._seconds) if self._seconds else step
-        workers = self.run.processes()["worker"]
-        if self.moments and progress >= self.moments[0] and workers:
-            os.kill(self.draw.choice(workers), signal.SIGKILL)
-            self.moments.pop(0)
-
-
-def _victims(kills: int) -> Iterator[str]:
-    draw = random.Random(19)
-    kinds = [kind for kind, share in _KINDS for _ in range(round(share * kills / 10))]
-    draw.shuffle(kinds)
-    yield from kinds
-
-
-def _strike(run: ClimbRun, kind: str, made: dict[str, list[int]]) -> bool:
-    """Let the run go on for a moment, and kill; whether it had not ended before."""
-    run.ensure_started()
-    before = len(run.steps)
-    moment = time.monotonic() + random.Random(f"{kind} {before}").uniform(2, 10)
-    while time.monotonic() < moment or not run.processes()["worker"] or len(run.steps) == before == 0:
-        if run.over:
-            return False
-        for path in (run.folder / "rollouts").glob("batch-*"):
-            times = made.setdefault(path.name, [])
-            try:
-                times.append(path.stat().st_mtime_ns)
-            except FileNotFoundError:  # no longer needed
-                continue
-        time.sleep(0.1)
-    found = run.processes()
-    for pid in [pid for pids in found.values() for pid in pids] if kind == "all" else found[kind][:1]:
-        try:
-            os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
-    if kind in ("learner", "all"):
-        run.wait()
-    return True
+        if not self._left or progress < self._left[0][0]:
+            return
+        kind, found = self._left[0][1], self.run.processes()
+        of_kind = [pid for pids in found.values() for pid in pids] if kind == "all" else found[kind]
+        if not found["worker"] or not of_kind:
+            return  # it has only begun
+        for pid in of_kind if kind == "all" else [self.draw.choice(of_kind)]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.done[kind] += 1
+        self._left.pop(0)

@@ -51,8 +51,8 @@ def test_what_fails_or_hangs_costs_itself_only(tmp_path: Path, monkeypatch: pyte
 def test_all_parts_dry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a CPU, with tiny models: a step of L12 needs a card, all else is there."""
     monkeypatch.chdir(Path(__file__).parents[2])
-    outcomes = {o.name: o for o in run_parts(parts_of(tmp_path / "work", tiny=True), 10, tmp_path / "out")}
-    assert {name for name, outcome in outcomes.items() if outcome.state == "done"} >= {"base", "climb", "resume"}
-    assert outcomes["base"].figures["steps"] == 20
-    assert outcomes["climb"].figures["mismatch"] < 1e-4
-    assert outcomes["resume"].figures["same bits"]
+    outcomes = {o["name"]: o for o in run_parts(parts_of(tmp_path / "work", tiny=True), 10, tmp_path / "out")}
+    assert {name for name, outcome in outcomes.items() if outcome["state"] == "done"} >= {"base", "climb", "resume"}
+    assert outcomes["base"]["figures"]["steps"] == 20
+    assert outcomes["climb"]["figures"]["mismatch"] < 1e-4
+    assert outcomes["resume"]["figures"]["same bits"]

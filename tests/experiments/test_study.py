@@ -12,7 +12,7 @@ from mai_thinking.config.grpo import GrpoConfig
 from mai_thinking.config.loading import load_config
 from mai_thinking.config.study import StudyConfig
 from mai_thinking.errors import RunError, UsageError
-from mai_thinking.experiments.climb import run_climb
+from mai_thinking.experiments.climb import RECIPES, run_climb
 from mai_thinking.experiments.plan import ClimbPlan
 from mai_thinking.recipes.grpo import grpo
 from mai_thinking.report.study import claims, difference, measure, table, verdict_of, write_report
@@ -105,7 +105,7 @@ def collapsing(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
                     patch.setattr(CollapseDetector, "update", give_up)
                 return grpo(config)
 
-        monkeypatch.setattr("mai_thinking.experiments.climb.grpo", climb_of)
+        monkeypatch.setitem(RECIPES, "grpo", climb_of)
 
     def give_up(self: CollapseDetector, record: dict[str, Any]) -> Verdict:
         sign = {"value": 0.1, "usual": 0.9, "since": 1}

@@ -16,7 +16,7 @@ from checksums import sha256_of
 from mai_thinking.config.grpo import GrpoConfig
 from mai_thinking.config.loading import load_config, save_config
 from mai_thinking.errors import UsageError
-from mai_thinking.experiments.processes import climb_processes
+from mai_thinking.experiments.climb_run import climb_processes
 from mai_thinking.recipes.grpo import grpo
 from mai_thinking.report.reading import read_run
 from mai_thinking.report.timeline import LEARN, WAIT, timeline

@@ -1,5 +1,6 @@
 """Everything that a set of points can tell: the baseline's law, efficiency gains, verdicts, crossings; also as JSON."""
 
+import itertools
 import math
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -47,12 +48,8 @@ def analyse(points: PointSet, *, seed: int = 0, replicates: int = REPLICATES) ->
         for score in points.scores:
             curves = [Curve.of(points, config, score, cost) for config in points.configs]
             fits[score, cost] = fit_baseline(curves[0], seed_noise(curves), rng, replicates)
-    efficiencies = tuple(
-        efficiency(points, fits[score, cost], config, score, cost)
-        for config in points.configs[1:]
-        for score in points.scores
-        for cost in points.costs
-    )
+    every = itertools.product(points.configs[1:], points.scores, points.costs)
+    efficiencies = tuple(efficiency(points, fits[score, cost], config, score, cost) for config, score, cost in every)
     crossings = tuple(cross(e, points.baseline, rng) for e in efficiencies if e.problem is None)
     return Analysis(points, fits, efficiencies, crossings)
 
@@ -83,37 +80,27 @@ def as_json(analysis: Analysis) -> dict[str, Any]:
         "weights": dict(points.weights or report_weights(points.categories)) if len(points.scores) > 1 else {},
         "points": [point.model_dump() for point in points.points],
         "fits": [_fit_as_json(fit) for fit in analysis.fits.values()],
-        "efficiency": [_gain_as_json(e) for e in analysis.efficiencies],
+        "efficiency": [
+            asdict(e)
+            | {name: getattr(e, name)._asdict() for name in ("mean", "largest", "trend")}
+            | {"verdict": e.verdict[0], "reason": e.verdict[1]}
+            for e in analysis.efficiencies
+        ],
         "verdicts": {candidate: analysis.verdict(candidate) for candidate in analysis.candidates},
         "ranked_right": ranked_right(points),
         "crossings": [asdict(crossing) for crossing in analysis.crossings],
     }
 
 
-def _gain_as_json(e: Efficiency) -> dict[str, Any]:
-    estimates = {name: getattr(e, name)._asdict() for name in ("mean", "largest", "trend")}
-    return asdict(e) | estimates | {"verdict": e.verdict[0], "reason": e.verdict[1]}
-
-
 def _fit_as_json(fit: BaselineFit) -> dict[str, Any]:
     curve = fit.curve
-    result: dict[str, Any] = {
-        "config": curve.config,
-        "score": curve.score,
-        "cost": curve.cost,
-        "runs": curve.runs,
-        "rungs": len(curve.costs_R),
-        "seed_noise": math.sqrt(fit.seeds.variance) if fit.seeds.freedom else None,
-        "problem": fit.problem,
-    }
+    result: dict[str, Any] = {name: getattr(curve, name) for name in ("config", "score", "cost", "runs")}
+    result["rungs"] = len(curve.costs_R)
+    result["seed_noise"] = math.sqrt(fit.seeds.variance) if fit.seeds.freedom else None
+    result["problem"] = fit.problem
     if fit.problem is None:
-        law, replicates = fit.law, fit.replicates
         result["lack_of_fit"] = fit.lack_of_fit
-        for name, value, many in (
-            ("A", law.A, replicates.A),
-            ("alpha", law.alpha, replicates.alpha),
-            ("E", law.floor, replicates.floor),
-        ):
-            low, high = interval(many)
-            result[name] = {"value": float(value), "low": low, "high": high}
+        for name, field in (("A", "A"), ("alpha", "alpha"), ("E", "floor")):
+            low, high = interval(getattr(fit.replicates, field))
+            result[name] = {"value": float(getattr(fit.law, field)), "low": low, "high": high}
     return result

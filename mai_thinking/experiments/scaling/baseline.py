@@ -43,8 +43,6 @@ class Curve:
     """Each rung's; of seconds, the median of its runs."""
     losses: tuple[Array, ...]
     """Each rung's losses, one per seed."""
-    depths: tuple[int | None, ...] = ()
-    """Each rung's depth, where known."""
 
     @classmethod
     def of(cls, points: PointSet, config: str, score: str, cost: str) -> "Curve":
@@ -55,8 +53,7 @@ class Curve:
 
         rungs = sorted(points.rungs(config), key=cost_of)
         losses = tuple(np.array([points.score(point, score) for point in rung]) for rung in rungs)
-        depths = tuple(rung[0].rung for rung in rungs)
-        return cls(config, score, cost, np.array([cost_of(rung) for rung in rungs]), losses, depths)
+        return cls(config, score, cost, np.array([cost_of(rung) for rung in rungs]), losses)
 
     @property
     def runs(self) -> int:
@@ -67,11 +64,6 @@ class Curve:
     def flat(self) -> tuple[Array, Array]:
         """(costs, losses) run by run."""
         return np.repeat(self.costs_R, [len(losses) for losses in self.losses]), np.concatenate(self.losses)
-
-    @property
-    def log_means_R(self) -> Array:  # noqa: N802 - R rungs
-        """Each rung's mean log loss."""
-        return np.array([np.log(losses).mean() for losses in self.losses])
 
 
 @dataclass(frozen=True)
@@ -88,11 +80,9 @@ class Noise:
 
 def seed_noise(curves: list[Curve]) -> Noise:
     """Scatter within rungs, pooled over `curves`; of freedom 0 where no rung has two seeds."""
-    squares, freedom = 0.0, 0
-    for curve in curves:
-        for losses in curve.losses:
-            squares += float(((np.log(losses) - np.log(losses).mean()) ** 2).sum())
-            freedom += len(losses) - 1
+    rungs = [np.log(losses) for curve in curves for losses in curve.losses]
+    squares = sum(float(((logs - logs.mean()) ** 2).sum()) for logs in rungs)
+    freedom = sum(len(logs) - 1 for logs in rungs)
     return Noise(squares / freedom if freedom else 0.0, freedom)
 
 
@@ -154,7 +144,7 @@ def _noise_like(
 ) -> tuple[Array, bool]:
     """Deviations of log losses, [B, N], and whether the rungs have noise of their own."""
     counts_R = np.array([len(losses) for losses in curve.losses])
-    misses_R = curve.log_means_R - np.log(law.loss(curve.costs_R))
+    misses_R = np.array([np.log(losses).mean() for losses in curve.losses]) - np.log(law.loss(curve.costs_R))
     spare = len(counts_R) - 3
     rung_of_N = np.repeat(np.arange(len(counts_R)), counts_R)
     fresh_BN = rng.standard_normal((replicates, len(rung_of_N)))

@@ -126,29 +126,29 @@ def efficiency(points: PointSet, baseline: BaselineFit, candidate: str, score: s
     rungs = [_Rung.of(points, rung, score, cost) for rung in points.rungs(candidate)]
     if len(rungs) < 2:
         return Efficiency(*names, problem="one rung tells nothing of how the gain changes with cost; add rungs")
-    logs_R = [rung.log_gains(baseline.law) for rung in rungs]
-    replicates_BR = np.stack([rung.mean_log_gains(baseline.replicates) for rung in rungs], axis=-1)
-    means_R = np.array([logs_P.mean() for logs_P in logs_R])
     x_R = np.log([rung.cost for rung in rungs])
-    errors = _Errors.of(logs_R, means_R, x_R, replicates_BR)
+    errors = _Errors.of(rungs, baseline, x_R)
     if errors is None:
         return Efficiency(*names, problem="single pairs on two rungs have no scatter to judge by; add seeds or rungs")
     centred_R = x_R - x_R.mean()
     slope_R = centred_R / (centred_R**2).sum()
     mean_R = np.full(len(rungs), 1 / len(rungs))
-    trend, sure = errors.weigh(slope_R * np.log(10), means_R, 0.95)
+    trend, sure = errors.weigh(slope_R * np.log(10), 0.95)
     lowest = min(float(np.log(losses).mean()) for losses in baseline.curve.losses)
-    pairs = [rung for rung in rungs if rung.paired]
+    gains = []
+    for rung, weights_R in zip(rungs, np.eye(len(rungs)), strict=True):
+        logs_P = rung.log_gains(baseline.law)
+        spread = float(np.std(logs_P, ddof=1)) if len(logs_P) > 1 else None
+        beyond = float(rung.own_logs_P.mean()) < lowest
+        gains.append(Gain(rung.cost, *errors.estimate(weights_R), len(logs_P), spread, beyond))
+    pairs = [rung for rung in rungs if rung.logs_P is not None]
     return Efficiency(
         *names,
         problem=None,
-        gains=tuple(
-            Gain(rung.cost, *at, len(logs_P), _spread(logs_P), rung.level < lowest)
-            for rung, logs_P, at in zip(rungs, logs_R, errors.by_rung(means_R), strict=True)
-        ),
-        mean=errors.estimate(mean_R, means_R),
-        largest=errors.estimate(mean_R + centred_R[-1] * slope_R, means_R),
-        trend=errors.estimate(slope_R * np.log(10), means_R),
+        gains=tuple(gains),
+        mean=errors.estimate(mean_R),
+        largest=errors.estimate(mean_R + centred_R[-1] * slope_R),
+        trend=errors.estimate(slope_R * np.log(10)),
         falls=trend + sure < 0,
         rises=trend - sure > 0,
         paired=bool(pairs),
@@ -164,30 +164,22 @@ class _Rung:
     own_costs_P: Array
     own_logs_P: Array
     """log L′"""
-    costs_P: Array | None
-    logs_P: Array | None
+    costs_P: Array | None = None
+    logs_P: Array | None = None
     """Of the same seeds of the baseline; None without common seeds."""
 
     @classmethod
     def of(cls, points: PointSet, rung: list[Point], score: str, cost: str) -> "_Rung":
-        own = {p.seed: (float(getattr(p, cost)), float(np.log(points.score(p, score)))) for p in rung}
         of_baseline = next((r for r in points.rungs(points.baseline) if _same_rung(r[0], rung[0])), [])
-        base = {p.seed: (float(getattr(p, cost)), float(np.log(points.score(p, score)))) for p in of_baseline}
+        own, base = (
+            {p.seed: (float(getattr(p, cost)), float(np.log(points.score(p, score)))) for p in members}
+            for members in (rung, of_baseline)
+        )
         median = float(np.median([c for c, _ in own.values()]))
         common = sorted(own.keys() & base.keys())
         if not common:
-            costs, logs = np.array(list(own.values())).T
-            return cls(median, costs, logs, None, None)
-        (own_costs, own_logs), (costs, logs) = (np.array([by[s] for s in common]).T for by in (own, base))
-        return cls(median, own_costs, own_logs, costs, logs)
-
-    @property
-    def paired(self) -> bool:
-        return self.logs_P is not None
-
-    @property
-    def level(self) -> float:
-        return float(self.own_logs_P.mean())
+            return cls(median, *np.array(list(own.values())).T)
+        return cls(median, *(column for by in (own, base) for column in np.array([by[seed] for seed in common]).T))
 
     def log_gains(self, law: PowerLaw) -> Array:
         """log EG of each pair under one law, [P], or under a batch of B, [B, P]."""
@@ -197,10 +189,6 @@ class _Rung:
             losses = law.loss(self.costs_P) * np.exp(self.own_logs_P - self.logs_P)
         with np.errstate(over="ignore"):
             return np.clip(np.log(law.cost(losses)) - np.log(self.own_costs_P), -_FARTHEST, _FARTHEST)
-
-    def mean_log_gains(self, laws_B: PowerLaw) -> Array:
-        """[B]"""
-        return self.log_gains(laws_B[:, None]).mean(axis=-1)
 
 
 def _same_rung(one: Point, other: Point) -> bool:
@@ -214,13 +202,17 @@ def _same_rung(one: Point, other: Point) -> bool:
 class _Errors:
     """How far off weighed sums of the rungs' mean log gains may be."""
 
+    means_R: Array
     variances_R: Array
     """Of a rung's mean, from its pairs."""
     freedoms_R: Array
     replicates_BR: Array
 
     @classmethod
-    def of(cls, logs_R: list[Array], means_R: Array, x_R: Array, replicates_BR: Array) -> "_Errors | None":
+    def of(cls, rungs: list[_Rung], baseline: BaselineFit, x_R: Array) -> "_Errors | None":
+        logs_R = [rung.log_gains(baseline.law) for rung in rungs]
+        replicates_BR = np.stack([r.log_gains(baseline.replicates[:, None]).mean(axis=-1) for r in rungs], axis=-1)
+        means_R = np.array([logs_P.mean() for logs_P in logs_R])
         counts_R = np.array([len(logs_P) for logs_P in logs_R])
         squares_R = np.array([((logs_P - logs_P.mean()) ** 2).sum() for logs_P in logs_R])
         freedoms_R = counts_R - 1
@@ -230,32 +222,25 @@ class _Errors:
                 return None
             line_R = np.polyval(np.polyfit(x_R, means_R, 1), x_R)
             pooled = float(((means_R - line_R) ** 2).sum()) / spare
-            return cls(np.full(len(means_R), pooled), np.full(len(means_R), float(spare)), replicates_BR)
+            return cls(means_R, np.full(len(rungs), pooled), np.full(len(rungs), float(spare)), replicates_BR)
         pooled = squares_R.sum() / freedoms_R.sum()
         enough_R = freedoms_R >= _OWN_SCATTER
         own_R = np.where(enough_R, squares_R / np.maximum(1, freedoms_R), pooled)
         shared_R = np.where(enough_R, freedoms_R, freedoms_R.sum())
-        return cls(own_R / counts_R, shared_R.astype(float), replicates_BR)
+        return cls(means_R, own_R / counts_R, shared_R.astype(float), replicates_BR)
 
-    def weigh(self, weights_R: Array, means_R: Array, probability: float) -> tuple[float, float]:
+    def weigh(self, weights_R: Array, probability: float) -> tuple[float, float]:
         """(sum, how far it may be off to one side with this probability)"""
         quantiles_R = np.array([student(probability, freedom) for freedom in self.freedoms_R])
         own = float((quantiles_R**2 * weights_R**2 * self.variances_R).sum())
         # Half of the middle 68 %, which a few laws that never reach a loss cannot make infinite.
         low, high = np.quantile(self.replicates_BR @ weights_R, (0.16, 0.84))
         of_law = student(probability, 1e6) * float(high - low) / 2
-        return float(weights_R @ means_R), float(np.sqrt(own + of_law**2))
+        return float(weights_R @ self.means_R), float(np.sqrt(own + of_law**2))
 
-    def estimate(self, weights_R: Array, means_R: Array) -> Estimate:
-        value, reach = self.weigh(weights_R, means_R, 0.975)
+    def estimate(self, weights_R: Array) -> Estimate:
+        value, reach = self.weigh(weights_R, 0.975)
         return Estimate(*(float(np.exp(end)) for end in (value, value - reach, value + reach)))
-
-    def by_rung(self, means_R: Array) -> list[Estimate]:
-        return [self.estimate(weights_R, means_R) for weights_R in np.eye(len(means_R))]
-
-
-def _spread(logs_P: Array) -> float | None:
-    return float(np.std(logs_P, ddof=1)) if len(logs_P) > 1 else None
 
 
 def _kept_variance(rungs: list[_Rung]) -> float | None:
@@ -263,8 +248,8 @@ def _kept_variance(rungs: list[_Rung]) -> float | None:
     own, apart = 0.0, 0.0
     for rung in rungs:
         assert rung.logs_P is not None
-        if len(rung.logs_P) > 1:
-            freedom = len(rung.logs_P) - 1
+        freedom = len(rung.logs_P) - 1
+        if freedom:
             own += freedom * float(np.var(rung.own_logs_P - rung.logs_P, ddof=1))
             apart += freedom * float(np.var(rung.own_logs_P, ddof=1) + np.var(rung.logs_P, ddof=1))
     return own / apart if apart else None

@@ -54,22 +54,18 @@ class Plan:
 def pilots(points: PointSet, analysis: Analysis) -> list[Pilot]:
     """The rungs that have a depth and at least two pairs of some candidate, cheapest first."""
     found = []
-    efficiencies = [analysis.gain(candidate) for candidate in analysis.candidates]
+    efficiencies = {candidate: analysis.gain(candidate) for candidate in analysis.candidates}
     for rung in points.rungs(points.baseline):
-        depth = rung[0].rung
-        if depth is None:
+        if (depth := rung[0].rung) is None:
             continue
-        members = [p for p in points.points if p.rung == depth]
-        configs = {p.config for p in members}
-        seconds = sum(
-            float(np.median([p.wall or p.seconds or p.flops for p in members if p.config == name])) for name in configs
-        )
-        gains = [
-            gain
-            for e in efficiencies
-            for gain in e.gains
-            if gain.spread is not None and any(p.config == e.candidate and p.flops == gain.cost for p in members)
-        ]
+        times: dict[str, list[float]] = {}
+        for p in points.points:
+            if p.rung == depth:
+                times.setdefault(p.config, []).append(p.wall or p.seconds or p.flops)
+        seconds = sum(float(np.median(own)) for own in times.values())
+        costs = {(p.config, p.flops) for p in points.points if p.rung == depth}
+        every = [(name, gain) for name, e in efficiencies.items() for gain in e.gains]
+        gains = [gain for name, gain in every if gain.spread is not None and (name, gain.cost) in costs]
         freedom = sum(gain.pairs - 1 for gain in gains)
         if freedom:
             variance = sum((gain.pairs - 1) * (gain.spread or 0) ** 2 for gain in gains) / freedom

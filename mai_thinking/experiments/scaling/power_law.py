@@ -64,21 +64,21 @@ class PowerLaw:
 def fit(costs_N: Array, losses_N: Array) -> PowerLaw:
     """The law through the points, the best of 20 starts; the caller knows whether they can support one."""
     lowest = losses_N.min()
-    reference = _reference(costs_N)
+    reference = float(np.exp(np.mean(np.log(costs_N))))
+    x_N = np.log(costs_N / reference)
     starts = []
     for alpha in (0.05, 0.15, 0.3, 0.6, 1.2):
         for share in (0.01, 0.4, 0.7, 0.95):
             floor = share * lowest
-            scale = np.median(np.log(np.maximum(losses_N - floor, 1e-12)) + alpha * np.log(costs_N / reference))
+            scale = np.median(np.log(np.maximum(losses_N - floor, 1e-12)) + alpha * x_N)
             starts.append((float(scale), alpha, np.log(floor)))
     start_B3 = np.array(starts)
     targets_BN = np.broadcast_to(np.log(losses_N), (len(starts), len(losses_N)))
     # First with the residuals' scale unknown (nearly least absolute deviations), then with it.
-    rough_B3, objective_B = _descend(start_B3, np.log(costs_N / reference), targets_BN, 1e-3)
-    best = rough_B3[objective_B.argmin()]
-    residuals_N = np.log(losses_N) - _log_loss(best[None], np.log(costs_N / reference))[0]
+    rough_B3, objective_B = _descend(start_B3, x_N, targets_BN, 1e-3)
+    residuals_N = np.log(losses_N) - _log_loss(rough_B3[objective_B.argmin()][None], x_N)[0]
     scale = max(_LEAST_SCALE, 1.4826 * float(np.median(np.abs(residuals_N))))
-    refined_B3, objective_B = _descend(rough_B3, np.log(costs_N / reference), targets_BN, _HUBER * scale)
+    refined_B3, objective_B = _descend(rough_B3, x_N, targets_BN, _HUBER * scale)
     return _law(refined_B3[objective_B.argmin()], reference)
 
 
@@ -97,10 +97,6 @@ def refit(law: PowerLaw, costs_N: Array, losses_BN: Array, scale: float) -> Powe
     found_B3, objective_B = _descend(start_B3, x_N, targets_BN, _HUBER * max(scale, _LEAST_SCALE))
     best_B = objective_B.reshape(len(starts), B).argmin(0)
     return _law(found_B3.reshape(len(starts), B, 3)[best_B, np.arange(B)], law.reference)
-
-
-def _reference(costs_N: Array) -> float:
-    return float(np.exp(np.mean(np.log(costs_N))))
 
 
 def _law(theta: Array, reference: float) -> PowerLaw:

@@ -45,7 +45,7 @@ class Truth:
         fit = analysis.fits[points.headline, "flops"]
         assert fit.problem is None, fit.problem
         logs = {(p.config, p.rung, p.seed): np.log(points.score(p, points.headline)) for p in points.points}
-        depths = [d for d in fit.curve.depths if d is not None]
+        depths = [rung[0].rung for rung in points.rungs(points.baseline) if rung[0].rung is not None]
         common, own = [], []
         for depth in depths:
             seeds = sorted(seed for config, rung, seed in logs if (config, rung) == (points.baseline, depth))

@@ -23,9 +23,11 @@ _HEADINGS = {
 }
 
 
-def write_part(out: Path, name: str, found: dict[str, Any], command: str, commits: Sequence[str], seed: int) -> None:
+def write_part(
+    out: Path, name: str, found: dict[str, Any], command: str, commits: Sequence[str], seed: int, timed: Path | None
+) -> None:
     """Keep what a part found, where the page is drawn from; `exact` of other numbers of workers stays. `commits` of its
-    runs' code."""
+    runs' code. Who did what is drawn from the run `timed`."""
     path = out / f"part-{name}.json"
     if path.exists() and name == "exact":
         before = json.loads(path.read_text())["found"]["staleness_0_differences"]
@@ -34,11 +36,7 @@ def write_part(out: Path, name: str, found: dict[str, Any], command: str, commit
     made = {"command": command, "commits": commits, "seed": seed, **describe()}
     with atomic_file(path) as file:
         file.write_text(json.dumps(plain({"found": found, "made": made}), indent=1) + "\n")
-
-
-def write_timeline(run: Path, out: Path) -> None:
-    """Who did what in a run with workers, for the page."""
-    for figure in timeline(read_run(run)):
+    for figure in timeline(read_run(timed)) if timed is not None else ():
         save(figure, out / _TIMELINE)
 
 
@@ -47,12 +45,9 @@ def draw(out: Path) -> None:
     parts = {path.stem.removeprefix("part-"): json.loads(path.read_text()) for path in sorted(out.glob("part-*.json"))}
     page = Document("Rocket: generation beside learning")
     page.facts["made"] = {name: part["made"] for name, part in parts.items()}
-    figures: dict[str, Any] = {}
-    tables: dict[str, list[dict[str, Any]]] = {}
-    for part in parts.values():
-        for name, value in part["found"].items():
-            is_table = isinstance(value, list) and value and isinstance(value[0], dict)
-            (tables if is_table else figures)[name] = value
+    found = {name: value for part in parts.values() for name, value in part["found"].items()}
+    tables = {name: value for name, value in found.items() if isinstance(value, list)}
+    figures = {name: value for name, value in found.items() if name not in tables}
     page.facts |= figures
     page.add(Table(["figure", "value"], [[name, _spell(value)] for name, value in figures.items()]).markdown())
     if (out / _TIMELINE).exists():
@@ -77,25 +72,26 @@ def staleness(corrected: Path, uncorrected: Path) -> dict[str, Any]:
     """Two studies of rollouts that are n updates old when their turn comes, by arm: with the ratio's denominator of
     when a token was drawn, and without. Means over the seeds that are there; where only some are in both, a row of the
     first is for those alone."""
+    first, second = _runs(corrected), _runs(uncorrected)
     rows = []
-    seeds = {arm: set(_runs(uncorrected, arm)) for arm in _arms(uncorrected)}
-    for arm in sorted({*_arms(corrected), *seeds}):
-        pairs = [("of the weights that wrote the token", _runs(corrected, arm))]
-        if arm in seeds:
-            both = {seed: run for seed, run in pairs[0][1].items() if seed in seeds[arm]}
-            pairs += [("the same", both)] if both.keys() != pairs[0][1].keys() else []
-            pairs.append(("of the weights that learn", _runs(uncorrected, arm)))
-        rows += [_row(arm, ratio, runs) for ratio, runs in pairs]
+    for arm in sorted(first.keys() | second.keys()):
+        mine, other = first.get(arm, {}), second.get(arm)
+        rows.append(_row(arm, "of the weights that wrote the token", mine))
+        if other is None:
+            continue
+        both = {seed: run for seed, run in mine.items() if seed in other}
+        if both.keys() != mine.keys():
+            rows.append(_row(arm, "the same", both))
+        rows.append(_row(arm, "of the weights that learn", other))
     return {"staleness": rows}
 
 
-def _arms(study: Path) -> set[int]:
-    return {int(path.parent.name.split("-")[1]) for path in study.glob("stale-*-climb-*/final")}
-
-
-def _runs(study: Path, arm: int) -> dict[int, Path]:
-    """By seed, those that are finished."""
-    return {int(path.parent.name[-1]): path.parent for path in study.glob(f"stale-{arm}-climb-?/final")}
+def _runs(study: Path) -> dict[int, dict[int, Path]]:
+    """By arm and seed, those that are finished."""
+    found: dict[int, dict[int, Path]] = {}
+    for run in sorted(final.parent for final in study.glob("stale-*-climb-?/final")):
+        found.setdefault(int(run.name.split("-")[1]), {})[int(run.name[-1])] = run
+    return found
 
 
 def _row(arm: int, ratio: str, runs: dict[int, Path]) -> dict[str, Any]:
