@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from mai_thinking.bench.machine import describe
 from mai_thinking.config.storage import atomic_file, checksum
 from mai_thinking.training.checkpoint_storage import step_folder, visible_steps
-from mai_thinking.training.metrics import read_records
+from mai_thinking.training.metrics import read_metrics
 
 Figures = dict[str, Any]
 GRACE = 20.0
@@ -115,9 +115,7 @@ def _bench(text: str) -> Figures:
 
 def _run(folder: Path) -> Figures:
     """A run's curves."""
-    records = read_records(folder / "metrics.jsonl")
-    steps = [record for record in records if "kind" not in record]
-    evaluations = [record for record in records if record.get("kind") == "evaluation"]
+    steps, evaluations = read_metrics(folder)
     figures: Figures = {"steps": len(steps)}
     for name in ("pass@1", "bits_per_byte"):
         if values := [(r["step"], round(r[name], 4)) for r in evaluations if name in r]:

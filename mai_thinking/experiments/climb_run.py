@@ -13,21 +13,17 @@ import torch
 from mai_thinking.config.shipped import SCRIPTS
 from mai_thinking.errors import RunError
 from mai_thinking.provenance.record import read_lineage
-from mai_thinking.training.metrics import Record, read_records
+from mai_thinking.training.metrics import Record, read_metrics
 from mai_thinking.training.model_files import load_model
 
 
 class ClimbRun:
     """Begun by `finish`; or goes on, if its folder is there."""
 
-    without: str | None = None
-    """A part that is taken out (`experiments.without`)."""
-    launched: Sequence[str] = ()
-    """Options of scripts/launch.py, if it is to run under that."""
-
-    def __init__(self, command: Sequence[str], folder: Path, threads: int) -> None:
-        """`command`: what scripts/grpo.py is given."""
-        self.command, self.folder, self.threads = [*command, f"output_dir={folder}"], folder, threads
+    def __init__(self, command: Sequence[str], folder: Path, threads: int = 1, under: Sequence[str] = ()) -> None:
+        """`command`: what scripts/grpo.py is given. `under`: what Python runs that with, if it is not to run alone."""
+        self.command = [sys.executable, *under, str(SCRIPTS / "grpo.py"), *command, f"output_dir={folder}"]
+        self.folder, self.threads = folder, threads
         self.process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -38,29 +34,19 @@ class ClimbRun:
     @property
     def steps(self) -> list[Record]:
         """The records of its gradient steps."""
-        return [r for r in read_records(self.folder / "metrics.jsonl") if "kind" not in r]
+        return read_metrics(self.folder)[0]
 
     def finish(
-        self,
-        *,
-        until: int | None = None,
-        beside: Callable[[], None] | None = None,
-        ends: Sequence[int] = (0, 75),
+        self, *, until: int | None = None, beside: Callable[[], None] | None = None, ends: Sequence[int] = (0, 75)
     ) -> None:
         """Begin, or go on, and wait for the end; or for step `until`, where it is stopped. `beside` is called
         meanwhile, often. RunError for an exit code that is not in `ends`."""
         if self.finished or (until is not None and self._reached(until)):
             return
         self.folder.parent.mkdir(parents=True, exist_ok=True)
-        script = [str(SCRIPTS / "grpo.py")]
-        if self.without:
-            script = ["-m", "mai_thinking.experiments.without", self.without, *script]
-        elif self.launched:
-            script = [str(SCRIPTS / "launch.py"), *self.launched, *script]
         with open(f"{self.folder}.log", "ab") as log:
             environment = os.environ | {"OMP_NUM_THREADS": str(self.threads)}
-            command = [sys.executable, *script, *self.command]
-            self.process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+            self.process = subprocess.Popen(self.command, env=environment, stdout=log, stderr=log)
         while self.process.poll() is None:
             if until is not None and self._reached(until):
                 self.process.send_signal(signal.SIGTERM)

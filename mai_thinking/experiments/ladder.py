@@ -19,7 +19,7 @@ from mai_thinking.experiments.runs import PlannedRun, plan_table, share_tokenize
 from mai_thinking.experiments.scaling.analysis import analyse
 from mai_thinking.experiments.scaling.points import Point, PointSet
 from mai_thinking.experiments.scaling.power import Plan, pilots, propose
-from mai_thinking.training.metrics import read_records
+from mai_thinking.training.metrics import read_metrics
 from mai_thinking.training.model_files import load_model_config, model_config
 
 BITS = "bits_per_byte/"
@@ -129,16 +129,16 @@ def read_point(run: PlannedRun) -> Point:
 
     Seconds are the median step's times the steps, so that a neighbour's noise or an interruption does not count.
     """
-    steps = [record["seconds"] for record in read_records(run.folder.metrics) if "kind" not in record]
+    steps, evaluations = read_metrics(run.folder.path)
     architecture = load_model_config(run.folder.architecture)
     return Point(
         config=run.variant,
         seed=run.config.seed,
         rung=run.rung,
         flops=architecture.flops_per_token(run.config.batch.context_length) * run.tokens,
-        seconds=median(steps) * run.config.steps,
+        seconds=median(record["seconds"] for record in steps) * run.config.steps,
         wall=json.loads(run.folder.notes.read_bytes()).get("wall"),
-        loss={name.removeprefix(BITS): value for name, value in run.evaluation().items() if name.startswith(BITS)},
+        loss={name.removeprefix(BITS): value for name, value in evaluations[-1].items() if name.startswith(BITS)},
     )
 
 

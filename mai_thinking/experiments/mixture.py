@@ -20,6 +20,7 @@ from mai_thinking.experiments.mixture_space import Array, MixtureSpace, Regressi
 from mai_thinking.experiments.queue import WorkQueue
 from mai_thinking.experiments.runs import PlannedRun, plan_table, share_tokenizer, work
 from mai_thinking.training.evaluation import Reference, reference_of
+from mai_thinking.training.metrics import read_metrics
 from mai_thinking.training.model_files import load_model_and_tokenizer
 
 FINALS = ("start", "proposed", "random-search")
@@ -126,7 +127,7 @@ def _losses(config: MixtureConfig, run: PlannedRun) -> Reference:
 
 def _result(config: MixtureConfig, run: PlannedRun, reference: Reference) -> Result:
     """From the run's records; the start has no normalised score of its own, since all are normalised by it."""
-    last = run.evaluation()
+    last = read_metrics(run.folder.path)[1][-1]
     bits = {name: value for name, value in last.items() if name.split("/")[0] == "bits_per_byte"}
     scores = {name: value for name, value in last.items() if name.split("/")[0] == SCORE}
     scores = scores or {name.replace("bits_per_byte", SCORE): 1.0 for name in bits}
@@ -152,7 +153,7 @@ def _unseen_score(config: MixtureConfig, run: PlannedRun, reference: Reference) 
 
 
 def _told(run: PlannedRun) -> str:
-    last = run.evaluation()
+    last = read_metrics(run.folder.path)[1][-1]
     mixture = ", ".join(f"{source.name} {source.weight:.1f}" for source in run.config.data.sources)
     heart = {name.removeprefix(MEMORISED): value for name, value in last.items() if name.startswith(MEMORISED)}
     held_out = heart.pop("held_out", 0.0)

@@ -14,6 +14,7 @@ from typing import Any
 
 from mai_thinking.config.grpo import GrpoConfig
 from mai_thinking.config.loading import load_config
+from mai_thinking.config.shipped import SCRIPTS
 from mai_thinking.experiments.climb_run import ClimbRun
 from mai_thinking.experiments.pacing import WAYS, measured_problems, seconds_of_a_token, shares_by_size, simulate
 from mai_thinking.launch.goodput import account_of
@@ -126,9 +127,8 @@ class Proof:
         """Of the groups worth learning from, the share that was learned from, by the problems' size: where workers are
         paced, and where what has become too old is thrown away."""
         found: dict[str, list[Record]] = {}
-        for way, without in (("pacing", None), ("dropping", "pacing")):
-            run = self._run(f"shares-{way}", [*self.ahead, "rollouts.workers=2"])
-            run.without = without
+        for way, under in (("pacing", ()), ("dropping", ("-m", "mai_thinking.experiments.without", "pacing"))):
+            run = self._run(f"shares-{way}", [*self.ahead, "rollouts.workers=2"], under=under)
             run.finish()
             found[way] = shares_by_size(run.folder, self.config, self.max_staleness)
         rows: list[Record] = []
@@ -144,8 +144,8 @@ class Proof:
         there are only checkpoints on a schedule."""
         rows: list[Record] = []
         for name, parallel in (("before", "fsdp"), ("after", "ddp")):
-            run = self._run(f"jit-{parallel}", [f"execution.parallel={parallel}"])
-            run.launched = ["--nproc", "2", "--restarts", "1000"]
+            under = [str(SCRIPTS / "launch.py"), "--nproc", "2", "--restarts", "1000"]
+            run = self._run(f"jit-{parallel}", [f"execution.parallel={parallel}"], under=under)
             run.finish(beside=_Killer(run, self.steps, ["worker"] * kills))  # its launcher's workers are the ranks
             account = account_of(run.folder)
             row = {"just_in_time": name, "parallel": parallel, "restarts": len(account.recoveries)}
@@ -156,7 +156,7 @@ class Proof:
     def simulated(self, lengths: Path | None) -> _Found:
         """Eight and 64 workers, of four problems each at a time, with the learner that was timed, on a virtual clock
         with the lengths of the run `lengths`."""
-        timed = ClimbRun([], self.work / "time-1", 1)
+        timed = ClimbRun([], self.work / "time-1")
         token = seconds_of_a_token(timed.folder)
         learn = median(r["seconds"] - r["rollout_seconds"] for r in timed.steps)
         problems, rows = measured_problems(lengths or timed.folder), []
@@ -183,9 +183,9 @@ class Proof:
         first = {block * self.steps // blocks + skip for block in range(blocks) for skip in (1, 2)}
         return {side: [r for r in run.steps if r["step"] not in first] for side, run in sides.items()}
 
-    def _run(self, name: str, settings: Sequence[str], threads: int = 1) -> ClimbRun:
+    def _run(self, name: str, settings: Sequence[str], threads: int = 1, under: Sequence[str] = ()) -> ClimbRun:
         command = [*self.command, f"steps={self.steps}", f"name={name}", *settings]
-        self.runs.append(ClimbRun(command, self.work / name, threads))
+        self.runs.append(ClimbRun(command, self.work / name, threads, under))
         return self.runs[-1]
 
 

@@ -28,7 +28,6 @@ from mai_thinking.experiments.probes import probing
 from mai_thinking.experiments.queue import WorkQueue
 from mai_thinking.model import MaiThinkingConfig
 from mai_thinking.recipes.pretrain import pretrain
-from mai_thinking.training.metrics import Record, read_records
 from mai_thinking.training.model_files import model_config
 from mai_thinking.training.plan import quantity
 from mai_thinking.training.run_folder import RunFolder
@@ -77,10 +76,6 @@ class PlannedRun:
     def flops(self) -> float:
         """Of the whole run."""
         return self.architecture.flops_per_token(self.config.batch.context_length) * self.tokens
-
-    def evaluation(self) -> Record:
-        """The record of the last one."""
-        return [record for record in read_records(self.folder.metrics) if record.get("kind") == "evaluation"][-1]
 
 
 def share_tokenizer(folder: Path, data: PreparedData) -> Path:

@@ -12,9 +12,9 @@ from typing import Any
 from mai_thinking.errors import UsageError
 from mai_thinking.report.document import Document, Table
 from mai_thinking.report.figures import Figure, Panel, Series
-from mai_thinking.report.reading import read_config, read_metrics, read_samples, then_and_now
+from mai_thinking.report.reading import read_config, read_samples, then_and_now
 from mai_thinking.report.summary import tell
-from mai_thinking.training.metrics import Record
+from mai_thinking.training.metrics import Record, read_metrics
 
 _LATE = 0.75
 """The calls' quality is the mean over the steps from this share of the run on."""

@@ -20,7 +20,7 @@ from mai_thinking.rl.collapse import COLLAPSE, Verdict, read_verdict
 from mai_thinking.rl.trace_report import Order, choose
 from mai_thinking.rl.traces import FOLDER, TraceStore
 from mai_thinking.training.ledger import RESTART
-from mai_thinking.training.metrics import Record, read_records
+from mai_thinking.training.metrics import Record, read_metrics, read_records
 from mai_thinking.training.run_folder import NOTES, SAMPLES
 
 CHOICES: tuple[tuple[str, Order], ...] = (
@@ -127,13 +127,6 @@ def read_run(path: Path) -> Run:
         lineage=_lineage(path),
         collapse=read_verdict(path) if read_json(path / COLLAPSE) else None,
     )
-
-
-def read_metrics(path: Path) -> tuple[list[Record], list[Record]]:
-    """(steps, evaluations) of the run in the folder `path`, as far as it has come."""
-    records = read_records(path / "metrics.jsonl")
-    steps = [record for record in records if "kind" not in record]
-    return steps, [record for record in records if record.get("kind") == "evaluation"]
 
 
 def read_samples(path: Path) -> list[Record]:

@@ -11,8 +11,9 @@ from mai_thinking.bench.machine import describe
 from mai_thinking.config.storage import atomic_file
 from mai_thinking.report.document import Document, Table, plain
 from mai_thinking.report.figures import save
-from mai_thinking.report.reading import read_metrics, read_run
+from mai_thinking.report.reading import read_run
 from mai_thinking.report.timeline import timeline
+from mai_thinking.training.metrics import read_metrics
 
 _TIMELINE = "timeline.png"
 _HEADINGS = {

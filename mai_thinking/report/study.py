@@ -12,8 +12,7 @@ from mai_thinking.report.comparison import spread, student
 from mai_thinking.report.document import Cell, Difference, Document, Table
 from mai_thinking.report.figures import Figure, Panel, Series
 from mai_thinking.report.panels import best_of
-from mai_thinking.report.reading import read_metrics
-from mai_thinking.training.metrics import Record
+from mai_thinking.training.metrics import Record, read_metrics
 
 WHEN = {"at first": 0, "at last": -1}
 """Which evaluation is meant."""

@@ -16,9 +16,9 @@ from mai_thinking.report.comparison import student
 from mai_thinking.report.document import Cell, Document, Table
 from mai_thinking.report.figures import Figure, Panel, Series
 from mai_thinking.report.panels import THOUGHTS
-from mai_thinking.report.reading import read_metrics, read_samples, then_and_now
+from mai_thinking.report.reading import read_samples, then_and_now
 from mai_thinking.report.summary import tell
-from mai_thinking.training.metrics import Record
+from mai_thinking.training.metrics import Record, read_metrics
 
 SIZE = "pass@1_size/"
 WAYS = ("with_thought", "other_thought", "half_thought")

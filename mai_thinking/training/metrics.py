@@ -106,6 +106,13 @@ def read_records(path: Path | str) -> list[Record]:
     return records
 
 
+def read_metrics(path: Path) -> tuple[list[Record], list[Record]]:
+    """(steps, evaluations) of the run in the folder `path`, as far as it has come."""
+    records = read_records(path / "metrics.jsonl")
+    steps = [record for record in records if "kind" not in record]
+    return steps, [record for record in records if record.get("kind") == "evaluation"]
+
+
 def _identity(record: Record) -> tuple[str, int]:
     return record.get("kind", "step"), record["step"]
 
