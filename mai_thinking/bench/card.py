@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
 
-from mai_thinking.bench.learner import BenchLearner, loading
+from mai_thinking.bench.learner import BenchLearner
 from mai_thinking.bench.measure import Figure, Result, Row, alternate, milliseconds, profile_rows
 from mai_thinking.config.loading import load_config
 from mai_thinking.config.pretraining import PretrainConfig
@@ -23,6 +23,7 @@ from mai_thinking.errors import UsageError
 from mai_thinking.model import MaiThinkingConfig
 from mai_thinking.model.configuration import LOCAL
 from mai_thinking.model.experts import CastExperts
+from mai_thinking.recipes.pretrain import make_loader
 from mai_thinking.training.model_files import model_config
 
 CONFIG = "configs/L12.yaml"
@@ -70,7 +71,7 @@ def _steps(side: str, config: PretrainConfig, data: PreparedData, product: float
     architecture = model_config(config, data.tokenizer)
     with torch.device("cuda"):  # where drawing 3.7 billion weights takes a moment
         learner = BenchLearner(config, architecture)
-    with loading(config, data) as loader:
+    with make_loader(config, data) as loader:
         batches = itertools.cycle([next(loader) for _ in range(2)])
 
     def step() -> float:

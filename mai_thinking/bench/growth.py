@@ -11,14 +11,15 @@ import tempfile
 from functools import partial
 from pathlib import Path
 
-from mai_thinking.bench.learner import BenchLearner, loading
+from mai_thinking.bench.learner import BenchLearner
 from mai_thinking.bench.measure import Result, Row, Side, Turn, alternate, rate, ratio
 from mai_thinking.bench.train import CONFIG
 from mai_thinking.config.loading import load_config
 from mai_thinking.config.pretraining import PretrainConfig
 from mai_thinking.data import PreparedData, prepare
 from mai_thinking.model.configuration import LOCAL
-from mai_thinking.training.metrics import read_records
+from mai_thinking.recipes.pretrain import make_loader
+from mai_thinking.training.metrics import read_metrics
 from mai_thinking.training.model_files import model_config
 
 TOKENS = 8192
@@ -54,7 +55,7 @@ def sweep(name: str, sizes: dict[int, list[str]], data: PreparedData, rounds: in
         architecture = model_config(run, data.tokenizer)
         if name == LOCAL_LAYERS:  # which no config may have: a period ends with a global layer
             architecture.layer_types = [LOCAL] * architecture.num_hidden_layers
-        with loading(run, data, prefetch=0) as loader:
+        with make_loader(run, data) as loader:
             sides[str(size)] = partial(BenchLearner(run, architecture).learn, next(loader).micro_batches)
     turns = alternate(sides, rounds=max(2, rounds // 4))
     return _rows(name, {size: turns[str(size)] for size in sizes})
@@ -84,5 +85,5 @@ def _with_workers(workers: int, rounds: int) -> list[Turn]:
         command = [*launcher, "-m", "mai_thinking", "pretrain", CONFIG, *changes]
         environment = os.environ | {"OMP_NUM_THREADS": str(max(1, cores // workers))}
         subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)
-        records = [record for record in read_records(Path(folder, "run/metrics.jsonl")) if "seconds" in record]
+        records, _ = read_metrics(Path(folder, "run"))
     return [Turn(record["seconds"], 1024.0 * WORKER_ROWS * workers) for record in records[WARMUP:]]

@@ -6,7 +6,6 @@ from typing import Any
 
 from mai_thinking.config.pretraining import PretrainConfig
 from mai_thinking.config.run import ScheduleSection
-from mai_thinking.data import Loader, PreparedData
 from mai_thinking.model import MaiThinkingConfig
 from mai_thinking.training.context import make_accelerator
 from mai_thinking.training.learner import Learner, TextLoss
@@ -32,15 +31,3 @@ class BenchLearner(Learner):
         """One step; → tokens in it."""
         self.update(micro_batches, self._loss, next(self._number))
         return self._tokens
-
-
-def loading(config: PretrainConfig, data: PreparedData, *, prefetch: int = 4) -> Loader:
-    """`config`'s loader, for one rank; a context, which ends its thread."""
-    return Loader(
-        data,
-        context_length=config.batch.context_length,
-        micro_batch_size=config.batch.micro_batch_size,
-        rows_per_step=config.batch.global_batch_size,
-        seed=config.seed,
-        prefetch=prefetch,
-    )

@@ -6,11 +6,12 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from mai_thinking.bench.learner import BenchLearner, loading
+from mai_thinking.bench.learner import BenchLearner
 from mai_thinking.bench.measure import Figure, Result, Row, alternate, milliseconds, profile_rows, rate, ratio
 from mai_thinking.config.loading import load_config
 from mai_thinking.config.pretraining import PretrainConfig
 from mai_thinking.data import Batch, PreparedData, prepare
+from mai_thinking.recipes.pretrain import make_loader
 from mai_thinking.training.model_files import model_config
 
 CONFIG = "configs/nano.yaml"
@@ -25,7 +26,7 @@ def measure(model: Path, rounds: int) -> Result:
 def compare(config: PretrainConfig, rounds: int) -> Result:
     """The same model, batch after batch, with either; then where our steps spend their time."""
     data = prepare(config.data)
-    with loading(config, data) as loader:
+    with make_loader(config, data) as loader:
         batches = [next(loader) for _ in range(8)]
     learners = {}
     for side, experts in SIDES.items():
@@ -59,7 +60,7 @@ def compare(config: PretrainConfig, rounds: int) -> Result:
 def _waiting(learner: BenchLearner, config: PretrainConfig, data: PreparedData, rounds: int) -> float:
     """Percent of the time of steps as a run takes them, but for the first three: the thread has to start."""
     waits, wholes = [], []
-    with loading(config, data) as loader:
+    with make_loader(config, data) as loader:
         for _ in range(rounds + 3):
             begin = time.perf_counter()
             learner.learn(next(loader).micro_batches)

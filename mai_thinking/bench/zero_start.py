@@ -4,12 +4,12 @@ from pathlib import Path
 
 import torch
 
-from mai_thinking.bench.learner import loading
 from mai_thinking.bench.measure import Figure, Result, Row
 from mai_thinking.bench.train import CONFIG
 from mai_thinking.config.loading import load_config
 from mai_thinking.config.pretraining import PretrainConfig
 from mai_thinking.data import prepare
+from mai_thinking.recipes.pretrain import make_loader
 from mai_thinking.training.model_files import build_model, model_config
 
 SEEDS = 5
@@ -20,7 +20,7 @@ def measure(model: Path, rounds: int) -> Result:
     shape = "batch={context_length: 512, global_batch_size: 32, micro_batch_size: 32}"
     config = load_config(PretrainConfig, CONFIG, [shape])
     data = prepare(config.data)
-    with loading(config, data) as loader:
+    with make_loader(config, data) as loader:
         batch = next(loader).micro_batches[0]
     rows = []
     for spread in (0.02, config.model["initializer_range"]):

@@ -30,6 +30,20 @@ def pretrain(config: PretrainConfig, *, dry_run: bool = False) -> int:
     return run_recipe(config, functools.partial(PretrainRecipe, config))
 
 
+def make_loader(config: PretrainConfig, data: PreparedData, rank: int = 0, ranks: int = 1) -> Loader:
+    """The run's batches, or one rank's part of them; a context, which ends its thread."""
+    batch = config.batch
+    return Loader(
+        data,
+        context_length=batch.context_length,
+        micro_batch_size=min(batch.micro_batch_size, max(1, batch.global_batch_size // ranks)),
+        rows_per_step=batch.global_batch_size,
+        rank=rank,
+        world_size=ranks,
+        seed=config.seed,
+    )
+
+
 class PretrainRecipe(Recipe):
     """Documents → packed rows → cross-entropy and router losses → update; likelihood of held-out text."""
 
@@ -44,18 +58,7 @@ class PretrainRecipe(Recipe):
         self.parents = [starting_point(config, self.architecture)]
         divided = divides(config.execution, context.ranks)
         model = build_model(config, self.architecture, skip_init=context.resuming, on_meta=divided)
-        batch = config.batch
-        self.loader = context.stack.enter_context(
-            Loader(
-                self.data,
-                context_length=batch.context_length,
-                micro_batch_size=min(batch.micro_batch_size, max(1, batch.global_batch_size // context.ranks)),
-                rows_per_step=batch.global_batch_size,
-                rank=context.rank,
-                world_size=context.ranks,
-                seed=config.seed,
-            )
-        )
+        self.loader = context.stack.enter_context(make_loader(config, self.data, context.rank, context.ranks))
         self.loss = TextLoss()
         self.learner = Learner(
             model,
