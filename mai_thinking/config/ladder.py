@@ -37,6 +37,9 @@ class ManyRunsConfig(Section):
     """The folder, which workers share; empty means `runs/NAME`."""
     run: dict[str, Any]
     """What all runs have in common: keys of a pre-training config."""
+    target_tokens: float | None = Field(None, gt=0)
+    """Training tokens of the run that these speak for. Their sources are cut by document, so that each is repeated as
+    often as it will be there (§2.4.5). Null: every run has all, and repeats the more the longer it is."""
 
     derived: ClassVar[tuple[str, ...]] = (
         *("name", "seed", "output_dir", "steps", "init_by_name", "data.down_sample", "schedule.warmup_steps"),
@@ -49,19 +52,10 @@ class ManyRunsConfig(Section):
         return Path(self.output_dir or f"runs/{self.name}").expanduser()
 
     def derive_run(
-        self,
-        name: str,
-        tree: dict[str, Any],
-        more: dict[str, Any],
-        *,
-        seed: int,
-        steps: int,
-        warmup: float,
-        target_tokens: float | None,
+        self, name: str, tree: dict[str, Any], more: dict[str, Any], *, seed: int, steps: int, warmup: float
     ) -> PretrainConfig:
-        """One run: the user's `tree`, what follows from its place among the runs, and `more`. Of sources it reads the
-        part that repeats them as often as a run of `target_tokens` will. UsageError for a key that is unknown or not
-        the user's to set."""
+        """One run: the user's `tree`, what follows from its place among the runs, and `more`. UsageError for a key that
+        is unknown or not the user's to set."""
         where = f"{self.name}, {name}"
         for key in self.derived:
             section, _, last = key.rpartition(".")
@@ -75,9 +69,9 @@ class ManyRunsConfig(Section):
             "init_by_name": True,
             "schedule": {"warmup_steps": round(warmup * steps)},
         }
-        if target_tokens is not None:
+        if self.target_tokens is not None:
             tokens = steps * validate(BatchSection, tree.get("batch", {}), f"{where}: batch").tokens_per_step
-            derived["data"] = {"down_sample": min(1.0, tokens / target_tokens)}
+            derived["data"] = {"down_sample": min(1.0, tokens / self.target_tokens)}
         # Losses are compared at the end of a run; what it says on its way is nobody's.
         quiet = {"evaluation": {"every": steps, "sample_prompts": []}}
         return validate(PretrainConfig, merge(merge(merge(quiet, tree), derived), more), where)
@@ -96,9 +90,6 @@ class LadderConfig(ManyRunsConfig):
     """The same for all rungs, or how many each rung has. All variants have the same, so that their runs are pairs."""
     difference: float = Field(0.03, gt=0, lt=1)
     """The efficiency gain that is worth having: a candidate of which so much can be excluded is rejected."""
-    target_tokens: float | None = Field(None, gt=0)
-    """Training tokens of the run that the ladder speaks for. Each rung's sources are cut by document, so that each is
-    repeated as often as it will be there (§2.4.5). Null: every rung has all, and repeats the more the larger it is."""
     tokens_per_active_parameter: Weight
     """The report has 100 to 200."""
     warmup: Share = 0.05
@@ -137,7 +128,6 @@ class LadderConfig(ManyRunsConfig):
             seed=seed,
             steps=steps,
             warmup=self.warmup,
-            target_tokens=self.target_tokens,
         )
 
 

@@ -28,8 +28,7 @@ class MixtureConfig(ManyRunsConfig):
     final_seeds: Count = 3
     """Pairs: the start's, the proposed and the random search's model of one seed begin alike and read alike."""
     target_tokens: float = Field(gt=0)
-    """Training tokens of the run that the mixture is for: small models read so much less of each source that each is
-    repeated as often as there (§2.4.5)."""
+    """Training tokens of the run that the mixture is for."""
     max_epochs: float = Field(8.0, gt=0)
     """No source is repeated more often in the target run."""
     memorised_bytes: Count = 20_000
@@ -75,9 +74,7 @@ class MixtureConfig(ManyRunsConfig):
             },
             "evaluation": {"memorised_bytes": self.memorised_bytes, "reference": reference},
         }
-        return self.derive_run(
-            name, self.run, more, seed=seed, steps=steps, warmup=0.05, target_tokens=self.target_tokens
-        )
+        return self.derive_run(name, self.run, more, seed=seed, steps=steps, warmup=0.05)
 
     def unseen_data(self) -> DataSection:
         """The search's data with the unseen sources, for their held-out text alone."""

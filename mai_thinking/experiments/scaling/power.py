@@ -15,7 +15,6 @@ import numpy as np
 from mai_thinking.experiments.scaling.analysis import Analysis
 from mai_thinking.experiments.scaling.gain import student
 from mai_thinking.experiments.scaling.points import PointSet
-from mai_thinking.experiments.scaling.power_law import Array
 
 POWER = 0.9
 LEAST_PAIRS, MOST_PAIRS = 3, 200
@@ -79,18 +78,24 @@ def propose(rungs: Sequence[Pilot], seconds: float, difference: float) -> tuple[
     Of all choices of three rungs or more, that which reaches to the largest cost, and among those the quickest. Without
     three rungs that can be paid for, neither.
     """
-    choices = [c for n in range(_LEAST_RUNGS, len(rungs) + 1) for c in combinations(rungs, n)]
-    if not choices:
-        return None, None
-    deciding = [plan for choice in choices if (plan := _enough(choice, difference)) and plan.seconds <= seconds]
+    deciding: list[Plan] = []
+    spent: list[Plan] = []
+    for choice in (c for n in range(_LEAST_RUNGS, len(rungs) + 1) for c in combinations(rungs, n)):
+        plans = [_plan(choice, scale) for scale in _SCALES]
+        deciding += [plan for plan in plans if plan.least <= difference][:1]  # with the fewest pairs
+        affordable = [plan for plan in plans if plan.seconds <= seconds]
+        spent += [max(affordable, key=lambda plan: plan.seconds)] if affordable else []
+    deciding = [plan for plan in deciding if plan.seconds <= seconds]
     largest = max((max(plan.seeds) for plan in deciding), default=0)
     chosen = min((p for p in deciding if max(p.seeds) == largest), key=lambda plan: plan.seconds, default=None)
-    spent = [plan for choice in choices if (plan := _spend(choice, seconds))]
     return chosen, min(spent, key=lambda plan: plan.least, default=None)
 
 
-def _plan(choice: Sequence[Pilot], pairs_R: Array) -> Plan:
+def _plan(choice: Sequence[Pilot], scale: float) -> Plan:
+    """Pairs by Neyman's allocation, as many as `scale` says where there are most."""
     spreads_R, seconds_R = (np.array([getattr(rung, name) for rung in choice]) for name in ("spread", "seconds"))
+    shares_R = spreads_R / np.sqrt(seconds_R)
+    pairs_R = np.clip(np.floor(scale * shares_R / max(1e-300, shares_R.max())), LEAST_PAIRS, MOST_PAIRS)
     parts_R = spreads_R**2 / pairs_R
     quantiles_R = np.array([student(0.975, float(n) - 1) for n in pairs_R])
     reach = np.sqrt((quantiles_R**2 * parts_R).sum()) / len(choice)
@@ -99,20 +104,3 @@ def _plan(choice: Sequence[Pilot], pairs_R: Array) -> Plan:
     least = float(np.expm1(reach + student(POWER, float(pairs_R.sum()) - len(choice)) * error))
     seeds = {rung.rung: int(n) for rung, n in zip(choice, pairs_R, strict=True)}
     return Plan(seeds, float(pairs_R @ seconds_R), least)
-
-
-def _allocate(choice: Sequence[Pilot], scale: float) -> Array:
-    shares_R = np.array([rung.spread / np.sqrt(rung.seconds) for rung in choice])
-    return np.clip(np.floor(scale * shares_R / max(1e-300, shares_R.max())), LEAST_PAIRS, MOST_PAIRS)
-
-
-def _enough(choice: Sequence[Pilot], difference: float) -> Plan | None:
-    """The first allocation that decides `difference`; None if none up to `MOST_PAIRS` does."""
-    plans = (_plan(choice, _allocate(choice, scale)) for scale in _SCALES)
-    return next((plan for plan in plans if plan.least <= difference), None)
-
-
-def _spend(choice: Sequence[Pilot], seconds: float) -> Plan | None:
-    """The largest allocation that can be paid for."""
-    plans = [_plan(choice, _allocate(choice, scale)) for scale in _SCALES]
-    return max((p for p in plans if p.seconds <= seconds), key=lambda plan: plan.seconds, default=None)
