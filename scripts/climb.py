@@ -17,8 +17,7 @@ def main() -> int:
         print(ClimbPlan(config).text())
         return 0
     from mai_thinking.experiments.climb import run_climb  # after the config, so that a mistake in it is told at once
-    from mai_thinking.report import write_summary
-    from mai_thinking.report.climb import write_report
+    from mai_thinking.report.summary import write_report, write_summary
 
     return run_climb(config, report=write_report, report_stage=write_summary)
 

@@ -22,16 +22,12 @@ def main() -> None:
     parser.add_argument("--needed", nargs="+", metavar="TASK", help="runs with tools: the tasks that need a call")
     options = parser.parse_args()
 
+    from mai_thinking.report.thinking import write_acting, write_thinking
+
     if options.needed:
-        from mai_thinking.report import acting
-
-        acting.write(options.runs, options.out, options.needed)
-        print(f"{options.out}/summary.md")
-        return
-
-    from mai_thinking.report.thinking import write
-
-    write(options.runs, options.out, options.beyond, options.p_cot)
+        write_acting(options.runs, options.out, options.needed)
+    else:
+        write_thinking(options.runs, options.out, options.beyond, options.p_cot)
     print(f"{options.out}/summary.md")
 
 

@@ -12,7 +12,7 @@ import torch
 
 from mai_thinking.config.shipped import SCRIPTS
 from mai_thinking.errors import RunError
-from mai_thinking.provenance.record import read_lineage
+from mai_thinking.provenance.lineage import read_lineage
 from mai_thinking.training.metrics import Record, read_metrics
 from mai_thinking.training.model_files import load_model
 

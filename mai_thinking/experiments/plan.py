@@ -24,7 +24,7 @@ from mai_thinking.config.pretraining import PretrainConfig
 from mai_thinking.config.storage import atomic_file
 from mai_thinking.errors import RunError, UsageError
 from mai_thinking.launch.goodput import account_of
-from mai_thinking.provenance.record import read_lineage
+from mai_thinking.provenance.lineage import read_lineage
 from mai_thinking.rl.collapse import Verdict, read_verdict
 from mai_thinking.training.ledger import RESTART
 from mai_thinking.training.metrics import read_records

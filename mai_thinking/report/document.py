@@ -52,10 +52,8 @@ class Table:
 
     def records(self) -> list[dict[str, Any]]:
         """The same as JSON, an object a row."""
-        return [
-            {name: cell._asdict() if isinstance(cell, Interval | Difference) else cell for name, cell in pairs}
-            for pairs in (zip(self.columns, row, strict=True) for row in self.rows)
-        ]
+        cells = [[c._asdict() if isinstance(c, Interval | Difference) else c for c in row] for row in self.rows]
+        return [dict(zip(self.columns, row, strict=True)) for row in cells]
 
     def _spell(self, cell: Cell) -> str:
         match cell:
@@ -96,12 +94,12 @@ class Document:
     def write(self, folder: Path) -> str:
         """`summary.md`, `summary.json` and the figures; returns the page."""
         folder.mkdir(parents=True, exist_ok=True)
-        parts = []
+        parts: list[str] = []
         for part in self._parts:
             if isinstance(part, str):
                 parts.append(part)
             elif save(part, folder / f"{part.name}.png"):
-                parts += [f"![{part.name}]({part.name}.png)", *filter(None, [part.caption])]
+                parts += filter(None, [f"![{part.name}]({part.name}.png)", part.caption])
         text = "\n\n".join(parts) + "\n"
         for name, content in (("summary.md", text), ("summary.json", json.dumps(plain(self.facts), indent=1) + "\n")):
             with atomic_file(folder / name) as path:

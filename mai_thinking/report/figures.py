@@ -1,12 +1,14 @@
 """Figures: declared once as data and drawn once, by matplotlib, for Markdown pages and HTML ones alike.
 
-A `Figure` has panels: a `Panel` of lines over one axis, a `HeatMap` of coloured cells, or a `Timeline`. Without
-matplotlib (the `plots` extra) nothing is drawn, and one line says so.
+A `Figure` has panels: a `Panel` of lines over one axis, a `HeatMap` of coloured cells, or a `Timeline`; each draws
+itself on matplotlib's `axes`. Without matplotlib (the `plots` extra) nothing is drawn, and one line says so.
 """
 
 import colorsys
 import functools
+import importlib.util
 import io
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -35,31 +37,27 @@ class Series:
     high: Sequence[float] = ()
     style: Literal["line", "noisy", "dots", "dotted"] = "line"
     """`noisy` is drawn faintly with its moving average; `dotted` and `dots` are not in the legend."""
-    colour: int | None = None
-    """Place in the palette; None: the series' place in its panel."""
-    shade: float | None = None
-    """Instead: a place between 0 and 1 in a palette for ordered things."""
+    colour: int | str | None = None
+    """Itself, or its place in the palette; None: the series' place in its panel."""
 
     def draw(self, axes: Any, place: int) -> None:
-        """Draw on matplotlib's `axes`, as the panel's series number `place`."""
-        colour = PALETTE[(place if self.colour is None else self.colour) % len(PALETTE)]
-        if self.shade is not None:
-            colour = shade(self.shade)
-        y = self.y
+        """Draw it as the panel's series number `place`."""
+        colour = place if self.colour is None else self.colour
+        if isinstance(colour, int):
+            colour = PALETTE[colour % len(PALETTE)]
         if len(self.low):
             axes.fill_between(self.x, self.low, self.high, color=colour, alpha=0.16, linewidth=0)
-        match self.style:
-            case "dots":
-                axes.plot(self.x, y, "o", markersize=4, color=colour)
-                return
-            case "dotted":
-                axes.plot(self.x, y, ":", linewidth=0.9, color=colour)
-                return
-            case "noisy" if len(y) > 40:
-                axes.plot(self.x, y, linewidth=0.6, alpha=0.45, color=colour)
-                y = smooth(y)
-        dots = {"marker": "o", "markersize": 3} if len(y) <= 20 else {}
-        axes.plot(self.x, y, linewidth=1.5, color=colour, label=self.name, **dots)
+        if self.style == "dots":
+            axes.plot(self.x, self.y, "o", markersize=4, color=colour)
+        elif self.style == "dotted":
+            axes.plot(self.x, self.y, ":", linewidth=0.9, color=colour)
+        else:
+            noisy = self.style == "noisy" and len(self.y) > 40
+            if noisy:
+                axes.plot(self.x, self.y, linewidth=0.6, alpha=0.45, color=colour)
+            dots = {"marker": "o", "markersize": 3} if len(self.y) <= 20 else {}
+            y = smooth(self.y) if noisy else self.y
+            axes.plot(self.x, y, linewidth=1.5, color=colour, label=self.name, **dots)
 
 
 @dataclass(frozen=True)
@@ -72,9 +70,9 @@ class Panel:
     log_x: bool = False
     log_y: bool = False
     span: tuple[float, float] | None = None
-    """The y axis's ends; reversed, it is upside down."""
-    guides: Sequence[tuple[float, int | None]] = ()
-    """Dashed levels to compare with: (y, place in the palette)."""
+    """The y axis's ends."""
+    guides: Sequence[tuple[float, str]] = ()
+    """Dashed levels to compare with: (y, colour)."""
     marks: Sequence[tuple[float, str]] = ()
     """Names at places of the x axis."""
     bands: Sequence[tuple[float, float]] = ()
@@ -83,13 +81,13 @@ class Panel:
     """Of x = 0, 1, 2, …, where x is no number."""
 
     def draw(self, axes: Any) -> None:
-        """Draw on matplotlib's `axes`."""
+        """Draw it."""
         for begin, end in self.bands:
             axes.axvspan(begin, end, color=PALETTE[2], alpha=0.2, linewidth=0)
         for place, series in enumerate(self.series):
             series.draw(axes, place)
         for level, colour in self.guides:
-            axes.axhline(level, color="grey" if colour is None else PALETTE[colour], linestyle="--", linewidth=0.8)
+            axes.axhline(level, color=colour, linestyle="--", linewidth=0.8)
         for x, name in self.marks:
             axes.axvline(x, color="grey", linestyle=":", linewidth=0.8)
             axes.annotate(name, (x, 1), (2, -9), xycoords=("data", "axes fraction"), textcoords="offset points", size=7)
@@ -103,10 +101,7 @@ class Panel:
             axes.set_xticks(range(len(self.names)), list(self.names))
         axes.grid(alpha=0.3)
         axes.set_xlabel(self.x_name)
-        handles, labels = axes.get_legend_handles_labels()
-        entries = dict(zip(labels, handles, strict=True))  # a name may stand for several lines
-        if len(entries) > 1:
-            axes.legend(entries.values(), entries.keys(), fontsize=8)
+        _add_legend(axes, fontsize=8)
 
 
 @dataclass(frozen=True)
@@ -117,13 +112,12 @@ class HeatMap:
     rows: Sequence[str]
     values: Sequence[Sequence[float]]
     """[row][column]"""
-    begin: float
-    end: float
-    """Of the x axis."""
+    span: tuple[float, float]
+    """The x axis's ends."""
 
     def draw(self, axes: Any) -> None:
-        """Draw on matplotlib's `axes`."""
-        extent = (self.begin, self.end, len(self.rows) - 0.5, -0.5)
+        """Draw it."""
+        extent = (*self.span, len(self.rows) - 0.5, -0.5)
         cells = np.log1p(np.maximum(0.0, np.array(self.values)))
         axes.imshow(cells, extent=extent, aspect="auto", interpolation="none", cmap="Blues")
         every = math.ceil(len(self.rows) / 16)
@@ -141,7 +135,7 @@ class Timeline:
     colours: Mapping[str, str]
 
     def draw(self, axes: Any) -> None:
-        """Draw on matplotlib's `axes`."""
+        """Draw it."""
         edge = {"edgecolor": "white", "linewidth": 0.8} if len(self.lanes) > 1 else {"linewidth": 0}
         for place, stretches in enumerate(self.lanes.values()):
             for name, pieces in stretches.items():
@@ -151,10 +145,7 @@ class Timeline:
         axes.set_yticks([place + 0.5 for place in range(len(self.lanes))], list(self.lanes))
         axes.tick_params(axis="y", length=0)
         axes.set_xlabel("seconds")
-        handles, labels = axes.get_legend_handles_labels()
-        entries = dict(zip(labels, handles, strict=True))  # a name may be in several lanes
-        where = {"loc": "lower center", "bbox_to_anchor": (0.5, 1 + 0.4 / len(self.lanes))}
-        axes.legend(entries.values(), entries.keys(), fontsize=7, ncols=5, **where)
+        _add_legend(axes, fontsize=7, ncols=5, loc="lower center", bbox_to_anchor=(0.5, 1 + 0.4 / len(self.lanes)))
 
 
 @dataclass(frozen=True)
@@ -167,7 +158,7 @@ class Figure:
     columns: int = 2
     size: tuple[float, float] = (5.5, 3.6)
     """Inches, of one panel."""
-    heights: Sequence[float] = ()
+    heights: Sequence[float] | None = None
     """Of the rows, where they differ."""
     caption: str = ""
     """What is said below it."""
@@ -186,7 +177,7 @@ def draw(figure: Figure) -> bytes | None:
     with rc_context({"text.parse_math": False}):  # a name may have dollar signs
         size = (figure.size[0] * columns, figure.size[1] * rows)
         drawing = Drawing(figsize=size, dpi=120, layout="constrained")
-        places = drawing.subplots(rows, columns, squeeze=False, height_ratios=list(figure.heights) or None).flat
+        places = drawing.subplots(rows, columns, squeeze=False, height_ratios=figure.heights).flat
         for axes, panel in zip(places, figure.panels, strict=False):
             panel.draw(axes)
             axes.set_title(panel.title, fontsize=10)
@@ -206,10 +197,11 @@ def save(figure: Figure, path: Path) -> bool:
     return image is not None
 
 
-def shade(place: float) -> str:
-    """The colour of a place between 0 and 1 in the palette for ordered things: from blue over red to yellow-brown."""
-    red, green, blue = colorsys.hls_to_rgb((0.62 + 0.5 * place) % 1, 0.5, 0.7)
-    return f"#{round(255 * red):02x}{round(255 * green):02x}{round(255 * blue):02x}"
+def shade(place: int, of: int) -> str:
+    """The colour of one of so many ordered things: from blue over red to yellow-brown."""
+    hue = (0.62 + 0.5 * place / max(1, of - 1)) % 1
+    red, green, blue = (round(255 * part) for part in colorsys.hls_to_rgb(hue, 0.5, 0.7))
+    return f"#{red:02x}{green:02x}{blue:02x}"
 
 
 def condensed(name: str, x: Sequence[float], y: Sequence[float], **options: Any) -> Series:
@@ -224,20 +216,22 @@ def condensed(name: str, x: Sequence[float], y: Sequence[float], **options: Any)
 
 def smooth(values: Sequence[float], keep: float = 0.8) -> list[float]:
     """Exponential moving average, from the first value on."""
-    smoothed: list[float] = []
-    for value in values:
-        smoothed.append(value if not smoothed else keep * smoothed[-1] + (1 - keep) * value)
-    return smoothed
+    return list(itertools.accumulate(values, lambda mean, value: keep * mean + (1 - keep) * value))
 
 
 @functools.cache
 def _can_draw() -> bool:
-    try:
-        import matplotlib
-    except ImportError:
+    found = importlib.util.find_spec("matplotlib") is not None
+    if not found:
         print(MISSING)
-        return False
-    return bool(matplotlib)
+    return found
+
+
+def _add_legend(axes: Any, **options: Any) -> None:
+    handles, labels = axes.get_legend_handles_labels()
+    entries = dict(zip(labels, handles, strict=True))  # a name may stand for several
+    if len(entries) > 1:
+        axes.legend(entries.values(), entries.keys(), **options)
 
 
 def _make_logarithmic(set_scale: Any, axis: Any) -> None:

@@ -1,35 +1,31 @@
-"""What `scripts/goodput.py RUN` shows of a run's ledger: a table, and the timeline as a figure."""
+"""What `scripts/goodput.py RUN` shows of a run's ledger, which stands on its page too: a table, and the timeline."""
 
 import random
 from pathlib import Path
 from statistics import mean
 
 from rich.console import Console
-from rich.table import Table
+from rich.markdown import Markdown
 
 from mai_thinking.errors import UsageError
 from mai_thinking.launch.goodput import Account, account_of
+from mai_thinking.report.document import Cell, Table
 from mai_thinking.report.figures import Figure, Panel, Timeline, condensed, save
 from mai_thinking.report.projection import Costs, measure, once_a_period, projection, simulate
 from mai_thinking.report.reading import read_config
 from mai_thinking.training.ledger import CATEGORIES, EVALUATION, PRODUCTIVE, SLOW
 
-COLOURS = dict(
-    zip(
-        CATEGORIES,
-        ("#2a9d5c", "#a9cf8d", "#3a7ebf", "#e0b548", "#c93f50", "#ec7c4c", "#8560bb", "#56626c", "#b8b9c6"),
-        strict=True,
-    )
-)
+_COLOURS = ("#2a9d5c", "#a9cf8d", "#3a7ebf", "#e0b548", "#c93f50", "#ec7c4c", "#8560bb", "#56626c", "#b8b9c6")
+_COUNTS_IN = {PRODUCTIVE: ("✓", "✓"), SLOW: ("", "✓"), EVALUATION: ("✓", "")}
+"""The report's goodput, and the common one."""
 
 
 def report(run: Path, console: Console) -> None:
     """Print the table of the run in folder `run` and draw `report/goodput.png` there."""
     if not (run / "events.jsonl").is_file():
         raise UsageError(f"{run}: no events.jsonl; name the output_dir of a run, such as runs/nano")
-    result = account_of(run)
-    show(result, str(run), console)
-    file = run / "report" / "goodput.png"
+    result, file = account_of(run), run / "report" / "goodput.png"
+    console.print(f"goodput of {run}", Markdown(table(result).markdown()), summary(result), sep="\n")
     try:
         if result.segments and save(figure(result), file):
             console.print(f"timeline: {file}")
@@ -40,14 +36,11 @@ def report(run: Path, console: Console) -> None:
 def report_projection(run: Path, failures_per_gpu_hour: float, console: Console) -> None:
     """Print what the costs of the run in folder `run` would come to on 8 … 8,192 GPUs."""
     costs, every = measure(run), _saves_every(run)
-    console.print(_spell_costs(costs))
-    console.print(f"one failure in {1 / failures_per_gpu_hour:,.0f} GPU-hours; the costs are taken to stay the same")
-    view = Table(title=f"expected goodput, from the costs of {run}")
-    for name in ("GPUs", "hours between faults", f"saving every {every} steps", "Young's interval, s", "goodput"):
-        view.add_column(name, justify="right")
-    for row in projection(costs, every, failures_per_gpu_hour):
-        view.add_row(*row)
-    console.print(view)
+    names = ("GPUs", "hours between faults", f"saving every {every} steps", "Young's interval, s", "goodput")
+    rows = projection(costs, every, failures_per_gpu_hour)
+    told = f"one failure in {1 / failures_per_gpu_hour:,.0f} GPU-hours; the costs are taken to stay the same"
+    title = f"expected goodput, from the costs of {run}"
+    console.print(_spell_costs(costs), told, title, Markdown(Table(names, rows).markdown()), sep="\n")
 
 
 def report_prediction(run: Path, period: float, steps: int, console: Console) -> None:
@@ -61,21 +54,15 @@ def report_prediction(run: Path, period: float, steps: int, console: Console) ->
     )
 
 
-def show(result: Account, title: str, console: Console) -> None:
-    """Print seconds and share of the wall-clock per category, what each definition makes of it, and the counts."""
-    view = Table(title=f"goodput of {title}")
-    view.add_column("category")
-    for name in ("seconds", "share", "report", "common"):
-        view.add_column(name, justify="right")
-    counts_in = {PRODUCTIVE: ("✓", "✓"), SLOW: ("", "✓"), EVALUATION: ("✓", "")}
-    for category in CATEGORIES:
-        seconds, share = f"{result.seconds[category]:,.1f}", f"{result.share(category):.2%}"
-        view.add_row(category, seconds, share, *counts_in.get(category, ("", "")))
-    view.add_section()
+def table(result: Account) -> Table:
+    """Seconds and share of the wall-clock per category, and what each definition makes of it."""
+    rows: list[list[Cell]] = [
+        [name, f"{result.seconds[name]:,.1f}", f"{result.share(name):.2%}", *_COUNTS_IN.get(name, ("", ""))]
+        for name in CATEGORIES
+    ]
     goodputs = f"{result.report_goodput:.2%}", f"{result.common_goodput:.2%}"
-    view.add_row("wall-clock", f"{result.wall_clock:,.1f}", "100.00%", *goodputs, style="bold")
-    console.print(view)
-    console.print(summary(result))
+    rows.append(["wall-clock", f"{result.wall_clock:,.1f}", "100.00%", *goodputs])
+    return Table(["category", "seconds", "share", "report", "common"], rows)
 
 
 def summary(result: Account) -> str:
@@ -100,7 +87,7 @@ def figure(result: Account) -> Figure:
     """The timeline, and below it every kept step's seconds."""
     ends = [end - result.begin for end, _ in result.step_seconds]
     steps = condensed("seconds", ends, [taken for _, taken in result.step_seconds], style="dots")
-    best = [(result.best_step_seconds, None)] if result.step_seconds else []
+    best = [(result.best_step_seconds, "grey")] if result.step_seconds else []
     panel = Panel("seconds a step (dashed: the best)", [steps], x_name="seconds since the start", guides=best)
     return Figure("goodput", [timeline(result), panel], columns=1, size=(11, 2.6), heights=(1, 3))
 
@@ -109,15 +96,14 @@ def timeline(result: Account) -> Timeline:
     """What filled the run when, without the time in which it was stopped on request."""
     stretches: dict[str, list[tuple[float, float]]] = {category: [] for category in CATEGORIES}
     now = 0.0
-    for segment in result.segments:
-        stretches[segment.category].append((now, segment.end - segment.begin))
-        now += segment.end - segment.begin
-    seen = [category for category in CATEGORIES if result.seconds[category] > 0]
-    names = {category: f"{category} {result.share(category):.1%}" for category in seen}
+    for category, begin, end in result.segments:
+        stretches[category].append((now, end - begin))
+        now += end - begin
+    names = {name: f"{name} {result.share(name):.1%}" for name in CATEGORIES if result.seconds[name] > 0}
     return Timeline(
         f"goodput {result.report_goodput:.1%} (the report's), {result.common_goodput:.1%} (common)",
-        {"": {name: stretches[category] for category, name in names.items()}},
-        {name: COLOURS[category] for category, name in names.items()},
+        {"": {shown: stretches[name] for name, shown in names.items()}},
+        {names[name]: colour for name, colour in zip(CATEGORIES, _COLOURS, strict=True) if name in names},
     )
 
 

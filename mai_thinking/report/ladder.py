@@ -1,21 +1,21 @@
 """A ladder's page: tables, figures and JSON of one analysis."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 
 from mai_thinking.experiments.scaling.analysis import Analysis, analyse, as_json, ranked_right
 from mai_thinking.experiments.scaling.baseline import BaselineFit, interval
 from mai_thinking.experiments.scaling.crossings import Crossing
-from mai_thinking.experiments.scaling.gain import RULE, Efficiency, spell
+from mai_thinking.experiments.scaling.gain import RULE, spell
 from mai_thinking.experiments.scaling.points import PointSet
 from mai_thinking.report.document import Cell, Document, Table
 from mai_thinking.report.figures import Figure, Panel, Series
 
 UNITS = {"flops": "FLOPs", "seconds": "seconds"}
 GAINS = {"flops": "EG_FLOPs", "seconds": "EG_Time"}
-_GRID = 60
 _SHOWN = 0.05, 20.0
 """Gains outside are drawn at these ends."""
 
@@ -32,103 +32,92 @@ def write_report(points: PointSet, folder: Path, title: str) -> str:
         told = ", ".join(f"{point.config} seed {point.seed} at {point.flops:.3g} FLOPs" for point in again[:3])
         rest = f" and {len(again) - 3} more" if len(again) > 3 else ""
         page.add(f"Given twice, of which the first counts: {told}{rest}.")
-    page.add(verdicts(analysis))
-    page.add_figures(figures(analysis))
-    page.add(*(gains_table(analysis, candidate) for candidate in analysis.candidates), heading="Efficiency gain")
-    page.add(crossings_table(analysis), heading="Order and crossings")
+    page.add(*_verdicts(analysis), heading="Verdict")
+    page.add_figures(_figures(analysis))
+    gains = [part for candidate in analysis.candidates for part in _gains(analysis, candidate)]
+    page.add(*gains, heading="Efficiency gain")
+    page.add(
+        "Better at each rung, cheapest first; = where the gain's interval contains 1. Nothing is said of what lies "
+        "beyond the largest rung.",
+        _crossings(analysis.crossings).markdown(),
+        heading="Order and crossings",
+    )
     if len(points.configs) > 2:
-        page.add(ranking_table(points), heading="Who would have ranked right")
-    page.add(fits_table(list(analysis.fits.values())), heading="The baseline's law, L = A·C^−α + E")
-    page.add(runs_table(points), heading="Runs")
+        told = "Share of all pairs of configs that stand as at the largest rung, by mean loss."
+        page.add(told, _ranking(points).markdown(), heading="Who would have ranked right")
+    page.add(_fits(list(analysis.fits.values())).markdown(), heading="The baseline's law, L = A·C^−α + E")
+    page.add(_runs(points).markdown(), heading="Runs")
     return page.write(folder)
 
 
-def verdicts(analysis: Analysis) -> str:
+def _verdicts(analysis: Analysis) -> Iterator[str]:
     """One line for each candidate, and the rule."""
-    lines = ["## Verdict", ""]
+    lines = []
     for candidate in analysis.candidates:
         told = [analysis.gain(candidate, cost) for cost in analysis.points.costs]
         reasons = "; ".join(f"{GAINS[e.cost]}: {e.verdict[1]}" for e in told)
         by_time = f"; by time alone {told[1].verdict[0]}" if len(told) > 1 else ""
         lines.append(f"- **{candidate}: {analysis.verdict(candidate)}** ({reasons}{by_time})")
+    yield "\n".join(lines)
     kept = [e.kept_variance for c in analysis.candidates if (e := analysis.gain(c)).kept_variance is not None]
     if kept:
         spans = f"{1 - max(kept):.0%} to {1 - min(kept):.0%}" if len(kept) > 1 else f"{1 - kept[0]:.0%}"
-        lines += ["", f"Pairs of one seed take {spans} off the variance of a difference of log losses."]
-    worth = f"The difference asked for: {analysis.points.difference:.0%}."
-    return "\n".join([*lines, "", f"Rule: {RULE} {worth}"])
+        yield f"Pairs of one seed take {spans} off the variance of a difference of log losses."
+    yield f"Rule: {RULE} The difference asked for: {analysis.points.difference:.0%}."
 
 
-def gains_table(analysis: Analysis, candidate: str) -> str:
-    """EG by score and cost, for each kind of cost."""
-    parts = []
+def _gains(analysis: Analysis, candidate: str) -> Iterator[str]:
+    """EG by score, for each kind of cost."""
     for cost in analysis.points.costs:
         found = [e for e in analysis.efficiencies if e.candidate == candidate and e.cost == cost]
-        parts.append(f"`{candidate}`, {GAINS[cost]} [interval]\n\n{_gain_rows(found)}")
-    return "\n\n".join(parts)
-
-
-def _gain_rows(efficiencies: list[Efficiency]) -> str:
-    told = [e for e in efficiencies if e.problem is None]
-    lines = [f"- {e.score}: no gain to tell. {e.problem}." for e in efficiencies if e.problem is not None]
-    if told:
-        by_rung = zip(*(e.gains for e in told), strict=True)
+        yield f"`{candidate}`, {GAINS[cost]} [interval]"
+        untold = [f"- {e.score}: no gain to tell. {e.problem}." for e in found if e.problem is not None]
+        yield from ["\n".join(untold)] if untold else []
+        told = [e for e in found if e.problem is None]
+        if not told:
+            continue
         rows = [
             [f"{gains[0].cost:.3g}", str(gains[0].pairs), *(spell(g) + (" \\*" if g.beyond else "") for g in gains)]
-            for gains in by_rung
+            for gains in zip(*(e.gains for e in told), strict=True)
         ]
         rows += [
             ["mean of the rungs", "", *(spell(e.mean) for e in told)],
             ["line, at the largest", "", *(spell(e.largest) for e in told)],
             ["× a decade of cost", "", *(spell(e.trend) for e in told)],
         ]
-        table = Table([UNITS[told[0].cost], "pairs" if told[0].paired else "runs", *(e.score for e in told)], rows)
-        lines += [
-            "",
-            table.markdown(),
-            "",
-            "\\* beyond the baseline's lowest loss: its law is continued",
-        ]
-    return "\n".join(lines).strip()
+        yield Table([UNITS[cost], "pairs" if told[0].paired else "runs", *(e.score for e in told)], rows).markdown()
+        yield "\\* beyond the baseline's lowest loss: its law is continued"
 
 
-def crossings_table(analysis: Analysis) -> str:
+def _crossings(crossings: Sequence[Crossing]) -> Table:
     """A row for each candidate, score and kind of cost."""
+    rows = []
+    for c in crossings:
+        at = "–"
+        if c.at is not None and c.low is not None and c.high is not None:
+            ends = ("none" if end == 0 or end == float("inf") else f"{end:.3g}" for end in (c.low, c.high))
+            at = f"{c.at:.3g} [{', '.join(ends)}]"
+        rows.append([c.candidate, c.score, UNITS[c.cost], " ".join(name or "=" for name in c.better), c.status, at])
     columns = ["candidate", "score", "cost", "better at each rung", "", "the gain goes through 1 at [interval]"]
-    return (
-        "Better at each rung, cheapest first; = where the gain's interval contains 1. Nothing is said of what lies "
-        f"beyond the largest rung.\n\n{Table(columns, [_crossing_row(c) for c in analysis.crossings]).markdown()}"
-    )
+    return Table(columns, rows)
 
 
-def _crossing_row(c: Crossing) -> list[str]:
-    better = " ".join(name or "=" for name in c.better)
-    at = "–"
-    if c.at is not None and c.low is not None and c.high is not None:
-        ends = ("none" if end == 0 or end == float("inf") else f"{end:.3g}" for end in (c.low, c.high))
-        at = f"{c.at:.3g} [{', '.join(ends)}]"
-    return [c.candidate, c.score, UNITS[c.cost], better, c.status, at]
-
-
-def ranking_table(points: PointSet) -> str:
+def _ranking(points: PointSet) -> Table:
     """The share of pairs that each cheaper rung ranks as the largest does, and who is best at each."""
     rungs = [points.rungs(config) for config in points.configs]
-    shared = min(map(len, rungs))
+    shared, right = min(map(len, rungs)), ranked_right(points)
     rows: list[list[Cell]] = []
     for place in range(-shared, 0):
         members = {config: own[place] for config, own in zip(points.configs, rungs, strict=True)}
-        cost = f"{members[points.baseline][0].flops:.3g}"
-        row: list[Cell] = [cost]
-        for score, shares in ranked_right(points).items():
-            means = {c: sum(points.score(p, score) for p in rung) / len(rung) for c, rung in members.items()}
-            best = min(means, key=means.__getitem__)
+        row: list[Cell] = [f"{members[points.baseline][0].flops:.3g}"]
+        for score, shares in right.items():
+            best = min(members, key=lambda config: fmean(points.score(p, score) for p in members[config]))
             row.append(best if place == -1 else f"{shares[place + shared]:.0%}, best {best}")
         rows.append(row)
-    table = Table(["FLOPs of the baseline", *points.scores], rows)
-    return f"Share of all pairs of configs that stand as at the largest rung, by mean loss.\n\n{table.markdown()}"
+    return Table(["FLOPs of the baseline", *points.scores], rows)
 
 
-def fits_table(fits: Sequence[BaselineFit]) -> str:
+def _fits(fits: Sequence[BaselineFit]) -> Table:
     """Parameters with their intervals, or what is in the way of a fit."""
     rows = []
     for fit in fits:
@@ -141,10 +130,10 @@ def fits_table(fits: Sequence[BaselineFit]) -> str:
             low, high = interval(values)
             row.append(f"{float(value):.3g} [{low:.3g}, {high:.3g}]")
         rows.append([*row, "the rungs miss the law by more than the seeds explain" if fit.lack_of_fit else ""])
-    return Table(["config", "score", "cost", "rungs, runs", "A", "α", "E", ""], rows).markdown()
+    return Table(["config", "score", "cost", "rungs, runs", "A", "α", "E", ""], rows)
 
 
-def runs_table(points: PointSet) -> str:
+def _runs(points: PointSet) -> Table:
     """Every point."""
     rows: list[list[Cell]] = []
     for rung in (rung for config in points.configs for rung in points.rungs(config)):
@@ -153,26 +142,21 @@ def runs_table(points: PointSet) -> str:
             seconds = "–" if point.seconds is None else f"{point.seconds:.4g}"
             losses = [points.score(point, score) for score in points.scores]
             rows.append([point.config, depth, point.seed, f"{point.flops:.4g}", seconds, *losses])
-    return Table(["config", "rung", "seed", "FLOPs", "seconds", *points.scores], rows, digits=4).markdown()
+    return Table(["config", "rung", "seed", "FLOPs", "seconds", *points.scores], rows, digits=4)
 
 
-# ----------------------------------------------------------------------------------------------------------- figures
-
-
-def figures(analysis: Analysis) -> list[Figure]:
+def _figures(analysis: Analysis) -> Iterator[Figure]:
     """Loss against cost with the baseline's law, and efficiency gain against cost."""
-    found = []
-    scores, size = analysis.points.scores, (5.0, 4.0)
+    scores = analysis.points.scores
     for cost in analysis.points.costs:
-        losses = [_losses(analysis, score, cost) for score in scores]
-        found.append(Figure(f"loss-{cost}", losses, columns=len(scores), size=size))
+        panels = {"loss": [_loss_panel(analysis, score, cost) for score in scores]}
         if any(e.problem is None for e in analysis.efficiencies if e.cost == cost):
-            gains = [_gains(analysis, score, cost) for score in scores]
-            found.append(Figure(f"gain-{cost}", gains, columns=len(scores), size=size))
-    return found
+            panels["gain"] = [_gain_panel(analysis, score, cost) for score in scores]
+        for name, found in panels.items():
+            yield Figure(f"{name}-{cost}", found, columns=len(scores), size=(5.0, 4.0))
 
 
-def _losses(analysis: Analysis, score: str, cost: str) -> Panel:
+def _loss_panel(analysis: Analysis, score: str, cost: str) -> Panel:
     points, fit = analysis.points, analysis.fits[score, cost]
     lines = []
     for place, config in enumerate(points.configs):
@@ -181,21 +165,19 @@ def _losses(analysis: Analysis, score: str, cost: str) -> Panel:
         lines.append(Series("", [getattr(point, cost) for point in members], losses, style="dots", colour=place))
         lines.append(Series(config, [], [], colour=place))
     if fit.problem is None:
-        costs = np.geomspace(fit.curve.costs_R[0], fit.curve.costs_R[-1], _GRID)
+        costs = np.geomspace(fit.curve.costs_R[0], fit.curve.costs_R[-1], 60)
         low, high = zip(*(interval(fit.replicates.loss(x)) for x in costs), strict=True)
         lines.append(Series("", costs.tolist(), fit.law.loss(costs).tolist(), low=low, high=high, colour=0))
     return Panel(f"{score}: held-out loss", lines, x_name=f"training {UNITS[cost]}", log_x=True, log_y=True)
 
 
-def _gains(analysis: Analysis, score: str, cost: str) -> Panel:
+def _gain_panel(analysis: Analysis, score: str, cost: str) -> Panel:
     lines = []
     for place, candidate in enumerate(analysis.candidates, start=1):
         e = analysis.gain(candidate, cost, score)
-        if e.problem is not None:
-            continue
-        value, low, high = (
-            np.clip([getattr(gain, end) for gain in e.gains], *_SHOWN).tolist() for end in ("value", "low", "high")
-        )
-        lines.append(Series(candidate, [gain.cost for gain in e.gains], value, low, high, colour=place))
+        if e.problem is None:
+            ends = [[getattr(gain, end) for gain in e.gains] for end in ("value", "low", "high")]
+            value, low, high = np.clip(ends, *_SHOWN).tolist()
+            lines.append(Series(candidate, [g.cost for g in e.gains], value, low, high, colour=place))
     title, axis = f"{score}: efficiency gain", f"training {UNITS[cost]}"
-    return Panel(title, lines, x_name=axis, log_x=True, log_y=True, guides=[(1.0, None)])
+    return Panel(title, lines, x_name=axis, log_x=True, log_y=True, guides=[(1.0, "grey")])

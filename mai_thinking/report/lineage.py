@@ -10,8 +10,17 @@ from rich.markup import escape
 from rich.tree import Tree
 
 from mai_thinking.errors import UsageError
-from mai_thinking.provenance.lineage import stable_manifest
-from mai_thinking.provenance.record import RECORD, Data, Fault, Lineage, Record, file_faults, hash_file, read_lineage
+from mai_thinking.provenance.lineage import (
+    RECORD,
+    Data,
+    Fault,
+    Lineage,
+    Record,
+    file_faults,
+    hash_file,
+    read_lineage,
+    stable_manifest,
+)
 from mai_thinking.report.document import printed
 
 
@@ -29,7 +38,7 @@ def report(path: Path, console: Console) -> bool:
         raise UsageError(f"{folder}: holds neither weights nor traces; name a run's folder, such as runs/nano")
     inspection = Inspection()
     for subject in subjects:
-        console.print(inspection.tree(subject))
+        console.print(inspection.tree_at(subject))
     for fault in inspection.faults:
         console.print(f"[bold red]not as recorded:[/] {escape(str(fault))}", soft_wrap=True, highlight=False)
     if not inspection.faults:
@@ -41,7 +50,7 @@ def as_recorded(lineage: Lineage | str) -> str:
     """The tree of a lineage as a Markdown code block, no file looked at; a text says why there is none."""
     if isinstance(lineage, str):
         return lineage
-    tree = Inspection(verify=False).tree_of(lineage, lineage.places.get(lineage.id))
+    tree = Inspection(verify=False).tree(lineage)
     checks = "As recorded; `python scripts/lineage.py` checks every file against its hash."
     return f"{printed(lambda console: console.print(tree))}\n\n{checks}"
 
@@ -58,18 +67,17 @@ class Inspection:
         self._drawn: set[str] = set()
         self._data_checked: dict[Path, list[Fault]] = {}
 
-    def tree(self, folder: Path) -> Tree:
+    def tree_at(self, folder: Path) -> Tree:
         """The tree of what lies in `folder`."""
         try:
-            return self.tree_of(read_lineage(folder), folder)
+            return self.tree(read_lineage(folder))
         except ValueError as error:
             self.faults.append(Fault(folder, str(error)))
             return Tree(f"[red]{escape(str(folder))} {escape(str(error))}[/]")
 
-    def tree_of(self, lineage: Lineage, folder: Path | None) -> Tree:
-        """The tree of a lineage, of what lies in `folder`."""
-        state = "" if folder is None else self._check(folder, lineage.record)
-        root = Tree(self._label(lineage.id, lineage, folder, state))
+    def tree(self, lineage: Lineage) -> Tree:
+        """The tree of a lineage."""
+        root = Tree(self._label(lineage, lineage.id, self._check(lineage, lineage.id)))
         self._grow(root, lineage, lineage.id)
         return root
 
@@ -86,12 +94,11 @@ class Inspection:
         if record.data is not None and (record.data.sources or record.data.manifest):
             node.add(self._data_label(record.data, lineage.places.get(record.data.manifest or "")))
         for parent in record.parents:
-            place = lineage.places.get(parent)
-            state = "" if parent in self._drawn else self._check_ancestor(place, parent, lineage.records[parent])
-            self._grow(node.add(self._label(parent, lineage, place, state)), lineage, parent)
+            state = "" if parent in self._drawn else self._check(lineage, parent)
+            self._grow(node.add(self._label(lineage, parent, state)), lineage, parent)
 
-    def _label(self, id: str, lineage: Lineage, place: Path | None, state: str) -> str:
-        record = lineage.records[id]
+    def _label(self, lineage: Lineage, id: str, state: str) -> str:
+        record, place = lineage.records[id], lineage.places.get(id)
         head = f"[bold]{record.kind}[/] [cyan]{id[:12]}[/]"
         if record.kind == "random-weights" and record.architecture is not None:
             sizes = record.architecture
@@ -113,30 +120,28 @@ class Inspection:
             state = _state(self._data_checked[place])
         return f"data: {escape(sources)}{state}"
 
-    def _check(self, folder: Path, record: Record, *, complete: bool = True) -> str:
-        if not self._verify:
-            return ""
-        faults = [*file_faults(folder, record, complete=complete), *_config_faults(folder, record)]
-        self.faults += faults
-        self.files += 0 if faults else len(record.files)
-        return _state(faults)
-
-    def _check_ancestor(self, place: Path | None, id: str, record: Record) -> str:
-        """An ancestor's files, if they are still where they were; a later run may have put others there."""
+    def _check(self, lineage: Lineage, id: str) -> str:
+        """Whether its files are as recorded, if they are still where they were; a later run may have put others
+        there."""
+        record, place = lineage.records[id], lineage.places.get(id)
         if record.kind == "random-weights" or not self._verify:
             return ""
         if place is None or not place.is_dir():
             return " [dim]not there any more[/]"
-        if not (place / RECORD).exists():
-            return self._check(place, record, complete=False)
-        try:
-            now = read_lineage(place)
-        except ValueError as error:
-            self.faults.append(Fault(place, str(error)))
-            return f" [red]✗ {escape(str(error))}[/]"
-        if now.id != id and any(now.record.files.get(name) != was for name, was in record.files.items()):
-            return " [yellow]another is there now[/]"
-        return self._check(place, record, complete=now.id == id)
+        same = False
+        if (place / RECORD).exists():
+            try:
+                now = read_lineage(place)
+            except ValueError as error:
+                self.faults.append(Fault(place, str(error)))
+                return f" [red]✗ {escape(str(error))}[/]"
+            same = now.id == id
+            if not same and any(now.record.files.get(name) != was for name, was in record.files.items()):
+                return " [yellow]another is there now[/]"
+        faults = [*file_faults(place, record, complete=same), *_config_faults(place, record)]
+        self.faults += faults
+        self.files += 0 if faults else len(record.files)
+        return _state(faults)
 
 
 def _subjects(folder: Path) -> Iterator[Path]:

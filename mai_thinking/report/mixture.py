@@ -1,8 +1,10 @@
 """A mixture search's page: what was tried, how well it can be predicted, who won the finals."""
 
-from mai_thinking.experiments.mixture import SCORE, Search
-from mai_thinking.report.comparison import student
-from mai_thinking.report.document import Cell, Document, Interval, Table
+from statistics import fmean
+
+from mai_thinking.experiments.mixture import SCORE, Result, Search
+from mai_thinking.report.comparison import spread, student
+from mai_thinking.report.document import Cell, Document, Table
 
 
 def write_report(search: Search) -> str:
@@ -32,19 +34,16 @@ def _finals(search: Search) -> Table:
     columns = ["mixture", *scores, "bits per byte", "most by heart of a source", "held-out text by heart"]
     rows: list[list[Cell]] = []
     for name, results in search.finals.items():
-        row: list[Cell] = [name]
-        for score in scores:
-            values = [result.scores[score] for result in results]
-            row.append(Interval(sum(values) / len(values), min(values), max(values)))
-        row.append(sum(result.bits["bits_per_byte"] for result in results) / len(results))
-        for part in (_most_by_heart, lambda one: one["held_out"]):
-            row.append(sum(part(result.memorised) for result in results) / len(results))
-        rows.append(row)
+        spans = [spread([result.scores[score] for result in results]) for score in scores]
+        bits = fmean(result.bits["bits_per_byte"] for result in results)
+        by_heart = (fmean(values) for values in zip(*map(_by_heart, results), strict=True))
+        rows.append([name, *spans, bits, *by_heart])
     return Table(columns, rows, digits=4)
 
 
-def _most_by_heart(memorised: dict[str, float]) -> float:
-    return max(value for name, value in memorised.items() if name != "held_out")
+def _by_heart(one: Result) -> tuple[float, float]:
+    """The most of a source, and of held-out text."""
+    return max(value for name, value in one.memorised.items() if name != "held_out"), one.memorised["held_out"]
 
 
 def _differences(search: Search) -> Table:
@@ -53,8 +52,7 @@ def _differences(search: Search) -> Table:
     for name in ("start", "random-search"):
         for score in own[0].scores:
             pairs = zip(own, search.finals[name], strict=True)
-            mean, low, high = student([a.scores[score] - b.scores[score] for a, b in pairs])
-            rows.append([name, score, mean, low, high])
+            rows.append([name, score, *student([a.scores[score] - b.scores[score] for a, b in pairs])])
     return Table(["against", "score", "difference", "low", "high"], rows, digits=4)
 
 
@@ -68,9 +66,8 @@ def _mixtures(search: Search) -> Table:
 
 def _samples(search: Search) -> Table:
     names = list(search.config.start)
-    rows: list[list[Cell]] = []
-    for one in search.samples:
-        by_heart = _most_by_heart(one.memorised), one.memorised["held_out"]
-        shares = [one.shares[source] for source in names]
-        rows.append([one.name, one.scores[SCORE], one.bits["bits_per_byte"], *by_heart, *shares])
+    rows: list[list[Cell]] = [
+        [one.name, one.scores[SCORE], one.bits["bits_per_byte"], *_by_heart(one), *(one.shares[n] for n in names)]
+        for one in search.samples
+    ]
     return Table(["run", "score", "bits per byte", "most by heart", "held-out by heart", *names], rows, digits=4)

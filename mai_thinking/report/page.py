@@ -10,13 +10,11 @@ import yaml
 
 from mai_thinking.config.storage import atomic_file
 from mai_thinking.errors import UsageError
-from mai_thinking.report.climb import stage_table
-from mai_thinking.report.document import Cell, Document, Table, fenced, printed
-from mai_thinking.report.goodput import figure, show
+from mai_thinking.report.document import Cell, Document, Table, fenced
+from mai_thinking.report.goodput import figure, summary, table
 from mai_thinking.report.lineage import as_recorded
-from mai_thinking.report.panels import over_stages
 from mai_thinking.report.reading import Climb, Run, read
-from mai_thinking.report.summary import add_run
+from mai_thinking.report.summary import add_run, climb_page
 from mai_thinking.rl.rewards import TERMS
 from mai_thinking.rl.trace_report import parts_of, printable
 
@@ -44,29 +42,22 @@ def write_page(path: Path, target: Path) -> None:
     subject = read(path)
     body = of_climb(subject) if isinstance(subject, Climb) else of_run(subject).html()
     style = (files("mai_thinking.report") / "page.css").read_text("utf-8")
+    page = _FRAME.format(title=escape(printable(subject.name)), style=style, body=body)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(target) as temporary:
-            title = escape(printable(subject.name))
-            temporary.write_text(_FRAME.format(title=title, style=style, body=body), encoding="utf-8")
+            temporary.write_text(page, encoding="utf-8")
     except OSError as error:
         raise UsageError(f"{target}: cannot be written ({error.strerror}); name another place with --output") from None
 
 
 def of_climb(climb: Climb) -> str:
-    """A climb: its stages in a table and on one clock, then each as a run that opens."""
-    page = Document(climb.name)
-    done = sum(stage.status == "finished" for stage in climb.stages)
-    page.add(f"A whole climb, {done} of {len(climb.stages)} stages finished, in `{climb.path}`.")
-    page.add(*[f"**{stage.name}** {stage.collapse}" for stage in climb.stages if stage.collapse is not None])
-    page.add(stage_table(climb.stages).markdown(), heading="Stages")
-    page.add_figures(over_stages(climb)[:1])
-    page.add(as_recorded(climb.stages[-1].lineage), heading="Where it came from")
+    """A climb, then each of its stages as a run that opens."""
     stages = [
         f"<details><summary>{escape(printable(stage.name))}: {stage.status}</summary>\n{of_run(stage).html()}</details>"
         for stage in climb.stages
     ]
-    return page.html() + "\n".join(stages)
+    return climb_page(climb, as_recorded(climb.stages[-1].lineage)).html() + "\n".join(stages)
 
 
 def of_run(run: Run) -> Document:
@@ -79,7 +70,7 @@ def of_run(run: Run) -> Document:
     if run.account.segments:
         page.add(heading="Goodput")
         page.add_figures([figure(run.account)])
-        page.add(printed(lambda console: show(run.account, run.name, console)))
+        page.add(table(run.account).markdown(), *summary(run.account).split("\n"))
     if rollouts := run.rollouts():
         page.add(_rule(run.config.get("reward", {})), heading="Rollouts")
         for title, traces in rollouts.items():

@@ -9,12 +9,12 @@ import itertools
 import math
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
+from typing import NamedTuple
 
 from mai_thinking.errors import UsageError
-from mai_thinking.launch.goodput import account
+from mai_thinking.launch.goodput import Account
 from mai_thinking.training.checkpoint_storage import MANIFEST, read_manifest, step_folder, visible_steps
 from mai_thinking.training.ledger import CHECKPOINT, DATA, EVALUATION, OTHER, PRODUCTIVE, SLOW, START_UP
 from mai_thinking.training.metrics import read_records
@@ -23,12 +23,8 @@ FAILURES_PER_GPU_HOUR = 419 / (54 * 24 * 16_384)
 """Llama 3's pre-training: 419 unexpected interruptions in 54 days on 16,384 GPUs (arXiv 2407.21783, §3.3.4): one in
 50,700 GPU-hours."""
 
-GPUS = tuple(2**power for power in range(3, 14))
-_FAULTS = 4000
 
-
-@dataclass(frozen=True)
-class Costs:
+class Costs(NamedTuple):
     """What a run's parts take, in seconds."""
 
     ideal_step: float
@@ -57,13 +53,13 @@ class Costs:
 def measure(run: Path) -> Costs:
     """The costs of a run that had at least one fault, from its ledger and its checkpoints."""
     events = read_records(run / "events.jsonl")
-    result = account(events)
+    result = Account(events)
     if not result.steps or not result.recoveries or not result.saves:
         had = f"{result.steps} steps, {len(result.saves)} saves and {len(result.recoveries)} restarts"
         raise UsageError(f"{run}: {had}; measure on a run with each, as under `scripts/launch.py --chaos kill:60s`")
     kept, seconds = result.steps, result.seconds
     # The recomputed steps' share of data waits is small, and is left with the kept ones.
-    step = (seconds[PRODUCTIVE] + seconds[SLOW] + seconds[DATA] + seconds[OTHER]) / kept
+    step = sum(seconds[name] for name in (PRODUCTIVE, SLOW, DATA, OTHER)) / kept
     return Costs(
         ideal_step=result.best_step_seconds,
         step=step,
@@ -78,8 +74,8 @@ def measure(run: Path) -> Costs:
 
 
 def _commit_seconds(run: Path, events: list[dict]) -> float:
-    """From the stall's end in the ledger to the time of the manifest, for the checkpoints that are still there and were
-    not saved by a rank that was left: those belong to no stall."""
+    """From the stall's end in the ledger to the time of the manifest, for the checkpoints that are still there, but for
+    those that a rank saved which was left: they belong to no stall."""
     ends = [event["time"] for event in events if event.get("category") == CHECKPOINT]
     delays = []
     for step in visible_steps(run / "checkpoints"):
@@ -95,7 +91,7 @@ def _commit_seconds(run: Path, events: list[dict]) -> float:
 
 
 def poisson(rate: float, draw: random.Random) -> Iterator[float]:
-    """Fault times in seconds from the first step, `rate` a second on average, without memory."""
+    """Fault times in seconds from the first step, `rate` a second on average."""
     return itertools.accumulate(draw.expovariate(rate) for _ in itertools.count())
 
 
@@ -124,11 +120,9 @@ def simulate(costs: Costs, every: int, faults: Iterator[float], steps: float) ->
             done += cycles * every + min(every, into // costs.cadence)
         else:
             done += committed * every
-        now = fault + costs.restart
-        fault = next(faults)
-        while fault < now:  # struck again while restarting
-            now = fault + costs.restart
-            fault = next(faults)
+        now = fault
+        while fault <= now:  # also struck again while restarting
+            now, fault = fault + costs.restart, next(faults)
 
 
 def young_interval(costs: Costs, rate: float) -> float:
@@ -138,7 +132,7 @@ def young_interval(costs: Costs, rate: float) -> float:
 
 def expected(costs: Costs, every: int, rate: float) -> float:
     """Goodput of a run that is long enough for some 4,000 faults at `rate` a second, the same for all `every`."""
-    steps = _FAULTS / rate / costs.cadence / 2
+    steps = 2000 / rate / costs.cadence
     return simulate(costs, every, poisson(rate, random.Random(0)), steps)
 
 
@@ -147,7 +141,7 @@ def projection(costs: Costs, every: int, rate_per_gpu_hour: float) -> list[tuple
     shorter than a commit takes, and goodput there. The costs are taken to stay what they are on the measured machine.
     """
     rows: list[tuple[str, ...]] = []
-    for gpus in GPUS:
+    for gpus in (2**power for power in range(3, 14)):
         rate = gpus * rate_per_gpu_hour / 3600
         interval = max(young_interval(costs, rate), costs.commit)
         steps = max(1, round(interval / costs.cadence))

@@ -4,7 +4,6 @@ A file that is torn, not there yet or just being replaced counts as not there. N
 """
 
 import json
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,52 +13,52 @@ import yaml
 
 from mai_thinking.errors import UsageError, one_line
 from mai_thinking.experiments.plan import INPUTS
-from mai_thinking.launch.goodput import Account, account
-from mai_thinking.provenance.record import RECORD, Lineage, read_lineage
-from mai_thinking.rl.collapse import COLLAPSE, Verdict, read_verdict
+from mai_thinking.launch.goodput import Account
+from mai_thinking.provenance.lineage import RECORD, Lineage, read_lineage
+from mai_thinking.rl.collapse import COLLAPSE, read_verdict
 from mai_thinking.rl.trace_report import Order, choose
 from mai_thinking.rl.traces import FOLDER, TraceStore
 from mai_thinking.training.ledger import RESTART
 from mai_thinking.training.metrics import Record, read_metrics, read_records
 from mai_thinking.training.run_folder import NOTES, SAMPLES
 
-CHOICES: tuple[tuple[str, Order], ...] = (
-    ("Newest", "newest"),
-    ("Highest reward", "best"),
-    ("Lowest reward", "worst"),
-)
-SHOWN = 3
-"""Rollouts of each choice, of different problems where there are any."""
-_LOOKED_AT = 64
+RL = "reinforcement learning"
+_CHOICES: dict[str, Order] = {"Newest": "newest", "Highest reward": "best", "Lowest reward": "worst"}
+_SHOWN, _LOOKED_AT = 3, 64
 
 
-@dataclass(frozen=True)
 class Run:
     """One training run."""
 
-    path: Path
-    config: dict[str, Any]
-    kind: str
-    status: str
-    steps: list[Record]
-    """Its training steps, in order."""
-    evaluations: list[Record]
-    account: Account
-    notes: dict[str, Any]
-    """What the recipe noted for its page (`RunFolder.note`)."""
-    samples: list[Record]
-    """A response to each held-out problem at each evaluation (`samples.jsonl`): fields of `rl.evaluation.Sample`, and
-    the step."""
-    lineage: Lineage | str
-    """Of its model, or what it has so far; or why there is none."""
-    collapse: Verdict | None
+    def __init__(self, path: Path) -> None:
+        """From a folder that has a config.yaml and perhaps no more. UsageError for a damaged config."""
+        self.path, self.config = path, read_config(path)
+        self.name = str(self.config.get("name") or path.name)
+        self.kind = "self-distillation" if "traces" in self.config else "pre-training"
+        if "tasks" in self.config:
+            self.kind = RL
+        self.steps, self.evaluations = read_metrics(path)
+        self.samples = read_samples(path)
+        self.events = read_records(path / "events.jsonl")
+        self.account = Account(self.events)
+        self.notes = read_json(path / NOTES) or {}
+        """What the recipe noted for its page (`RunFolder.note`)."""
+        self.collapse = read_verdict(path) if read_json(path / COLLAPSE) else None
+        self.lineage = _lineage(path)
 
     @property
-    def name(self) -> str:
-        return str(self.config.get("name") or self.path.name)
+    def status(self) -> str:
+        """Whether it goes on, and why not."""
+        if (self.path / "final").is_dir():
+            return "finished"
+        if (self.path / COLLAPSE).is_file():
+            return "collapsed"
+        ended = self.events and self.events[-1]["event"] == "end"
+        return "stopped on request" if ended else "under way, or killed"
 
     @property
     def steps_done(self) -> int:
+        """The last step's number."""
         return int(self.steps[-1]["step"]) if self.steps else 0
 
     @property
@@ -68,14 +67,15 @@ class Run:
         return (self.account.wall_clock - self.account.seconds[RESTART]) / 60
 
     def rollouts(self) -> dict[str, list[dict[str, Any]]]:
-        """By choice, rollouts as rows of the trace store; empty for a run without traces."""
-        store = TraceStore(self.path / FOLDER)
+        """By choice, rows of the trace store, of different problems where there are any; {} for a run without."""
         found = {}
-        for title, order in CHOICES:
+        for title, order in _CHOICES.items():
             try:
-                found[title] = _of_different_problems(choose(store, order, _LOOKED_AT))
+                traces = choose(TraceStore(self.path / FOLDER), order, _LOOKED_AT)
             except UsageError:  # none yet, or none whole
                 return {}
+            first = {trace["group_id"]: trace for trace in reversed(traces)}
+            found[title] = list(reversed(first.values()))[:_SHOWN]
         return found
 
 
@@ -88,45 +88,18 @@ class Climb:
     stages: list[Run]
     """Those that have begun, in the climb's order."""
 
-    @property
-    def begins(self) -> list[float]:
-        """When each stage began, in minutes of work."""
-        return [sum(stage.minutes for stage in self.stages[:index]) for index in range(len(self.stages))]
-
 
 def read(path: Path) -> Run | Climb:
     """The run or the climb in the folder `path`. UsageError if there is neither."""
-    names = read_json(path / INPUTS)
-    if names is not None:
-        stages = []
-        for name in names:
-            with suppress(UsageError):  # not begun, or being moved aside
-                stages.append(read_run(path / name))
-        if stages:
-            return Climb(path, str(read_config(path).get("name") or path.name), stages)
+    stages = []
+    for name in read_json(path / INPUTS) or {}:
+        with suppress(UsageError):  # not begun, or being moved aside
+            stages.append(Run(path / name))
+    if stages:
+        return Climb(path, str(read_config(path).get("name") or path.name), stages)
     if not (path / "config.yaml").is_file() or not (path / "metrics.jsonl").is_file():
         raise UsageError(f"{path}: no run; name a run's output_dir, such as runs/nano, once its first step is done")
-    return read_run(path)
-
-
-def read_run(path: Path) -> Run:
-    """The run in the folder `path`, which has a config.yaml and perhaps no more. UsageError for a damaged config."""
-    config = read_config(path)
-    events = read_records(path / "events.jsonl")
-    steps, evaluations = read_metrics(path)
-    return Run(
-        path=path,
-        config=config,
-        kind=_kind(config),
-        status=_status(path, events),
-        steps=steps,
-        evaluations=evaluations,
-        account=account(events),
-        notes=read_json(path / NOTES) or {},
-        samples=read_samples(path),
-        lineage=_lineage(path),
-        collapse=read_verdict(path) if read_json(path / COLLAPSE) else None,
-    )
+    return Run(path)
 
 
 def read_samples(path: Path) -> list[Record]:
@@ -144,24 +117,6 @@ def read_json(path: Path) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
-def then_and_now(samples: Sequence[Record], shown: int = 2) -> list[list[Record]]:
-    """Of each task, up to `shown` held-out problems with their responses at the first evaluation, in the middle and at
-    the last: those that were learned on the way first, the larger before the smaller."""
-    steps = sorted({sample["step"] for sample in samples})
-    picked = list(dict.fromkeys((steps[0], steps[len(steps) // 2], steps[-1]))) if steps else []
-    by_problem: dict[tuple[str, str], dict[int, Record]] = {}
-    for sample in samples:
-        by_problem.setdefault((sample["task"], sample["question"]), {}).setdefault(sample["step"], sample)
-    stories = [[found[step] for step in picked] for found in by_problem.values() if set(picked) <= set(found)]
-    stories.sort(key=lambda story: (story[-1]["passed"] and not story[0]["passed"], story[-1].get("size") or 0))
-    kept: dict[str, list[list[Record]]] = {}
-    for story in reversed(stories):
-        of_task = kept.setdefault(story[0]["task"], [])
-        if len(of_task) < shown:
-            of_task.append(story)
-    return [story for task in sorted(kept) for story in kept[task]]
-
-
 def read_config(path: Path) -> dict[str, Any]:
     """The config of the run or climb in the folder `path`. UsageError if there is no whole one."""
     try:
@@ -173,29 +128,8 @@ def read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def _kind(config: dict[str, Any]) -> str:
-    if "tasks" in config:
-        return "reinforcement learning"
-    return "self-distillation" if "traces" in config else "pre-training"
-
-
-def _status(path: Path, events: list[Record]) -> str:
-    if (path / "final").is_dir():
-        return "finished"
-    if (path / COLLAPSE).is_file():
-        return "collapsed"
-    if events and events[-1]["event"] == "end":
-        return "stopped on request"
-    return "under way, or killed"
-
-
-def _of_different_problems(traces: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    first = {trace["group_id"]: trace for trace in reversed(traces)}
-    return list(reversed(first.values()))[:SHOWN]
-
-
 def _lineage(path: Path) -> Lineage | str:
-    """The newest that can be read: a run under way removes its older checkpoints."""
+    """Of its model, or what it has so far, or why there is none: a run under way removes its older checkpoints."""
     problem = "nothing here has a record of where it comes from yet"
     checkpoints = sorted((path / "checkpoints").glob("step-" + "[0-9]" * 8), reverse=True)
     for folder in (path / "final", *checkpoints, path / FOLDER):

@@ -11,7 +11,7 @@ from mai_thinking.bench.machine import describe
 from mai_thinking.config.storage import atomic_file
 from mai_thinking.report.document import Document, Table, plain
 from mai_thinking.report.figures import save
-from mai_thinking.report.reading import read_run
+from mai_thinking.report.reading import Run
 from mai_thinking.report.timeline import timeline
 from mai_thinking.training.metrics import read_metrics
 
@@ -37,7 +37,7 @@ def write_part(
     made = {"command": command, "commits": commits, "seed": seed, **describe()}
     with atomic_file(path) as file:
         file.write_text(json.dumps(plain({"found": found, "made": made}), indent=1) + "\n")
-    for figure in timeline(read_run(timed)) if timed is not None else ():
+    for figure in timeline(Run(timed)) if timed is not None else ():
         save(figure, out / _TIMELINE)
 
 

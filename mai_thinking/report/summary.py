@@ -1,14 +1,18 @@
-"""The page of results of one run: `report/summary.md` with its figures, the same numbers in `report/summary.json`."""
+"""The pages of a run and of a whole climb, in Markdown as in HTML; `report/summary.md` has the figures beside it, and
+the same numbers in `report/summary.json`."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from mai_thinking.config.grpo import SamplingSection
-from mai_thinking.report.document import Document, Interval, Table, fenced
-from mai_thinking.report.panels import BITS, PASS, best_of, figures_of, parts_of
-from mai_thinking.report.reading import Run, read_run, then_and_now
+from mai_thinking.experiments.plan import ClimbPlan
+from mai_thinking.report.document import Cell, Document, Interval, Table, fenced, printed
+from mai_thinking.report.lineage import report as report_lineage
+from mai_thinking.report.panels import BITS, PASS, best_of, figures_of, over_stages, parts_of
+from mai_thinking.report.reading import RL, Climb, Run
 from mai_thinking.rl.trace_report import printable
 from mai_thinking.training.metrics import Record
 
@@ -17,12 +21,20 @@ def write_summary(folder: Path) -> None:
     """Write the page of the run in `folder`, from what lies there; on rank 0. A page from before notes stays."""
     if int(os.environ.get("RANK", "0")):
         return
-    run = read_run(folder)
-    if run.kind != "reinforcement learning" and not run.notes and (folder / "report" / "summary.md").exists():
+    run = Run(folder)
+    if run.kind != RL and not run.notes and (folder / "report" / "summary.md").exists():
         return
     page = Document(run.name)
     add_run(page, run)
     page.write(folder / "report")
+
+
+def write_report(plan: ClimbPlan) -> None:
+    """Write the page of a climb that is done, every file of its model checked."""
+    climb = Climb(plan.path, plan.config.name, [Run(stage.folder.path) for stage in plan.stages])
+    model = climb.stages[-1].path / "final"
+    page = climb_page(climb, printed(lambda console: report_lineage(model, console)))
+    page.write(plan.path / "report")
 
 
 def add_run(page: Document, run: Run) -> None:
@@ -34,8 +46,14 @@ def add_run(page: Document, run: Run) -> None:
         page.add(fenced(plan))
     if run.collapse is not None:
         page.add(f"**{run.name}** {run.collapse}")
-    if run.kind == "reinforcement learning":
-        _add_problems(page, run)
+    if run.kind == RL:
+        sampling = SamplingSection.model_validate(run.config.get("sampling", {}))
+        groups = run.config.get("groups_per_step")
+        page.add(f"{run.steps_done:,} steps of {groups} groups of {sampling.full_size} rollouts.")
+    if run.evaluations and run.kind == RL:
+        page.add_table("held_out", pass_table([run]), "Held-out problems")
+        last = run.evaluations[-1].items()
+        page.facts["last_evaluation"] = {k: v for k, v in last if isinstance(v, int | float) and "/" not in k}
     elif run.evaluations:
         page.add_table("held_out", bits_table(run), "Held-out bits per byte")
     if mixture := run.notes.get("mixture"):
@@ -45,22 +63,35 @@ def add_run(page: Document, run: Run) -> None:
         if key in run.notes:
             page.add(run.notes[key].strip(), heading=heading)
     if run.steps and "loss" in run.steps[0]:
-        first, last = run.steps[0]["loss"], run.steps[-1]["loss"]
-        page.facts["loss"] = {"first": first, "last": last}
-        page.add(f"Loss {first:.4f} at the first step, {last:.4f} at the last.")
+        first, final = run.steps[0]["loss"], run.steps[-1]["loss"]
+        page.facts["loss"] = {"first": first, "last": final}
+        page.add(f"Loss {first:.4f} at the first step, {final:.4f} at the last.")
     page.add_figures(figures_of(run))
-    _add_samples(page, run)
+    if told := stories(run.samples):
+        page.add(*told, heading="The same problem, from the first evaluation to the last")
+    if written := run.notes.get("written"):
+        page.add(*(fenced(printable(prompt + text)) for prompt, text in written.items()), heading="Samples")
 
 
-def _add_problems(page: Document, run: Run) -> None:
-    groups, sampling = run.config.get("groups_per_step"), SamplingSection.model_validate(run.config.get("sampling", {}))
-    page.add(f"{run.steps_done:,} steps of {groups} groups of {sampling.full_size} rollouts.")
-    if not run.evaluations:
-        return
-    first, last = run.evaluations[0], run.evaluations[-1]
-    page.add_table("held_out", pass_table(first, last), "Held-out problems")
-    overall = {name: value for name, value in last.items() if isinstance(value, int | float) and "/" not in name}
-    page.facts["last_evaluation"] = overall
+def climb_page(climb: Climb, lineage: str) -> Document:
+    """A climb: its stages in a table and on one clock, and what became of the problems."""
+    runs = climb.stages
+    climbing = [run for run in runs if run.kind == RL]
+    collapses = [f"**{run.name}** {run.collapse}" for run in runs if run.collapse is not None]
+    minutes, done = sum(run.minutes for run in runs), sum(run.status == "finished" for run in runs)
+    page = Document(climb.name)
+    page.facts["minutes"] = minutes
+    resets = f", {len(collapses)} of which collapsed" if collapses else ""
+    page.add(f"{len(runs)} stages{resets}, {done} finished, {minutes:.0f} minutes of work, in `{climb.path}`.")
+    rows: list[list[Cell]] = [[run.name, run.kind, run.steps_done, run.minutes, _outcome(run)] for run in runs]
+    page.add_table("stages", Table(["stage", "run", "steps", "minutes", "outcome"], rows, digits=1), "Stages")
+    page.add(*collapses)
+    if climbing:
+        page.add_table("held_out", pass_table(climbing), "Held-out problems")
+        page.add_figures(over_stages(climb))
+        page.add(*_then_and_now(climbing), heading="Then and now")
+    page.add(lineage, heading="Where it came from")
+    return page
 
 
 def bits_table(run: Run) -> Table:
@@ -74,38 +105,76 @@ def bits_table(run: Run) -> Table:
     return Table(["category", "model", "gzip -9", "xz -9e"], rows, digits=4)
 
 
-def pass_table(first: Record, last: Record) -> Table:
-    """pass@1 with its 95 % interval before and after, and pass@k after, by task."""
-    tasks = parts_of([last], PASS)
-    k = best_of(last)
-    columns = ["task", "pass@1 before", "pass@1 after", *([] if k == "pass@1" else [f"{k} after"])]
-    cells = [
-        [printable(task), *(interval_of(r, task) for r in (first, last)), last.get(f"{k}/{task}")] for task in tasks
-    ]
-    return Table(columns, [row[: len(columns)] for row in cells])
+def pass_table(climbing: Sequence[Run]) -> Table:
+    """Each task's held-out pass@1 and pass@k, with 95 % intervals: at its first evaluation, at the best on the way, and
+    at the last that has it."""
+    rows: list[list[Cell]] = []
+    for task in _tasks(climbing):
+        marks = [record for run in climbing for record in run.evaluations if PASS + task in record]
+        best, k = max(marks, key=lambda record: record[PASS + task]), best_of(marks[-1])
+        passed = [_interval(record, task) for record in (marks[0], best, marks[-1])]
+        rows.append([printable(task), *passed, *(marks[place].get(f"{k}/{task}") for place in (0, -1)), k])
+    columns = ["task", "pass@1 before", "pass@1 at best", "pass@1 after", "pass@k before", "pass@k after", "k"]
+    return Table(columns, rows)
 
 
-def interval_of(record: Record, task: str) -> Interval | float | None:
-    """A task's pass@1 in one evaluation."""
-    value, low, high = (record.get(f"{name}/{task}") for name in ("pass@1", "pass@1_low", "pass@1_high"))
-    return value if value is None or low is None or high is None else Interval(value, low, high)
+def stories(samples: Sequence[Record], shown: int = 2) -> list[str]:
+    """In Markdown, of each task up to `shown` held-out problems with their responses at the first evaluation, in the
+    middle and at the last: those that were learned on the way first, the larger before the smaller."""
+    steps = sorted({sample["step"] for sample in samples})
+    picked = dict.fromkeys((steps[0], steps[len(steps) // 2], steps[-1])) if steps else {}
+    by_problem: dict[tuple[str, str], dict[int, Record]] = {}
+    for sample in samples:
+        by_problem.setdefault((sample["task"], sample["question"]), {}).setdefault(sample["step"], sample)
+    found = [[of[step] for step in picked] for of in by_problem.values() if picked.keys() <= of.keys()]
+    found.sort(key=lambda story: (story[-1]["passed"] and not story[0]["passed"], story[-1].get("size") or 0))
+    counts: Counter[str] = Counter()
+    told: list[tuple[str, str]] = []
+    for story in reversed(found):
+        task = story[0]["task"]
+        counts[task] += 1
+        if counts[task] <= shown:
+            parts = [f"**{printable(story[0]['question'])}** ({printable(task)})"]
+            for sample in story:
+                parts += [f"after {sample['step']:,} steps ({_mark(sample)})", fenced(printable(sample["response"]))]
+            told.append((task, "\n\n".join(parts)))
+    return [text for _, text in sorted(told, key=lambda one: one[0])]
 
 
-def _add_samples(page: Document, run: Run) -> None:
-    stories = then_and_now(run.samples)
-    if stories:
-        page.add(*map(tell, stories), heading="The same problem, from the first evaluation to the last")
-    written: Mapping[str, str] = run.notes.get("written", {})
-    samples = [fenced(printable(prompt + text)) for prompt, text in written.items()]
-    if samples:
-        page.add(*samples, heading="Samples")
+def _then_and_now(climbing: Sequence[Run]) -> Iterator[str]:
+    """Of each task: two responses of the first stage that has it at its first evaluation, and of the last at its
+    last."""
+    for task in _tasks(climbing):
+        told = [(run, [sample for sample in run.samples if sample["task"] == task]) for run in climbing]
+        having = [(run, samples) for run, samples in told if samples]
+        if having:
+            yield f"### {printable(task)}"
+        for when, (run, samples), place in zip(("then", "now"), having[:1] + having[-1:], (0, -1), strict=False):
+            step = samples[place]["step"]
+            yield f"**{when}** ({run.name}, after {step} steps)"
+            for sample in [sample for sample in samples if sample["step"] == step][:2]:
+                yield f"{fenced(printable(sample['question'] + chr(10) + sample['response']))}\n({_mark(sample)})"
 
 
-def tell(story: Sequence[Record]) -> str:
-    """One problem's responses as they changed, in Markdown."""
-    first = story[0]
-    parts = [f"**{printable(first['question'])}** ({printable(first['task'])})"]
-    for sample in story:
-        mark = "right" if sample["passed"] else f"wrong: it is {printable(str(first['answer']))}"
-        parts.append(f"after {sample['step']:,} steps ({mark})\n\n{fenced(printable(sample['response']))}")
-    return "\n\n".join(parts)
+def _mark(sample: Record) -> str:
+    return "right" if sample["passed"] else f"wrong: it is {printable(str(sample['answer']))}"
+
+
+def _tasks(climbing: Sequence[Run]) -> list[str]:
+    return parts_of([record for run in climbing for record in run.evaluations], PASS)
+
+
+def _interval(record: Record, task: str) -> Interval | float:
+    value, low, high = record[PASS + task], record.get(f"pass@1_low/{task}"), record.get(f"pass@1_high/{task}")
+    return value if low is None or high is None else Interval(value, low, high)
+
+
+def _outcome(run: Run) -> str:
+    marks = run.evaluations
+    if run.collapse is not None:
+        return f"collapsed at step {run.collapse.step}"
+    if marks and "pass@1" in marks[0]:
+        return f"held-out pass@1 {marks[0]['pass@1']:.3f} → {marks[-1]['pass@1']:.3f}"
+    if marks:
+        return f"{marks[-1]['bits_per_byte']:.3f} bits per byte of held-out text"
+    return f"loss {run.steps[0]['loss']:.3f} → {run.steps[-1]['loss']:.3f}" if run.steps else ""

@@ -1,127 +1,61 @@
-"""Did an RL run learn to think, and did it pay? Read from run folders: one run a seed.
+"""What an RL run has learned to do before it answers, and whether it pays. Read from run folders: one run a seed.
 
-The numbers are those of the first and the last evaluation: how a policy does with its own thought, with none, with that
-of another problem and with half of its own; how often and how long it thinks; how it does beyond the sizes of its text.
+Thinking: how a policy does with its own thought, with none, with that of another problem and with half of its own; how
+often and how long it thinks; how it does beyond the sizes of its text. Acting: whether it calls tools where they are
+needed, and only there. The numbers are those of the first and the last evaluation.
 """
 
+import itertools
 import math
+import shlex
 import shutil
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import correlation, fmean
 from typing import Any
 
+from mai_thinking.bench.machine import describe
 from mai_thinking.errors import UsageError
 from mai_thinking.report.comparison import student
 from mai_thinking.report.document import Cell, Document, Table
-from mai_thinking.report.figures import Figure, Panel, Series
-from mai_thinking.report.panels import THOUGHTS
-from mai_thinking.report.reading import read_samples, then_and_now
-from mai_thinking.report.summary import tell
+from mai_thinking.report.figures import Figure, Panel, Series, shade
+from mai_thinking.report.panels import PASS, THOUGHTS, parts_of
+from mai_thinking.report.reading import read_config, read_samples
+from mai_thinking.report.summary import stories
 from mai_thinking.training.metrics import Record, read_metrics
 
-SIZE = "pass@1_size/"
+Runs = Sequence[tuple[list[Record], list[Record]]]
+"""Steps and evaluations, seed by seed."""
 WAYS = ("with_thought", "other_thought", "half_thought")
 CLIMBED = 0.95
 """The climbing part of a run goes from its first evaluation after step 0 to the first that has this share of the best
 pass@1 of all. Fixed before any run was looked at."""
+_LATE = 0.75
+"""The calls' quality is the mean over the steps from this share of the run on."""
 
 
-class ThinkingRun:
-    """An RL run's evaluations and steps."""
-
-    def __init__(self, folder: Path, beyond: Sequence[Path] = ()) -> None:
-        """`beyond`: two runs on larger problems than the base's text, one from its base and one from what came of it;
-        what they do at first is what was and what is. UsageError if there is no RL run."""
-        self.folder = folder
-        self._beyond: list[float | None] = [_first_pass(other) for other in beyond] or [None, None]
-        self.steps, self.evaluations = read_metrics(folder)
-        if not self.evaluations or "thought_share" not in self.evaluations[0]:
-            raise UsageError(f"{folder}: no evaluations of an RL run there; name the output_dir of one")
-
-    def summary(self) -> dict[str, Any]:
-        """The figures of the first and last evaluation, by plain keys."""
-        first, last = self.evaluations[0], self.evaluations[-1]
-        limits = list(dict.fromkeys(record["max_length"] for record in self.steps))
-        return {
-            "run": self.folder.name,
-            "steps": last["step"],
-            "with_thought": last["pass@1"],
-            "emptied": last["pass@1_emptied"],
-            "other_thought": last["pass@1_other_thought"],
-            "half_thought": last["pass@1_half_thought"],
-            "pass_before": first["pass@1"],
-            "thought_share_before": first["thought_share"],
-            "thought_share_after": last["thought_share"],
-            "length_before": first["response_length"],
-            "length_after": last["response_length"],
-            "greedy_before": first["greedy"],
-            "greedy_after": last["greedy"],
-            "beyond_before": self._beyond[0],
-            "beyond_after": self._beyond[1],
-            "limits": limits,
-            "limits_passed": len(limits) - 1,
-            "worst_passage": self._worst_passage(),
-            "r_squared": self._r_squared(),
-        }
-
-    def by_size(self, record: Record) -> dict[int, float]:
-        """Problem size → pass@1, the mean over the tasks."""
-        found: dict[int, list[float]] = {}
-        for name, value in record.items():
-            if name.startswith(SIZE):
-                found.setdefault(int(name.rpartition("/")[2]), []).append(value)
-        return {size: fmean(values) for size, values in sorted(found.items())}
-
-    def series(self, field: str, name: str, colour: int) -> Series:
-        """A metric of the evaluations."""
-        x, y = [record["step"] for record in self.evaluations], [record[field] for record in self.evaluations]
-        return Series(name, x, y, colour=colour)
-
-    def _worst_passage(self) -> float:
-        """The most pass@1 that any evaluation within 20 steps behind a change of the limit had lost and not
-        regained."""
-        changes = [
-            after["step"]
-            for before, after in zip(self.steps, self.steps[1:], strict=False)
-            if after["max_length"] != before["max_length"]
-        ]
-        worst = 0.0
-        for change in changes:
-            before = [record["pass@1"] for record in self.evaluations if record["step"] < change]
-            behind = [record["pass@1"] for record in self.evaluations if change <= record["step"] <= change + 20]
-            if before and behind:
-                worst = max(worst, before[-1] - max(behind))
-        return worst
-
-    def _r_squared(self) -> float | None:
-        """R² of pass@1 against log step over the climbing part; None with fewer than three points."""
-        later = [record for record in self.evaluations if record["step"] > 0]
-        best = max((record["pass@1"] for record in later), default=0.0)
-        end = next((index for index, record in enumerate(later) if record["pass@1"] >= CLIMBED * best), 0)
-        x = [math.log(record["step"]) for record in later[: end + 1]]
-        y = [record["pass@1"] for record in later[: end + 1]]
-        if len(x) < 3 or len(set(y)) == 1:
-            return None
-        return correlation(x, y) ** 2
-
-
-def write(
+def write_thinking(
     folders: Sequence[Path], out: Path, beyond: Sequence[Path] = (), sweep: Sequence[float] | None = None
 ) -> None:
-    """`summary.md`, `summary.json`, with the `plots` extra `thinking.png`, and each run's config and metrics. The
-    runs are seeds, or with `sweep` the runs of these values of p_cot, which get a figure of their own, `sweep.png`."""
+    """`summary.md`, `summary.json`, with the `plots` extra `thinking.png`, and each run's config and metrics.
+
+    The runs are seeds, or with `sweep` the runs of these values of p_cot, which get a figure of their own, `sweep.png`.
+    `beyond`: runs on larger problems than the base's text, one from the base and one from what came of each run; what
+    they do at first is what was and what is. UsageError if a folder has no RL run.
+    """
     if beyond and len(beyond) != len(folders) + 1:
         raise UsageError(f"--beyond: {len(beyond)} runs; name one from the base, then one from the end of each run")
-    larger: list[Sequence[Path]] = [(beyond[0], end) for end in beyond[1:]] or [()] * len(folders)
-    runs = [ThinkingRun(folder, both) for folder, both in zip(folders, larger, strict=True)]
-    seeds = [run.summary() for run in runs]
+    runs, larger = _read(folders, "thought_share"), _read(beyond, "thought_share")
+    seeds = []
+    for place, (folder, run) in enumerate(zip(folders, runs, strict=True)):
+        ends = [larger[number][1][0]["pass@1"] for number in (0, place + 1)] if larger else [None, None]
+        seeds.append({"run": folder.name, **thinking(*run, *ends)})
     page = Document(out.name)
     if sweep is not None:
         seeds = [{"p_cot": value, **seed} for value, seed in zip(sweep, seeds, strict=True)]
         page.add_figures([_sweep(seeds)])
-    page.facts["seeds" if sweep is None else "sweep"] = seeds
-    page.add(_table(seeds).markdown())
+    _add_seeds(page, "seeds" if sweep is None else "sweep", seeds)
     if sweep is None:
         worth = {name: student([seed[name] - seed["emptied"] for seed in seeds]) for name in WAYS}
         page.facts["worth"] = {
@@ -130,24 +64,126 @@ def write(
         rows = [[name.replace("_", " "), *found] for name, found in worth.items()]
         page.add("Less what the emptied thought gives, over seeds, with Student's 95 % interval:")
         page.add(Table(["", "difference", "low", "high"], rows).markdown())
-    page.add_figures([_figure(runs)])
-    stories = then_and_now(read_samples(folders[0]))
-    page.add(*map(tell, stories), heading="The same problems then, midway and now")
-    page.write(out)
-    for run in runs:
-        for name in ("config.yaml", "metrics.jsonl"):
-            shutil.copyfile(run.folder / name, out / f"{run.folder.name}-{name}")
+    page.add_figures([_thinking_figure(runs)])
+    _finish(page, folders, out, "The same problems then, midway and now", shown=2)
 
 
-def _first_pass(folder: Path) -> float:
-    """pass@1 before the first step."""
-    return float(ThinkingRun(folder).evaluations[0]["pass@1"])
+def write_acting(folders: Sequence[Path], out: Path, needed: Sequence[str]) -> None:
+    """`summary.md`, `summary.json`, with the `plots` extra `tools.png`, and each run's config and metrics. `needed`:
+    the tasks that cannot be solved without a call; in the others one only costs. UsageError for a run without tools."""
+    runs = _read(folders, "pass@1_tools_off")
+    tasks = parts_of(runs[0][1], PASS)
+    for folder, (_, evaluations) in zip(folders, runs, strict=True):
+        if lacking := [task for task in needed if PASS + task not in evaluations[0]]:
+            raise UsageError(f"--needed: {folder} has no task {lacking[0]!r}; name some of the run's `tasks`")
+    unneeded = [task for task in tasks if task not in needed]
+    page = Document(out.name)
+    page.add(f"Tasks that need calls: {', '.join(needed)}; tasks that do not: {', '.join(unneeded)}.")
+    seeds = [{"run": f.name, **acting(*run, needed, unneeded)} for f, run in zip(folders, runs, strict=True)]
+    _add_seeds(page, "seeds", seeds)
+    ends = [[task, *(run[1][place][PASS + task] for run in runs for place in (0, -1))] for task in tasks]
+    header = ["held-out pass@1", *(f"{folder.name}, {when}" for folder in folders for when in ("before", "after"))]
+    page.add_table("tasks", Table(header, ends))
+    titles = {"pass@1": "held-out pass@1", "pass@1_tools_off": "the same, tools off", "call_share": "share with a call"}
+    panels = [
+        Panel(title, _lines(runs, {f"{name}/{task}": task for task in tasks}), span=(0, 1.02))
+        for name, title in titles.items()
+    ]
+    page.add_figures([Figure("tools", panels, columns=3, size=(4.5, 4))])
+    _finish(page, folders, out, "The same problems then and now", shown=4)
 
 
-def _table(seeds: Sequence[dict[str, Any]]) -> Table:
+def thinking(
+    steps: Sequence[Record], marks: Sequence[Record], beyond_before: float | None, beyond_after: float | None
+) -> dict[str, Any]:
+    """What became of a run's thoughts, by plain keys."""
+    first, last = marks[0], marks[-1]
+    limits = list(dict.fromkeys(record["max_length"] for record in steps))
+    return {
+        "steps": last["step"],
+        "with_thought": last["pass@1"],
+        **{name: last[f"pass@1_{name}"] for name in ("emptied", "other_thought", "half_thought")},
+        "pass_before": first["pass@1"],
+        "thought_share_before": first["thought_share"],
+        "thought_share_after": last["thought_share"],
+        "length_before": first["response_length"],
+        "length_after": last["response_length"],
+        "greedy_before": first["greedy"],
+        "greedy_after": last["greedy"],
+        "beyond_before": beyond_before,
+        "beyond_after": beyond_after,
+        "limits": limits,
+        "limits_passed": len(limits) - 1,
+        "worst_passage": _worst_passage(steps, marks),
+        "r_squared": _r_squared(marks),
+    }
+
+
+def acting(
+    steps: Sequence[Record], marks: Sequence[Record], needed: Sequence[str], unneeded: Sequence[str]
+) -> dict[str, Any]:
+    """What became of a run's calls, by plain keys."""
+    first, last = marks[0], marks[-1]
+
+    def mean(record: Record, name: str, tasks: Sequence[str]) -> float | None:
+        return fmean(record[f"{name}/{task}"] for task in tasks) if tasks else None
+
+    found = {
+        "steps": last["step"],
+        "before": mean(first, "pass@1", needed),
+        "after": mean(last, "pass@1", needed),
+        "tools_off": mean(last, "pass@1_tools_off", needed),
+        "calls_needed_before": mean(first, "call_share", needed),
+        "calls_needed": mean(last, "call_share", needed),
+        "calls_unneeded_before": mean(first, "call_share", unneeded),
+        "calls_unneeded": mean(last, "call_share", unneeded),
+        "unneeded_before": mean(first, "pass@1", unneeded),
+        "unneeded_after": mean(last, "pass@1", unneeded),
+    }
+    late = [record for record in steps if record["step"] >= _LATE * last["step"]]
+    for name in ("cache_hits", "calls_failed", "calls_repeated"):
+        values = [record[name] for record in late if name in record]
+        found[name] = fmean(values) if values else None
+    return found
+
+
+def _worst_passage(steps: Sequence[Record], marks: Sequence[Record]) -> float:
+    """The most pass@1 that any evaluation within 20 steps behind a change of the limit had lost and not regained."""
+    worst = 0.0
+    for earlier, later in itertools.pairwise(steps):
+        change = later["step"]
+        before = [record["pass@1"] for record in marks if record["step"] < change]
+        behind = [record["pass@1"] for record in marks if change <= record["step"] <= change + 20]
+        if later["max_length"] != earlier["max_length"] and before and behind:
+            worst = max(worst, before[-1] - max(behind))
+    return worst
+
+
+def _r_squared(marks: Sequence[Record]) -> float | None:
+    """R² of pass@1 against log step over the climbing part; None with fewer than three points."""
+    later = [record for record in marks if record["step"] > 0]
+    best = max((record["pass@1"] for record in later), default=0.0)
+    end = next((index for index, record in enumerate(later) if record["pass@1"] >= CLIMBED * best), 0)
+    x = [math.log(record["step"]) for record in later[: end + 1]]
+    y = [record["pass@1"] for record in later[: end + 1]]
+    return correlation(x, y) ** 2 if len(x) >= 3 and len(set(y)) > 1 else None
+
+
+def _read(folders: Sequence[Path], field: str) -> Runs:
+    runs = [read_metrics(folder) for folder in folders]
+    for folder, (_, marks) in zip(folders, runs, strict=True):
+        if not marks or field not in marks[0]:
+            kind = "an RL run" if field == "thought_share" else "an RL run with tools"
+            raise UsageError(f"{folder}: no evaluations of {kind} there; name the output_dir of one")
+    return runs
+
+
+def _add_seeds(page: Document, key: str, seeds: Sequence[dict[str, Any]]) -> None:
+    """A column a run."""
+    page.facts[key] = seeds
     names = [name for name in seeds[0] if name != "run"]
     rows = [[name.replace("_", " "), *(_spell(seed[name]) for seed in seeds)] for name in names]
-    return Table(["", *(seed["run"] for seed in seeds)], rows)
+    page.add(Table(["", *(seed["run"] for seed in seeds)], rows).markdown())
 
 
 def _spell(value: Any) -> Cell:
@@ -156,25 +192,41 @@ def _spell(value: Any) -> Cell:
     return "–" if value is None else value
 
 
-def _figure(runs: Sequence[ThinkingRun]) -> Figure:
-    """The seeds share a colour; their names stand at the first."""
-    ways, lengths, shares = list[Series](), list[Series](), list[Series]()
-    for place, run in enumerate(runs):
-        for colour, (field, title) in enumerate(THOUGHTS.items()):
-            ways.append(run.series(field, "" if place else title, colour))
-        lengths.append(run.series("response_length", "" if place else "mean response", 0))
-        steps, limits = ([record[field] for record in run.steps] for field in ("step", "max_length"))
-        lengths.append(Series("" if place else "limit", steps, limits, colour=7))
-        shares.append(run.series("thought_share", "", 0))
-    marks = runs[0].evaluations
-    sizes = []
+def _finish(page: Document, folders: Sequence[Path], out: Path, heading: str, shown: int) -> None:
+    page.add(*stories(read_samples(folders[0]), shown), heading=heading)
+    seeds = [read_config(folder).get("seed") for folder in folders]
+    page.facts["made"] = {"command": "python " + shlex.join(sys.argv), "seeds": seeds, **describe()}
+    page.write(out)
+    for folder in folders:
+        for name in ("config.yaml", "metrics.jsonl"):
+            shutil.copyfile(folder / name, out / f"{folder.name}-{name}")
+
+
+def _lines(runs: Runs, fields: dict[str, str]) -> list[Series]:
+    """Metrics of the evaluations. The seeds share a metric's colour; its name stands at the first."""
+    return [
+        Series("" if place else name, [r["step"] for r in marks], [r[field] for r in marks], colour=colour)
+        for place, (_, marks) in enumerate(runs)
+        for colour, (field, name) in enumerate(fields.items())
+    ]
+
+
+def _thinking_figure(runs: Runs) -> Figure:
+    lengths = _lines(runs, {"response_length": "mean response"})
+    for place, (steps, _) in enumerate(runs):
+        x, limits = ([record[field] for record in steps] for field in ("step", "max_length"))
+        lengths.append(Series("" if place else "limit", x, limits, colour=7))
+    marks, sizes = runs[0][1], []
     for place, record in enumerate((marks[0], marks[len(marks) // 2], marks[-1])):
-        by_size = runs[0].by_size(record)
-        sizes.append(Series(f"step {record['step']}", list(by_size), list(by_size.values()), shade=place / 2))
+        found: dict[int, list[float]] = {}  # by size, of each task
+        for part in parts_of([record], "pass@1_size/"):
+            found.setdefault(int(part.rpartition("/")[2]), []).append(record[f"pass@1_size/{part}"])
+        values = [fmean(found[size]) for size in sorted(found)]
+        sizes.append(Series(f"step {record['step']}", sorted(found), values, colour=shade(place, 3)))
     panels = [
-        Panel("held-out pass@1, by the thought before the answer", ways, span=(0, 1)),
+        Panel("held-out pass@1, by the thought before the answer", _lines(runs, THOUGHTS), span=(0, 1)),
         Panel("tokens", lengths, log_y=True),
-        Panel("share of responses with a thought", shares, span=(0, 1.02)),
+        Panel("share of responses with a thought", _lines(runs, {"thought_share": ""}), span=(0, 1.02)),
         Panel("pass@1 by size (first seed)", sizes, x_name="items", span=(0, 1.02)),
     ]
     return Figure("thinking", panels)

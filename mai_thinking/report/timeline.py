@@ -11,7 +11,6 @@ UPDATES = 6
 """That are shown."""
 LEARN, WAIT, GRADE = "learn", "wait for rollouts", "grade"
 _COLOURS = {LEARN: "#3c4653", WAIT: "#dfe3e8", EVALUATION: "#8e99a6", CHECKPOINT: "#a9c4b0", GRADE: "#c23a5e"}
-_Stretches = dict[str, list[tuple[float, float]]]
 
 
 def timeline(run: Run) -> list[Figure]:
@@ -23,35 +22,35 @@ def timeline(run: Run) -> list[Figure]:
     if not pieces:
         return []
     begin, end = pieces[0][1], max(stop for _, _, stop in pieces)
-    batches = [
-        (one["worker"], one["weights"][0][1], max(begin, one["began"]), min(end, one["began"] + one["seconds"]))
-        for one in arrivals
-    ]
-    batches = [batch for batch in batches if batch[2] < batch[3]]
-    versions = sorted({version for _, version, _, _ in batches})
-    colours = {f"weights {v}": shade(place / max(1, len(versions) - 1)) for place, v in enumerate(versions)}
-    lanes: dict[str, _Stretches] = {"learner": {name: [] for name in _COLOURS}}
+    shown = [one for one in arrivals if begin < one["began"] + one["seconds"] and one["began"] < end]
+    versions = sorted({one["weights"][0][1] for one in shown})
+    colours = {f"weights {version}": shade(place, len(versions)) for place, version in enumerate(versions)}
     most = max(workers, *(one["worker"] + 1 for one in arrivals))  # there may have been more once
     makers = {number: f"worker {number}" for number in range(most)}
-    if any(batch[0] < 0 for batch in batches):
-        makers[-1] = "learner, in waiting"
-    lanes |= {maker: {name: [] for name in colours} for maker in makers.values()}
-    named = [("learner", *piece) for piece in pieces]
-    named += [(makers[worker], f"weights {version}", *span) for worker, version, *span in batches]
+    makers |= {-1: "learner, in waiting"} if any(one["worker"] < 0 for one in shown) else {}
     graded = [(one["began"] + after, seconds) for one in arrivals for after, seconds in one.get("graded", ())]
-    if graded:
-        lanes["graders"] = {GRADE: []}
-    named += [("graders", GRADE, start, min(end, start + s)) for start, s in graded if begin <= start < end]
-    for lane, name, start, stop in named:
+    names = ("learner", *makers.values(), *(["graders"] if graded else []))
+    # By lane and name, in the legend's order.
+    lanes: dict[str, dict[str, list[tuple[float, float]]]] = {
+        lane: {name: [] for name in (*_COLOURS, *colours)} for lane in names
+    }
+    spans = [("learner", *piece) for piece in pieces]
+    spans += [
+        (makers[one["worker"]], f"weights {one['weights'][0][1]}", one["began"], one["began"] + one["seconds"])
+        for one in shown
+    ]
+    spans += [("graders", GRADE, start, start + seconds) for start, seconds in graded if begin <= start < end]
+    for lane, name, start, stop in spans:
+        start, stop = max(begin, start), min(end, stop)
         lanes[lane][name].append((start - begin, stop - start))
-    found = {lane: {name: spans for name, spans in by_name.items() if spans} for lane, by_name in lanes.items()}
-    panel = Timeline(f"The last {len(updates)} updates", found, _COLOURS | colours)
+    found = {lane: {name: pieces for name, pieces in by_name.items() if pieces} for lane, by_name in lanes.items()}
     caption = (
         "At the top is what the learner did, below it the batches that have arrived, each worker's and those that the "
         "learner made rather than wait: generation with grading, in the colour of the weights that they were begun "
         "with (weights 3: those after three updates); at the bottom, when their answers were graded. Where a lane is "
         "white, none of this went on."
     )
+    panel = Timeline(f"The last {len(updates)} updates", found, _COLOURS | colours)
     return [Figure("timeline", [panel], columns=1, size=(11, 1.1 + 0.45 * len(found)), caption=caption)]
 
 
@@ -59,7 +58,7 @@ def _learner(run: Run, first: int) -> Iterator[tuple[str, float, float]]:
     """What it did from step `first` to its last: (name, begin, end), in Unix time. Of a step that was computed again
     the first time counts, as in metrics.jsonl."""
     waited = {record["step"]: record["rollout_seconds"] for record in run.steps if record["step"] >= first}
-    for event in read_records(run.path / "events.jsonl"):
+    for event in run.events:
         begin, end = event["time"] - event.get("seconds", 0.0), event["time"]
         if event["event"] == "step" and event["step"] in waited:
             learns = begin + waited.pop(event["step"])

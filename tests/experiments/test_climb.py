@@ -24,11 +24,9 @@ from mai_thinking.errors import RunError, UsageError
 from mai_thinking.experiments.climb import run_climb
 from mai_thinking.experiments.plan import ClimbPlan
 from mai_thinking.launch.goodput import account_of
-from mai_thinking.provenance.lineage import require_own
-from mai_thinking.provenance.record import read_lineage
+from mai_thinking.provenance.lineage import read_lineage, require_own
 from mai_thinking.recipes.pretrain import PretrainRecipe
-from mai_thinking.report import write_summary
-from mai_thinking.report.climb import write_report
+from mai_thinking.report.summary import write_report, write_summary
 from mai_thinking.rl.collapse import CollapseDetector, Verdict
 from mai_thinking.training.metrics import read_records
 from mai_thinking.training.model_files import load_model
@@ -162,7 +160,7 @@ def test_it_leaves_a_page(climbed: Path) -> None:
     assert "**now** (last, after 2 steps)" in page
     numbers = json.loads((climbed / "report" / "summary.json").read_text())
     last = read_records(climbed / "last" / "metrics.jsonl")[-1]
-    assert [row["at last"]["value"] for row in numbers["held_out"]] == [
+    assert [row["pass@1 after"]["value"] for row in numbers["held_out"]] == [
         last[f"pass@1/{row['task']}"] for row in numbers["held_out"]
     ]
     for name in ("climb", "training"):

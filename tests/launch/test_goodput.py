@@ -10,7 +10,7 @@ import time
 import pytest
 from rich.console import Console
 
-from mai_thinking.launch.goodput import Account, account, account_of
+from mai_thinking.launch.goodput import Account, account_of
 from mai_thinking.report.goodput import report
 from mai_thinking.training.ledger import EVALUATION, GoodputLedger
 
@@ -49,7 +49,7 @@ def test_every_category_by_hand(monkeypatch):
         step(6, 127, 3.0),  # slow by 2 s
         {"event": "end", "time": 127.5, "how": "done"},
     ]
-    result = account(events)
+    result = Account(events)
     assert (
         nonzero(result)
         == {
@@ -76,7 +76,7 @@ def test_slow_steps_are_slower_than_the_best_window():
     for number in range(2, 202):
         slow = number > 101
         events.append(step(number, events[-1]["time"] + (2 if slow else 1), 2.0 if slow else 1.0))
-    result = account(events)
+    result = Account(events)
     assert result.best_step_seconds == pytest.approx(1)
     assert nonzero(result) == {"productive steps": 201, "slow steps": 100}
     assert result.report_goodput == pytest.approx(201 / 301)
@@ -89,20 +89,20 @@ def test_one_outlier_does_not_make_a_best():
     for number in range(2, 102):
         seconds = 0.01 if number == 50 else 1.0
         events.append(step(number, events[-1]["time"] + seconds, seconds))
-    assert account(events).report_goodput > 0.97
+    assert Account(events).report_goodput > 0.97
 
 
 def test_time_stopped_on_request_is_not_counted():
     events = [attempt(0), step(1, 1), step(2, 2), {"event": "end", "time": 2, "how": "interrupted"}]
-    result = account([*events, attempt(1000), step(3, 1003)])
+    result = Account([*events, attempt(1000), step(3, 1003)])
     assert result.stopped == 998
     assert nonzero(result) == {"productive steps": 3, "start-up": 2}
-    lost = account([*events[:-1], attempt(1000), step(3, 1003)])
+    lost = Account([*events[:-1], attempt(1000), step(3, 1003)])
     assert lost.seconds["restart"] == pytest.approx(1000)
 
 
 def test_evaluation_counts_for_the_report_and_slow_steps_for_the_other():
-    result = account([attempt(0), step(1, 1), step(2, 2), span("evaluation", 4, 2)])
+    result = Account([attempt(0), step(1, 1), step(2, 2), span("evaluation", 4, 2)])
     assert (result.report_goodput, result.common_goodput) == (1.0, 0.5)
 
 

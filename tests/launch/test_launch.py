@@ -98,4 +98,4 @@ def test_chaos_is_survived_and_accounted_for(tmp_path: Path) -> None:
     result = account_of(tmp_path)
     strikes = output.count("chaos: kill number")
     assert 1 <= len(result.recoveries) <= strikes
-    assert sum(result.seconds.values()) == pytest.approx(result.segments[-1].end - result.begin, rel=0.01)
+    assert sum(result.seconds.values()) == pytest.approx(result.segments[-1][2] - result.begin, rel=0.01)

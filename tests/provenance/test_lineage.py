@@ -16,8 +16,19 @@ from rich.console import Console
 from mai_thinking.config.pretraining import PretrainConfig
 from mai_thinking.errors import UsageError
 from mai_thinking.provenance import lineage
-from mai_thinking.provenance.lineage import Source, random_weights, record_model, record_traces, require_own
-from mai_thinking.provenance.record import CodeVersion, Lineage, Record, read_lineage, record_id, write_lineage
+from mai_thinking.provenance.lineage import (
+    CodeVersion,
+    Lineage,
+    Record,
+    Source,
+    random_weights,
+    read_lineage,
+    record_id,
+    record_model,
+    record_traces,
+    require_own,
+    write_lineage,
+)
 from mai_thinking.recipes.pretrain import pretrain
 from mai_thinking.report import lineage as lineage_report
 

@@ -17,7 +17,7 @@ from mai_thinking.report import write_page, write_summary
 from mai_thinking.report.goodput import report as report_goodput
 from mai_thinking.report.goodput import timeline
 from mai_thinking.report.panels import curves, figures_of, load
-from mai_thinking.report.reading import read_run
+from mai_thinking.report.reading import Run
 from mai_thinking.report.timeline import timeline as who_did_what
 from mai_thinking.rl.traces import FOLDER, Trace, TraceStore
 from mai_thinking.training.metrics import read_records
@@ -154,7 +154,7 @@ def test_an_rl_run(tmp_path: Path) -> None:
 
 
 def test_a_long_curve_is_drawn_by_its_means_and_ranges(tmp_path: Path) -> None:
-    run = read_run(rl_run(tmp_path / "run"))
+    run = Run(rl_run(tmp_path / "run"))
     loss = curves(run).panels[0].series[0]
     assert len(loss.x) == len(loss.y) == len(loss.low) == len(loss.high) == 240
     assert (loss.x[-1], loss.high[0]) == (300, 1.0)
@@ -166,7 +166,7 @@ def test_a_long_curve_is_drawn_by_its_means_and_ranges(tmp_path: Path) -> None:
 
 
 def test_the_timeline_covers_the_run(tmp_path: Path) -> None:
-    lanes = timeline(read_run(rl_run(tmp_path / "run")).account).lanes
+    lanes = timeline(Run(rl_run(tmp_path / "run")).account).lanes
     assert lanes[""] == {"productive steps 99.5%": [(3.0, 600.0)], "start-up 0.5%": [(0.0, 3.0)]}
 
 
@@ -190,7 +190,7 @@ def test_who_did_what_in_the_last_updates(tmp_path: Path) -> None:
     ]  # fmt: skip
     (folder / "rollouts").mkdir()
     (folder / "rollouts" / "schedule-00000.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (figure,) = who_did_what(read_run(folder))
+    (figure,) = who_did_what(Run(folder))
     lanes = figure.panels[0].lanes
     assert lanes["learner"]["wait for rollouts"] == [(2.0 * step, 0.5 if step % 3 == 0 else 0.0) for step in range(18)]
     assert lanes["learner"]["learn"][:2] == [(0.5, 1.5), (2.0, 2.0)]
@@ -204,7 +204,7 @@ def test_who_did_what_in_the_last_updates(tmp_path: Path) -> None:
     parsed = assert_of_one_piece(page_of(folder, tmp_path / "page.html"))
     assert "timeline" in {image["alt"] for image in parsed.all("img")}
     assert figure.caption in parsed.text
-    titles = {panel.title for panel in curves(read_run(folder)).panels}
+    titles = {panel.title for panel in curves(Run(folder)).panels}
     assert {"Share of a step that the learner waits", "Share of the time that workers are idle"} <= titles
 
 
@@ -252,14 +252,14 @@ def think(folder: Path) -> Path:
 def test_what_the_thoughts_are_worth(tmp_path: Path) -> None:
     folder = think(rl_run(tmp_path / "run"))
     parsed = assert_of_one_piece(page_of(folder, tmp_path / "page.html"))
-    figures = {figure.name: figure.panels for figure in figures_of(read_run(folder))}
+    figures = {figure.name: figure.panels for figure in figures_of(Run(folder))}
     lines = {line.name: line.y for panel in figures["thought"] for line in panel.series}
     assert lines["its thought emptied"] == [0.1] * 4
     assert lines["half of its thought"][-1] == pytest.approx(0.3)
     assert lines["all"][-1] == 1  # the share of responses with a thought
     sizes = [{line.name: line for line in panel.series} for panel in figures["size"]]
     assert [lines["12"].y[-1] for lines in sizes] == [pytest.approx(1 / 12), 12]  # pass@1, then tokens
-    assert sizes[0]["2"].shade != sizes[0]["12"].shade
+    assert sizes[0]["2"].colour != sizes[0]["12"].colour
     assert {"thought", "size"} <= {image["alt"] for image in parsed.all("img")}
     for step in (0, 200, 300):
         assert f"after {step} steps of 12" in parsed.text

@@ -3,7 +3,6 @@
 import itertools
 import math
 import random
-from dataclasses import replace
 
 import pytest
 
@@ -22,7 +21,7 @@ NEVER = (float("inf"),)
 
 
 def test_without_faults_only_saves_and_slow_steps_cost() -> None:
-    costs = replace(COSTS, start_up=10.0)
+    costs = COSTS._replace(start_up=10.0)
     assert simulate(costs, 10, itertools.chain(NEVER), 100) == pytest.approx(100 * 0.9 / (10 + 100 + 10 * 2))
 
 
@@ -31,18 +30,18 @@ def test_a_fault_costs_the_steps_since_the_last_commit_and_a_restart() -> None:
     wall = 35 + 30 + 80 + 8 * 2
     assert simulate(COSTS, 10, iter([35.0, *NEVER]), 100) == pytest.approx(90 / wall)
     # The second save ended at 24 s; if it takes 12 s more to be committed, only the first one counts.
-    late = replace(COSTS, commit=12.0)
+    late = COSTS._replace(commit=12.0)
     assert simulate(late, 10, iter([35.0, *NEVER]), 100) == pytest.approx(90 / (35 + 30 + 90 + 9 * 2))
 
 
 def test_a_rescued_fault_costs_a_restart_and_the_step_under_way() -> None:
     """At 33.5 s two cycles of 12 s and nine whole steps are done."""
-    rescued = replace(COSTS, rescued=1.0)
+    rescued = COSTS._replace(rescued=1.0)
     assert simulate(rescued, 10, iter([33.5, *NEVER]), 100) == pytest.approx(90 / (33.5 + 30 + 71 + 8 * 2))
     # During a save all steps before it are there, committed or not.
     assert simulate(rescued, 10, iter([35.0, *NEVER]), 100) == pytest.approx(90 / (35 + 30 + 70 + 7 * 2))
     # Of two faults the first is rescued and leaves 71 steps; the second, 15 s later, throws it back to 61.
-    half = replace(COSTS, rescued=0.5)
+    half = COSTS._replace(rescued=0.5)
     wall = 33.5 + 30 + 15 + 30 + 61 + 7 * 2
     assert simulate(half, 10, iter([33.5, 33.5 + 30 + 15, *NEVER]), 100) == pytest.approx(90 / wall)
 
@@ -82,7 +81,7 @@ def test_faults_come_as_often_as_said() -> None:
 
 
 def test_more_gpus_are_worse() -> None:
-    rows = projection(replace(COSTS, restart=300.0), 100, 2e-5)
+    rows = projection(COSTS._replace(restart=300.0), 100, 2e-5)
     assert [row[0] for row in rows] == ["8", "16", "32", "64", "128", "256", "512", "1,024", "2,048", "4,096", "8,192"]
     best = [float(row[4].rstrip("%")) for row in rows]
     assert best[0] > best[-1] + 1

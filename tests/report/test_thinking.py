@@ -3,11 +3,12 @@
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from mai_thinking.errors import UsageError
-from mai_thinking.report.thinking import ThinkingRun, write
+from mai_thinking.report.thinking import write_thinking
 
 LAST = 0.1 + 0.1 * math.log(64)
 
@@ -37,12 +38,17 @@ def make_run(folder: Path, rate: float = 0.1) -> Path:
     return folder
 
 
+def seed_of(out: Path) -> dict[str, Any]:
+    (seed,) = json.loads((out / "summary.json").read_text())["seeds"]
+    return dict(seed)
+
+
 def test_the_numbers_of_a_run(tmp_path: Path) -> None:
     beyond = [make_run(tmp_path / "from-base"), make_run(tmp_path / "from-end")]
     text = (beyond[1] / "metrics.jsonl").read_text()
     (beyond[1] / "metrics.jsonl").write_text(text.replace('"pass@1": 0.05', '"pass@1": 0.35', 1))
-    run = ThinkingRun(make_run(tmp_path / "run"), beyond)
-    found = run.summary()
+    write_thinking([make_run(tmp_path / "run")], tmp_path / "out", beyond)
+    found = seed_of(tmp_path / "out")
     assert found["with_thought"] == pytest.approx(LAST)
     assert (found["emptied"], found["other_thought"], found["half_thought"]) == (0.01, 0.02, 0.03)
     assert (found["length_before"], found["length_after"]) == (10, 74)
@@ -50,7 +56,6 @@ def test_the_numbers_of_a_run(tmp_path: Path) -> None:
     assert (found["limits"], found["limits_passed"]) == ([32, 64, 128], 2)
     assert found["r_squared"] == pytest.approx(1.0)
     assert found["worst_passage"] == 0.0
-    assert run.by_size(run.evaluations[-1])[4] == pytest.approx(0.8)
 
 
 def test_a_drop_behind_a_passage_is_told(tmp_path: Path) -> None:
@@ -61,34 +66,35 @@ def test_a_drop_behind_a_passage_is_told(tmp_path: Path) -> None:
             line["pass@1"] = 0.2
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     before = 0.1 + 0.1 * math.log(8)
-    assert ThinkingRun(folder).summary()["worst_passage"] == pytest.approx(before - 0.2)
+    write_thinking([folder], tmp_path / "out")
+    assert seed_of(tmp_path / "out")["worst_passage"] == pytest.approx(before - 0.2)
 
 
 def test_page_and_json_have_the_same_numbers(tmp_path: Path) -> None:
     runs = [make_run(tmp_path / "one"), make_run(tmp_path / "two", rate=0.05)]
-    write(runs, tmp_path / "out", [runs[0], *runs])
+    write_thinking(runs, tmp_path / "out", [runs[0], *runs])
     seeds = json.loads((tmp_path / "out" / "summary.json").read_text())["seeds"]
     page = (tmp_path / "out" / "summary.md").read_text()
     for name in ("with_thought", "emptied", "beyond_after"):
         assert " | ".join(f"{seed[name]:.3f}" for seed in seeds) in page
     assert "after 8 steps (right)" in page
-    # The worth over seeds: Student's t of one degree of freedom, 12.706 standard errors of two values.
+    # The worth over seeds: Student's t of one degree of freedom, 12.706205 standard errors of two values.
     worth = json.loads((tmp_path / "out" / "summary.json").read_text())["worth"]
     with_thought = [seed["with_thought"] for seed in seeds]
     assert worth["with_thought"]["effect"] == pytest.approx(sum(with_thought) / 2 - 0.01)
-    reach = 12.706 * abs(with_thought[0] - with_thought[1]) / 2
+    reach = 12.706205 * abs(with_thought[0] - with_thought[1]) / 2
     assert worth["with_thought"]["high"] - worth["with_thought"]["effect"] == pytest.approx(reach)
     assert worth["other_thought"]["low"] == worth["other_thought"]["high"] == pytest.approx(0.01)
 
 
 def test_another_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="name the output_dir of one"):
-        ThinkingRun(tmp_path)
+        write_thinking([tmp_path], tmp_path / "out")
 
 
 def test_a_sweep_has_its_values(tmp_path: Path) -> None:
     runs = [make_run(tmp_path / "one"), make_run(tmp_path / "two", rate=0.05)]
-    write(runs, tmp_path / "out", sweep=[0.0, 0.4])
+    write_thinking(runs, tmp_path / "out", sweep=[0.0, 0.4])
     rows = json.loads((tmp_path / "out" / "summary.json").read_text())["sweep"]
     assert [row["p_cot"] for row in rows] == [0.0, 0.4]
     assert rows[0]["greedy_after"] > rows[1]["greedy_after"]
@@ -97,4 +103,4 @@ def test_a_sweep_has_its_values(tmp_path: Path) -> None:
 def test_beyond_wants_a_run_from_the_base_and_one_from_each_end(tmp_path: Path) -> None:
     run = make_run(tmp_path / "one")
     with pytest.raises(UsageError, match="one from the base, then one from the end of each run"):
-        write([run], tmp_path / "out", [run])
+        write_thinking([run], tmp_path / "out", [run])

@@ -16,7 +16,7 @@ from mai_thinking.config.loading import load_config
 from mai_thinking.recipes.grpo import grpo
 from mai_thinking.recipes.pretrain import pretrain
 from mai_thinking.report import conclude
-from mai_thinking.report.acting import write
+from mai_thinking.report.thinking import write_acting
 from mai_thinking.rl.traces import FOLDER, TraceStore
 from mai_thinking.training.metrics import read_records
 from mai_thinking.training.model_files import load_model
@@ -94,7 +94,7 @@ def test_with_workers_it_is_the_run_of_one_process(make: Make, tmp_path: Path) -
     assert all(0.5 < record["cache_hits"] < 1 and record["calls"] > 0 for record in steps)
     page = (tmp_path / "alone" / "report" / "summary.md").read_text()
     assert "Result: " in page
-    write([tmp_path / "alone"], tmp_path / "page", ["map"])
+    write_acting([tmp_path / "alone"], tmp_path / "page", ["map"])
     (seed,) = json.loads((tmp_path / "page" / "summary.json").read_text())["seeds"]
     assert 0 < seed["calls_needed"] <= 1
     assert seed["before"] >= 0

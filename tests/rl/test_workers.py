@@ -18,7 +18,7 @@ from mai_thinking.config.loading import load_config, save_config
 from mai_thinking.errors import UsageError
 from mai_thinking.experiments.climb_run import climb_processes
 from mai_thinking.recipes.grpo import grpo
-from mai_thinking.report.reading import read_run
+from mai_thinking.report.reading import Run
 from mai_thinking.report.timeline import LEARN, WAIT, timeline
 from mai_thinking.rl.schedule import Schedule, schedule_path
 from mai_thinking.rl.traces import FOLDER, TraceStore
@@ -136,7 +136,7 @@ def assert_who_did_what(folder: Path, steps: list[dict[str, Any]]) -> None:
         assert idle / record["seconds"] - 1e-6 <= record["idle/learner"] <= idle / record["seconds"] + 0.2
         assert ("idle/workers" in record) == (record["step"] % 2 == 1)
     assert any(0 < record["idle/workers"] < 1 for record in steps[::2])
-    (figure,) = timeline(read_run(folder))
+    (figure,) = timeline(Run(folder))
     assert f"![timeline](timeline.png)\n\n{figure.caption}\n" in (folder / "report" / "summary.md").read_text()
     lanes = figure.panels[0].lanes
     assert list(lanes)[:3] == ["learner", "worker 0", "worker 1"]
