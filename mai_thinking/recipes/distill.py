@@ -10,7 +10,7 @@ from typing import Any
 
 from mai_thinking.config.data import TokenizerSection
 from mai_thinking.config.distillation import DistillConfig
-from mai_thinking.data import PreparedData, prepare
+from mai_thinking.data import prepare
 from mai_thinking.data.tokenizer import load_tokenizer
 from mai_thinking.model import MaiThinkingConfig
 from mai_thinking.rl.policy_model import policy_model
@@ -58,7 +58,10 @@ class DistillRecipe(Recipe):
             for number, source in enumerate(config.traces)
         ]
         self.selection = select(config, self.tokenizer)
-        text = self._prepare_text()
+        text = None
+        if config.text is not None:  # in the tokens of `init_from`
+            tokenizer = TokenizerSection(path=config.init_from)
+            text = prepare(config.text.data.model_copy(update={"tokenizer": tokenizer}), log=context.log)
         self.data = text or ()
         self.batches = Batches(self.selection, text, config, rank=context.rank, ranks=context.ranks)
         model, parent = policy_model(config, self.architecture)
@@ -93,26 +96,19 @@ class DistillRecipe(Recipe):
         plan, _, table = describe(self.config, self.architecture, self.selection).partition("\n\n")
         self.context.folder.note(plan=plan, traces=table)
 
-    def _prepare_text(self) -> PreparedData | None:
-        """What is mixed in, in the tokens of `init_from`."""
-        section = self.config.text
-        if section is None:
-            return None
-        tokenizer = TokenizerSection(path=self.config.init_from)
-        return prepare(section.data.model_copy(update={"tokenizer": tokenizer}), log=self.context.log)
-
 
 def describe(config: DistillConfig, architecture: MaiThinkingConfig, selection: Selection) -> str:
     """What the run costs, what the rules leave, and how often it is seen."""
     share = config.text.share if config.text else 0.0
     places = config.steps * config.batch.tokens_per_step
-    shares, sources = selection.shares, selection.sources
-    mean_places = sum(part * s.places / len(s.examples) for part, s in zip(shares, sources, strict=True))
-    mean_tokens = sum(part * s.response_tokens / len(s.examples) for part, s in zip(shares, sources, strict=True))
+    # How often an example of each source is seen, in one sample.
+    parts = [
+        (part / len(source.examples), source) for part, source in zip(selection.shares, selection.sources, strict=True)
+    ]
+    mean_places = sum(part * source.places for part, source in parts)
+    mean_tokens = sum(part * source.response_tokens for part, source in parts)
     samples = places * (1 - share) / mean_places
-    seen = ", ".join(
-        f"{samples * part / len(s.examples):.2f} of {s.run}" for part, s in zip(shares, sources, strict=True)
-    )
+    seen = ", ".join(f"{samples * part:.2f} of {source.run}" for part, source in parts)
     learned, text = samples * mean_tokens, places * share
     rows = [
         ("samples", f"about {quantity(samples)}: epochs {seen}"),

@@ -7,7 +7,7 @@ import functools
 from typing import Any
 
 from mai_thinking.config.pretraining import PretrainConfig
-from mai_thinking.data import Batch, Loader, PreparedData, prepare
+from mai_thinking.data import Loader, PreparedData, prepare
 from mai_thinking.data.accounting import left_out_table
 from mai_thinking.data.mixture import mixture_markdown
 from mai_thinking.training.context import RunContext
@@ -85,7 +85,8 @@ class PretrainRecipe(Recipe):
     def step(self, step: int) -> Step:
         """Read a global batch, learn from it."""
         batch = next(self.loader)
-        self._note_documents(step, batch)
+        if self.config.tracking.documents:
+            self._note_documents(step, batch.document_ids)
         metrics = self.learner.update(batch.micro_batches, self.loss, step)
         wait = self.loader.wait_seconds
         note = f"violation {metrics['violation_max']:.2f}"
@@ -96,7 +97,9 @@ class PretrainRecipe(Recipe):
         the config asks for them."""
         metrics = self.held_out.evaluate(step, last=last)
         if metrics is not None:
-            self.context.log(f"step {step}: held-out bits per byte {_spell_bits(metrics)}")
+            bits = [(name.rpartition("/")[2], metrics[name]) for name in metrics if name.startswith("bits_per_byte/")]
+            told = ", ".join(f"{category} {value:.3f}" for category, value in bits)
+            self.context.log(f"step {step}: held-out bits per byte {told}; weighted {metrics['bits_per_byte']:.3f}")
         return metrics
 
     def report(self) -> None:
@@ -122,17 +125,8 @@ class PretrainRecipe(Recipe):
         for prompt, text in samples.items():
             self.context.log(f"\n── {prompt!r}\n{prompt}{text}")
 
-    def _note_documents(self, step: int, batch: Batch) -> None:
-        """For tracing a spike to its text."""
-        if not self.config.tracking.documents:
-            return
-        if self._documents is None:
+    def _note_documents(self, step: int, ids: list[list[str]]) -> None:
+        if self._documents is None:  # the folder is this run's by now
             self._documents = MetricsLog(self.context.folder.documents(self.context.rank, self.context.ranks))
             self.context.stack.callback(self._documents.close)
-        self._documents.append({"step": step, "documents": batch.document_ids}, exact=("documents",))
-
-
-def _spell_bits(metrics: dict[str, Any]) -> str:
-    prefix = "bits_per_byte/"
-    parts = [f"{name.removeprefix(prefix)} {value:.3f}" for name, value in metrics.items() if name.startswith(prefix)]
-    return f"{', '.join(parts)}; weighted {metrics['bits_per_byte']:.3f}"
+        self._documents.append({"step": step, "documents": ids}, exact=("documents",))
