@@ -13,7 +13,7 @@ change what is learned. The balance loss takes expert frequencies over the globa
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
@@ -25,8 +25,14 @@ from torch.distributed.device_mesh import DeviceMesh
 from mai_thinking.config.run import OptimizerSection, ScheduleSection, TrainingConfig
 from mai_thinking.errors import RunError
 from mai_thinking.model import MaiThinkingForCausalLM
-from mai_thinking.model.latent_moe import Routing, balance_loss
-from mai_thinking.training.parallel import apply_compile_and_checkpointing, clip_gradients, mesh_of, parallelize
+from mai_thinking.model.latent_moe import Routing, balance_loss, rounded_once
+from mai_thinking.training.parallel import (
+    apply_compile_and_checkpointing,
+    clip_gradients,
+    divides,
+    mesh_of,
+    parallelize,
+)
 from mai_thinking.training.state import ModelState, OptimizerState
 
 T = TypeVar("T")
@@ -129,20 +135,22 @@ class Learner:
         self.config, self.accelerator, self.balance, self.z = config, accelerator, balance, z
         self.ranks, self.device = accelerator.num_processes, accelerator.device
         apply_compile_and_checkpointing(model, config.execution)
-        self.parallel = parallelize(model, accelerator, config.execution)
-        self.model = self.parallel.model
+        self.divided = divides(config.execution, self.ranks)
+        self._plain = model
+        self.model, self._no_sync = parallelize(model, accelerator, config.execution)
         """What to call in training."""
         self.optimizer = build_optimizer(self.model, config.optimizer)
         self.before_reduction: Callable[[], None] = lambda: None
 
     def unwrap(self) -> MaiThinkingForCausalLM:
-        """The model without any wrapper, for evaluation, sampling and saving; see `Replicated.unwrap`."""
-        return self.parallel.unwrap()
+        """The model without any wrapper, for evaluation, sampling and saving; where `divided`, all ranks call it
+        together."""
+        return self._plain
 
     def together(self, batches: Iterable[T], idle: T) -> Iterator[T]:
         """`batches`, for passes through the model; where ranks must make as many as the others, `idle` ones behind
         them. Collective."""
-        if not self.parallel.in_step:
+        if not self.divided:
             yield from batches
             return
         remaining = iter(batches)
@@ -168,7 +176,7 @@ class Learner:
         `grad_norm` (L2, before clipping), `lr` and `routing_metrics`. Raises `NonFiniteError`, before any weight
         changes, when a loss or gradient is not finite. Collective."""
         counts = loss.count(micro_batches, self)
-        with self.parallel.cached_bf16():
+        with self._cached_bf16():
             parts, router_losses, counts_ME, entropy_M = self._accumulate(micro_batches, loss, counts)
         self.before_reduction()
         grad_norm = clip_gradients(self.model, self.config.optimizer.clip_norm)
@@ -202,6 +210,14 @@ class Learner:
             return tensor.pin_memory().to(self.device, non_blocking=True)
         return tensor.to(self.device)
 
+    def _cached_bf16(self) -> AbstractContextManager[None]:
+        """Around a step's micro-batches, in which no weight changes: those that kernels on a GPU have rounded are
+        rounded once for all."""
+        ours = self._plain.config._experts_implementation == "bucketed_mm" and not self.divided
+        if ours and self.device.type == "cuda" and self.accelerator.mixed_precision == "bf16":
+            return rounded_once(self._plain, torch.bfloat16)
+        return nullcontext()
+
     def _accumulate(
         self, micro_batches: Sequence[Any], loss: Loss, counts: Counts
     ) -> tuple[list[Any], Tensor, Tensor, Tensor]:
@@ -215,7 +231,7 @@ class Learner:
         for index in range(passes):
             idle = index >= len(micro_batches)  # it only keeps the other ranks company
             # Whether DDP reduces is decided in the forward pass.
-            with nullcontext() if index == passes - 1 else self.parallel.no_sync():
+            with nullcontext() if index == passes - 1 else self._no_sync():
                 forward = loss.forward(micro_batches[min(index, len(micro_batches) - 1)], self)
                 if not at_once:
                     if counts.experts_ME is None:
@@ -248,7 +264,7 @@ class Learner:
     def _agree_on_passes(self, mine: int) -> int:
         """Packing gives ranks different numbers of micro-batches. Shards are gathered and rows exchanged in every
         forward pass, so all ranks must do as many; replicas meet only in the last backward pass."""
-        if not self.parallel.in_step:
+        if not self.divided:
             return mine
         most = torch.tensor(mine, device=self.device)
         dist.all_reduce(most, dist.ReduceOp.MAX)

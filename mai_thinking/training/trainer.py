@@ -158,7 +158,7 @@ class Trainer:
         self._evaluated = {r["step"] for r in read_records(self.folder.metrics) if r.get("kind") == "evaluation"}
         self._jit: JitCheckpoint | None = None
         # On a GPU a dead peer leaves the others waiting in a stream, where no error reaches them.
-        if context.ranks > 1 and not self.learner.parallel.in_step and context.device.type == "cpu":
+        if context.ranks > 1 and not self.learner.divided and context.device.type == "cpu":
             self._jit = JitCheckpoint(
                 self.checkpointer, self.learner.optimizer, self.state, self.folder.ranks, context.heart.announce
             )
@@ -340,7 +340,7 @@ class Trainer:
         """On rank 0 alone: what it does not hold of the model is in the last checkpoint."""
         record = partial(record_model, **self._origin(), steps=self.step)
         tokenizer, final = self.recipe.tokenizer, self.folder.final
-        if self.learner.parallel.in_step:
+        if self.learner.divided:
             save_checkpoint_as_model(step_folder(self.folder.checkpoints, self.step), tokenizer, final, record)
         else:
             save_model(self.learner.unwrap(), tokenizer, final, record)
