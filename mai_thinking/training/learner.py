@@ -22,7 +22,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from mai_thinking.config.run import OptimizerSection, ScheduleSection, TrainingConfig
+from mai_thinking.config.run import OptimizerSection, TrainingConfig
 from mai_thinking.errors import RunError
 from mai_thinking.model import MaiThinkingForCausalLM
 from mai_thinking.model.latent_moe import Routing, balance_loss, rounded_once
@@ -167,8 +167,14 @@ class Learner:
         return {"model": ModelState(self.model), "optimizer": OptimizerState(self.model, self.optimizer)}
 
     def learning_rate(self, step: int) -> float:
-        """Of update `step`, from 1."""
-        return learning_rate(step, self.config.steps, self.config.optimizer.learning_rate, self.config.schedule)
+        """Of update `step`, from 1: linear to the top over the warm-up, then `schedule.shape` to the end."""
+        top, section = self.config.optimizer.learning_rate, self.config.schedule
+        if step <= section.warmup_steps:
+            return top * step / section.warmup_steps
+        if section.shape == "constant":
+            return top
+        done = (step - section.warmup_steps) / max(1, self.config.steps - section.warmup_steps)
+        return top * (section.floor + (1 - section.floor) * 0.5 * (1 + math.cos(math.pi * done)))
 
     def update(self, micro_batches: Sequence[Any], loss: Loss, step: int) -> dict[str, Any]:
         """Update the weights, for the `step`-th time, with this rank's micro-batches of a global batch. →
@@ -314,13 +320,3 @@ def _group(name: str) -> str:
     if "attention" in parts:
         return "attention"
     return "embeddings" if "embed_tokens" in parts or "lm_head" in parts else "rest"
-
-
-def learning_rate(step: int, steps: int, top: float, section: ScheduleSection) -> float:
-    """The rate of step 1 … `steps`: linear to `top` over the warm-up, then `section.shape` to the end."""
-    if step <= section.warmup_steps:
-        return top * step / section.warmup_steps
-    if section.shape == "constant":
-        return top
-    done = (step - section.warmup_steps) / max(1, steps - section.warmup_steps)
-    return top * (section.floor + (1 - section.floor) * 0.5 * (1 + math.cos(math.pi * done)))
