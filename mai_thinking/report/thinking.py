@@ -18,7 +18,7 @@ from typing import Any
 from mai_thinking.bench.machine import describe
 from mai_thinking.errors import UsageError
 from mai_thinking.report.comparison import student
-from mai_thinking.report.document import Cell, Document, Table
+from mai_thinking.report.document import Cell, Document, Interval, Table
 from mai_thinking.report.figures import Figure, Panel, Series, shade
 from mai_thinking.report.panels import PASS, THOUGHTS, parts_of
 from mai_thinking.report.reading import read_config, read_samples
@@ -40,9 +40,9 @@ def write_thinking(
 ) -> None:
     """`summary.md`, `summary.json`, with the `plots` extra `thinking.png`, and each run's config and metrics.
 
-    The runs are seeds, or with `sweep` the runs of these values of p_cot, which get a figure of their own, `sweep.png`.
-    `beyond`: runs on larger problems than the base's text, one from the base and one from what came of each run; what
-    they do at first is what was and what is. UsageError if a folder has no RL run.
+    The runs are seeds, or with `sweep` the runs of these values of p_cot, of one seed or several, drawn in `sweep.png`
+    instead. `beyond`: runs on larger problems than the base's text, one from the base and one from what came of each
+    run; what they do at first is what was and what is. UsageError if a folder has no RL run.
     """
     if beyond and len(beyond) != len(folders) + 1:
         raise UsageError(f"--beyond: {len(beyond)} runs; name one from the base, then one from the end of each run")
@@ -54,9 +54,9 @@ def write_thinking(
     page = Document(out.name)
     if sweep is not None:
         seeds = [{"p_cot": value, **seed} for value, seed in zip(sweep, seeds, strict=True)]
-        page.add_figures([_sweep(seeds)])
-    _add_seeds(page, "seeds" if sweep is None else "sweep", seeds)
-    if sweep is None:
+        _add_sweep(page, seeds)
+    else:
+        _add_seeds(page, "seeds", seeds)
         worth = {name: student([seed[name] - seed["emptied"] for seed in seeds]) for name in WAYS}
         page.facts["worth"] = {
             name: dict(zip(("effect", "low", "high"), found, strict=True)) for name, found in worth.items()
@@ -64,7 +64,7 @@ def write_thinking(
         rows = [[name.replace("_", " "), *found] for name, found in worth.items()]
         page.add("Less what the emptied thought gives, over seeds, with Student's 95 % interval:")
         page.add(Table(["", "difference", "low", "high"], rows).markdown())
-    page.add_figures([_thinking_figure(runs)])
+        page.add_figures([_thinking_figure(runs)])
     _finish(page, folders, out, "The same problems then, midway and now", shown=2)
 
 
@@ -232,12 +232,29 @@ def _thinking_figure(runs: Runs) -> Figure:
     return Figure("thinking", panels)
 
 
-def _sweep(rows: Sequence[dict[str, Any]]) -> Figure:
+def _add_sweep(page: Document, runs: Sequence[dict[str, Any]]) -> None:
+    """A row and a place in the figure for each p_cot: mean (least–most) over its seeds."""
+    page.facts["sweep"] = runs
+    values = sorted({run["p_cot"] for run in runs})
     titles = {"thought_share": "share of responses with a thought", "length": "tokens", "greedy": "greedy pass@1"}
+    found = {
+        f"{name}_{when}": [_spread([run[f"{name}_{when}"] for run in runs if run["p_cot"] == value]) for value in values]
+        for name in titles
+        for when in ("before", "after")
+    }
     panels = []
     for name, title in titles.items():
-        ends = {when: [row[f"{name}_{when}"] for row in rows] for when in ("before", "after")}
-        lines = [Series(f"{when} RL", range(len(rows)), values) for when, values in ends.items()]
-        names = [f"{row['p_cot']:g}" for row in rows]
+        lines = [
+            Series(f"{when} RL", range(len(values)), *zip(*found[f"{name}_{when}"], strict=True))
+            for when in ("before", "after")
+        ]
+        names = [f"{value:g}" for value in values]
         panels.append(Panel(title, lines, x_name="p_cot: share of worked texts", names=names))
-    return Figure("sweep", panels, columns=3, size=(4.5, 4))
+    page.add_figures([Figure("sweep", panels, columns=3, size=(4.5, 4))])
+    rows = [[f"{value:g}", *cells] for value, *cells in zip(values, *found.values(), strict=True)]
+    page.add("Mean (least–most) over seeds:")
+    page.add(Table(["p_cot", *(name.replace("_", " ") for name in found)], rows).markdown())
+
+
+def _spread(values: Sequence[float]) -> Interval:
+    return Interval(fmean(values), min(values), max(values))

@@ -93,11 +93,16 @@ def test_another_folder_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_sweep_has_its_values(tmp_path: Path) -> None:
-    runs = [make_run(tmp_path / "one"), make_run(tmp_path / "two", rate=0.05)]
-    write_thinking(runs, tmp_path / "out", sweep=[0.0, 0.4])
+    runs = [make_run(tmp_path / name, rate=rate) for name, rate in (("one", 0.1), ("two", 0.05), ("three", 0.2))]
+    write_thinking(runs, tmp_path / "out", sweep=[0.0, 0.4, 0.0])
     rows = json.loads((tmp_path / "out" / "summary.json").read_text())["sweep"]
-    assert [row["p_cot"] for row in rows] == [0.0, 0.4]
-    assert rows[0]["greedy_after"] > rows[1]["greedy_after"]
+    assert [row["p_cot"] for row in rows] == [0.0, 0.4, 0.0]
+    after = [row["greedy_after"] for row in rows]
+    assert after[2] > after[0] > after[1]
+    mean = f"{(after[0] + after[2]) / 2:.3f} ({after[0]:.3f}–{after[2]:.3f})"
+    lines = (tmp_path / "out" / "summary.md").read_text().splitlines()
+    assert next(line for line in lines if line.startswith("| 0 |")).endswith(f"| {mean} |")
+    assert next(line for line in lines if line.startswith("| 0.4 |")).count(f"{after[1]:.3f}") == 3
 
 
 def test_beyond_wants_a_run_from_the_base_and_one_from_each_end(tmp_path: Path) -> None:
