@@ -236,9 +236,10 @@ def _add_sweep(page: Document, runs: Sequence[dict[str, Any]]) -> None:
     """A row and a place in the figure for each p_cot: mean (least–most) over its seeds."""
     page.facts["sweep"] = runs
     values = sorted({run["p_cot"] for run in runs})
+    by_value = [[run for run in runs if run["p_cot"] == value] for value in values]
     titles = {"thought_share": "share of responses with a thought", "length": "tokens", "greedy": "greedy pass@1"}
     found = {
-        f"{name}_{when}": [_spread([run[f"{name}_{when}"] for run in runs if run["p_cot"] == value]) for value in values]
+        f"{name}_{when}": [_spread([run[f"{name}_{when}"] for run in alike]) for alike in by_value]
         for name in titles
         for when in ("before", "after")
     }
