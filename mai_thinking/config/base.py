@@ -75,12 +75,3 @@ class Section(BaseModel):
                 hint = f"it is called {new!r} now" if new else nearest_name(str(key), cls.model_fields)
                 raise PydanticCustomError(UNKNOWN_KEY, "{hint}", {"key": str(key), "hint": hint})
         return fields
-
-
-def fill_from_defaults(config: type[Section], fields: Any, *names: str) -> Any:
-    """`fields` of a `config`, with the keys that the sections `names` were not given taken from the config's own
-    defaults, not the section's: whoever sets an RL run's learning rate alone keeps that run's other values."""
-    if not isinstance(fields, dict):
-        return fields
-    given = {name: fields[name] for name in names if isinstance(fields.get(name), dict)}
-    return fields | {name: config.model_fields[name].default.model_dump() | tree for name, tree in given.items()}

@@ -15,7 +15,6 @@ from mai_thinking.config.base import (
     Share,
     Weight,
     Whole,
-    fill_from_defaults,
 )
 from mai_thinking.config.data import DataSection
 from mai_thinking.config.run import OptimizerSection, ScheduleSection, TextTrainingConfig
@@ -154,11 +153,11 @@ class DistillConfig(TextTrainingConfig):
 
     @model_validator(mode="before")
     @classmethod
-    def _fill_from_defaults(cls, fields: Any) -> Any:
-        """Keys of `optimizer` and `schedule` that are not given are this recipe's; its warm-up goes by `steps`."""
+    def _fill_warmup(cls, fields: Any) -> Any:
+        """Before `_fill_from_defaults`: the warm-up goes by `steps`."""
         if not isinstance(fields, dict):
             return fields
         steps, schedule = fields.get("steps"), fields.get("schedule", {})
         if isinstance(steps, int) and isinstance(schedule, dict):
             fields = {**fields, "schedule": {"warmup_steps": math.ceil(WARMUP * max(0, steps)), **schedule}}
-        return fill_from_defaults(cls, fields, "optimizer", "schedule")
+        return fields

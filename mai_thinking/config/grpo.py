@@ -1,7 +1,7 @@
 """The config of `scripts/grpo.py`: the RL climb (MAI-Thinking-1 report §3)."""
 
 import math
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -15,7 +15,6 @@ from mai_thinking.config.base import (
     Share,
     Temperature,
     Whole,
-    fill_from_defaults,
 )
 from mai_thinking.config.objective import ObjectiveSection
 from mai_thinking.config.run import OptimizerSection, ScheduleSection, TrainingConfig
@@ -243,11 +242,6 @@ class GrpoConfig(TrainingConfig):
     schedule: ScheduleSection = ScheduleSection(shape="constant")
     evaluation: ClimbEvaluationSection = ClimbEvaluationSection()
     collapse: CollapseSection = CollapseSection()
-
-    @model_validator(mode="before")
-    @classmethod
-    def _fill_from_defaults(cls, fields: Any) -> Any:
-        return fill_from_defaults(cls, fields, "optimizer", "schedule")
 
     def check_ranks(self, ranks: int) -> None:
         """As `TrainingConfig` says."""

@@ -1,7 +1,7 @@
 """Sections that every training run shares: who it is, how it steps, where it runs, what it shows."""
 
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -149,6 +149,16 @@ class TrainingConfig(RunConfig):
     checkpoint: CheckpointSection = CheckpointSection()
     execution: ExecutionSection = ExecutionSection()
     tracking: TrackingSection = TrackingSection()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_from_defaults(cls, fields: Any) -> Any:
+        """Keys of `optimizer` and `schedule` that are not given are the recipe's, not the section's: whoever sets an RL
+        run's learning rate alone keeps that run's other values."""
+        if not isinstance(fields, dict):
+            return fields
+        given = {name: fields[name] for name in ("optimizer", "schedule") if isinstance(fields.get(name), dict)}
+        return fields | {name: cls.model_fields[name].default.model_dump() | tree for name, tree in given.items()}
 
     def check_ranks(self, ranks: int) -> None:
         """Raise UsageError if a step cannot be divided over so many ranks."""
