@@ -6,7 +6,6 @@ buffer is in a checkpoint too.
 
 import functools
 import time
-from dataclasses import asdict
 from typing import Any
 
 import mai_thinking.rl.policy_model as setup
@@ -135,7 +134,7 @@ class GrpoRecipe(Recipe):
         self.detector.update({"step": step, **metrics})
         self._end_if_collapsed()
         # Longer responses when many of this stage are long (§3.4).
-        if self.curriculum.update(counts.long, counts.rollouts):
+        if self.curriculum.update(counts["long"], counts["rollouts"]):
             self.context.log(f"step {step}: responses may be {self.curriculum.max_length} tokens long from here on")
         note = f"pass rate {summary['pass_rate']:.2f}  entropy {metrics['entropy']:.2f}  k {k:g}"
         if self.config.rollouts.workers:
@@ -178,7 +177,7 @@ class GrpoRecipe(Recipe):
             hopeless=lambda counts: self.config.collapse.enabled and self.detector.hopeless(counts),
         )
         self.buffer.add(groups)
-        mine = asdict(drawn) | {"missing": max(0, wanted - len(self.buffer))}
+        mine = dict(drawn) | {"missing": max(0, wanted - len(self.buffer))}
         sums = {name: round(value) for name, value in self.context.sum(mine).items()}
         missing, counts = sums.pop("missing"), FilterCounts(**sums)
         # A rank gives up because all is too easy, or too hard; what all of them drew tells which.

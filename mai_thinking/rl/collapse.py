@@ -330,8 +330,8 @@ def repetition(ids: Sequence[int], size: int) -> float:
 
 def _drawn(counts: FilterCounts) -> tuple[int, int, int]:
     """Problems drawn, kept and too hard."""
-    hard = counts.early_too_hard + counts.too_hard
-    return counts.kept + hard + counts.early_too_easy + counts.too_easy, counts.kept, hard
+    hard = counts["early_too_hard"] + counts["too_hard"]
+    return counts["kept"] + hard + counts["early_too_easy"] + counts["too_easy"], counts["kept"], hard
 
 
 def _divergence(share: float, usual: float) -> float:

@@ -58,8 +58,7 @@ class Controller:
         self.config, self.executor, self.traces = config, executor, traces
         self.problems, self.rank, self.ranks = problems, rank, ranks
         self.next_problem, self.next_batch = rank, 0
-        self.under_way: dict[int, Order] = {}
-        """By number: begun, and not taken in."""
+        self.under_way: dict[int, Order] = {}  # By number: begun, and not taken in
         self.patience = FRUITLESS_BATCHES
         self.version = self.buffered = self._fruitless = 0
         self._lengths = (0, True)
@@ -85,7 +84,7 @@ class Controller:
                 break
             del self.under_way[batch.order.number]
             self.traces.append(batch.order.number, batch.traces)
-            counts.add(batch.counts)
+            counts.update(batch.counts)
             for group in batch.groups:
                 (groups if group.version >= oldest else stale).append(group)
             if len(groups) < wanted and (counts.solved or hopeless(counts)):

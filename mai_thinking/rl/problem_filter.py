@@ -4,8 +4,8 @@ A problem that the policy always or never solves teaches nothing: all its advant
 decide whether a problem is worth a whole group, and the whole group's pass rate whether it is kept.
 """
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections import Counter
+from collections.abc import Callable, Sequence
 
 from mai_thinking.config.grpo import SamplingSection
 from mai_thinking.rl.rollout import Group, Rollout, Verdict
@@ -46,90 +46,67 @@ class ProblemFilter:
                 group.verdict = too_hard if group.pass_rate < low else too_easy if group.pass_rate > high else within
 
 
-DROPPED = (Verdict.EARLY_TOO_HARD, Verdict.EARLY_TOO_EASY, Verdict.TOO_HARD, Verdict.TOO_EASY)
+DROPPED = ("early_too_hard", "early_too_easy", "too_hard", "too_easy")
+OF_A_ROLLOUT: dict[str, Callable[[Rollout], int]] = {
+    "rollouts": lambda r: 1,
+    "tokens": lambda r: len(r.response_ids),
+    "long": lambda r: 2 * len(r.response_ids) > r.max_new_tokens,
+    "cut_off": lambda r: not r.finished,
+    "thoughts": lambda r: r.has_thought,
+    "calls": lambda r: len(r.calls),  # of tools
+    "failed_calls": lambda r: sum(not call.valid for call in r.calls),
+    "repeated_calls": lambda r: sum(call.repeated for call in r.calls),
+    "acting": lambda r: bool(r.calls),
+    # Tokens that the engine went on from after each step, the prompt included; and those that were in its cache.
+    "context": lambda r: sum(len(r.prompt_ids) + end for _, end in r.observations),
+    "cached": lambda r: sum(len(r.prompt_ids) + begin for begin, _ in r.observations),
+}
+"""What is counted of every rollout that was generated, also for problems that are then dropped."""
 
 
-@dataclass
-class FilterCounts:
-    """What became of the problems: how many groups each rule dropped, and what the rollouts went into."""
+class FilterCounts(Counter[str]):
+    """What became of problems, by their `Verdict`, and of their rollouts, by `OF_A_ROLLOUT` and `rollouts_kept`: those
+    learned from. `update` takes in the counts of further problems."""
 
-    kept: int = 0
-    early_too_hard: int = 0
-    early_too_easy: int = 0
-    too_hard: int = 0
-    too_easy: int = 0
-    rollouts: int = 0
-    """Generated for decided problems."""
-    rollouts_kept: int = 0
-    tokens: int = 0
-    """Of all those responses."""
-    long: int = 0
-    """Responses that took more than half of the limit."""
-    cut_off: int = 0
-    thoughts: int = 0
-    """Responses with a thought before their answer."""
-    calls: int = 0
-    """Of tools."""
-    failed_calls: int = 0
-    repeated_calls: int = 0
-    acting: int = 0
-    """Responses with a call."""
-    context: int = 0
-    """Tokens that the engine went on from after each step, the prompt included."""
-    cached: int = 0
-    """Those of them that were in the engine's cache."""
+    def __init__(self, **counts: int) -> None:
+        """All names are always there: ranks add their counts up."""
+        super().__init__(dict.fromkeys(("kept", *DROPPED, *OF_A_ROLLOUT, "rollouts_kept"), 0))
+        self.update(counts)
 
     @property
     def solved(self) -> bool:
         """Whether there is nothing left to learn: of at least 200 problems that are not too hard, 97 % too easy. Those
         too hard may be beyond anybody."""
-        easy = self.early_too_easy + self.too_easy
-        return easy + self.kept >= 200 and easy >= 0.97 * (easy + self.kept)
+        easy, kept = self["early_too_easy"] + self["too_easy"], self["kept"]
+        return easy + kept >= 200 and easy >= 0.97 * (easy + kept)
 
     def count(self, group: Group) -> None:
         """Take in a group. ValueError if it is undecided."""
         if group.verdict in (Verdict.EARLY, Verdict.FULL):
             raise ValueError(f"the group still wants rollouts ({group.verdict})")
-        setattr(self, group.verdict, getattr(self, group.verdict) + 1)
-        self.rollouts += len(group.rollouts)
-        self.rollouts_kept += len(group.rollouts) if group.verdict is Verdict.KEPT else 0
+        self[str(group.verdict)] += 1
+        self["rollouts_kept"] += len(group.rollouts) if group.verdict is Verdict.KEPT else 0
         for rollout in group.rollouts:
-            self.tokens += len(rollout.response_ids)
-            self.long += 2 * len(rollout.response_ids) > rollout.max_new_tokens
-            self.cut_off += not rollout.finished
-            self.thoughts += rollout.has_thought
-            self.calls += len(rollout.calls)
-            self.failed_calls += sum(not call.valid for call in rollout.calls)
-            self.repeated_calls += sum(call.repeated for call in rollout.calls)
-            self.acting += bool(rollout.calls)
-            for begin, end in rollout.observations:
-                self.context += len(rollout.prompt_ids) + end
-                self.cached += len(rollout.prompt_ids) + begin
-
-    def add(self, more: "FilterCounts") -> None:
-        """Take in those of further problems."""
-        for name, value in asdict(more).items():
-            setattr(self, name, getattr(self, name) + value)
+            self.update({name: int(value(rollout)) for name, value in OF_A_ROLLOUT.items()})
 
     def metrics(self) -> dict[str, float]:
         """Groups kept and dropped, and shares of the rollouts, of their calls and of the context."""
-        rollouts = max(1, self.rollouts)
+        rollouts, calls = max(1, self["rollouts"]), self["calls"]
         found = {
-            "groups_kept": self.kept,
-            **{f"groups_dropped/{rule}": getattr(self, rule) for rule in DROPPED},
-            "rollouts_used": self.rollouts_kept / rollouts,
-            # Of all responses, also those that nothing is learned from.
-            "response_length/all": self.tokens / rollouts,
-            "cut_off/all": self.cut_off / rollouts,
-            "long_share": self.long / rollouts,
-            "thought_share": self.thoughts / rollouts,
+            "groups_kept": self["kept"],
+            **{f"groups_dropped/{rule}": self[rule] for rule in DROPPED},
+            "rollouts_used": self["rollouts_kept"] / rollouts,
+            "response_length/all": self["tokens"] / rollouts,
+            "cut_off/all": self["cut_off"] / rollouts,
+            "long_share": self["long"] / rollouts,
+            "thought_share": self["thoughts"] / rollouts,
         }
-        if self.calls:
+        if calls:
             found |= {
-                "calls": self.calls / rollouts,
-                "calls_failed": self.failed_calls / self.calls,
-                "calls_repeated": self.repeated_calls / self.calls,
-                "call_share": self.acting / rollouts,
-                "cache_hits": self.cached / max(1, self.context),
+                "calls": calls / rollouts,
+                "calls_failed": self["failed_calls"] / calls,
+                "calls_repeated": self["repeated_calls"] / calls,
+                "call_share": self["acting"] / rollouts,
+                "cache_hits": self["cached"] / max(1, self["context"]),
             }
         return found

@@ -48,7 +48,7 @@ class Spool:
         tree = vars(batch) | {
             "order": asdict(batch.order),
             "groups": [pack_group(group) for group in batch.groups],
-            "counts": asdict(batch.counts),
+            "counts": dict(batch.counts),
             "traces": [_converted(trace, torch.from_numpy) for trace in batch.traces],
         }
         with atomic_file(self.path(batch.order.number), durable=True) as path:
@@ -92,11 +92,9 @@ class Schedule:
         self.path = path
         records = read_records(path)
         torn = path.is_file() and not path.read_bytes().endswith(b"\n")
-        self._gap = "\n" if torn else ""
-        """Before the next line: a machine's death may have cut the last one off."""
+        self._gap = "\n" if torn else ""  # Before the next line: a machine's death may have cut the last one off
         self._recorded = deque(records)
-        self.arrivals = [record for record in records if "arrived" in record]
-        """On record, and not forgotten."""
+        self.arrivals = [record for record in records if "arrived" in record]  # On record, and not forgotten
 
     @property
     def ahead(self) -> bool:

@@ -1,7 +1,7 @@
 """Rollouts for people to read: `scripts/traces.py`."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +13,7 @@ from rich.text import Text
 from mai_thinking.config.names import nearest_name
 from mai_thinking.errors import UsageError
 from mai_thinking.rl.rewards import TERMS
-from mai_thinking.rl.traces import FOLDER, TraceStore
+from mai_thinking.rl.traces import FOLDER, SCHEMA, Trace, TraceStore
 
 Order = Literal["best", "worst", "longest", "newest"]
 
@@ -30,25 +30,27 @@ def report_traces(run: Path, order: Order, count: int, console: Console, *, step
 
 def choose(
     store: TraceStore, order: Order, count: int, *, step: int | None = None, task: str | None = None
-) -> list[dict[str, Any]]:
-    """The `count` first traces by reward, by response tokens or by age, as the store's rows.
-
-    Among equals the older come first; the newest come in the order of their generation. UsageError if there is no such
-    trace, naming what there is.
-    """
+) -> list[Trace]:
+    """The `count` first traces by reward, by response tokens or by age, the older first among equals; the newest come
+    in the order of their generation. UsageError if there is no such trace, naming what there is."""
     where = [(name, "==", value) for name, value in (("step", step), ("task", task)) if value is not None]
-    top: pa.Table | None = None
+    top = SCHEMA.empty_table()
     for part in store.parts(where):
         # Of all that is read, no more than `count` rows are kept.
-        table = part if top is None else pa.concat_tables([top, part])
-        top = table.slice(max(0, len(table) - count)) if order == "newest" else _first(table, order, count)
-    if top is None:
+        table = pa.concat_tables([top, part])
+        if order == "newest":
+            top = table.slice(max(0, len(table) - count))
+            continue
+        key = pc.list_value_length(table["response_ids"]) if order == "longest" else table["reward"]
+        direction = "ascending" if order == "worst" else "descending"
+        indices = pc.sort_indices(pa.table({"key": key}), sort_keys=[("key", direction)])  # a stable sort
+        top = table.take(indices.slice(0, count))
+    if not len(top):
         raise UsageError(_nothing(store, step, task))
-    rows: list[dict[str, Any]] = top.to_pylist()
-    return rows
+    return list(top.to_pylist())
 
 
-def show(trace: dict[str, Any], console: Console) -> None:
+def show(trace: Trace, console: Console) -> None:
     """One rollout: what it is, its reward by part, prompt, response, answer. Control characters are spelled out, so
     that nothing a model wrote can steer the terminal."""
     console.rule(Text(f"step {trace['step']} · {trace['task']} · reward {trace['reward']:.3f}"), align="left")
@@ -56,9 +58,11 @@ def show(trace: dict[str, Any], console: Console) -> None:
     earned = {name: trace[f"reward_{name}"] for name in ("task", *TERMS)}  # None: written before there was such a term
     parts = " · ".join(f"{name} {value:.3f}" for name, value in earned.items() if value is not None)
     answer = "none" if trace["answer"] is None else repr(trace["answer"])
+    logprobs = trace["logprobs"]
+    surprise = f"{-sum(logprobs) / len(logprobs):.3f} nats per token" if logprobs else "no tokens"
     lines = [
         f"{parts} · pass rate {trace['pass_rate']:.2f} · group {trace['verdict']}",
-        f"{len(trace['response_ids'])} tokens, {how} · {_mean_surprise(trace['logprobs'])}",
+        f"{len(trace['response_ids'])} tokens, {how} · {surprise}",
         f"problem {trace['problem_id']} · group {trace['group_id']} · request {trace['request_id']}",
         f"checkpoint {trace['checkpoint']} · engine version {trace['engine_version']} · lineage {trace['lineage']}",
     ]
@@ -75,13 +79,6 @@ def parts_of(trace: Mapping[str, Any]) -> list[str]:
     return list(json.loads(trace["parts"])) if trace.get("parts") else [trace["response"]]
 
 
-def _first(table: pa.Table, order: Order, count: int) -> pa.Table:
-    key = pc.list_value_length(table["response_ids"]) if order == "longest" else table["reward"]
-    direction = "ascending" if order == "worst" else "descending"
-    indices = pc.sort_indices(pa.table({"key": key}), sort_keys=[("key", direction)])  # a stable sort
-    return table.take(indices.slice(0, count))
-
-
 def _nothing(store: TraceStore, step: int | None, task: str | None) -> str:
     keys = store.read(columns=["step", "task"])
     if not keys.num_rows:
@@ -93,10 +90,6 @@ def _nothing(store: TraceStore, step: int | None, task: str | None) -> str:
     steps = sorted({row["step"] for row in keys.to_pylist() if task in (None, row["task"])})
     near = min(steps, key=lambda at: abs(at - (step or 0)))
     return f"{store.folder}: has no traces{of_task} at step {step}, but from {steps[0]} to {steps[-1]}; take {near}"
-
-
-def _mean_surprise(logprobs: Sequence[float]) -> str:
-    return f"{-sum(logprobs) / len(logprobs):.3f} nats per token" if logprobs else "no tokens"
 
 
 def printable(text: str) -> str:

@@ -11,7 +11,7 @@ import errno
 import json
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,75 +22,58 @@ import pyarrow.parquet as pq
 from mai_thinking.config.storage import atomic_file
 from mai_thinking.errors import RunError, one_line
 from mai_thinking.rl.rewards import TERMS
-from mai_thinking.rl.rollout import Group
+from mai_thinking.rl.rollout import Group, Rollout
 
-FOLDER = "traces"
-"""Below a run's folder."""
+FOLDER = "traces"  # Below a run's folder
 _PART = re.compile(r"(?:batch|wave)-(\d{8,})-rank-(\d{5,})\.parquet")
 
-Trace = dict[str, Any]
-"""One rollout: a row of the store, by column."""
+Trace = dict[str, Any]  # One rollout: a row of the store, by column
 Where = Sequence[tuple[str, str, Any]]
 """Conditions that rows must all meet, as `pyarrow.parquet` takes them: ("step", "in", {1, 2})."""
+
+
+def _part_of_reward(name: str) -> Callable[[Rollout, Group], Any]:
+    return lambda rollout, group: rollout.rewards.get(name)
+
+
+_COLUMNS: dict[str, tuple[pa.DataType, Callable[[Rollout, Group], Any]]] = {
+    "engine_version": (pa.int64(), lambda r, g: g.version),  # weight updates that the engine had had by then
+    "request_id": (pa.int64(), lambda r, g: r.id),  # unique in the run: with the run's seed, all its randomness
+    "group_id": (pa.int64(), lambda r, g: g.number),  # rollouts of one drawing of one problem share it
+    "task": (pa.string(), lambda r, g: r.problem.task),
+    "problem_id": (pa.string(), lambda r, g: r.problem.id),
+    "prompt": (pa.string(), lambda r, g: r.prompt),  # as the model saw it, template and all
+    "prompt_ids": (pa.list_(pa.int32()), lambda r, g: r.prompt_ids),
+    "response": (pa.string(), lambda r, g: r.text),
+    # JSON: in turn what the policy wrote and what its calls gave; null where it made none.
+    "parts": (pa.string(), lambda r, g: json.dumps(r.parts) if r.observed.any() else None),
+    # With the end-of-text token, if it was drawn.
+    "response_ids": (pa.list_(pa.int32()), lambda r, g: r.response_ids),
+    # Response tokens that a tool wrote; empty where none did.
+    "observed": (pa.list_(pa.bool_()), lambda r, g: r.observed if r.observed.any() else r.observed[:0]),
+    # One a response token, under temperature and the nucleus.
+    "logprobs": (pa.list_(pa.float32()), lambda r, g: r.logprobs),
+    "finished": (pa.bool_(), lambda r, g: r.finished),  # ended by itself, rather than at the length limit
+    "answer": (pa.string(), lambda r, g: r.answer),  # as parsed from the response; null if there was none
+    "reference": (pa.string(), lambda r, g: r.problem.answer),  # the right answer
+    "passed": (pa.bool_(), lambda r, g: r.grade.passed),  # the graders' verdict
+    "reward": (pa.float64(), lambda r, g: r.reward),
+    **{f"reward_{name}": (pa.float64(), _part_of_reward(name)) for name in ("task", *TERMS)},  # before their weights
+    "pass_rate": (pa.float64(), lambda r, g: g.pass_rate),  # ρ_q of the group
+    "verdict": (pa.string(), lambda r, g: str(g.verdict)),  # what became of the group: "kept" if it was learned from
+}
 SCHEMA = pa.schema(
-    {
-        "step": pa.int64(),  # gradient steps that the run had done when the rollout was generated
-        "engine_version": pa.int64(),  # weight updates that the engine had had by then
-        "request_id": pa.int64(),  # unique in the run; all its randomness follows from the run's seed and this
-        "group_id": pa.int64(),  # rollouts of one drawing of one problem share it
-        "task": pa.string(),
-        "problem_id": pa.string(),
-        "prompt": pa.string(),  # as the model saw it, template and all
-        "prompt_ids": pa.list_(pa.int32()),
-        "response": pa.string(),
-        "parts": pa.string(),  # JSON: in turn what the policy wrote and what its calls gave; null where it made none
-        "response_ids": pa.list_(pa.int32()),  # with the end-of-text token, if it was drawn
-        "observed": pa.list_(pa.bool_()),  # response tokens that a tool wrote; empty where none did
-        "logprobs": pa.list_(pa.float32()),  # one a response token, under temperature and the nucleus
-        "finished": pa.bool_(),  # ended by itself, rather than at the length limit
-        "answer": pa.string(),  # as parsed from the response; null if there was none
-        "reference": pa.string(),  # the right answer
-        "passed": pa.bool_(),  # the graders' verdict
-        "reward": pa.float64(),
-        **{f"reward_{name}": pa.float64() for name in ("task", *TERMS)},  # its parts, before their weights
-        "pass_rate": pa.float64(),  # ρ_q of the group
-        "verdict": pa.string(),  # what became of the group: `rl.rollout.Verdict`, "kept" if it was learned from
-        "checkpoint": pa.string(),  # the weights that generated it, such as `nano-grpo/step-00000120`
-        "lineage": pa.string(),  # where the run's first weights came from
-    }.items()
+    {"step": pa.int64()}  # gradient steps that the run had done when the rollout was generated
+    | {name: kind for name, (kind, _) in _COLUMNS.items()}
+    # The weights that generated it, such as `nano-grpo/step-00000120`, and where the run's first weights came from.
+    | {"checkpoint": pa.string(), "lineage": pa.string()}
 )
 
 
 def trace_rows(group: Group, *, step: int, checkpoint: str, lineage: str) -> list[Trace]:
     """Of a group's rollouts, which `checkpoint` generated after `step` gradient steps."""
-    return [
-        {
-            "step": step,
-            "engine_version": group.version,
-            "request_id": rollout.id,
-            "group_id": group.number,
-            "task": rollout.problem.task,
-            "problem_id": rollout.problem.id,
-            "prompt": rollout.prompt,
-            "prompt_ids": rollout.prompt_ids,
-            "response": rollout.text,
-            "parts": json.dumps(rollout.parts) if rollout.observed.any() else None,
-            "response_ids": rollout.response_ids,
-            "observed": rollout.observed if rollout.observed.any() else rollout.observed[:0],
-            "logprobs": rollout.logprobs,
-            "finished": rollout.finished,
-            "answer": rollout.answer,
-            "reference": rollout.problem.answer,
-            "passed": rollout.grade.passed,
-            "reward": rollout.reward,
-            **{f"reward_{name}": value for name, value in rollout.rewards.items()},
-            "pass_rate": group.pass_rate,
-            "verdict": str(group.verdict),
-            "checkpoint": checkpoint,
-            "lineage": lineage,
-        }
-        for rollout in group.rollouts
-    ]
+    run = {"step": step, "checkpoint": checkpoint, "lineage": lineage}
+    return [run | {name: value(one, group) for name, (_, value) in _COLUMNS.items()} for one in group.rollouts]
 
 
 class NotReproducedError(RunError):
@@ -105,11 +88,9 @@ class TraceStore:
         self.folder, self.rank = Path(folder), rank
 
     def append(self, batch: int, traces: Sequence[Trace]) -> bool:
-        """Write this rank's part of `batch`, on the disk when this returns; or, if it is there already, compare.
-
-        Returns whether it was written. NotReproducedError if what is there is something else; OSError, with nothing
-        left behind, if it cannot be written.
-        """
+        """Write this rank's part of `batch`, on the disk when this returns; or, if it is there already, compare. →
+        whether it was written. NotReproducedError if what is there is something else; OSError, with nothing left
+        behind, if it cannot be written."""
         table = pa.Table.from_pylist(list(traces), schema=SCHEMA)
         name = f"-{batch:08d}-rank-{self.rank:05d}.parquet"
         path = old if (old := self.folder / f"wave{name}").exists() else self.folder / f"batch{name}"
@@ -119,9 +100,17 @@ class TraceStore:
             except (OSError, ValueError) as error:
                 print(f"{path}: damaged ({one_line(error)}); written again", file=sys.stderr, flush=True)
             else:
+                # As text, NaN is the same as NaN, and −0 another number than 0.
                 stored = [name for name in pq.read_schema(path).names if name in SCHEMA.names]
-                self._compare(batch, before.select(stored), table)
-                return False
+                changed = [name for name in stored if repr(before[name].to_pylist()) != repr(table[name].to_pylist())]
+                if not changed:
+                    return False
+                step = f"step {traces[0]['step']}, " if traces else ""
+                raise NotReproducedError(
+                    f"{step}batch {batch} of rank {self.rank}, generated again after a restart, gave other values of "
+                    f"{', '.join(changed[:3])} than {self.folder} has: the run is not deterministic, or its config, "
+                    "code, data, machine or number of ranks changed"
+                )
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with atomic_file(path, durable=True) as temporary:
@@ -131,10 +120,8 @@ class TraceStore:
         return True
 
     def parts(self, where: Where = (), columns: Sequence[str] = SCHEMA.names) -> Iterator[pa.Table]:
-        """The selected rows, batch by batch and rank by rank, so that a store larger than memory can be read.
-
-        A column that a part was written without is null. A part that is damaged is named on stderr and left out.
-        """
+        """The selected rows, batch by batch and rank by rank, so that a store larger than memory can be read. A column
+        that a part was written without is null. A part that is damaged is named on stderr and left out."""
         for path in self._paths():
             try:
                 table = _read_part(path, where, columns)
@@ -156,18 +143,6 @@ class TraceStore:
         matches = ((path, _PART.fullmatch(path.name)) for path in self.folder.iterdir())
         found = {path: (int(match[1]), int(match[2])) for path, match in matches if match}
         return sorted(found, key=found.__getitem__)
-
-    def _compare(self, batch: int, before: pa.Table, now: pa.Table) -> None:
-        # As text, NaN is the same as NaN, and −0 another number than 0.
-        names = before.column_names
-        changed = [name for name in names if repr(before[name].to_pylist()) != repr(now[name].to_pylist())]
-        if changed:
-            step = f"step {now['step'][0]}, " if len(now) else ""
-            raise NotReproducedError(
-                f"{step}batch {batch} of rank {self.rank}, generated again after a restart, gave other values of "
-                f"{', '.join(changed[:3])} than {self.folder} has: the run is not deterministic, or its config, code, "
-                "data, machine or number of ranks changed"
-            )
 
 
 def _read_part(path: Path, where: Where = (), columns: Sequence[str] = SCHEMA.names) -> pa.Table:

@@ -276,7 +276,7 @@ def test_chance_alone_is_not_hopeless(reach: float) -> None:
         counts = FilterCounts()
         for _ in range(60):
             kept = sum(draw.random() < reach for _ in range(4))
-            counts.kept, counts.too_hard = counts.kept + kept, counts.too_hard + 4 - kept
+            counts.update(kept=kept, too_hard=4 - kept)
             assert not detector.hopeless(counts)
 
 

@@ -116,7 +116,7 @@ def test_lengths_and_thoughts_are_counted_of_all_responses():
         one.response_ids = np.zeros(length, dtype=np.int64)
     counts = FilterCounts()
     counts.count(Group(0, 0, Verdict.TOO_HARD, answers))
-    assert (counts.tokens, counts.long, counts.cut_off, counts.thoughts) == (9, 1, 0, 1)
+    assert [counts[name] for name in ("tokens", "long", "cut_off", "thoughts")] == [9, 1, 0, 1]
 
 
 @pytest.mark.parametrize(

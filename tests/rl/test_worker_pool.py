@@ -78,7 +78,7 @@ def answer(pool: WorkerPool, asked: list[Order]) -> dict[int, int]:
         pool.wait(lambda: None)
         for order in [order for order in asked if order.number not in taken]:
             if batch := pool.take(order):
-                assert batch.counts.kept == order.number
+                assert batch.counts["kept"] == order.number
                 taken[order.number] = taken.get(order.number, 0) + 1
     return taken
 
