@@ -22,12 +22,9 @@ from mai_thinking.rl.tasks import Problem, TaskSampler
 from mai_thinking.training.context import RunContext
 from mai_thinking.training.metrics import MetricsLog
 
-FIRST_ID = 2**61
-"""Ids from here on are evaluations': other random numbers than any rollout that is learned from."""
-_IDS = 2**40
-"""Ids of each way of asking."""
-ANSWER_TOKENS = 16
-"""Tokens, beyond the longest reference answer, of an answer that is forced."""
+FIRST_ID = 2**61  # Ids from here on are evaluations': other random numbers than any rollout that is learned from
+_IDS = 2**40  # Ids of each way of asking
+ANSWER_TOKENS = 16  # Tokens, beyond the longest reference answer, of an answer that is forced
 
 
 class HeldOut:

@@ -8,8 +8,10 @@ same groups again; `Replay` makes them again, in one process.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from mai_thinking.config.grpo import GrpoConfig
@@ -19,27 +21,27 @@ from mai_thinking.rl.engine import BatchedEngine
 from mai_thinking.rl.rollout_worker import Batch, Order, RolloutWorker
 from mai_thinking.rl.schedule import Schedule, Spool, schedule_path
 from mai_thinking.rl.worker_pool import WorkerPool
-from mai_thinking.rl.worker_process import SharedWeights, share_machine
+from mai_thinking.rl.worker_process import SharedWeights, WorkerSetup
 from mai_thinking.training.checkpoint_storage import visible_steps
 from mai_thinking.training.context import RunContext
 from mai_thinking.training.metrics import Record
 
 
+@dataclass
 class InProcess(Executor):
     """Generates when groups are lacking, in this process."""
 
-    def __init__(self, worker: RolloutWorker) -> None:
-        self.worker = worker
+    worker: RolloutWorker
 
     def next(self, controller: Controller, wanted: int) -> Batch | None:
         return self.worker.answer(controller.draw(), controller.version) if wanted else None
 
 
+@dataclass
 class _ByWorkers(Executor):
     """On weights in shared memory."""
 
-    def __init__(self, pool: WorkerPool) -> None:
-        self.pool = pool
+    pool: WorkerPool
 
     def retract(self) -> None:
         self.pool.weights.retract()
@@ -76,33 +78,27 @@ class InTurn(_ByWorkers):
         return batch
 
 
+@dataclass
 class Ahead(_ByWorkers):
     """Workers answer orders while the learner learns; rather than wait for them, this process answers one too. Orders
     and arrivals are on record, and the record comes first: what it has of this step is done again before anything
     new."""
 
-    def __init__(
-        self,
-        pool: WorkerPool,
-        worker: RolloutWorker,
-        schedule: Schedule,
-        *,
-        max_staleness: int,
-        per_update: int,
-        needed_from: Callable[[], int] = lambda: 0,
-    ) -> None:
-        """`per_update`: groups that this rank learns from between two updates of the weights. `needed_from`: the
-        version from which on a checkpoint may have to learn again."""
-        super().__init__(pool)
-        self.worker, self.schedule, self.needed_from = worker, schedule, needed_from
-        self.max_staleness, self.per_update = max_staleness, per_update
-        self._generated = 0.0
-        self._resumed = False  # what was under way when the run was killed
-        self._kept = [1, 1]  # problems begun, and groups of them that were kept
+    worker: RolloutWorker
+    schedule: Schedule
+    max_staleness: int
+    per_update: int  # Groups that this rank learns from between two updates of the weights
+    needed_from: Callable[[], int] = lambda: 0  # The version from which on a checkpoint may have to learn again
+    _generated: float = 0.0
+    _resumed: bool = False  # what was under way when the run was killed
+    _kept: list[int] = field(default_factory=lambda: [1, 1])  # problems begun, and groups of them that were kept
 
     def next(self, controller: Controller, wanted: int) -> Batch | None:
         if arrival := next_arrival(self.schedule, controller):
-            return self._count(controller, self._arrived(arrival["arrived"], controller))
+            batch = self.pool.take(controller.under_way[arrival["arrived"]])
+            if batch is None:
+                raise RunError(f"{self.schedule.path}: batch {arrival['arrived']} arrived, and is gone")
+            return self._count(controller, batch)
         if self.schedule.ahead:  # the run was killed later than this
             return None
         for number in self.schedule.forget_before(self.needed_from()):
@@ -120,8 +116,12 @@ class Ahead(_ByWorkers):
                     return self._count(controller, batch)
             if not wanted:
                 return None
-            if mine := self.pool.withdraw():
-                return self._count(controller, self._answer(mine, controller.version))
+            if mine := self.pool.withdraw():  # from this process's engine, whose weights the workers share
+                batch = self.worker.answer(mine, controller.version)
+                batch.worker, self._generated = -1, self._generated + batch.seconds
+                self.pool.spool.write(batch)
+                self.schedule.add_arrival(controller.version, batch)
+                return self._count(controller, batch)
             self.pool.wait(controller.heartbeat)
 
     def metrics(self) -> dict[str, float]:
@@ -132,21 +132,6 @@ class Ahead(_ByWorkers):
     def in_time(self, groups: float) -> bool:
         """Whether the last of so many groups can be learned from before it is too old."""
         return (groups - 1) // self.per_update <= self.max_staleness
-
-    def _answer(self, order: Order, version: int) -> Batch:
-        """From this process's engine, whose weights the workers share."""
-        batch = self.worker.answer(order, version)
-        batch.worker, self._generated = -1, self._generated + batch.seconds
-        self.pool.spool.write(batch)
-        self.schedule.add_arrival(version, batch)
-        return batch
-
-    def _arrived(self, number: int, controller: Controller) -> Batch:
-        """The batch whose arrival is on record."""
-        batch = self.pool.take(controller.under_way[number])
-        if batch is None:
-            raise RunError(f"{self.schedule.path}: batch {number} arrived, and is gone")
-        return batch
 
     def _count(self, controller: Controller, batch: Batch) -> Batch:
         self._kept = [self._kept[0] + controller.problems, self._kept[1] + len(batch.groups)]
@@ -206,8 +191,9 @@ class Replay(Executor):
 
 
 def make_executor(config: GrpoConfig, context: RunContext, worker: RolloutWorker, engine: BatchedEngine) -> Executor:
-    """As `config.rollouts` says. Workers are started; they end with `context.stack`. UsageError if it cannot be had."""
-    rollouts, run, rank = config.rollouts, context.folder.path, context.rank
+    """As `config.rollouts` says. Workers are started, with their share of this process's threads; they end with
+    `context.stack`. UsageError if it cannot be had."""
+    rollouts, run, rank, stack = config.rollouts, context.folder.path, context.rank, context.stack
     if rollouts.replay:
         path = schedule_path(Path(rollouts.replay), rank)
         if not path.exists():
@@ -217,8 +203,14 @@ def make_executor(config: GrpoConfig, context: RunContext, worker: RolloutWorker
         return InProcess(worker)
     if context.device.type != "cpu":
         raise UsageError(f"rollouts.workers: {rollouts.workers} workers share a CPU's memory; on a GPU make it 0")
-    setup = share_machine(config, context.ranks, SharedWeights(engine.model), Spool(run, rank), context.stack)
-    pool = context.stack.enter_context(WorkerPool(setup, count=rollouts.workers))
+    before = torch.get_num_threads()
+    threads = max(1, before // (1 + rollouts.workers))
+    torch.set_num_threads(threads)
+    stack.callback(torch.set_num_threads, before)
+    beats = torch.zeros(rollouts.workers, dtype=torch.float64).share_memory_()
+    fields, weights = config.model_dump(mode="json"), SharedWeights(engine.model)
+    setup = WorkerSetup(fields, context.ranks, weights, Spool(run, rank), beats, threads)
+    pool = stack.enter_context(WorkerPool(setup, count=rollouts.workers))
     if not rollouts.max_staleness:
         return InTurn(pool)
     return Ahead(

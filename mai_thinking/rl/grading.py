@@ -13,11 +13,11 @@ import sys
 import time
 from collections import deque
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict
 from multiprocessing import Pipe
 from multiprocessing.connection import wait
-from typing import Any, Self
+from typing import Any
 
 from mai_thinking.config.tasks import TaskSection
 from mai_thinking.errors import RunError, UsageError
@@ -27,8 +27,7 @@ WAIT_FACTOR = 5
 """Wall-clock time that an answer may take, as a multiple of its processor time: for graders that wait and do not work.
 Generous, because a busy machine must not make a right answer wrong."""
 
-_BATCH = 256
-"""Answers that a process gets at a time."""
+_BATCH = 256  # Answers that a process gets at a time
 _GATHER_SECONDS = 0.001
 """After the first score, wait for more: on a busy machine, being woken for every score costs more than the grading."""
 _START_SECONDS = 120.0
@@ -37,7 +36,7 @@ _FAILED_STARTS = 3
 _Item = tuple[Problem, str | None]
 
 
-class GradingPool:
+class GradingPool(AbstractContextManager["GradingPool"]):
     """Processes that grade. For one thread, which must outlive the pool (its end would end them too)."""
 
     def __init__(self, mix_sections: Sequence[TaskSection], *, workers: int, seconds: float, megabytes: int) -> None:
@@ -77,9 +76,6 @@ class GradingPool:
         """End the processes."""
         for worker in self._workers:
             worker.end()
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *error: object) -> None:
         self.close()

@@ -13,7 +13,6 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Sequence
 from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -53,47 +52,36 @@ def main() -> None:
     except UsageError as error:
         _send(trainer, str(error))
         return
-    _silence()
+    nowhere = os.open(os.devnull, os.O_WRONLY)  # for what graders print
+    os.dup2(nowhere, 1)
+    os.dup2(nowhere, 2)
     _limit(setup["megabytes"], processes=any(task["kind"] == "repair" for task in setup["tasks"]))
     _send(trainer, None)
     with suppress(EOFError):  # the pool is closed
         while True:
             batch = json.loads(trainer.recv_bytes())
             problems = [Problem(**fields) for fields in batch["problems"]]
-            _grade(graders, problems, batch["items"], setup["seconds"], trainer)
+            for which, answer in batch["items"]:
+                problem = problems[which]
+                _send(trainer, _grade(graders[problem.task], problem, answer, setup["seconds"]))
 
 
 def _send(trainer: Connection, message: Any) -> None:
     trainer.send_bytes(json.dumps(message).encode())
 
 
-def _grade(
-    graders: dict[str, Grader],
-    problems: Sequence[Problem],
-    items: Sequence[tuple[int, str]],
-    seconds: float,
-    trainer: Connection,
-) -> None:
-    """Write a grade for each item, with `seconds` of processor time for each."""
-    for which, answer in items:
-        problem = problems[which]
-        # The kernel ends the process, whatever code it is in: Python's own handlers wait for the end of an instruction,
-        # and 9**9**9 is one. The second limit is for code that would stop the clock.
-        resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(time.process_time() + seconds) + 1, resource.RLIM_INFINITY))
-        signal.setitimer(signal.ITIMER_PROF, seconds)
-        try:
-            grade = graders[problem.task].grade(problem, answer)
-        except Exception:  # MemoryError and RecursionError too: such an answer is wrong
-            grade = no_grade(graders[problem.task].section)
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        _send(trainer, grade)
-
-
-def _silence() -> None:
-    """What graders print goes nowhere."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 1)
-    os.dup2(nowhere, 2)
+def _grade(grader: Grader, problem: Problem, answer: str, seconds: float) -> Grade:
+    """In `seconds` of processor time."""
+    # The kernel ends the process, whatever code it is in: Python's own handlers wait for the end of an instruction, and
+    # 9**9**9 is one. The second limit is for code that would stop the clock.
+    resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(time.process_time() + seconds) + 1, resource.RLIM_INFINITY))
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    try:
+        grade = grader.grade(problem, answer)
+    except Exception:  # MemoryError and RecursionError too: such an answer is wrong
+        grade = no_grade(grader.section)
+    signal.setitimer(signal.ITIMER_PROF, 0)
+    return grade
 
 
 def _limit(megabytes: int, *, processes: bool) -> None:

@@ -19,8 +19,7 @@ _NO_PROSE = re.compile(r"```.*?```|`[^`\n]*`|\$[^$\n]*\$|\\[A-Za-z]+|</?[A-Za-z]
 
 _UNSPACED = {"CJK", "HIRAGANA", "KATAKANA", "HALFWIDTH", "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN"}
 """Scripts without spaces between words, as the names of their characters begin."""
-_CHARACTERS_PER_WORD = 2
-"""In those scripts, about; a convention of ours."""
+_CHARACTERS_PER_WORD = 2  # In those scripts, about; a convention of ours
 _NEUTRAL = {
     "LATIN", "FULLWIDTH", "MATHEMATICAL", "MODIFIER", "SUPERSCRIPT", "SUBSCRIPT", "COMBINING", "FEMININE", "MASCULINE",
     "MICRO", "DOUBLE-STRUCK", "SCRIPT", "BLACK-LETTER", "KELVIN", "ANGSTROM", "OHM", "PLANCK", "EULER", "ALEF", "",
@@ -29,8 +28,7 @@ _NEUTRAL = {
 
 _FEWEST_WORDS, _FEWEST_LETTERS, _MOST_WORDS = 4, 16, 12
 """Of a stretch: shorter text is not told apart; in a longer one a language could hide."""
-_ENGLISH = ("en", "pcm", "sco")
-"""Scots and Nigerian Pidgin are what py3langid makes of some plain English."""
+_ENGLISH = ("en", "pcm", "sco")  # Scots and Nigerian Pidgin are what py3langid makes of some plain English
 _ENGLISH_AT_MOST, _OTHER_AT_LEAST = 0.02, 0.5
 """Probabilities of py3langid between which a stretch is in another language. Exercises lie far above the first."""
 
@@ -71,15 +69,11 @@ def _stretches(text: str) -> Iterator[list[str]]:
             if len(stretch) == _MOST_WORDS:
                 yield from [before] if before else []
                 before, stretch = stretch, []
-        if _long_enough(stretch):
+        if len(stretch) >= _FEWEST_WORDS and sum(map(len, stretch)) >= _FEWEST_LETTERS:
             yield from [before] if before else []
             before, stretch = stretch, []
     if before:
         yield before + stretch
-
-
-def _long_enough(words: list[str]) -> bool:
-    return len(words) >= _FEWEST_WORDS and sum(map(len, words)) >= _FEWEST_LETTERS
 
 
 @lru_cache(maxsize=16384)

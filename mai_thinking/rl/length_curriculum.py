@@ -12,8 +12,7 @@ class LengthCurriculum:
     def __init__(self, section: CurriculumSection) -> None:
         self.section = section
         self.stage = 0
-        self.steps = 0
-        """Of the present stage."""
+        self.steps = 0  # Of the present stage
         self._recent: deque[tuple[int, int]] = deque(maxlen=section.window)
 
     @property
@@ -43,19 +42,15 @@ class LengthCurriculum:
         in a new stage."""
         self.steps += 1
         self._recent.append((long, responses))
-        if self.in_last_stage or not self._moves_on():
+        section = self.section
+        waited_enough = section.max_steps is not None and self.steps >= section.max_steps
+        looked_enough, share = self.steps >= max(section.window, section.min_steps), section.long_share
+        wants_room = looked_enough and share is not None and self.long_share > share
+        if self.in_last_stage or not (waited_enough or wants_room):
             return False
         self.stage, self.steps = self.stage + 1, 0
         self._recent.clear()
         return True
-
-    def _moves_on(self) -> bool:
-        section = self.section
-        if section.max_steps is not None and self.steps >= section.max_steps:
-            return True
-        if section.long_share is None or self.steps < max(section.window, section.min_steps):
-            return False
-        return self.long_share > section.long_share
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values."""

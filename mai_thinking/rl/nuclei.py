@@ -15,29 +15,24 @@ import torch
 from numpy.typing import NDArray
 
 WIDE = -1
+_PARTS = ("sizes", "ids", "bits")
 
 
 @dataclass(frozen=True, eq=False)
 class Nuclei:
     """Of n tokens, in order."""
 
-    sizes: NDArray[np.int32]
-    """[n]: how many ids are a token's, or WIDE."""
-    ids: NDArray[np.int32]
-    """[S], ascending within a nucleus."""
-    bits: NDArray[np.uint8]
-    """[w, B], of those that are wide: their ids would take more room."""
+    sizes: NDArray[np.int32]  # [n]: how many ids are a token's, or WIDE
+    ids: NDArray[np.int32]  # [S], ascending within a nucleus
+    bits: NDArray[np.uint8]  # [w, B], of those that are wide: their ids would take more room
 
     @classmethod
     def of(cls, bits_nB: NDArray[np.uint8]) -> "Nuclei":
         """From bits as `engine.nucleus.pack_bits` makes them."""
         counts = np.bitwise_count(bits_nB).sum(axis=1, dtype=np.int32)
         narrow = counts.astype(np.int64) * 4 <= bits_nB.shape[1]
-        few_nB = bits_nB[narrow]
-        row, byte = np.nonzero(few_nB)  # most bytes are 0
-        place, bit = np.nonzero(np.unpackbits(few_nB[row, byte][:, None], axis=1, bitorder="little"))
-        ids_S = (byte[place] * 8 + bit).astype(np.int32)
-        return cls(np.where(narrow, counts, np.int32(WIDE)), ids_S, bits_nB[~narrow])
+        _, ids_S = set_bits(bits_nB[narrow])
+        return cls(np.where(narrow, counts, np.int32(WIDE)), ids_S.astype(np.int32), bits_nB[~narrow])
 
     @classmethod
     def none(cls) -> "Nuclei":
@@ -46,18 +41,10 @@ class Nuclei:
 
     def __eq__(self, other: object) -> bool:
         """The same sets leave the same arrays."""
-        names = ("sizes", "ids", "bits")
-        return isinstance(other, Nuclei) and all(np.array_equal(getattr(self, n), getattr(other, n)) for n in names)
-
-    __hash__ = None  # type: ignore[assignment]
+        return isinstance(other, Nuclei) and all(np.array_equal(getattr(self, n), getattr(other, n)) for n in _PARTS)
 
     def __len__(self) -> int:
         return len(self.sizes)
-
-    @property
-    def nbytes(self) -> int:
-        """What it takes."""
-        return self.sizes.nbytes + self.ids.nbytes + self.bits.nbytes
 
     def unpacked(self) -> NDArray[np.uint8]:
         """[n, B]: all as bits."""
@@ -72,7 +59,7 @@ class Nuclei:
     def joined(cls, parts: Sequence["Nuclei"]) -> "Nuclei":
         """One after the other."""
         parts = [part for part in parts if len(part)] or list(parts[:1]) or [cls.none()]
-        return cls(*(np.concatenate([getattr(part, name) for part in parts]) for name in ("sizes", "ids", "bits")))
+        return cls(*(np.concatenate([getattr(part, name) for part in parts]) for name in _PARTS))
 
     def split(self, lengths: Sequence[int]) -> list["Nuclei"]:
         """The inverse of `joined`."""
@@ -85,11 +72,18 @@ class Nuclei:
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors."""
-        return {name: torch.from_numpy(getattr(self, name)) for name in ("sizes", "ids", "bits")}
+        return {name: torch.from_numpy(getattr(self, name)) for name in _PARTS}
 
     @classmethod
     def from_state(cls, state: Any) -> "Nuclei":
         """From `state_dict()`, or from bits, as which earlier versions saved all."""
         if isinstance(state, torch.Tensor):
             return cls.of(state.numpy())
-        return cls(*(state[name].numpy() for name in ("sizes", "ids", "bits")))
+        return cls(*(state[name].numpy() for name in _PARTS))
+
+
+def set_bits(bits_nB: NDArray[np.uint8]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Row and token of every set bit, in order; for nuclei of few tokens."""
+    row, byte = np.nonzero(bits_nB)  # most bytes are 0
+    place, bit = np.nonzero(np.unpackbits(bits_nB[row, byte][:, None], axis=1, bitorder="little"))
+    return row[place], byte[place] * 8 + bit

@@ -40,7 +40,7 @@ def grpo_loss(
     clip_relaxation: float,
     ratio_min: float,
     ratio_max: float,
-    token_count: int | float | Tensor,
+    token_count: float | Tensor,
     dual_clip: float | None = None,
     entropy_bonus: float = 0.0,
 ) -> tuple[Tensor, Statistics]:
@@ -84,7 +84,8 @@ def grpo_loss(
     }
     statistics = {name: torch.where(mask, value.detach().double(), 0.0).sum() for name, value in sums.items()}
     for name, value in zip(MAXIMA, (ratio, log_ratio.abs()), strict=True):
-        statistics[name] = _maximum(torch.where(mask, value.detach().double(), 0.0))
+        counted = torch.where(mask, value.detach().double(), 0.0)
+        statistics[name] = counted.max() if counted.numel() else counted.new_zeros(())
     return loss, statistics | {"loss": loss.detach().double()}
 
 
@@ -108,10 +109,6 @@ def _masked(
     return new, old, gains, mask
 
 
-def _maximum(values: Tensor) -> Tensor:
-    return values.max() if values.numel() else values.new_zeros(())
-
-
 def merge_statistics(parts: Sequence[Statistics]) -> Statistics:
     """Those of several micro-batches, or steps, as one."""
     columns = {name: torch.stack([part[name] for part in parts]) for name in parts[0]}
@@ -132,12 +129,11 @@ def reduce_statistics(statistics: Statistics) -> Statistics:
 
 
 def objective_metrics(statistics: Statistics) -> dict[str, float]:
-    """Merged and reduced statistics as a metrics record's fields.
+    """Merged and reduced statistics as a metrics record's fields; all but the loss are 0 where there are no tokens.
 
-    `loss`; `entropy` (Ĥ = mean(−logprob·r), nats per token); `clip_fraction` (tokens whose gradient the trust region
-    took); `outer_clip_fraction` (tokens with r outside the outer clip, or past the dual clip); `ratio_mean`;
-    `ratio_max`; `mismatch` (max |logprob − old_logprob|: learner against engine, as long as both have the same
-    weights). All but the loss are 0 where there are no tokens.
+    `entropy` is Ĥ = mean(−logprob·r) in nats per token; `clip_fraction` the share of tokens whose gradient the trust
+    region took; `outer_clip_fraction` of those with r outside the outer clip, or past the dual clip; `mismatch` max
+    |logprob − old_logprob|: learner against engine, as long as both have the same weights.
     """
     value = {name: float(tensor) for name, tensor in statistics.items()}
     tokens = max(1.0, value["tokens"])
@@ -210,26 +206,14 @@ class Objective(EntropyController):
         super().__init__(section.target_entropy, step_size, section.max_relaxation, initial=section.clip_relaxation)
 
     def loss(
-        self,
-        logprobs: Tensor,
-        old_logprobs: Tensor,
-        advantages: Tensor,
-        mask: Tensor,
-        token_count: int | float | Tensor,
+        self, logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, token_count: float | Tensor
     ) -> tuple[Tensor, Statistics]:
         """`grpo_loss` with this objective's settings and the present k."""
         section = self.section
         ratio_min, ratio_max = section.ratio_range
         return grpo_loss(
-            logprobs,
-            old_logprobs,
-            advantages,
-            mask,
-            epsilon=section.epsilon,
-            clip_relaxation=self.clip_relaxation,
-            ratio_min=ratio_min,
-            ratio_max=ratio_max,
-            token_count=token_count,
-            dual_clip=section.dual_clip,
+            logprobs, old_logprobs, advantages, mask,
+            epsilon=section.epsilon, clip_relaxation=self.clip_relaxation, ratio_min=ratio_min, ratio_max=ratio_max,
+            token_count=token_count, dual_clip=section.dual_clip,
             entropy_bonus=section.entropy_bonus if section.entropy_control == "bonus" else 0.0,
-        )
+        )  # fmt: skip

@@ -27,24 +27,16 @@ MULTIPLE = 64
 class MicroBatch:
     """Rows for one forward and backward pass. Response tokens are in the order of their places, row by row."""
 
-    input_ids: torch.Tensor
-    """[B, T] int64."""
-    position_ids: torch.Tensor
-    """[B, T] int64, from 0 in each rollout."""
-    token_mask: torch.Tensor
-    """[B, T] bool: no padding."""
+    input_ids: torch.Tensor  # [B, T] int64
+    position_ids: torch.Tensor  # [B, T] int64, from 0 in each rollout
+    token_mask: torch.Tensor  # [B, T] bool: no padding
     response_mask: torch.Tensor
     """[B, T] bool: places whose *next* token the policy drew: none that a tool wrote; N in all."""
-    expert_choices: torch.Tensor
-    """[M, B, T, K] int64; padding's are arbitrary."""
-    targets: torch.Tensor
-    """[N] int64, the response tokens."""
-    rollout_index: torch.Tensor
-    """[N] int64: which of the packed rollouts a response token belongs to."""
-    old_logprobs: torch.Tensor
-    """[N] fp32, the engine's."""
-    nucleus: torch.Tensor
-    """[N, ceil(V / 8)] uint8, bit-packed."""
+    expert_choices: torch.Tensor  # [M, B, T, K] int64; padding's are arbitrary
+    targets: torch.Tensor  # [N] int64, the response tokens
+    rollout_index: torch.Tensor  # [N] int64: which of the packed rollouts a response token belongs to
+    old_logprobs: torch.Tensor  # [N] fp32, the engine's
+    nucleus: torch.Tensor  # [N, ceil(V / 8)] uint8, bit-packed
 
     def to(self, device: torch.device | str) -> "MicroBatch":
         """The same on another device."""

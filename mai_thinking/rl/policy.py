@@ -21,7 +21,8 @@ from torch.autograd.function import once_differentiable
 from mai_thinking.config.grpo import RolloutSection
 from mai_thinking.model.latent_moe import Routing
 from mai_thinking.model.loss import CHUNK_ELEMENTS, head_gradient, logits_product
-from mai_thinking.rl.engine.nucleus import packed_tokens, unpack_bits
+from mai_thinking.rl.engine.nucleus import unpack_bits
+from mai_thinking.rl.nuclei import set_bits
 from mai_thinking.rl.objective import Objective, Statistics, merge_statistics, objective_metrics, reduce_statistics
 from mai_thinking.rl.packing import MicroBatch
 from mai_thinking.training.learner import Counts, Forward, Learner
@@ -41,8 +42,7 @@ class PolicyLoss:
     ) -> None:
         self._objective, self._rollouts, self._num_experts = objective, rollouts, num_experts
         self._advantages = torch.tensor(advantages, dtype=torch.float32)
-        self.signal = True
-        """Whether any advantage of the global batch is not zero, once it has been counted."""
+        self.signal = True  # Whether any advantage of the global batch is not zero, once it has been counted
 
     def count(self, micro_batches: Sequence[MicroBatch], learner: Learner) -> Counts:
         """Response tokens, how often each expert was chosen, and whether any advantage says anything."""
@@ -84,10 +84,8 @@ class PolicyLoss:
 class ResponseLogprobs(NamedTuple):
     """What a forward pass says of a micro-batch."""
 
-    logprobs_N: torch.Tensor
-    """fp32, with gradient, in the order of `MicroBatch.targets`."""
-    routing: Routing
-    """Sums over the real tokens, prompts included, for the balance loss; each part with a leading M."""
+    logprobs_N: torch.Tensor  # fp32, with gradient, in the order of `MicroBatch.targets`
+    routing: Routing  # Sums over the real tokens, prompts included, for the balance loss; each part with a leading M
 
 
 def response_logprobs(
@@ -150,7 +148,7 @@ def _narrow_logprobs(
     temperature: float,
 ) -> torch.Tensor:
     """`token_logprobs` from the products of each hidden state with its own nucleus's tokens."""
-    row_S, token_S = packed_tokens(nucleus_NB)
+    row_S, token_S = (torch.from_numpy(part) for part in set_bits(nucleus_NB.numpy()))
     logits_S = (hidden_ND.index_select(0, row_S) * weight_VD.index_select(0, token_S)).sum(dim=-1).float() / temperature
     with torch.no_grad():
         lowest_N = logits_S.new_full((hidden_ND.size(0),), float("-inf"))

@@ -18,7 +18,6 @@ from mai_thinking.model import MaiThinkingConfig, MaiThinkingForCausalLM
 from mai_thinking.model.configuration import LOCAL
 from mai_thinking.provenance.lineage import Lineage, Source, hash_file, require_own
 from mai_thinking.rl.engine import BatchedEngine
-from mai_thinking.rl.length_curriculum import LengthCurriculum
 from mai_thinking.rl.tasks import Problem, TaskSampler
 from mai_thinking.rl.template import Template
 from mai_thinking.rl.tools.sandbox import isolation
@@ -104,19 +103,18 @@ def check_lengths(config: GrpoConfig, mix: TaskSampler) -> None:
 
     splits: tuple[Split, ...] = ("train", "held_out")
     for section in config.tasks:
-        by_split = [[(length(problem), problem) for problem in mix.probe(section.name, split)] for split in splits]
-        prompts = [prompt for of_split in by_split for prompt in of_split]
-        count = sum(tokens > room for tokens, _ in prompts)
+        prompts = [(length(problem), problem, split) for split in splits for problem in mix.probe(section.name, split)]
+        count = sum(tokens > room for tokens, _, _ in prompts)
         if not count:
             continue
-        most, longest = max(prompts, key=lambda prompt: prompt[0])
+        most, longest, _ = max(prompts, key=lambda prompt: prompt[0])
         where = f"{section.path}, line {longest.item}" if section.path else f"{longest.question[:40]!r}"
         found = (
             f"{count:,} of {len(prompts):,} prompts of task {section.name!r} leave no room in packing.row_length "
             f"{config.packing.row_length} for responses of {config.curriculum.end} tokens; the longest ({where}) has "
             f"{most:,} tokens and needs {most + config.curriculum.end}"
         )
-        none_left = any(all(tokens > room for tokens, _ in of_split) for of_split in by_split)
+        none_left = {split for tokens, _, split in prompts if tokens <= room} != set(splits)
         if none_left or config.packing.long_prompts == "refuse":
             raise UsageError(found)
         mix.notes.append(found)
@@ -154,7 +152,7 @@ def describe(config: GrpoConfig) -> str:
     total, active = architecture.parameter_counts()
     group = config.sampling.full_size
     rollouts = config.steps * config.groups_per_step * group
-    tokens = rollouts * LengthCurriculum(config.curriculum).max_length
+    tokens = rollouts * config.curriculum.start
     flops = architecture.flops_per_token(config.packing.row_length)
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     batch = f"{config.groups_per_step} groups of {group}: {quantity(rollouts)} rollouts learned from"

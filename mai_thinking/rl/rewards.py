@@ -16,10 +16,8 @@ from mai_thinking.rl.tasks import Grade
 class Term(NamedTuple):
     """A part of the reward beside R_task."""
 
-    sign: int
-    """+1 for what is paid, −1 for a price."""
-    values: Callable[[Group, RewardSection], list[float]]
-    """0 to 1 for each rollout of a group."""
+    sign: int  # +1 for what is paid, −1 for a price
+    values: Callable[[Group, RewardSection], list[float]]  # 0 to 1 for each rollout of a group
 
 
 def language(group: Group, section: RewardSection) -> list[float]:

@@ -19,13 +19,11 @@ Experts = NDArray[np.uint16]
 class Rollout:
     """A response, filled in from stage to stage: asked, generated, graded, rewarded."""
 
-    id: int
-    """Unique in the run: all randomness of the rollout follows from the run's seed and this."""
+    id: int  # Unique in the run: all randomness of the rollout follows from the run's seed and this
     prompt_ids: list[int]
     max_new_tokens: int
     problem: Problem = field(default=Problem("", "", "", ""))
-    prompt: str = ""
-    """As the model sees it, template and all."""
+    prompt: str = ""  # As the model sees it, template and all
 
     # The engine's part.
     response_ids: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, dtype=np.int64))
@@ -34,29 +32,22 @@ class Rollout:
     """[n]: tokens that a tool wrote. They are context: no gradient, no log-probability (0), no nucleus (none)."""
     logprobs: NDArray[np.float32] = field(default_factory=lambda: np.empty(0, dtype=np.float32))
     """[n], under the distribution drawn from: with temperature, renormalised over the nucleus."""
-    nucleus: Nuclei = field(default_factory=Nuclei.none)
-    """Of n tokens: those that could have been drawn in their place."""
+    nucleus: Nuclei = field(default_factory=Nuclei.none)  # Of n tokens: those that could have been drawn in their place
     experts: Experts = field(default_factory=lambda: np.empty((0, 0, 0), dtype=np.uint16))
     """[M, P + n − 1, K], of every token that went through the model: all but the response's last."""
-    finished: bool = False
-    """Whether it ended by itself, rather than at `max_new_tokens`."""
+    finished: bool = False  # Whether it ended by itself, rather than at `max_new_tokens`
 
     # The graders' part.
     text: str = ""
-    parts: tuple[str, ...] = ()
-    """The text, step by step: in turn what the policy wrote and what came of it."""
-    thought: str = ""
-    """What the policy itself wrote before the answer; all that it wrote if there is none."""
+    parts: tuple[str, ...] = ()  # The text, step by step: in turn what the policy wrote and what came of it
+    thought: str = ""  # What the policy itself wrote before the answer; all that it wrote if there is none
     answer: str | None = None
-    calls: tuple["Call", ...] = ()
-    """Of tools, in order."""
+    calls: tuple["Call", ...] = ()  # Of tools, in order
     grade: Grade = WRONG
 
     # What it earned in its group.
-    rewards: dict[str, float] = field(default_factory=dict)
-    """The reward's parts by name, before their weights."""
-    reward: float = 0.0
-    """R, their weighted sum."""
+    rewards: dict[str, float] = field(default_factory=dict)  # The reward's parts by name, before their weights
+    reward: float = 0.0  # R, their weighted sum
     advantage: float = 0.0
 
     def __post_init__(self) -> None:
@@ -67,12 +58,6 @@ class Rollout:
     def own_ids(self) -> NDArray[np.int64]:
         """The policy's own response tokens, those of all steps."""
         return self.response_ids[~self.observed]
-
-    @property
-    def segments(self) -> list[NDArray[np.int64]]:
-        """The response's tokens step by step: in turn what the policy wrote and what came of it. The last part is the
-        policy's, and may be empty."""
-        return np.split(self.response_ids, [edge for both in self.observations for edge in both])
 
     @property
     def observations(self) -> list[tuple[int, int]]:
@@ -95,30 +80,22 @@ class Rollout:
 class Call:
     """A call of a tool, and what came of it."""
 
-    text: str
-    """As the policy wrote it."""
+    text: str  # As the policy wrote it
     observation: str
-    valid: bool
-    """Whether there is such a tool and it took the arguments."""
-    repeated: bool
-    """Whether the same call came before in the rollout."""
-    step: int
-    """Calls of one step go out together."""
+    valid: bool  # Whether there is such a tool and it took the arguments
+    repeated: bool  # Whether the same call came before in the rollout
+    step: int  # Calls of one step go out together
 
 
 class Verdict(StrEnum):
     """Where a problem stands."""
 
-    EARLY = "early"
-    """Its early rollouts are being generated."""
-    FULL = "full"
-    """The rest of its group is."""
+    EARLY = "early"  # Its early rollouts are being generated
+    FULL = "full"  # The rest of its group is
     KEPT = "kept"
-    EARLY_TOO_HARD = "early_too_hard"
-    """Dropped after the early rollouts: pass rate below `early_range`."""
+    EARLY_TOO_HARD = "early_too_hard"  # Dropped after the early rollouts: pass rate below `early_range`
     EARLY_TOO_EASY = "early_too_easy"
-    TOO_HARD = "too_hard"
-    """Dropped as a whole group: pass rate below `final_range`."""
+    TOO_HARD = "too_hard"  # Dropped as a whole group: pass rate below `final_range`
     TOO_EASY = "too_easy"
 
 
@@ -126,10 +103,8 @@ class Verdict(StrEnum):
 class Group:
     """A problem's rollouts."""
 
-    number: int
-    """The run's number of the problem."""
-    version: int
-    """Of the engine's weights that write them."""
+    number: int  # The run's number of the problem
+    version: int  # Of the engine's weights that write them
     verdict: Verdict = Verdict.EARLY
     rollouts: list[Rollout] = field(default_factory=list)
 

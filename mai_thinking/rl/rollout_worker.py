@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from mai_thinking.config.grpo import GrpoConfig
@@ -31,8 +32,7 @@ class Responder:
     ) -> None:
         self.engine, self.pool, self.template, self.tokenizer = engine, pool, template, tokenizer
         self.encoder = Encoder(tokenizer)
-        self.graded: list[tuple[float, float]] = []
-        """When `respond` had answers graded: begin in Unix time, seconds."""
+        self.graded: list[tuple[float, float]] = []  # When `respond` had answers graded: begin in Unix time, seconds
 
     def ask(self, problem: Problem, ids: Sequence[int], max_new_tokens: int) -> list[Rollout]:
         """A rollout of the problem for each of `ids`, to be answered."""
@@ -43,8 +43,8 @@ class Responder:
     def respond(
         self, asked: Sequence[Rollout], temperature: float | None = None, *, tools: bool = True
     ) -> list[Rollout]:
-        """The rollouts with responses and grades, in order; at the engine's temperature unless another is given, and
-        with nothing that answers calls unless `tools`."""
+        """The rollouts with responses and grades, in order; at the engine's temperature unless another is given. Calls
+        are answered if `tools`."""
         own, self.engine.tools = self.engine.tools, self.engine.tools if tools else None
         try:
             rollouts = self.engine.generate(asked, temperature)
@@ -53,7 +53,8 @@ class Responder:
         for rollout, text in zip(rollouts, self._texts(rollouts), strict=True):
             rollout.text, rollout.parts = text, (text,)
             if rollout.observed.any():
-                rollout.parts = tuple(self.tokenizer.batch_decode(rollout.segments, skip_special_tokens=True))
+                segments = np.split(rollout.response_ids, [edge for both in rollout.observations for edge in both])
+                rollout.parts = tuple(self.tokenizer.batch_decode(segments, skip_special_tokens=True))
             # The answer is in the last step; what a tool wrote is neither thought nor answer.
             *before, last = rollout.parts[::2]
             rest, rollout.answer = self.template.parse(last)
@@ -86,14 +87,11 @@ class Responder:
 class Order:
     """A batch of problems to be answered: as many as fill the engine's slots with early rollouts."""
 
-    number: int
-    """Of the batch in the run."""
-    first: int
-    """Number of its first problem; the others of this rank follow at a distance of the number of ranks."""
+    number: int  # Of the batch in the run
+    first: int  # Number of its first problem; the others of this rank follow at a distance of the number of ranks
     max_length: int
     penalise_length: bool
-    version: int | None = None
-    """Of the weights that alone may answer it; None: whichever are the newest."""
+    version: int | None = None  # Of the weights that alone may answer it; None: whichever are the newest
 
 
 @dataclass
@@ -101,21 +99,15 @@ class Batch:
     """What became of an order."""
 
     order: Order
-    version: int
-    """Of the weights at its beginning."""
-    groups: list[Group]
-    """Those to learn from."""
+    version: int  # Of the weights at its beginning
+    groups: list[Group]  # Those to learn from
     counts: FilterCounts
-    traces: list[Trace]
-    """Of all rollouts."""
+    traces: list[Trace]  # Of all rollouts
     switches: list[tuple[int, int]] = field(default_factory=list)
     """(n, version): newer weights that took over after n decoding steps."""
-    worker: int = 0
-    """Who made it; −1: the learner."""
-    began: float = 0.0
-    """Unix time."""
-    seconds: float = 0.0
-    """That it took."""
+    worker: int = 0  # Who made it; −1: the learner
+    began: float = 0.0  # Unix time
+    seconds: float = 0.0  # That it took
     graded: list[tuple[float, float]] = field(default_factory=list)
     """When its answers were graded: begin in Unix time, seconds."""
 
@@ -129,8 +121,7 @@ class RolloutWorker:
         self.filter = ProblemFilter(config.sampling)
         section = config.sampling
         first_stage = section.early_size if section.early_range else section.full_size
-        self.problems = max(1, config.rollouts.slots // first_stage)
-        """Of a batch."""
+        self.problems = max(1, config.rollouts.slots // first_stage)  # Of a batch
 
     def answer(self, order: Order, version: int) -> Batch:
         """From weights of `version`."""
@@ -158,14 +149,13 @@ class RolloutWorker:
         """All groups of the batch, decided, through both stages."""
         numbers = range(order.first, order.first + self.problems * self.ranks, self.ranks)
         groups = [self.filter.open(number, version) for number in numbers]
-        while asked := [one for group in groups for one in self._asked(group, order.max_length)]:
+        while undecided := [group for group in groups if self.filter.wanted(group)]:
+            asked: list[Rollout] = []
+            for group in undecided:
+                first = group.number * self.config.sampling.full_size + len(group.rollouts)
+                ids = range(first, first + self.filter.wanted(group))
+                asked += self.responder.ask(self.mix.problem("train", group.number), ids, order.max_length)
             answered = iter(self.responder.respond(asked))
-            for group in groups:
+            for group in undecided:
                 self.filter.add(group, list(islice(answered, self.filter.wanted(group))))
         return groups
-
-    def _asked(self, group: Group, max_length: int) -> list[Rollout]:
-        """What the group still wants in its present stage."""
-        first = group.number * self.config.sampling.full_size + len(group.rollouts)
-        ids = range(first, first + self.filter.wanted(group))
-        return self.responder.ask(self.mix.problem("train", group.number), ids, max_length) if ids else []

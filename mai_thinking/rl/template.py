@@ -31,10 +31,8 @@ _CHAT = """
 class Parsed(NamedTuple):
     """A response, taken apart."""
 
-    thought: str
-    """What comes before the answer; the whole response if there is none."""
-    answer: str | None
-    """The last answer, without white space around it; None if the response has none."""
+    thought: str  # What comes before the answer; the whole response if there is none
+    answer: str | None  # The last answer, without white space around it; None if the response has none
 
 
 class Template:

@@ -23,8 +23,7 @@ from mai_thinking.rl.rollout import Rollout
 from mai_thinking.rl.trace_selection import Selection
 from mai_thinking.training.learner import MicroBatch
 
-IGNORED = -100
-"""The label of a place that nothing is learned from."""
+IGNORED = -100  # The label of a place that nothing is learned from
 TRACES, TEXT = "traces", "text"
 
 
@@ -53,7 +52,8 @@ class Batches:
         self.length, self.rows, self.rank, self.ranks = batch.context_length, batch.global_batch_size, rank, ranks
         batch.check_ranks(ranks)
         self.micro_batch = min(batch.micro_batch_size, self.rows // ranks)
-        self.selection, self.seed = selection, config.seed
+        self.seed = config.seed
+        self._identity = {"traces": selection.fingerprint, "seed": self.seed, "context_length": self.length}
         self._orders: dict[str, tuple[int, np.ndarray]] = {}
         self._sources = {str(number): source for number, source in enumerate(selection.sources)}
         self._dealt = Mixture({number: source.weight for number, source in self._sources.items()})
@@ -78,8 +78,9 @@ class Batches:
             if place in mine:
                 made.append(row if isinstance(row, dict) else trace_row(row, self.length))
         size = self.micro_batch
+        parts = [made[begin : begin + size] for begin in range(0, share, size)]
         return Batch(
-            [_stack(made[begin : begin + size]) for begin in range(0, share, size)],
+            [{name: torch.stack([row[name] for row in part]) for name in part[0]} for part in parts],
             response_tokens=sum(len(example.own_ids) for row in layout for example in row),
             text_rows=kinds.count(TEXT),
         )
@@ -109,10 +110,6 @@ class Batches:
         self._kinds.rows.update(state["kinds"])
         if self._text is not None:
             self._text.load_state_dict(state["text"])
-
-    @property
-    def _identity(self) -> dict[str, Any]:
-        return {"traces": self.selection.fingerprint, "seed": self.seed, "context_length": self.length}
 
     def _fill(self, rows: int) -> list[list[Rollout]]:
         """The next traces, each in the first of so many rows that has room; the first that finds none is put back."""
@@ -149,7 +146,3 @@ def trace_row(examples: Sequence[Rollout], length: int) -> dict[str, torch.Tenso
     labels = np.full(length, IGNORED, dtype=np.int64)
     labels[row.pop("response_mask")] = np.concatenate([example.own_ids for example in examples])
     return {name: torch.from_numpy(array) for name, array in (row | {"labels": labels}).items()}
-
-
-def _stack(rows: Sequence[dict[str, torch.Tensor]]) -> MicroBatch:
-    return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}

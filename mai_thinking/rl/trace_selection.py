@@ -33,8 +33,7 @@ from mai_thinking.rl.rollout import Rollout
 from mai_thinking.rl.template import Template
 from mai_thinking.rl.traces import FOLDER, SCHEMA, Trace, TraceStore
 
-_GRAM = 8
-"""Tokens that are looked up as one in the search for loops."""
+_GRAM = 8  # Tokens that are looked up as one in the search for loops
 
 
 @dataclass(frozen=True)
@@ -43,15 +42,11 @@ class ChosenTraces:
 
     run: str
     weight: float
-    steps: tuple[int, int]
-    """The first and the last step of the weights that generated them."""
-    found: int
-    """Traces in the store."""
-    removed: dict[str, int]
-    """By rule, in the order of the rules."""
+    steps: tuple[int, int]  # The first and the last step of the weights that generated them
+    found: int  # Traces in the store
+    removed: dict[str, int]  # By rule, in the order of the rules
     prompts: int
-    examples: Sequence[Rollout]
-    """In the order of their generation."""
+    examples: Sequence[Rollout]  # In the order of their generation
 
     @cached_property
     def response_tokens(self) -> int:
@@ -119,7 +114,7 @@ def _choose(config: DistillConfig, source: int, quota: int, tokenizer: PreTraine
     """Of one run up to `quota` traces: prompts in random order, up to `per_prompt` of each."""
     section, key, cap = config.traces[source], f"traces.{source}", config.selection.per_prompt
     store, frame = TraceStore(trace_folder(section, key)), _frame(section.folder)
-    rules, words = _rules(config.selection, frame), _Words(section.folder, frame, tokenizer, config.reframe)
+    rules, read = _rules(config.selection, frame), _reader(section.folder, frame, tokenizer, config.reframe)
     random = np.random.default_rng([config.seed, source])
     steps = store.read(columns=["step"])["step"].to_numpy()
     window = _window(section, key, steps)
@@ -132,7 +127,7 @@ def _choose(config: DistillConfig, source: int, quota: int, tokenizer: PreTraine
         # A lot for each row, whatever the rules say: another rule does not reshuffle the rest.
         for lot, row in zip(random.random(part.num_rows), part.to_pylist(), strict=True):
             rule = next((name for name, breaks in rules.items() if breaks(row)), None)
-            example = words.example(row) if rule is None else None
+            example = read(row) if rule is None else None
             if example is None:
                 removed[rule or "not in the frame"] += 1
             elif example.places > config.batch.context_length:
@@ -189,8 +184,13 @@ def _rules(section: SelectionSection, frame: TemplateSection) -> dict[str, Calla
         rules["unanswered"] = lambda row: row["answer"] is None
     if (most := section.max_repetition) is not None:
         rules["repetitive"] = lambda row: repetition(row["response_ids"], _GRAM) > most
-    if (most_foreign := section.max_foreign) is not None:
-        rules["foreign"] = lambda row: foreign_share(row["response"]) > most_foreign
+    if (most_foreign := section.max_foreign) is not None:  # of all words
+
+        def foreign(row: Trace) -> bool:
+            count = foreign_words(row["response"])
+            return count / max(len(row["response"].split()), count, 1) > most_foreign
+
+        rules["foreign"] = foreign
     # What stands right before the question, such as `Question:`; a bare frame has nothing that could be told.
     before = frame.prompt.partition("{question}")[0].rstrip().rpartition("\n")[2].strip()
     known = {
@@ -206,43 +206,29 @@ def _contains(pattern: re.Pattern[str], row: Trace) -> bool:
     return pattern.search(row["response"]) is not None
 
 
-def foreign_share(text: str) -> float:
-    """Share of the words that are of another language than English."""
-    foreign = foreign_words(text)
-    return foreign / max(len(text.split()), foreign, 1)
+def _reader(
+    run: Path, frame: TemplateSection, tokenizer: PreTrainedTokenizerFast, reframe: ReframeSection | None
+) -> Callable[[Trace], Rollout | None]:
+    """Reads a trace in the tokens and the frame that the model will read: None if it does not follow the frame that it
+    should be moved out of, or has calls of tools in it and would have to be written anew."""
+    as_stored = reframe is None and load_tokenizer(run / "architecture").get_vocab() == tokenizer.get_vocab()
+    encoder = Encoder(tokenizer)
 
-
-class _Words:
-    """Traces in the tokens and the frame that the model will read."""
-
-    def __init__(
-        self, run: Path, frame: TemplateSection, tokenizer: PreTrainedTokenizerFast, reframe: ReframeSection | None
-    ) -> None:
-        before = load_tokenizer(run / "architecture")
-        self.as_stored = reframe is None and before.get_vocab() == tokenizer.get_vocab()
-        self.encoder = Encoder(tokenizer)
-        self.frame, self.reframe = frame, reframe
-
-    def example(self, row: Trace) -> Rollout | None:
-        """None if the trace does not follow the frame that it should be moved out of, or has calls of tools in it and
-        would have to be written anew."""
-        if self.as_stored:  # the very tokens that were drawn: encoding the text again may cut it otherwise
-            return _rollout(row["prompt_ids"], row["response_ids"], row["observed"])
-        if row["observed"]:  # which of the new tokens a tool wrote, nobody could tell
-            return None
-        texts = row["prompt"], row["response"]
-        if self.reframe is not None:
-            moved = move(*texts, self.frame, self.reframe)
+    def read(row: Trace) -> Rollout | None:
+        prompt_ids, response_ids, observed = row["prompt_ids"], row["response_ids"], row["observed"] or ()
+        if not as_stored:  # else the very tokens that were drawn: encoding the text again may cut it otherwise
+            if observed:  # which of the new tokens a tool wrote, nobody could tell
+                return None
+            texts = row["prompt"], row["response"]
+            moved = texts if reframe is None else move(*texts, frame, reframe)
             if moved is None:
                 return None
-            texts = moved
-        end = [self.encoder.end_of_text] if row["finished"] else []
-        return _rollout(self.encoder.encode_prompt(texts[0]), [*self.encoder.encode(texts[1]), *end])
+            end = [encoder.end_of_text] if row["finished"] else []
+            prompt_ids, response_ids = encoder.encode_prompt(moved[0]), [*encoder.encode(moved[1]), *end]
+        ids, by_tools = np.array(response_ids, dtype=np.int64), np.array(observed, dtype=bool)
+        return Rollout(0, prompt_ids, len(ids), response_ids=ids, observed=by_tools)
 
-
-def _rollout(prompt_ids: list[int], response_ids: list[int], observed: Sequence[bool] | None = None) -> Rollout:
-    ids, by_tools = np.array(response_ids, dtype=np.int64), np.array(observed or (), dtype=bool)
-    return Rollout(0, prompt_ids, len(ids), response_ids=ids, observed=by_tools)
+    return read
 
 
 def move(prompt: str, response: str, frame: TemplateSection, reframe: ReframeSection) -> tuple[str, str] | None:

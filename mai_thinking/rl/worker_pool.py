@@ -9,8 +9,10 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from multiprocessing.connection import wait
-from typing import Any, Self
+from typing import Any
 
 import torch
 import torch.multiprocessing
@@ -19,38 +21,31 @@ from mai_thinking.errors import RunError
 from mai_thinking.rl.rollout_worker import Batch, Order
 from mai_thinking.rl.worker_process import WorkerSetup, work
 
-HANG_SECONDS = 120.0
-"""A worker with an order that does not move for so long is hung."""
-_START_SECONDS = 180.0
-"""More that it has at its start, for imports and the model."""
-_DEATHS = 3
-"""In a row, before a worker rests."""
-_REST_SECONDS = 5.0
-"""The first time; twice as long each time."""
-_LAST_DEATH = 8
-"""In a row, of every worker: the run ends."""
+HANG_SECONDS = 120.0  # A worker with an order that does not move for so long is hung
+_START_SECONDS = 180.0  # More that it has at its start, for imports and the model
+_DEATHS = 3  # In a row, before a worker rests
+_REST_SECONDS = 5.0  # The first time; twice as long each time
+_LAST_DEATH = 8  # In a row, of every worker: the run ends
 _PATIENCE = 0.2
 _WARM = ["mai_thinking.training.warm_process", "torch", "mai_thinking.rl.worker_process"]
 """What the workers are forked with: imports take three seconds of a core, all else of a start half a one."""
 _CLOSE_SECONDS = 3.0
 
 
-class WorkerPool:
+class WorkerPool(AbstractContextManager["WorkerPool"]):
     """`count` workers, for one thread."""
 
     def __init__(self, setup: WorkerSetup, *, count: int, hang_seconds: float = HANG_SECONDS) -> None:
         """Starts them; returns at once."""
         self.count, self.hang_seconds = count, hang_seconds
         self.weights, self.spool = setup.weights, setup.spool
-        self.deaths = 0
-        """Of all workers so far."""
+        self.deaths = 0  # Of all workers so far
         self._setup = setup
         self._context = torch.multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(_WARM)
         self._workers = [_Worker(number) for number in range(count)]
         self._waiting: deque[Order] = deque()
-        self._begun: set[Order] = set()
-        self._answered: set[Order] = set()
+        self._begun: dict[Order, bool] = {}  # and whether it is answered
         self._taken: list[tuple[float, float]] = []  # begin and end of batches since the last `idle_share`
         self._told = time.time()
         for worker in self._workers:
@@ -60,10 +55,8 @@ class WorkerPool:
         """Have it answered, unless that is under way or, by an earlier process of the run, done."""
         if order in self._begun:
             return
-        self._begun.add(order)
-        if self.spool.read(order) is not None:
-            self._answered.add(order)
-        else:
+        self._begun[order] = self.spool.read(order) is not None
+        if not self._begun[order]:
             self._waiting.append(order)
             self._hand_out()
 
@@ -72,15 +65,14 @@ class WorkerPool:
         if not self._waiting:
             return None
         order = self._waiting.pop()
-        self._begun.discard(order)
+        del self._begun[order]
         return order
 
     def take(self, order: Order) -> Batch | None:
         """Its answer, if it is there."""
-        batch = None if order in self._begun and order not in self._answered else self.spool.read(order)
+        batch = self.spool.read(order) if self._begun.get(order, True) else None
         if batch is not None:
-            self._begun.discard(order)
-            self._answered.discard(order)
+            self._begun.pop(order, None)
             end = batch.began + batch.seconds
             self._taken.append((batch.began, end))
             if 0 <= batch.worker < self.count:
@@ -99,7 +91,6 @@ class WorkerPool:
             self.spool.discard(order.number)
         self._waiting.clear()
         self._begun.clear()
-        self._answered.clear()
 
     def poll(self) -> None:
         """Take note of what has happened."""
@@ -133,9 +124,6 @@ class WorkerPool:
                 worker.process.join(max(0.0, deadline - time.monotonic()))
             worker.end()
 
-    def __enter__(self) -> Self:
-        return self
-
     def __exit__(self, *error: object) -> None:
         self.close()
 
@@ -150,7 +138,7 @@ class WorkerPool:
                 if problem is not None:
                     raise RunError(f"a rollout worker cannot go on: {problem}")
                 if order in self._begun:
-                    self._answered.add(order)
+                    self._begun[order] = True
         now = time.monotonic()
         for worker in living:
             idle = now - float(self._setup.beats[worker.number])
@@ -185,22 +173,18 @@ class WorkerPool:
                     worker.ask(self._waiting.popleft())
 
 
+@dataclass(eq=False)
 class _Worker:
     """One process, and what it has been asked."""
 
+    number: int
     process: Any = None
     connection: Any = None
-
-    def __init__(self, number: int) -> None:
-        self.number = number
-        self.asked: deque[tuple[Order, float]] = deque()
-        """And when, in Unix time."""
-        self.deaths = 0
-        """In a row, without an answer."""
-        self.rests_until = 0.0
-        self.free_since = 0.0
-        """Unix time of its last answer that was taken."""
-        self.ended = False
+    asked: deque[tuple[Order, float]] = field(default_factory=deque)  # and when, in Unix time
+    deaths: int = 0  # in a row, without an answer
+    rests_until: float = 0.0
+    free_since: float = 0.0  # Unix time of its last answer that was taken
+    ended: bool = False
 
     def start(self, context: Any, setup: WorkerSetup) -> None:
         """Returns at once."""

@@ -9,7 +9,6 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterable
-from contextlib import ExitStack
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
@@ -88,21 +87,8 @@ class WorkerSetup:
     ranks: int
     weights: SharedWeights
     spool: Spool
-    beats: torch.Tensor
-    """[workers] float64: when each last moved, by the monotonic clock."""
+    beats: torch.Tensor  # [workers] float64: when each last moved, by the monotonic clock
     threads: int
-
-
-def share_machine(
-    config: GrpoConfig, ranks: int, weights: SharedWeights, spool: Spool, stack: ExitStack
-) -> WorkerSetup:
-    """The setup of the config's workers, which have their share of this process's threads until `stack` is left."""
-    workers, before = config.rollouts.workers, torch.get_num_threads()
-    threads = max(1, before // (1 + workers))
-    torch.set_num_threads(threads)
-    stack.callback(torch.set_num_threads, before)
-    beats = torch.zeros(workers, dtype=torch.float64).share_memory_()
-    return WorkerSetup(config.model_dump(mode="json"), ranks, weights, spool, beats, threads)
 
 
 class GivenUp(BaseException):

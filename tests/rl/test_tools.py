@@ -179,7 +179,7 @@ def test_a_hostile_observation_changes_nothing(tmp_path: Path, hostile: str) -> 
         observed=np.array([False] * len(first) + [True] * len(read) + [False] * len(last)),
     )
     template = Template(TemplateSection(preset="exercise"))  # type: ignore[call-arg]
-    assert template.parse(TOKENIZER.decode(done.segments[-1])).answer == "b"
+    assert template.parse(TOKENIZER.decode(done.response_ids[done.observations[-1][1] :])).answer == "b"
     assert done.own_ids.tolist() == [*first, *last]
     assert len(rollout.calls) == 1
 

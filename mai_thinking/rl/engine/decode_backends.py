@@ -30,8 +30,7 @@ next power of two."""
 class Sampler(NamedTuple):
     """What makes tokens of hidden states."""
 
-    head_VD: torch.Tensor
-    """The head's weights, in the dtype of its product."""
+    head_VD: torch.Tensor  # The head's weights, in the dtype of its product
     top_p: float
 
     def logits(self, hidden_AD: torch.Tensor) -> torch.Tensor:
@@ -44,8 +43,7 @@ class Drawn(NamedTuple):
 
     tokens_A: list[int]
     logprobs_A: list[float]
-    nucleus_AB: NDArray[np.uint8]
-    """Bit-packed, B = ceil(V / 8)."""
+    nucleus_AB: NDArray[np.uint8]  # Bit-packed, B = ceil(V / 8)
     experts_aMK: Experts
 
 
@@ -179,6 +177,10 @@ class CudaGraphBackend(StaticBackend):
                 work()
             self._graphs[size] = graph
         self._graphs[size].replay()
+
+
+Backend = EagerBackend | StaticBackend
+BACKENDS: dict[str, type[Backend]] = {"eager": EagerBackend, "static": StaticBackend, "cuda_graph": CudaGraphBackend}
 
 
 def padded_slots(in_use: int, slots: int) -> int:

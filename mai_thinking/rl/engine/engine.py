@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import groupby, islice
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -29,33 +29,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from mai_thinking.errors import RunError, UsageError
 from mai_thinking.model import MaiThinkingForCausalLM
 from mai_thinking.model.latent_moe import Experts as ExpertNetworks
-from mai_thinking.rl.engine.decode_backends import (
-    CudaGraphBackend,
-    EagerBackend,
-    NotFiniteError,
-    Sampler,
-    StaticBackend,
-    padded_keys,
-)
+from mai_thinking.rl.engine.decode_backends import BACKENDS, Backend, NotFiniteError, Sampler, padded_keys
 from mai_thinking.rl.engine.kv_cache import SLOT_ATTENTION, Prompt, SlotCache, prefill
 from mai_thinking.rl.engine.nucleus import uniforms
 from mai_thinking.rl.nuclei import Nuclei
 from mai_thinking.rl.rollout import Experts, Rollout
 
-ATTEMPTS = 3
-"""How often a generation that fails is tried."""
-NUCLEI_AT_ONCE = 64
-"""Tokens of a rollout whose nuclei are made small together."""
-PREFILL_TOKENS = 4096
-"""Tokens, padding included, of prompts that go through the model together."""
-
-Backend = Literal["eager", "static", "cuda_graph"]
-"""See `mai_thinking.rl.engine.decode_backends`."""
-_BACKENDS: dict[Backend, type[EagerBackend | StaticBackend]] = {
-    "eager": EagerBackend,
-    "static": StaticBackend,
-    "cuda_graph": CudaGraphBackend,
-}
+ATTEMPTS = 3  # How often a generation that fails is tried
+NUCLEI_AT_ONCE = 64  # Tokens of a rollout whose nuclei are made small together
+PREFILL_TOKENS = 4096  # Tokens, padding included, of prompts that go through the model together
 
 logger = logging.getLogger(__name__)
 
@@ -63,8 +45,7 @@ logger = logging.getLogger(__name__)
 class Engine(Protocol):
     """What generates rollouts; narrow enough for an external engine."""
 
-    tools: "Tools | None"
-    """What answers calls; None: a response is one stretch of text."""
+    tools: "Tools | None"  # What answers calls; None: a response is one stretch of text
 
     def update_weights(self, model: MaiThinkingForCausalLM) -> None:
         """Generate from these weights from now on."""
@@ -77,8 +58,7 @@ class Engine(Protocol):
 class Tools(Protocol):
     """What answers the calls that a policy writes; see `mai_thinking.rl.tools.Toolbox`."""
 
-    ends: frozenset[int]
-    """Tokens that may complete a call."""
+    ends: frozenset[int]  # Tokens that may complete a call
 
     def observe(self, steps: Sequence[tuple[Rollout, int, Sequence[int]]]) -> list[list[int] | None]:
         """For each (rollout, number of steps before, tokens of its present step): the tokens of what came of its calls,
@@ -101,8 +81,7 @@ class _Running:
     """Begin and end of each among the tokens, those to come included."""
     forced: deque[int] = field(default_factory=deque)
     """Tokens of an observation that have not been through the model yet."""
-    over: bool = False
-    """Whether it may not go on."""
+    over: bool = False  # Whether it may not go on
 
     @property
     def step(self) -> list[int]:
@@ -140,9 +119,9 @@ class BatchedEngine:
     """Our own engine, on a copy of the model. `temperature` 0 is greedy; `end_of_text` None never ends by itself.
 
     `dtype` is that of autocast in the learner: what autocast would cast, the copy holds in it. None: all in the
-    weights' own. It goes to `device`, or to where the model is. The decode `backend` is left to the device unless
-    given: CUDA graphs in bf16 on a GPU. `heartbeat` is called once for each token that the slots take together, between
-    its draw and the next one's forward pass: there it may load newer weights.
+    weights' own. It goes to `device`, or to where the model is. The `backend`, by its name in `BACKENDS`, is left to
+    the device unless given: CUDA graphs in bf16 on a GPU. `heartbeat` is called once for each token that the slots take
+    together, between its draw and the next one's forward pass: there it may load newer weights.
 
     On a CPU, many slots pay: a step reads the experts' weights once for all of them.
     """
@@ -158,7 +137,7 @@ class BatchedEngine:
         end_of_text: int | None,
         dtype: torch.dtype | None = None,
         device: torch.device | None = None,
-        backend: Backend | None = None,
+        backend: str | None = None,
         heartbeat: Callable[[], None] = lambda: None,
         tools: Tools | None = None,
     ) -> None:
@@ -173,8 +152,8 @@ class BatchedEngine:
         on_gpu = self.model.device.type == "cuda"
         # Grouped products ask the host for sizes, which no graph can, in fp32 and before Hopper.
         captured = dtype is torch.bfloat16 and on_gpu and torch.cuda.get_device_capability() >= (9, 0)
-        fastest: Backend = "cuda_graph" if captured else "static"
-        self._kind: Backend = backend or (fastest if on_gpu else "eager")
+        fastest = "cuda_graph" if captured else "static"
+        self._kind = backend or (fastest if on_gpu else "eager")
         # Both take the decoding step's masks.
         self.model.set_attn_implementation("sdpa" if self._kind == "eager" else SLOT_ATTENTION)
         head_VD = self.model.lm_head.weight.detach()
@@ -182,7 +161,7 @@ class BatchedEngine:
         self._sampler = Sampler(head_VD.to(head_dtype), top_p)
         self._experts_shape = len(model.config.moe_layers), model.config.num_experts_per_tok
         self._cache: SlotCache | None = None
-        self._backend: EagerBackend | StaticBackend | None = None
+        self._backend: Backend | None = None
 
     def update_weights(self, model: MaiThinkingForCausalLM) -> None:
         """Copy `model`'s weights; collective if ranks divide them. Until then, rollouts come from those of the last
@@ -253,14 +232,14 @@ class BatchedEngine:
             return nullcontext()
         return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
 
-    def _room(self, length: int) -> tuple[SlotCache, EagerBackend | StaticBackend]:
+    def _room(self, length: int) -> tuple[SlotCache, Backend]:
         """A cache for sequences of `length` tokens, and what works on it; the last ones, if large enough."""
         if self._cache is None or self._backend is None or self._cache.length < length:
             self._cache = self._backend = None  # before there is a second one
             first: Any = self.model.model.layers[0]
             room = length if self._kind == "eager" else padded_keys(length, sys.maxsize)
             self._cache = SlotCache(self.model.config, self.slots, room, first.attention.v_proj.weight)
-            self._backend = _BACKENDS[self._kind](self.model, self._cache, self._sampler)
+            self._backend = BACKENDS[self._kind](self.model, self._cache, self._sampler)
         return self._cache, self._backend
 
     def _admit(
@@ -277,13 +256,9 @@ class BatchedEngine:
         return hidden
 
     def _draw(
-        self,
-        backend: EagerBackend | StaticBackend,
-        hidden_AD: torch.Tensor,
-        experts_aMK: torch.Tensor,
-        running: list[_Running],
+        self, backend: Backend, hidden_AD: torch.Tensor, experts_aMK: torch.Tensor, running: list[_Running],
         temperature: float,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """The next token of every slot in use, and the experts that those decoded went through."""
         ids_A = np.array([one.asked.id for one in running])
         positions_A = np.array([one.position + 1 for one in running])
@@ -296,9 +271,8 @@ class BatchedEngine:
             ) from None
         for one, experts_MK in zip(running, drawn.experts_aMK, strict=False):  # the newest have none yet
             one.experts.append(experts_MK)
-        for one, token, logprob, nucleus in zip(
-            running, drawn.tokens_A, drawn.logprobs_A, drawn.nucleus_AB, strict=True
-        ):
+        tokens = zip(running, drawn.tokens_A, drawn.logprobs_A, drawn.nucleus_AB, strict=True)
+        for one, token, logprob, nucleus in tokens:
             if one.forced:  # an observation is read, token by token: it goes through the model, and nobody drew it
                 token, logprob, nucleus = one.forced.popleft(), 0.0, np.zeros_like(nucleus)
             one.tokens.append(token)

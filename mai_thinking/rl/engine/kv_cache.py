@@ -16,6 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -23,8 +24,7 @@ from mai_thinking.model import MaiThinkingConfig, MaiThinkingForCausalLM
 from mai_thinking.model.configuration import GLOBAL, LOCAL
 from mai_thinking.rl.rollout import Experts
 
-SLOT_ATTENTION = "slot_sdpa"
-"""The name that the library knows `slot_attention` under."""
+SLOT_ATTENTION = "slot_sdpa"  # The name that the library knows `slot_attention` under
 
 
 def slot_attention(
@@ -54,8 +54,7 @@ class Prompt(NamedTuple):
 
     states: dict[str, tuple[torch.Tensor, torch.Tensor]]
     """Keys and values of each kind of layer, [l, G, P, d]; local layers' of all tokens too."""
-    hidden_D: torch.Tensor
-    """The last token's final hidden state, which predicts the response's first token."""
+    hidden_D: torch.Tensor  # The last token's final hidden state, which predicts the response's first token
     experts_MPK: Experts
 
 
@@ -128,19 +127,6 @@ def layers_of(config: MaiThinkingConfig) -> dict[str, list[int]]:
     return {kind: [layer for layer, own in enumerate(kinds) if own == kind] for kind in sorted(set(kinds))}
 
 
-class _Capture:
-    """Stands for the cache in a prefill: hands through what the layers compute, and keeps it."""
-
-    def __init__(self) -> None:
-        self.keys: list[torch.Tensor] = []
-        self.values: list[torch.Tensor] = []
-
-    def update(self, key: torch.Tensor, value: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        self.keys.append(key)
-        self.values.append(value)
-        return key, value
-
-
 def prefill(model: MaiThinkingForCausalLM, prompts: Sequence[Sequence[int]]) -> list[Prompt]:
     """Take prompts through the model, padded on the right, where causal attention hides the padding."""
     longest = max(map(len, prompts))
@@ -152,18 +138,18 @@ def prefill(model: MaiThinkingForCausalLM, prompts: Sequence[Sequence[int]]) -> 
     within = (distance_PP >= 0) & (distance_PP < model.config.sliding_window)
     # No mask at all is the library's sign for a causal one.
     masks = {GLOBAL: None, LOCAL: within[None, None] if longest > model.config.sliding_window else None}
-    capture = _Capture()
+    cache = DynamicCache()
     output = model.model(
         ids_BP.to(model.device),
         attention_mask=masks,
         position_ids=index_P[None],
-        past_key_values=capture,
+        past_key_values=cache,
         use_cache=True,
         output_expert_choices=True,
     )
     experts_MBPK = output.expert_choices.cpu().numpy().astype(np.uint16)
     whole = {
-        kind: [torch.stack([part[layer] for layer in own]) for part in (capture.keys, capture.values)]
+        kind: [torch.stack([getattr(cache.layers[layer], part) for layer in own]) for part in ("keys", "values")]
         for kind, own in layers_of(model.config).items()
     }
     results = []

@@ -14,10 +14,8 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
-FEW = 32
-"""Most nuclei of a trained model are smaller; larger ones take more work."""
-BISECTIONS = 9
-"""Usually enough to come within `FEW` tokens of the nucleus's end."""
+FEW = 32  # Most nuclei of a trained model are smaller; larger ones take more work
+BISECTIONS = 9  # Usually enough to come within `FEW` tokens of the nucleus's end
 BLOCKS = 256
 """Blocks that the vocabulary is cut into, to find the few likeliest tokens in the blocks with the largest maxima."""
 
@@ -28,12 +26,10 @@ UNITS = 2.0**40
 class Draws(NamedTuple):
     """One token for each of A rollouts."""
 
-    tokens_A: torch.Tensor
-    """int64."""
+    tokens_A: torch.Tensor  # int64
     logprobs_A: torch.Tensor
     """fp32, under the distribution drawn from: with temperature, and renormalised over the nucleus."""
-    nucleus_AV: torch.Tensor
-    """bool."""
+    nucleus_AV: torch.Tensor  # bool
 
 
 def draw(logits_AV: torch.Tensor, uniforms_A: torch.Tensor, *, temperature: float, top_p: float) -> Draws:
@@ -209,10 +205,3 @@ def unpack_bits(packed_NB: torch.Tensor, vocab_size: int) -> torch.Tensor:
     shifts_8 = torch.arange(8, dtype=torch.uint8, device=packed_NB.device)
     bits_NB8 = packed_NB[..., None].bitwise_right_shift(shifts_8).bitwise_and_(1)
     return bits_NB8.flatten(-2)[..., :vocab_size].bool()
-
-
-def packed_tokens(packed_NB: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """[N, ceil(V / 8)] uint8 → row and token of every set bit, int64, in order; for nuclei of few tokens."""
-    row, byte = packed_NB.nonzero(as_tuple=True)  # most bytes are 0, and an eighth as many as bits
-    place, bit = unpack_bits(packed_NB[row, byte][:, None], 8).nonzero(as_tuple=True)
-    return row[place], byte[place] * 8 + bit
