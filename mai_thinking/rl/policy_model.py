@@ -156,29 +156,25 @@ def describe(config: GrpoConfig) -> str:
     flops = architecture.flops_per_token(config.packing.row_length)
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     batch = f"{config.groups_per_step} groups of {group}: {quantity(rollouts)} rollouts learned from"
-    rows = [
+    stale, dropout = config.rollouts.max_staleness, load_model_config(config.init_from).dropout
+    pace = f"at most {stale} updates ahead" if stale else "in turn with the learner"
+    workers = f"{config.rollouts.workers} a rank, {pace}, each with {total * WEIGHT / 2**30:,.2f} GiB of weights"
+    rows = [  # those without a value are left out
         ("parameters", f"{quantity(total)} total, {quantity(active)} active ({total:,} / {active:,})"),
         ("FLOPs", f"{quantity(flops)} a learned token, {quantity(flops / 3)} a generated one"),
         ("tasks", ", ".join(mix.families)),
         *(("left out", note) for note in mix.notes),
-        *_tools(config),
+        ("tools", ", ".join((*config.tools.use, *config.tools.servers))),
+        ("caution", isolation() if "python" in config.tools.use else ""),
         ("steps", f"{config.steps:,} of {batch}"),
         ("tokens", f"at most {quantity(tokens)} of responses, at the first stage's {config.curriculum.start} each"),
         ("engine", f"{config.rollouts.slots} slots, new weights every {config.rollouts.steps_per_update} steps"),
-        *_workers(config, total),
+        ("workers", workers if config.rollouts.workers else ""),
         ("ranks", layout_text(ranks, config.execution)),
         *memory_rows(memory_of_policy(config, architecture, ranks), None),
+        ("dropout", f"off, which {config.init_from} was trained with at {dropout}" if dropout else ""),
     ]
-    if dropout := load_model_config(config.init_from).dropout:
-        rows.append(("dropout", f"off, which {config.init_from} was trained with at {dropout}"))
-    return "\n".join(f"{name:<12}  {value}" for name, value in rows)
-
-
-def _tools(config: GrpoConfig) -> list[tuple[str, str]]:
-    """The lines about tools, if there are any."""
-    names = ", ".join((*config.tools.use, *config.tools.servers))
-    lacking = isolation() if "python" in config.tools.use else ""
-    return [("tools", names), *([("caution", lacking)] if lacking else [])] if names else []
+    return "\n".join(f"{name:<12}  {value}" for name, value in rows if value)
 
 
 def memory_of_policy(config: GrpoConfig, architecture: MaiThinkingConfig, ranks: int) -> dict[str, float]:
@@ -199,12 +195,3 @@ def memory_of_policy(config: GrpoConfig, architecture: MaiThinkingConfig, ranks:
         "its cache": config.rollouts.slots * kept * states,
         "nuclei": tokens * -(-architecture.vocab_size // 8),
     }
-
-
-def _workers(config: GrpoConfig, parameters: int) -> list[tuple[str, str]]:
-    """The line about rollout workers, if there are any."""
-    workers, stale = config.rollouts.workers, config.rollouts.max_staleness
-    if not workers:
-        return []
-    pace = f"at most {stale} updates ahead" if stale else "in turn with the learner"
-    return [("workers", f"{workers} a rank, {pace}, each with {parameters * WEIGHT / 2**30:,.2f} GiB of weights")]

@@ -36,6 +36,7 @@ def _part_of_reward(name: str) -> Callable[[Rollout, Group], Any]:
     return lambda rollout, group: rollout.rewards.get(name)
 
 
+# Of each column its kind and what it holds of a rollout and its group.
 _COLUMNS: dict[str, tuple[pa.DataType, Callable[[Rollout, Group], Any]]] = {
     "engine_version": (pa.int64(), lambda r, g: g.version),  # weight updates that the engine had had by then
     "request_id": (pa.int64(), lambda r, g: r.id),  # unique in the run: with the run's seed, all its randomness
@@ -58,7 +59,8 @@ _COLUMNS: dict[str, tuple[pa.DataType, Callable[[Rollout, Group], Any]]] = {
     "reference": (pa.string(), lambda r, g: r.problem.answer),  # the right answer
     "passed": (pa.bool_(), lambda r, g: r.grade.passed),  # the graders' verdict
     "reward": (pa.float64(), lambda r, g: r.reward),
-    **{f"reward_{name}": (pa.float64(), _part_of_reward(name)) for name in ("task", *TERMS)},  # before their weights
+    # Its parts, before their weights.
+    **{f"reward_{name}": (pa.float64(), _part_of_reward(name)) for name in ("task", *TERMS)},
     "pass_rate": (pa.float64(), lambda r, g: g.pass_rate),  # ρ_q of the group
     "verdict": (pa.string(), lambda r, g: str(g.verdict)),  # what became of the group: "kept" if it was learned from
 }
