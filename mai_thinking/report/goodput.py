@@ -25,7 +25,7 @@ def report(run: Path, console: Console) -> None:
     if not (run / "events.jsonl").is_file():
         raise UsageError(f"{run}: no events.jsonl; name the output_dir of a run, such as runs/nano")
     result, file = account_of(run), run / "report" / "goodput.png"
-    console.print(f"goodput of {run}", Markdown(table(result).markdown()), summary(result), sep="\n")
+    console.print(f"goodput of {run}", Markdown(table_of(result).markdown()), summary(result), sep="\n")
     try:
         if result.segments and save(figure(result), file):
             console.print(f"timeline: {file}")
@@ -36,11 +36,11 @@ def report(run: Path, console: Console) -> None:
 def report_projection(run: Path, failures_per_gpu_hour: float, console: Console) -> None:
     """Print what the costs of the run in folder `run` would come to on 8 … 8,192 GPUs."""
     costs, every = measure(run), _saves_every(run)
-    names = ("GPUs", "hours between faults", f"saving every {every} steps", "Young's interval, s", "goodput")
-    rows = projection(costs, every, failures_per_gpu_hour)
+    names = ("GPUs", "hours between faults", f"saving every {every} steps, %", "Young's interval, s", "goodput, %")
+    table = Table(names, projection(costs, every, failures_per_gpu_hour), digits=2)
     told = f"one failure in {1 / failures_per_gpu_hour:,.0f} GPU-hours; the costs are taken to stay the same"
     title = f"expected goodput, from the costs of {run}"
-    console.print(_spell_costs(costs), told, title, Markdown(Table(names, rows).markdown()), sep="\n")
+    console.print(_spell_costs(costs), told, title, Markdown(table.markdown()), sep="\n")
 
 
 def report_prediction(run: Path, period: float, steps: int, console: Console) -> None:
@@ -54,15 +54,13 @@ def report_prediction(run: Path, period: float, steps: int, console: Console) ->
     )
 
 
-def table(result: Account) -> Table:
+def table_of(result: Account) -> Table:
     """Seconds and share of the wall-clock per category, and what each definition makes of it."""
     rows: list[list[Cell]] = [
-        [name, f"{result.seconds[name]:,.1f}", f"{result.share(name):.2%}", *_COUNTS_IN.get(name, ("", ""))]
-        for name in CATEGORIES
+        [name, result.seconds[name], 100 * result.share(name), *_COUNTS_IN.get(name, ("", ""))] for name in CATEGORIES
     ]
-    goodputs = f"{result.report_goodput:.2%}", f"{result.common_goodput:.2%}"
-    rows.append(["wall-clock", f"{result.wall_clock:,.1f}", "100.00%", *goodputs])
-    return Table(["category", "seconds", "share", "report", "common"], rows)
+    rows.append(["wall-clock", result.wall_clock, 100.0, 100 * result.report_goodput, 100 * result.common_goodput])
+    return Table(["category", "seconds", "share, %", "the report's goodput, %", "the common, %"], rows, digits=2)
 
 
 def summary(result: Account) -> str:

@@ -11,7 +11,7 @@ import yaml
 from mai_thinking.config.storage import atomic_file
 from mai_thinking.errors import UsageError
 from mai_thinking.report.document import Cell, Document, Table, fenced
-from mai_thinking.report.goodput import figure, summary, table
+from mai_thinking.report.goodput import figure, summary, table_of
 from mai_thinking.report.lineage import as_recorded
 from mai_thinking.report.reading import Climb, Run, read
 from mai_thinking.report.summary import add_run, climb_page
@@ -70,7 +70,7 @@ def of_run(run: Run) -> Document:
     if run.account.segments:
         page.add(heading="Goodput")
         page.add_figures([figure(run.account)])
-        page.add(table(run.account).markdown(), *summary(run.account).split("\n"))
+        page.add(table_of(run.account).markdown(), *summary(run.account).split("\n"))
     if rollouts := run.rollouts():
         page.add(_rule(run.config.get("reward", {})), heading="Rollouts")
         for title, traces in rollouts.items():
