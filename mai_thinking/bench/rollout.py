@@ -62,8 +62,8 @@ def compare(
     dtype = torch.bfloat16 if on_gpu else None
     rng = np.random.default_rng(0)
     # One prompt of 10 to 30 tokens for 16 requests each.
-    sizes = rng.integers(10, 31, -(-requests // 16))
-    prompts = [rng.integers(2, model.config.vocab_size, size).tolist() for size in sizes]
+    vocabulary, count = model.config.vocab_size, -(-requests // 16)
+    prompts = [rng.integers(2, vocabulary, rng.integers(10, 31)).tolist() for _ in range(count)]
     # Kind of lengths → each request's limit, and what ends a response early.
     if on_gpu:
         model.set_attn_implementation("windowed_sdpa")  # the learner's
