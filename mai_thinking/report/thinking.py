@@ -245,10 +245,10 @@ def _add_sweep(page: Document, runs: Sequence[dict[str, Any]]) -> None:
     }
     panels = []
     for name, title in titles.items():
-        lines = [
-            Series(f"{when} RL", range(len(values)), *zip(*found[f"{name}_{when}"], strict=True))
-            for when in ("before", "after")
-        ]
+        lines = []
+        for when in ("before", "after"):
+            means, low, high = zip(*found[f"{name}_{when}"], strict=True)
+            lines.append(Series(f"{when} RL", range(len(values)), means, low, high))
         names = [f"{value:g}" for value in values]
         panels.append(Panel(title, lines, x_name="p_cot: share of worked texts", names=names))
     page.add_figures([Figure("sweep", panels, columns=3, size=(4.5, 4))])
