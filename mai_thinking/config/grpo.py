@@ -206,8 +206,7 @@ class CollapseSection(Section):
     warmup: int = Field(5, ge=3)
     """Readings of a sign before it is judged."""
     threshold: float = Field(6.0, gt=0)
-    """Excess, summed over readings, with which a sign raises its alarm, and with which harm in a sign's company is a
-    collapse. Lower is earlier, and oftener wrong."""
+    """Score of harm, raised by the signs in its company, that is a collapse. Lower is earlier, and oftener wrong."""
 
 
 class GrpoConfig(TrainingConfig):

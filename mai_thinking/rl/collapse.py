@@ -4,19 +4,25 @@ The report recovers from a collapse by self-distillation and not by rolling back
 visible drop". So two questions are asked after every step: has it collapsed, and since when?
 
 *Harm* is that fewer problems are solved than at the best: x is the share solved of all problems drawn to fill the
-buffer, m the best level so far (a mean over some fillings, less its standard error). The sum (CUSUM, Page 1954) of the
-log-likelihood ratio of a loss δ against none finds a sudden fall and slow rot alike, as fast as the noise σ allows:
+buffer, m the best level so far. The sum (CUSUM, Page 1954) of the log-likelihood ratio of a loss δ against none finds a
+sudden fall and slow rot alike, as fast as the noise allows. Each of the k steps that learn from a filling of n problems
+is a reading, with its own pass rate and n/k problems:
 
-    S ← max(S + δ/σ² · (m − x − δ/2), 0)        δ = 0.4 of what was gained, or 0.2 of m        σ² = m(1 − m)/problems
+    S ← max(S + δ/σ² · (m − x − δ/2), 0)        δ = max(gained/2, m/5)        σ² = v·k/n + min(0.4 δ, 0.05)²
+
+v is the variance among the problems. The rest of σ² stands for a healthy policy's own ups and downs, which last some
+steps: then many problems say hardly more than few.
 
 Problems that nobody can solve, and easy ones that drop out, change nothing in it. *Signs* of other kinds (entropy, the
 gradient's norm, mismatch, repetition) are compared with the median m of their last readings, in spreads s, their median
 absolute deviation made comparable to a standard deviation and never less than the smallest change that would matter:
 
-    z = ±(x − m)/s        S ← max(S + min(z, 6) − 1, 0)        alarm: S ≥ threshold
+    z = ±(x − m)/s        C ← max(C + min(z, 6) − ½, 0)
 
-so that one wild reading is no alarm and a lasting change is, until half a window has made it usual: entropy may go
-where the climb takes it. A sign alone is no collapse; in company of one, less harm is enough for the verdict.
+so that one wild reading counts little and a lasting change much, until half a window has made it usual: entropy may go
+where the climb takes it. Signs alone are no collapse; in their company less harm is enough for the verdict:
+
+    S · (1 + Σ C / (2.5 · threshold)) ≥ threshold        C ≤ 2.5 · threshold, so that a sign at most adds as much again
 
 The verdict is *starved* when the engine's newest weights find next to no problem to learn from where earlier ones did,
 and more of them have become too hard than too easy: then no further step would ever come.
@@ -35,44 +41,33 @@ import numpy as np
 
 from mai_thinking.config.grpo import CollapseSection
 from mai_thinking.config.storage import atomic_file
-from mai_thinking.rl.problem_filter import FilterCounts
+from mai_thinking.rl.problem_filter import DROPPED, FilterCounts
 
-_LARGEST_EXCESS, _DRIFT = 6.0, 1.0
-_LEVEL_PROBLEMS = 400
+_LARGEST_Z, _DRIFT = 6.0, 0.5
+_MOST = 2.5
+"""Times the threshold: no score is higher, so that what has passed is forgotten."""
+_MOST_OF_FILLING = 0.5
+"""Times the threshold: one filling is no collapse."""
+_LEVEL_PROBLEMS = 800
 """Over so many a level of the share solved is a mean: few enough to follow a climb."""
-_CAUTION = 1.0
+_CAUTION = 0.5
 """Standard errors below its estimate at which a level counts."""
-_LOST_OF_GAIN, _LOST_OF_LEVEL = 0.4, 0.2
+_LOST_OF_GAIN, _LOST_OF_LEVEL, _WANDERS, _WANDERS_AT_MOST = 0.5, 0.2, 0.4, 0.05
 _LEAST_VARIANCE = 0.02
-"""Of one problem: where next to none or all are solved, m(1 − m) is known too badly."""
-_NATS, _ALONE = 1.4, 1.25
-"""What counts one in the score of harm, and how many times the threshold harm needs without a sign's company: at the
-default 8.4 and 10.5 nats, odds of 4,000 and 36,000 to 1."""
+"""Of one problem: where next to none or all are solved, it is known too badly."""
+_NATS = 2.6
+"""What counts one in the score of harm."""
 _GRAM, _SHORTEST_LOOP = 4, 16
 _STARVED_LOG_ODDS = math.log(1e9)
 
-
-@dataclass(frozen=True)
-class _Kind:
-    """What is looked at for a sign."""
-
-    field: str
-    """Of the step record."""
-    worse: int
-    """+1 where more is worse, −1 where less is."""
-    least_spread: float
-    """s is never less: in natural logarithms where `logarithmic`."""
-    logarithmic: bool = True
-
-
+# Sign → field of the step record; +1 where more is worse, −1 where less is; s is never less; whether of its logarithm.
 SIGNS = {
-    "entropy_low": _Kind("entropy", -1, 0.25),
-    "entropy_high": _Kind("entropy", +1, 0.25),
-    "grad_norm": _Kind("grad_norm", +1, 0.4),
-    "mismatch": _Kind("mismatch", +1, 0.7),
-    "repetition": _Kind("repetition", +1, 0.05, logarithmic=False),
+    "entropy_low": ("entropy", (-1, 0.25, True)),
+    "entropy_high": ("entropy", (+1, 0.25, True)),
+    "grad_norm": ("grad_norm", (+1, 0.4, True)),
+    "mismatch": ("mismatch", (+1, 0.7, True)),
+    "repetition": ("repetition", (+1, 0.05, False)),
 }
-
 
 COLLAPSE = "collapse.json"
 """In the folder of a run that was stopped as collapsed: the fields of its `Verdict`."""
@@ -89,8 +84,8 @@ class Verdict:
     verdict: str
     """`collapsed` or `starved`."""
     evidence: dict[str, Any]
-    """Sign → its `value`, what was `usual`, the `spread` s and the `score` S when that was highest; the step `since`
-    which it was off, its own `last_good_step`, and the `step` of its last alarm."""
+    """Sign → its `value`, what was `usual`, the `spread` and the `score` when that was highest, the step `since` which
+    it was off, and its own `last_good_step`."""
 
     def __str__(self) -> str:
         """One line."""
@@ -123,44 +118,44 @@ class CollapseDetector:
         self.verdict: Verdict | None = None
         """Once there is one, it stays."""
         self._solved = _Solved(section)
-        self._signs = {name: _Sign(kind, section) for name, kind in SIGNS.items()}
-        self._fillings: deque[tuple[int, int, int]] = deque(maxlen=section.window)
-        """Problems drawn, kept and too hard."""
+        self._signs = {name: _Sign(section, *kind) for name, (_, kind) in SIGNS.items()}
+        self._fillings: deque[tuple[int, int, int, int]] = deque(maxlen=section.window)
+        """Step, problems drawn, kept and too hard."""
 
     def update(self, record: Mapping[str, Any]) -> Verdict | None:
         """Take in the record of the step just done; the verdict, if that is what it comes to."""
-        step = record["step"]
+        step, threshold = record["step"], self.section.threshold
         for name, sign in self._signs.items():
-            if (value := record.get(SIGNS[name].field)) is not None:
+            if (value := record.get(SIGNS[name][0])) is not None:
                 sign.take(step, float(value))
         if "groups_kept" in record:
-            kept = record["groups_kept"]
-            hard, easy = (
-                record[f"groups_dropped/early_too_{how}"] + record[f"groups_dropped/too_{how}"]
-                for how in ("hard", "easy")
+            counts = FilterCounts(
+                kept=record["groups_kept"], **{rule: record[f"groups_dropped/{rule}"] for rule in DROPPED}
             )
-            if drawn := kept + hard + easy:
-                self._fillings.append((drawn, kept, hard))
-                self._solved.take(step, (easy + kept * record["pass_rate"]) / drawn, drawn)
-        signs = self._alarms(step)
-        needed = self.section.threshold * (1 if signs else _ALONE)
-        if self.verdict is None and self._solved.score >= needed:
-            evidence = {"solved": self._solved.evidence} | signs
-            self.verdict = Verdict(step, _last_good(evidence, step), "collapsed", evidence)
+            self._solved.fill(step, counts)
+            if (drawn := _drawn(counts))[0]:
+                self._fillings.append((step, *drawn))
+        self._solved.take(step, record["pass_rate"])
+        company = sum(sign.score for sign in self._signs.values()) / (_MOST * threshold)
+        if self.verdict is None and self._solved.score * (1 + company) >= threshold:
+            self._conclude(step, "collapsed", {"solved": self._solved.evidence} | self._alarms())
         return self.verdict
 
-    def _alarms(self, step: int) -> dict[str, Any]:
-        """The evidence of the signs that have alarmed in the last `window` steps."""
-        recent = {name: sign.evidence for name, sign in self._signs.items() if sign.evidence}
-        return {name: found for name, found in recent.items() if found["step"] > step - self.section.window}
+    def _alarms(self) -> dict[str, Any]:
+        """The evidence of the signs whose score is at half the threshold."""
+        return {name: sign.evidence for name, sign in self._signs.items() if 2 * sign.score >= self.section.threshold}
+
+    def _conclude(self, step: int, verdict: str, evidence: dict[str, Any]) -> Verdict:
+        last_good = min(found["last_good_step"] for found in evidence.values())
+        self.verdict = Verdict(step, last_good, verdict, evidence)
+        return self.verdict
 
     def hopeless(self, counts: FilterCounts) -> bool:
         """Whether filling the buffer had better be given up: of the problems drawn for it so far less than a fifth of
         the usual share is within reach, more of the others became too hard than too easy, and if nothing had changed
         that would be less likely than 1 in 10⁹ (by the likelihood ratio of two coins against one). Never in the first
         filling, before which nothing is usual."""
-        drawn, kept, _ = _drawn(counts)
-        before, kept_before, _ = self._drawn_before()
+        (drawn, kept, _), (before, kept_before, _) = _drawn(counts), self._drawn_before()
         if not drawn or not before:
             return False
         one = (kept + kept_before) / (drawn + before)
@@ -169,31 +164,26 @@ class CollapseDetector:
 
     def harder(self, counts: FilterCounts) -> bool:
         """Whether of the problems that are no longer within reach more became too hard than too easy."""
-        drawn, kept, hard = _drawn(counts)
-        before, kept_before, hard_before = self._drawn_before()
-        return (
-            bool(drawn and before) and hard / drawn - hard_before / before > (kept_before / before - kept / drawn) / 2
-        )
+        (drawn, kept, hard), (before, kept_before, hard_before) = _drawn(counts), self._drawn_before()
+        if not drawn or not before:
+            return False
+        return hard / drawn - hard_before / before > (kept_before / before - kept / drawn) / 2
 
     def starve(self, step: int, counts: FilterCounts) -> Verdict:
         """The verdict after `step`, when a buffer could not be filled, from the counts of all ranks."""
-        drawn, kept, _ = _drawn(counts)
-        before, kept_before, _ = self._drawn_before()
-        # The engine's weights of the last filling could still find problems.
+        (drawn, kept, _), (before, kept_before, _) = _drawn(counts), self._drawn_before()
         found = {
             "value": kept / max(1, drawn), "usual": kept_before / max(1, before),
             "drawn": drawn, "drawn_before": before,
-            "since": step + 1, "last_good_step": self._solved.last_step - 1,
+            # The engine's weights of the last filling could still find problems.
+            "since": step + 1, "last_good_step": self._fillings[-1][0] - 1 if self._fillings else step,
         }  # fmt: skip
-        evidence = self._alarms(step) | {"within_reach": found}
-        if self._solved.score >= self.section.threshold:
-            evidence["solved"] = self._solved.evidence
-        self.verdict = Verdict(step, _last_good(evidence, step), "starved", evidence)
-        return self.verdict
+        solved = {"solved": self._solved.evidence} if self._solved.score >= self.section.threshold else {}
+        return self._conclude(step, "starved", self._alarms() | {"within_reach": found} | solved)
 
     def _drawn_before(self) -> tuple[int, int, int]:
         """`_drawn` of the last `window` fillings."""
-        drawn, kept, hard = (sum(filling[column] for filling in self._fillings) for column in range(3))
+        drawn, kept, hard = (sum(filling[column] for filling in self._fillings) for column in (1, 2, 3))
         return drawn, kept, hard
 
     def state_dict(self) -> dict[str, Any]:
@@ -206,112 +196,109 @@ class CollapseDetector:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from `state_dict()`. A state from before the share solved had one of its own is left: history begins
-        anew."""
-        if "solved" not in state:
+        """Go on from `state_dict()`. A state of another form, from before scores of signs were added up, is left:
+        history begins anew."""
+        if "filling" not in state.get("solved", {}):
             return
         self._solved.load_state_dict(state["solved"])
         for name, sign in self._signs.items():
             sign.load_state_dict(state["signs"][name])
-        self._fillings.extend((drawn, kept, hard) for drawn, kept, hard in state["fillings"])
+        self._fillings.extend(map(tuple, state["fillings"]))
         self.verdict = Verdict(**state["verdict"]) if state["verdict"] else None
-
-
-def _last_good(evidence: Mapping[str, Any], step: int) -> int:
-    """The last step before all that."""
-    return min((found["last_good_step"] for found in evidence.values()), default=step)
 
 
 class _Sum:
     """A sum of excesses, 0 while all is usual."""
 
-    def __init__(self, section: CollapseSection, window: int) -> None:
-        self.section = section
+    def __init__(self, section: CollapseSection) -> None:
+        self._section = section
         self.score = 0.0
-        self.last_step = 0
-        """Of the last reading."""
         self.last_good_step = 0
         """The step whose weights gave the last reading with a score of 0: a record's numbers are of the weights before
         its step."""
         self.evidence: dict[str, Any] = {}
-        """Of the last time that the score came to the threshold, where it was highest."""
-        self._since = 0
-        self._history: deque[Any] = deque(maxlen=window)
+        """Since the score was last 0, of when it was highest."""
+        self.history: list[Any] = []
 
-    def _add(self, step: int, excess: float, found: dict[str, float]) -> None:
-        was = self.score
-        self.score = min(max(was + excess, 0.0), 2 * _ALONE * self.section.threshold)
-        if was == 0.0 < self.score:
-            self._since = step
-        if self.score >= self.section.threshold:
-            if self.evidence.get("since") != self._since or self.score > self.evidence["score"]:
-                since = {"since": self._since, "last_good_step": self.last_good_step}
-                self.evidence = {**found, "score": self.score, **since}
-            self.evidence["step"] = step
-
-    def _done(self, step: int, reading: Any) -> None:
+    def add(self, step: int, excess: float, value: float, usual: float, spread: float) -> None:
+        self.score = min(max(self.score + excess, 0.0), _MOST * self._section.threshold)
         if self.score == 0.0:
-            self.last_good_step = step - 1
-        self.last_step = step
-        self._history.append(reading)
+            self.last_good_step, self.evidence = step - 1, {}
+        elif self.score > self.evidence.get("score", 0.0):
+            found = {"value": value, "usual": usual, "spread": spread, "score": self.score}
+            since = self.evidence.get("since", step)
+            self.evidence = {**found, "since": since, "last_good_step": self.last_good_step}
 
     def state_dict(self) -> dict[str, Any]:
-        plain = {name: value for name, value in vars(self).items() if name not in ("section", "kind", "_history")}
-        return plain | {"evidence": dict(self.evidence), "_history": list(self._history)}
+        return {name: value for name, value in vars(self).items() if not name.startswith("_")}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        history = deque(state["_history"], maxlen=self._history.maxlen)
-        vars(self).update({**state, "evidence": dict(state["evidence"]), "_history": history})
+        vars(self).update(json.loads(json.dumps(state)))
 
 
 class _Sign(_Sum):
     """How far one number of the step record is from its usual value."""
 
-    def __init__(self, kind: _Kind, section: CollapseSection) -> None:
-        super().__init__(section, section.window)
-        self.kind = kind
+    def __init__(self, section: CollapseSection, worse: int, least_spread: float, logarithmic: bool) -> None:
+        super().__init__(section)
+        self._worse, self._least_spread, self._logarithmic = worse, least_spread, logarithmic
 
     def take(self, step: int, value: float) -> None:
         """Take in a reading."""
-        x = math.log(max(value, 1e-9)) if self.kind.logarithmic else value
-        if len(self._history) >= self.section.warmup:
-            median = statistics.median(self._history)
-            deviation = 1.4826 * statistics.median(abs(old - median) for old in self._history)
-            spread = max(self.kind.least_spread, deviation)
-            usual = math.exp(median) if self.kind.logarithmic else median
-            excess = min(self.kind.worse * (x - median) / spread, _LARGEST_EXCESS) - _DRIFT
-            self._add(step, excess, {"value": value, "usual": usual, "spread": spread})
-        self._done(step, x)
+        x = math.log(max(value, 1e-9)) if self._logarithmic else value
+        if len(self.history) >= self._section.warmup:
+            median = statistics.median(self.history)
+            deviation = 1.4826 * statistics.median(abs(old - median) for old in self.history)
+            spread = max(self._least_spread, deviation)
+            usual = math.exp(median) if self._logarithmic else median
+            self.add(step, min(self._worse * (x - median) / spread, _LARGEST_Z) - _DRIFT, value, usual, spread)
+        else:
+            self.last_good_step = step - 1
+        self.history = [*self.history, x][-self._section.window :]
 
 
 class _Solved(_Sum):
     """How much of the best share of problems solved is lost."""
 
     def __init__(self, section: CollapseSection) -> None:
-        super().__init__(section, section.window)
-        self._readings = 0
-        self._first: float | None = None
-        self._best = 0.0
+        super().__init__(section)
+        self.filling, self.filled, self.steps_per_filling = [0, 0, 0], 0, 1
+        """Problems drawn, kept and too easy in the last; the step that it was for; how many steps learn from one."""
+        self.fillings = 0
+        self.first: float | None = None
+        self.best = 0.0
 
-    def take(self, step: int, share: float, problems: int) -> None:
-        """Take in the share solved of so many problems drawn."""
-        if self._first is not None:
-            best = self._best
-            variance = max(best * (1 - best), _LEAST_VARIANCE) / problems
-            loss = max(_LOST_OF_GAIN * (best - self._first), _LOST_OF_LEVEL * best)
-            excess = min(loss / variance * (best - share - loss / 2) / _NATS, self.section.threshold / 2)
-            self._add(step, excess, {"value": share, "usual": best, "spread": math.sqrt(variance)})
-        self._done(step, [share, problems])
-        drawn = sum(problems for _, problems in self._history)
-        while drawn - self._history[0][1] >= _LEVEL_PROBLEMS:
-            drawn -= self._history.popleft()[1]
-        self._readings += 1
-        if self._readings >= self.section.warmup:
-            level = sum(share * problems for share, problems in self._history) / drawn
-            self._first = level if self._first is None else self._first
-            self._best = max(
-                self._best, level - _CAUTION * math.sqrt(max(level * (1 - level), _LEAST_VARIANCE) / drawn)
-            )
+    def fill(self, step: int, counts: FilterCounts) -> None:
+        """Before the step that first learns from these."""
+        drawn, kept, hard = _drawn(counts)
+        self.filling = [drawn, kept, drawn - kept - hard]
+        self.steps_per_filling = step - self.filled if self.filled else 1
+        self.filled = step
+        self.fillings += drawn > 0
+
+    def take(self, step: int, pass_rate: float) -> None:
+        """Take in the pass rate of a step's groups, of the problems within reach."""
+        drawn, kept, easy = self.filling
+        if not drawn:
+            return
+        share, problems = (easy + kept * pass_rate) / drawn, drawn / self.steps_per_filling
+        if self.first is None:
+            self.last_good_step = step - 1
+        else:
+            loss = max(_LOST_OF_GAIN * (self.best - self.first), _LOST_OF_LEVEL * self.best)
+            variance = max((easy + kept * pass_rate**2) / drawn - share**2, _LEAST_VARIANCE)
+            spread = math.hypot(math.sqrt(variance / problems), min(_WANDERS * loss, _WANDERS_AT_MOST))
+            excess = loss / spread**2 * (self.best - share - loss / 2) / _NATS
+            most = _MOST_OF_FILLING * self._section.threshold / self.steps_per_filling
+            self.add(step, min(excess, most), share, self.best, spread)
+        self.history.append([share, problems])
+        total = sum(problems for _, problems in self.history)
+        while total - self.history[0][1] >= _LEVEL_PROBLEMS:
+            total -= self.history.pop(0)[1]
+        if self.fillings >= self._section.warmup:
+            level = sum(share * problems for share, problems in self.history) / total
+            self.first = level if self.first is None else self.first
+            self.best = max(self.best, level - _CAUTION * math.sqrt(level * (1 - level) / total))
 
 
 def is_repetitive(response_ids: Sequence[int] | np.ndarray) -> bool:
