@@ -1,5 +1,6 @@
 """A finished tiny run that several tests look at, and the config that it came from."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,10 @@ from mai_thinking.recipes.pretrain import pretrain
 from mai_thinking.report import conclude
 
 CONFIGS = Path(__file__).parents[1] / "configs"
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # one process a core: more threads would only get in each other's way
+    torch.set_num_threads(1)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="session")
