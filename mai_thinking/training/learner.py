@@ -233,15 +233,18 @@ class Learner:
         at_once = counts.experts_ME is None and self.config.execution.activation_checkpointing
         forwards: list[Forward] = []
         router_losses: list[Tensor] = []
+        company: list[Tensor] = []
         passes = self._agree_on_passes(len(micro_batches))
         for index in range(passes):
             idle = index >= len(micro_batches)  # it only keeps the other ranks company
             # Whether DDP reduces is decided in the forward pass.
             with nullcontext() if index == passes - 1 else self._no_sync():
                 forward = loss.forward(micro_batches[min(index, len(micro_batches) - 1)], self)
-                if not at_once:
+                if at_once and idle:
+                    company.append(forward.loss * 0.0)
+                elif not at_once:
                     if counts.experts_ME is None:
-                        counts_ME = counts_ME + self.sum(forward.routing.counts_E)
+                        counts_ME = counts_ME + self.sum(forward.routing.counts_E * (not idle))
                     total, parts = self._add_router_losses(forward, counts_ME, counts.tokens)
                     (total * (0.0 if idle else self.ranks)).backward()
                     router_losses.append(parts)
@@ -253,7 +256,7 @@ class Learner:
         if at_once:
             counts_ME = self.sum(torch.stack([forward.routing.counts_E for forward in forwards]).sum(dim=0))
             totals = [self._add_router_losses(forward, counts_ME, counts.tokens) for forward in forwards]
-            (torch.stack([total for total, _ in totals]).sum() * self.ranks).backward()
+            (torch.stack([*(total for total, _ in totals), *company]).sum() * self.ranks).backward()
             router_losses = [parts for _, parts in totals]
         entropy_M = _added([forward.routing.entropy.detach() for forward in forwards])
         return [forward.parts for forward in forwards], _added(router_losses[: len(forwards)]), counts_ME, entropy_M

@@ -79,6 +79,24 @@ def test_two_ranks_equal_one(accumulate: int, exact: bool) -> None:
         assert_same((result, {name: torch.from_numpy(gradient) for name, gradient in gradients.items()}), whole)
 
 
+def unequal_step(rank: int, exact: bool) -> dict[str, Any]:
+    """Three micro-batches on one rank, one on the other."""
+    batch = global_batch()
+    pieces = cut(batch | {"token_mask": torch.ones_like(batch["input_ids"], dtype=torch.bool)}, 4)
+    learner, _ = tiny_learner(tiny_model(), balance=BALANCE, z=Z, parallel="fsdp", activation_checkpointing=exact)
+    return learner.update(pieces[:3] if rank == 0 else pieces[3:], TextLoss(), 1)
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_a_rank_of_a_divided_model_with_fewer_micro_batches_keeps_the_others_company(exact: bool) -> None:
+    """And what it goes through again for that is not counted."""
+    whole = one_step([global_batch()])[0]
+    for result in run_ranks(2, unequal_step, exact):
+        same = ("loss", "router_z_loss", "grad_norm", "balance_loss") if exact else ("loss", "router_z_loss")
+        assert [result[name] for name in same] == pytest.approx([whole[name] for name in same], abs=1e-6, rel=1e-5)
+        assert result["violation"] == pytest.approx(whole["violation"])
+
+
 def test_exact_accumulation_equals_one_batch() -> None:
     whole = one_step([global_batch()])
     for pieces in (2, 4, 8):
