@@ -202,9 +202,10 @@ def found_in_time(seeds: range) -> list[tuple[int, str, bool]]:
         sickness = KINDS[seed % len(KINDS)]
         climb, verdict = simulated(seed, sickness)
         start, peak, last = climb.truth[0], max(climb.truth[: climb.onset]), climb.truth[-1]
-        if len(climb.truth) > climb.onset and peak - start > 0.1:
-            in_time = verdict is not None and verdict.step > climb.onset and last >= start + (peak - start) / 2
-            found.append((seed, sickness, bool(in_time)))
+        if verdict is not None and verdict.step <= climb.onset:
+            found.append((seed, sickness, False))  # a false alarm
+        elif len(climb.truth) > climb.onset and peak - start > 0.1:
+            found.append((seed, sickness, verdict is not None and bool(last >= start + (peak - start) / 2)))
     return found
 
 
