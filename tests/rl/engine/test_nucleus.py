@@ -11,10 +11,10 @@ from mai_thinking.rl.engine.nucleus import (
     least_likely,
     pack_bits,
     pack_bits_there,
-    packed_tokens,
     uniforms,
     unpack_bits,
 )
+from mai_thinking.rl.nuclei import set_bits
 
 
 def by_sorting(p_V: NDArray[np.float32], top_p: float) -> NDArray[np.bool_]:
@@ -159,8 +159,7 @@ def test_bits_come_back(vocab_size: int) -> None:
     assert packed.shape == (13, -(-vocab_size // 8))
     assert np.array_equal(pack_bits_there(mask).numpy(), packed)
     assert torch.equal(unpack_bits(torch.from_numpy(packed), vocab_size), mask)
-    row, token = packed_tokens(torch.from_numpy(packed))
-    assert torch.equal(torch.stack((row, token), dim=1), mask.nonzero())
+    assert np.array_equal(np.stack(set_bits(packed), axis=1), mask.nonzero().numpy())
 
 
 @pytest.mark.gpu
