@@ -1,4 +1,4 @@
-"""The config of `scripts/grpo.py`: the RL climb (MAI-Thinking-1 report §3)."""
+"""The config of `scripts/grpo.py`: an RL run (MAI-Thinking-1 report §3)."""
 
 import math
 from typing import Literal, Self
@@ -33,7 +33,7 @@ class RolloutSection(Section):
     """Gradient steps from one update of the engine's weights to the next."""
     lead: Whole = 0
     """How many updates the engine is ahead of the learner: 0 learns from what the newest weights wrote; with n, as in
-    an asynchronous climb, rollouts are n updates old when their turn comes."""
+    an asynchronous run, rollouts are n updates old when their turn comes."""
     workers: Whole = 0
     """Processes of each rank that generate while the learner learns; 0: generation, then learning, in one process."""
     max_staleness: Whole = 8
@@ -210,10 +210,10 @@ class CollapseSection(Section):
 
 
 class GrpoConfig(TrainingConfig):
-    """A climb. The defaults are the report's; a small model wants a higher learning rate and smaller groups."""
+    """An RL run. The defaults are the report's; a small model wants a higher learning rate and smaller groups."""
 
     init_from: str
-    """The model folder to climb from: a base (a pre-training run's `final/`), or a former climb's."""
+    """The model folder to start from: a base (a pre-training run's `final/`), or a former RL run's."""
     allow_third_party: bool = False
     """Start from `init_from` though no record leads from it back to random weights; see `provenance.lineage`."""
     tasks: tuple[TaskSection, ...] = Field(min_length=1)

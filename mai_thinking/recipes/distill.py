@@ -1,6 +1,6 @@
-"""Self-distillation (MAI-Thinking-1 report §3.1.4): SFT of a base or mid-trained model on traces of former climbs.
+"""Self-distillation (MAI-Thinking-1 report §3.1.4): SFT of a base or mid-trained model on traces of former RL runs.
 
-It recovers a climb that collapsed, moves what was learned to a new base or into another chat format, leaves reward
+It recovers an RL run that collapsed, moves what was learned to a new base or into another chat format, leaves reward
 hacks behind, and makes several specialists one model (§3.5). The traces are there already; nothing is generated.
 """
 

@@ -20,7 +20,7 @@ absolute deviation made comparable to a standard deviation and never less than t
     z = ±(x − m)/s        C ← max(C + min(z, 6) − ½, 0)
 
 so that one wild reading counts little and a lasting change much, until half a window has made it usual: entropy may go
-where the climb takes it. Signs alone are no collapse; in their company less harm is enough for the verdict:
+where the run takes it. Signs alone are no collapse; in their company less harm is enough for the verdict:
 
     S · (1 + Σ C / (2.5 · threshold)) ≥ threshold        C ≤ 2.5 · threshold, so that a sign at most adds as much again
 
@@ -49,7 +49,7 @@ _MOST = 2.5
 _MOST_OF_FILLING = 0.5
 """Times the threshold: one filling is no collapse."""
 _LEVEL_PROBLEMS = 800
-"""Over so many a level of the share solved is a mean: few enough to follow a climb."""
+"""Over so many a level of the share solved is a mean: few enough to follow a run."""
 _CAUTION = 0.5
 """Standard errors below its estimate at which a level counts."""
 _LOST_OF_GAIN, _LOST_OF_LEVEL, _WANDERS, _WANDERS_AT_MOST = 0.5, 0.2, 0.4, 0.05

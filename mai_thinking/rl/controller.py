@@ -1,4 +1,4 @@
-"""The controller of a climb: which problems are begun, and what becomes of their rollouts (report §3.1, §3.6). One
+"""The controller of an RL run: which problems are begun, and what becomes of their rollouts (report §3.1, §3.6). One
 loop; `rl.executors` has those who generate.
 """
 

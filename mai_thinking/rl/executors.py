@@ -17,7 +17,7 @@ from torch import Tensor
 from mai_thinking.config.grpo import GrpoConfig
 from mai_thinking.errors import RunError, UsageError
 from mai_thinking.rl.controller import Controller, Executor
-from mai_thinking.rl.engine import BatchedEngine
+from mai_thinking.rl.engine import Engine
 from mai_thinking.rl.rollout_worker import Batch, Order, RolloutWorker
 from mai_thinking.rl.schedule import Schedule, Spool, schedule_path
 from mai_thinking.rl.worker_pool import WorkerPool
@@ -155,7 +155,7 @@ class Replay(Executor):
     """Does what a schedule has on record again, in one process: each batch with the weights that wrote it, from
     decoding step to decoding step."""
 
-    def __init__(self, worker: RolloutWorker, engine: BatchedEngine, schedule: Schedule) -> None:
+    def __init__(self, worker: RolloutWorker, engine: Engine, schedule: Schedule) -> None:
         self.worker, self.engine, self.schedule = worker, engine, schedule
         self._weights: dict[int, list[Tensor]] = {}
         self._lag = max((arrival["version"] - arrival["weights"][0][1] for arrival in schedule.arrivals), default=0)
@@ -190,7 +190,7 @@ class Replay(Executor):
             self.engine.heartbeat = heartbeat
 
 
-def make_executor(config: GrpoConfig, context: RunContext, worker: RolloutWorker, engine: BatchedEngine) -> Executor:
+def make_executor(config: GrpoConfig, context: RunContext, worker: RolloutWorker, engine: Engine) -> Executor:
     """As `config.rollouts` says. Workers are started, with their share of this process's threads; they end with
     `context.stack`. UsageError if it cannot be had."""
     rollouts, run, rank, stack = config.rollouts, context.folder.path, context.rank, context.stack

@@ -1,4 +1,4 @@
-"""The policy-gradient objective of the RL climb (MAI-Thinking-1 report §3), its entropy control, and their rivals.
+"""The policy-gradient objective of RL (MAI-Thinking-1 report §3), its entropy control, and their rivals.
 
 Per token, with r = π_θ/π_old = exp(logprob − old_logprob) and the group's advantage A:
 

@@ -17,7 +17,7 @@ from mai_thinking.errors import UsageError
 from mai_thinking.model import MaiThinkingConfig, MaiThinkingForCausalLM
 from mai_thinking.model.configuration import LOCAL
 from mai_thinking.provenance.lineage import Lineage, Source, hash_file, require_own
-from mai_thinking.rl.engine import BatchedEngine
+from mai_thinking.rl.engine import BatchedEngine, Engine
 from mai_thinking.rl.tasks import Problem, TaskSampler
 from mai_thinking.rl.template import Template
 from mai_thinking.rl.tools.sandbox import isolation
@@ -71,7 +71,7 @@ def make_engine(
     precision: str,
     heartbeat: Callable[[], None],
     device: torch.device | None = None,
-) -> BatchedEngine:
+) -> Engine:
     """What generates rollouts, also the evaluation's; on the model's device unless another is given. On a CPU it stays
     in fp32, whose products are the faster ones there."""
     section, template = config.tools, Template(config.template)

@@ -1,4 +1,4 @@
-"""What an asynchronous climb must remember to be the same climb again: which batch was begun and which arrived when,
+"""What an asynchronous RL run must remember to be the same run again: which batch was begun and which arrived when,
 and the batches that arrived, until a checkpoint has what was learned from them.
 
     rollouts/schedule-00000.jsonl               orders and arrivals of rank 0, a line each, in their order

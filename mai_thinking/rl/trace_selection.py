@@ -1,4 +1,4 @@
-"""Which traces of former climbs are learned from, and in which words (MAI-Thinking-1 report §3.1.4).
+"""Which traces of former RL runs are learned from, and in which words (MAI-Thinking-1 report §3.1.4).
 
 Rules apply one after the other and a trace counts under the first that removes it: the steps, then what is wrong with a
 trace by itself, then the cap per prompt, then the total. A store is read batch by batch, so that only the traces under

@@ -19,7 +19,7 @@ from transformers.utils import logging
 
 from mai_thinking.config.grpo import GrpoConfig
 from mai_thinking.data.tokenizer import load_tokenizer
-from mai_thinking.rl.engine import BatchedEngine
+from mai_thinking.rl.engine import Engine
 from mai_thinking.rl.grading import GradingPool
 from mai_thinking.rl.policy_model import check_lengths, make_engine, policy_config, policy_model
 from mai_thinking.rl.rollout_worker import Order, Responder, RolloutWorker
@@ -136,7 +136,7 @@ def work(setup: WorkerSetup, worker: int, connection: Connection) -> None:
 class _Weights:
     """The engine's, and which they were in the course of an order."""
 
-    engine: BatchedEngine
+    engine: Engine
 
     def __init__(self, shared: SharedWeights, beats: torch.Tensor, worker: int) -> None:
         self.shared, self.beats, self.worker = shared, beats, worker

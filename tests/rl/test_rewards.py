@@ -6,7 +6,7 @@ from pydantic import ValidationError
 
 import mai_thinking.rl.rewards as rewards_module
 from mai_thinking.config.tasks import RewardSection, TaskSection
-from mai_thinking.rl.rewards import Term, reward_group, task_rewards
+from mai_thinking.rl.rewards import TERMS, Term, reward_group, task_rewards
 from mai_thinking.rl.rollout import Call, Group, Rollout
 from mai_thinking.rl.tasks import WRONG, Grade
 from mai_thinking.rl.tasks.base import combine
@@ -48,7 +48,7 @@ def test_a_group_by_hand() -> None:
 def test_a_weight_of_zero_switches_a_term_off() -> None:
     (one,) = rewarded(RewardSection(w_language=0, w_length=0), [Grade(0.75, True)], [RUSSIAN], [90], 100)
     assert (one.rewards, one.reward) == (
-        {"task": 0.75, "language": 0, "length": 0, "calls": 0, "waste": 0},
+        {**dict.fromkeys(TERMS, 0), "task": 0.75},
         0.75,
     )
     (one,) = rewarded(RewardSection(alpha=0), [RIGHT], [RUSSIAN * 500], [100], 100)

@@ -45,10 +45,15 @@ logger = logging.getLogger(__name__)
 class Engine(Protocol):
     """What generates rollouts; narrow enough for an external engine."""
 
+    model: MaiThinkingForCausalLM  # Its own copy, whose weights workers share
     tools: "Tools | None"  # What answers calls; None: a response is one stretch of text
+    heartbeat: Callable[[], None]  # Called between two tokens, where newer weights may be loaded
 
     def update_weights(self, model: MaiThinkingForCausalLM) -> None:
         """Generate from these weights from now on."""
+
+    def load_parameters(self, parameters: Iterable[torch.Tensor]) -> None:
+        """The same of the weights alone, in the model's order."""
 
     def generate(self, asked: Sequence[Rollout], temperature: float | None = None) -> list[Rollout]:
         """The rollouts with their responses, in order, at the engine's own temperature unless another is given. Raises
@@ -56,7 +61,7 @@ class Engine(Protocol):
 
 
 class Tools(Protocol):
-    """What answers the calls that a policy writes; see `mai_thinking.rl.tools.Toolbox`."""
+    """What answers the calls that a policy writes; see `rl.tools.toolbox.Toolbox`."""
 
     ends: frozenset[int]  # Tokens that may complete a call
 
@@ -170,7 +175,6 @@ class BatchedEngine:
         self.load_parameters(p.full_tensor() if isinstance(p, DTensor) else p for p in model.parameters())
 
     def load_parameters(self, parameters: Iterable[torch.Tensor]) -> None:
-        """The same of the weights alone, in the model's order."""
         with torch.no_grad():  # in place: graphs know the addresses
             for mine, theirs in zip(self.model.parameters(), parameters, strict=True):
                 mine.copy_(theirs)

@@ -79,7 +79,7 @@ class Toolbox:
         return {name: BUILTIN[name](problem, self.section) for name in self.section.use} | self._servers.tools
 
     def observe(self, steps: Sequence[tuple[Rollout, int, Sequence[int]]]) -> list[list[int] | None]:
-        """See `mai_thinking.rl.engine.Tools`. The calls of all rollouts are made together."""
+        """See `rl.engine.engine.Tools`. The calls of all rollouts are made together."""
         texts = self._tokenizer.batch_decode([tokens for _, _, tokens in steps])
         asked = [self._template.calls(text) for text in texts]
         jobs = [
