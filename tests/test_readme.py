@@ -44,3 +44,13 @@ def test_every_page_is_linked_from_the_readme() -> None:
     readme = (ROOT / "README.md").read_text()
     assert [page.name for page in (ROOT / "docs").glob("*.md") if f"docs/{page.name}" not in readme] == []
     assert len(readme.splitlines()) <= 150
+
+
+def test_a_folder_imports_none_above_it_in_the_map() -> None:
+    table = (ROOT / "README.md").read_text().partition("## Map")[2].partition("## Limits")[0]
+    floors = re.findall(r"\]\(mai_thinking/(\w+)\)", table)
+    assert set(floors) == {path.parent.name for path in ROOT.glob("mai_thinking/*/__init__.py")}
+    for place, floor in enumerate(floors):
+        for path in (ROOT / "mai_thinking" / floor).rglob("*.py"):
+            imported = set(re.findall(r"^\s*(?:from|import) mai_thinking\.(\w+)", path.read_text(), flags=re.M))
+            assert not imported & set(floors[:place]), path
