@@ -8,6 +8,7 @@ same groups again; `Replay` makes them again, in one process.
 """
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from mai_thinking.rl.controller import Controller, Executor
 from mai_thinking.rl.engine import Engine
 from mai_thinking.rl.rollout_worker import Batch, Order, RolloutWorker
 from mai_thinking.rl.schedule import Schedule, Spool, schedule_path
-from mai_thinking.rl.worker_pool import WorkerPool
+from mai_thinking.rl.worker_pool import ProcessWorker, Worker, WorkerPool
 from mai_thinking.rl.worker_process import SharedWeights, WorkerSetup
 from mai_thinking.training.checkpoint_storage import visible_steps
 from mai_thinking.training.context import RunContext
@@ -208,9 +209,12 @@ def make_executor(config: GrpoConfig, context: RunContext, worker: RolloutWorker
     torch.set_num_threads(threads)
     stack.callback(torch.set_num_threads, before)
     beats = torch.zeros(rollouts.workers, dtype=torch.float64).share_memory_()
-    fields, weights = config.model_dump(mode="json"), SharedWeights(engine.model)
-    setup = WorkerSetup(fields, context.ranks, weights, Spool(run, rank), beats, threads)
-    pool = stack.enter_context(WorkerPool(setup, count=rollouts.workers))
+    kind: type[Worker]
+    weights_kind: type[SharedWeights]
+    kind, weights_kind = (ProcessWorker, SharedWeights) if rollouts.ray is None else _on_ray(rollouts.ray, stack)
+    weights = weights_kind(engine.model)
+    setup = WorkerSetup(config.model_dump(mode="json"), context.ranks, weights, Spool(run, rank), beats, threads)
+    pool = stack.enter_context(WorkerPool(setup, [kind(number, setup) for number in range(rollouts.workers)]))
     if not rollouts.max_staleness:
         return InTurn(pool)
     return Ahead(
@@ -221,6 +225,14 @@ def make_executor(config: GrpoConfig, context: RunContext, worker: RolloutWorker
         per_update=config.groups_per_step // context.ranks * rollouts.steps_per_update,
         needed_from=lambda: -(-min(visible_steps(context.folder.checkpoints), default=0) // rollouts.steps_per_update),
     )
+
+
+def _on_ray(address: str, stack: ExitStack) -> tuple[type[Worker], type[SharedWeights]]:
+    """Until `stack` closes."""
+    from mai_thinking.rl import ray_worker  # here, since Ray is an extra
+
+    stack.callback(ray_worker.connect(address))
+    return ray_worker.RayWorker, ray_worker.SentWeights
 
 
 def next_arrival(schedule: Schedule, controller: Controller) -> Record | None:

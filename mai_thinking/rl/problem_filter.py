@@ -5,7 +5,7 @@ decide whether a problem is worth a whole group, and the whole group's pass rate
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from mai_thinking.config.grpo import SamplingSection
 from mai_thinking.rl.rollout import Group, Rollout, Verdict
@@ -68,10 +68,10 @@ class FilterCounts(Counter[str]):
     """What became of problems, by their `Verdict`, and of their rollouts, by `OF_A_ROLLOUT` and `rollouts_kept`: those
     learned from. `update` takes in the counts of further problems."""
 
-    def __init__(self, **counts: int) -> None:
+    def __init__(self, counts: Mapping[str, int] | None = None, /, **more: int) -> None:
         """All names are always there: ranks add their counts up."""
         super().__init__(dict.fromkeys(("kept", *DROPPED, *OF_A_ROLLOUT, "rollouts_kept"), 0))
-        self.update(counts)
+        self.update(counts or {}, **more)
 
     @property
     def solved(self) -> bool:

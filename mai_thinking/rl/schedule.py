@@ -49,7 +49,7 @@ class Spool:
             "order": asdict(batch.order),
             "groups": [pack_group(group) for group in batch.groups],
             "counts": dict(batch.counts),
-            "traces": [_converted(trace, torch.from_numpy) for trace in batch.traces],
+            "traces": [_converted(trace, torch.tensor) for trace in batch.traces],
         }
         with atomic_file(self.path(batch.order.number), durable=True) as path:
             write_tree(path, tree)

@@ -1,5 +1,6 @@
 """The pool's part alone: workers that die, hang or come too late, played by a function that does just that."""
 
+import multiprocessing
 import os
 import signal
 import time
@@ -21,7 +22,7 @@ from mai_thinking.rl.executors import InTurn
 from mai_thinking.rl.problem_filter import FilterCounts
 from mai_thinking.rl.rollout_worker import Batch, Order
 from mai_thinking.rl.schedule import Spool
-from mai_thinking.rl.worker_pool import WorkerPool
+from mai_thinking.rl.worker_pool import ProcessWorker, WorkerPool
 from mai_thinking.rl.worker_process import SharedWeights, WorkerSetup
 
 
@@ -57,7 +58,8 @@ def pool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     def make(faults: dict[str, Any], count: int = 2) -> Iterator[WorkerPool]:
         weights, beats = SharedWeights(torch.nn.Linear(2, 2)), torch.zeros(count, dtype=torch.float64).share_memory_()
         setup = WorkerSetup(faults | {"marks": str(tmp_path)}, 1, weights, Spool(tmp_path, 0), beats, 1)
-        with WorkerPool(setup, count=count, hang_seconds=12 if "stop" in faults.values() else 60) as made:
+        workers = [ProcessWorker(number, setup) for number in range(count)]
+        with WorkerPool(setup, workers, hang_seconds=12 if "stop" in faults.values() else 60) as made:
             yield made
 
     return make
@@ -90,6 +92,17 @@ def test_what_a_dead_or_hung_worker_was_asked_others_answer(pool: Any, capfd: py
     told = capfd.readouterr().err
     assert told.count("died; others answer for it") == 2
     assert "did not move for" in told
+
+
+def test_a_worker_that_had_nothing_to_do_is_not_hung(pool: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It last moved a thousand seconds before it is asked."""
+    with pool({}, count=1) as workers:
+        answer(workers, orders(1))
+        later = SimpleNamespace(time=time.time, monotonic=lambda: time.monotonic() + 1000)
+        monkeypatch.setattr(worker_pool, "time", later)
+        workers.begin(orders(2)[1])
+        workers.poll()
+        assert workers.deaths == 0
 
 
 @pytest.mark.slow
@@ -134,14 +147,14 @@ def test_the_idle_share_is_of_the_time_of_all_workers(pool: Any, monkeypatch: py
     """By a clock and workers of the test's own."""
     clock, ends = SimpleNamespace(now=100.0), []
 
-    def start(worker: Any, context: Any, setup: WorkerSetup) -> None:
-        setup.beats[worker.number] = time.monotonic()
+    def start(worker: ProcessWorker) -> None:
+        worker.setup.beats[worker.number] = time.monotonic()
         worker.process = Mock()
-        worker.connection, its_end = context.Pipe()
+        worker.connection, its_end = multiprocessing.Pipe()
         ends.append(its_end)
 
     monkeypatch.setattr(worker_pool, "time", SimpleNamespace(time=lambda: clock.now, monotonic=time.monotonic))
-    monkeypatch.setattr(worker_pool._Worker, "start", start)
+    monkeypatch.setattr(ProcessWorker, "start", start)
     with pool({}) as workers:
         asked = orders(7)
 
