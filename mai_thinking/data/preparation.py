@@ -4,6 +4,7 @@ MAI-Thinking-1 report §2.4.
 """
 
 import errno
+import importlib.util
 import json
 import re
 import shutil
@@ -24,11 +25,13 @@ from filelock import FileLock
 from mai_thinking.config.data import DataSection, SourceSection
 from mai_thinking.config.storage import atomic_folder, checksum
 from mai_thinking.data.accounting import LeftOut, Tally, count
+from mai_thinking.data.card import CARD, card
 from mai_thinking.data.cleaning import clean
-from mai_thinking.data.decontamination import SHORTEST, OverlapIndex, read_benchmark, words_of
+from mai_thinking.data.decontamination import SHORTEST, OverlapIndex, read_benchmark
 from mai_thinking.data.documents import Document
 from mai_thinking.data.embedded import embedded_fingerprint, has_tests, read_embedded
 from mai_thinking.data.jsonl import shown
+from mai_thinking.data.labels import Labeller
 from mai_thinking.data.prepared import (
     OVERLAP,
     TOKENIZER,
@@ -41,11 +44,14 @@ from mai_thinking.data.prepared import (
 from mai_thinking.data.readers import Cursor, Reader, open_reader
 from mai_thinking.data.streaming import StreamCleaner
 from mai_thinking.data.tokenizer import Encoder, architecture_folder, check_lossless, load_tokenizer, train_tokenizer
+from mai_thinking.data.words import words_of
 from mai_thinking.errors import UsageError
 
 FORMAT = 2
 """Part of every key: one more whenever the same config and input give other tokens or other files. No hash of the code,
 since a comment would throw every user's prepared data away."""
+_LATER = {"boilerplate", "templates", "semantic", "fuzzy_decontamination", "labels", "drop_order"}
+"""Keys that came later: they are no part of the key where they are not used."""
 _ENCODE_BATCH = 256
 _HELD_OUT_ENOUGH = 0.9
 """Held-out documents are looked for until this share of the budget is used."""
@@ -53,20 +59,23 @@ _BY_SOURCE = dict[str, list[Document]]
 _Log = Callable[[str], None]
 
 
-def prepare(config: DataSection, *, log: _Log = lambda line: None) -> PreparedData:
+def prepare(config: DataSection, *, sample: float = 1, log: _Log = lambda line: None) -> PreparedData:
     """The prepared data of `config`: from the cache, or made now (the embedded default takes about a minute).
 
-    The same for every seed and every rank. Processes that start together make it once. `log` gets a line per phase, and
-    one for all that is left out. Raises UsageError for whatever is wrong with the input, before anything long begins.
+    Of a `sample` of the documents alone, chosen by the hash of their text, where it is less than 1. The same for every
+    seed and every rank. Processes that start together make it once. `log` gets a line per phase, and one for all that
+    is left out. Raises UsageError for whatever is wrong with the input, before anything long begins.
     """
     config = _without_absent_tests(config, log)
     readers = {source.name: open_reader(source) for source in config.sources if source.kind != "embedded"}
+    if (config.cleaning.semantic or config.cleaning.labels) and not importlib.util.find_spec("sklearn"):
+        raise UsageError("data.cleaning: semantic and labels need scikit-learn; `pip install 'mai_thinking[corpus]'`")
     passed_over = [LeftOut(name, line) for name, reader in readers.items() for line in reader.check()]
     if config.tokenizer.path is not None:
         check_lossless(load_tokenizer(config.tokenizer.path), f"data.tokenizer.path: {config.tokenizer.path}")
     benchmarks = {path: read_benchmark(Path(path).expanduser()) for path in config.cleaning.benchmarks}
     passed_over += _too_short(benchmarks, config.cleaning.decontamination_ngram)
-    key = _key(config, readers)
+    key = _key(config, readers, sample)
     with _cache(config.cache_dir) as cache, FileLock(cache / f"{key}.lock"):
         folder = cache / key
         damage = find_damage(folder, key) if folder.exists() else "not there"
@@ -77,7 +86,7 @@ def prepare(config: DataSection, *, log: _Log = lambda line: None) -> PreparedDa
             for left_over in cache.glob(f".{key}.*"):
                 shutil.rmtree(left_over)
             with atomic_folder(folder) as temporary:
-                _Preparation(config, readers, benchmarks, log).build(temporary, key)
+                _Preparation(config, readers, benchmarks, sample, log).build(temporary, key)
     data = PreparedData(folder, config, passed_over)
     for row in data.left_out:
         log(f"data: {row}")
@@ -88,9 +97,15 @@ class _Preparation:
     """One preparation: its documents, its counts, its clock."""
 
     def __init__(
-        self, config: DataSection, readers: dict[str, Reader], benchmarks: dict[str, list[list[str]]], log: _Log
+        self,
+        config: DataSection,
+        readers: dict[str, Reader],
+        benchmarks: dict[str, list[list[str]]],
+        sample: float,
+        log: _Log,
     ) -> None:
-        self.config, self.readers, self.benchmarks, self.log = config, readers, benchmarks, log
+        self.config, self.readers, self.benchmarks, self.sample, self.log = config, readers, benchmarks, sample, log
+        self.labellers = {name: Labeller(name, examples) for name, examples in config.cleaning.labels.items()}
         self.tallies = {source.name: Tally() for source in config.sources}
         self.seconds: dict[str, float] = {}
         self.starts: dict[str, Cursor | None] = {}
@@ -101,16 +116,19 @@ class _Preparation:
             documents = {s.name: self._load(s) for s in self.config.sources if not s.streaming}
         with self._phase("cleaning"):
             procedural = {s.name for s in self.config.sources if s.provenance == "procedural"}
-            documents = self._any_left(clean(documents, procedural, self.config.cleaning, self.tallies))
+            code = {s.name for s in self.config.sources if s.category == "code"}
+            cleaned = clean(documents, procedural, code, self.config.cleaning, self.tallies)
+            documents = self._any_left(cleaned.documents)
+        self.seconds |= {f"cleaning: {stage}": seconds for stage, seconds in cleaned.seconds.items()}
         with self._phase("holding out"):
             held_out, documents = self._hold_out(documents)
             save_held_out(folder, _by_category(self.config, held_out))
         with self._phase("decontaminating"):
             overlap = self._overlap_index(held_out)
             if overlap is not None:
-                np.savez(folder / OVERLAP, allow_pickle=False, **overlap.runs)
-                cleaned = {name: self._decontaminate(name, found, overlap) for name, found in documents.items()}
-                documents = self._any_left(cleaned)
+                overlap.save(folder / OVERLAP)
+                left = {name: self._decontaminate(name, found, overlap) for name, found in documents.items()}
+                documents = self._any_left(left)
         with self._phase("training the tokenizer"):
             section = self.config.tokenizer
             if section.path is not None:
@@ -121,7 +139,9 @@ class _Preparation:
         with self._phase("encoding"):
             encoder = Encoder(tokenizer)
             tokens = {name: self._encode(folder, name, found, encoder) for name, found in documents.items()}
-        write_manifest(folder, self._manifest(key, tokens, held_out, encoder.vocab_size))
+        manifest = self._manifest(key, tokens, held_out, encoder.vocab_size)
+        (folder / CARD).write_text(card(manifest), encoding="utf-8", newline="\n")
+        write_manifest(folder, manifest)
 
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:
@@ -140,16 +160,30 @@ class _Preparation:
             found = [Document(id, text) for id, text, _ in read if text is not None]
             if nulls := len(read) - len(found):
                 tally.drop("null", 0, nulls)
+        if self.sample < 1:
+            found = [document for document in found if document.fingerprint < self.sample * 2**64]
         documents, size = count(found)
         tally.read = [documents + tally.dropped.get("null", [0])[0], size]
+        found = self._wanted(source, found)
         if source.max_bytes is None:
             return found
+        documents, size = count(found)
         chosen = _within(sorted(found, key=lambda document: document.fingerprint), source.max_bytes)
         if source.endless:
             tally.read = count(chosen)
         elif len(chosen) < documents:
             tally.drop("max_bytes", size - count(chosen)[1], documents - len(chosen))
         return chosen
+
+    def _wanted(self, source: SourceSection, found: list[Document]) -> list[Document]:
+        """Label the documents, and leave those whose labels the source does not want."""
+        tally, texts = self.tallies[source.name], [document.text for document in found]
+        wanted = [True] * len(found)
+        for name, labeller in self.labellers.items():
+            for place, label in enumerate(labeller.labels(texts)):
+                tally.label(f"{name}: {label}", found[place].size)
+                wanted[place] &= source.labels.get(name, label) == label
+        return tally.sift(found, (None if good else "labels" for good in wanted))
 
     def _any_left(self, documents: _BY_SOURCE) -> _BY_SOURCE:
         for name, found in documents.items():
@@ -203,23 +237,20 @@ class _Preparation:
     def _overlap_index(self, held_out: _BY_SOURCE) -> OverlapIndex | None:
         """The runs of words of what is held out. Exercises from one template overlap by design: theirs differ by
         text."""
-        n = self.config.cleaning.decontamination_ngram
-        if n is None:
-            return None
         texts = [d.text for s in self.config.sources if s.provenance != "procedural" for d in held_out[s.name]]
         texts += [text for records in self.benchmarks.values() for record in records for text in record]
-        return OverlapIndex.build(n, texts)
+        return OverlapIndex.of(self.config.cleaning, texts)
 
     def _decontaminate(self, name: str, found: list[Document], overlap: OverlapIndex) -> list[Document]:
         kept, tally = [], self.tallies[name]
         for document in found:
             text = overlap.clean(document.text)
             if text is None:
-                tally.drop("decontamination", document.size)
+                tally.drop_document("decontamination", document)
                 continue
             kept.append(Document(document.id, text))
             if text != document.text:
-                tally.shorten(document.size - kept[-1].size)
+                tally.shorten("decontamination", document.size - kept[-1].size)
         return kept
 
     def _tokenizer_texts(self, documents: _BY_SOURCE, overlap: OverlapIndex | None) -> Iterator[str]:
@@ -260,7 +291,9 @@ class _Preparation:
             }
             for source in self.config.sources
         }
-        return {"key": key, "sources": sources, "vocab_size": vocab_size, "seconds": self.seconds}
+        benchmarks = {Path(path).name: len(records) for path, records in self.benchmarks.items()}
+        facts = {"key": key, "sources": sources, "benchmarks": benchmarks, "vocab_size": vocab_size}
+        return {**facts, "cleaning": self.config.cleaning.model_dump(mode="json"), "seconds": self.seconds}
 
 
 def _too_short(benchmarks: dict[str, list[list[str]]], n: int | None) -> list[LeftOut]:
@@ -337,16 +370,21 @@ def _cache(cache_dir: str) -> Iterator[Path]:
         raise
 
 
-def _key(config: DataSection, readers: dict[str, Reader]) -> str:
+def _key(config: DataSection, readers: dict[str, Reader], sample: float) -> str:
     """16 hex digits that change with the config, the input or the format."""
     tree = config.model_dump(mode="json", exclude={"cache_dir", "down_sample"})
+    for section in (tree["cleaning"], *tree["sources"]):
+        for name in _LATER & section.keys():
+            if not section[name]:
+                del section[name]
     for source in tree["sources"]:
         # What files hold counts, not where they lie.
         source["path"] = (
             readers[source["name"]].fingerprint(times=True) if source["name"] in readers else source["path"]
         )
     embedded = [embedded_fingerprint(source) for source in config.sources if source.kind == "embedded"]
-    files = [Path(path).expanduser() for path in config.cleaning.benchmarks]
+    examples = [path for labels in config.cleaning.labels.values() for path in labels.values()]
+    files = [Path(path).expanduser() for path in (*config.cleaning.benchmarks, *examples)]
     if config.tokenizer.path is not None:
         files.append(architecture_folder(config.tokenizer.path) / "tokenizer.json")
         del tree["tokenizer"]["path"]
@@ -354,4 +392,5 @@ def _key(config: DataSection, readers: dict[str, Reader]) -> str:
             del source["weight"]  # which is for learning a tokenizer
     tree["cleaning"]["benchmarks"] = len(config.cleaning.benchmarks)
     content = [FORMAT, tokenizers.__version__, tree, embedded, [checksum(path) for path in files]]
+    content += [sample] if sample < 1 else []
     return xxhash.xxh3_64_hexdigest(json.dumps(content, sort_keys=True).encode())

@@ -126,10 +126,7 @@ class PreparedData:
     @cached_property
     def overlap(self) -> OverlapIndex | None:
         """What training text must not contain; None where decontamination is off."""
-        if self.config.cleaning.decontamination_ngram is None:
-            return None
-        with np.load(self.folder / OVERLAP) as runs:
-            return OverlapIndex(dict(runs))
+        return OverlapIndex.load(self.folder / OVERLAP, self.config.cleaning)
 
     def mixture(self, training_tokens: int) -> list[dict[str, Any]]:
         """What a run of `training_tokens` sees of each source; tokens include the one that opens each document. A
