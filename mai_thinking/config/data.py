@@ -26,7 +26,8 @@ class SerialSection(Section):
     sizes: tuple[int, int] = (2, 8)
     """Fewest and most items, from 1 to 30; each number as likely as the others."""
     p_cot: float = Field(default=1.0, ge=0, le=1)
-    """Share of the exercises whose working is shown; the others give the bare answer."""
+    """Share of the exercises whose working is shown; the others give the bare answer. Of `wording`: share that is
+    answered as asked."""
 
     @field_validator("sizes")
     @classmethod

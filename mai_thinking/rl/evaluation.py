@@ -10,21 +10,61 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from itertools import chain, islice, zip_longest
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 
-from mai_thinking.config.grpo import ClimbEvaluationSection
+import mai_thinking.rl.policy_model as setup
+from mai_thinking.config.grpo import ClimbEvaluationSection, GrpoConfig
+from mai_thinking.rl.grading import GradingPool
+from mai_thinking.rl.language import foreign_words
 from mai_thinking.rl.rollout import Rollout
 from mai_thinking.rl.rollout_worker import Responder
 from mai_thinking.rl.tasks import Problem, TaskSampler
+from mai_thinking.rl.template import Template
 from mai_thinking.training.context import RunContext
 from mai_thinking.training.metrics import MetricsLog
 
 FIRST_ID = 2**61  # Ids from here on are evaluations': other random numbers than any rollout that is learned from
 _IDS = 2**40  # Ids of each way of asking
 ANSWER_TOKENS = 16  # Tokens, beyond the longest reference answer, of an answer that is forced
+
+
+class Answer(NamedTuple):
+    """What came of one held-out problem."""
+
+    passed: bool
+    tokens: int
+    foreign: bool
+    """Whether words of another language than English stand before the answer."""
+    called: bool
+    """Whether a tool was called."""
+
+
+def answers(config: GrpoConfig, model: str, tasks: Sequence[str], problems: int) -> dict[str, list[Answer]]:
+    """What the model in a folder answers to the first held-out problems of some of an RL config's tasks, one response
+    each: by task. UsageError for a folder without a model of ours."""
+    config = config.model_copy(
+        update={"init_from": model, "tasks": tuple(task for task in config.tasks if task.name in tasks)}
+    )
+    mix, tokenizer = TaskSampler(config.tasks, config.seed), setup.policy_tokenizer(config)
+    policy, _ = setup.policy_model(config, setup.policy_config(config))
+    found: dict[str, list[Answer]] = {}
+    with GradingPool(config.tasks, **config.grading.model_dump()) as pool:
+        engine = setup.make_engine(policy, config, tokenizer, "no", heartbeat=lambda: None)
+        responder = Responder(engine, pool, Template(config.template), tokenizer)
+        for name in tasks:
+            asked = [
+                rollout
+                for number, problem in enumerate(mix.held_out(name, problems))
+                for rollout in responder.ask(problem, [FIRST_ID + number], config.curriculum.end)
+            ]
+            found[name] = [
+                Answer(r.grade.passed, len(r.own_ids), foreign_words(r.thought) > 0, bool(r.calls))
+                for r in responder.respond(asked)
+            ]
+    return found
 
 
 class HeldOut:
