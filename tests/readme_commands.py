@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("climb", "faults", "ladders", "gpus"))]
+PAGES = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("climb", "faults", "ladders", "gpus", "data"))]
 """What is run, in this order: each builds on what those before have left."""
 _QUICK = "data.held_out.max_bytes=30000 evaluation.every=4 evaluation.max_bytes=2000 checkpoint.every=4"
 _SOON = f"schedule.warmup_steps=2 {_QUICK}"

@@ -130,7 +130,7 @@ class BoilerplateSection(Section):
 
     min_words: int = Field(default=6, ge=1)
     """Shorter lines are never cut: headings, brackets, a name."""
-    across: int = Field(default=20, ge=1)
+    across: int = Field(default=20, ge=1, lt=255)
     """In so many documents a line may stand."""
     within: int = Field(default=4, ge=1)
     """So often a line may stand in one document; beyond that, once."""

@@ -127,10 +127,11 @@ def _cut(
     texts = without_boilerplate([d for _, d in documents], [name in code for name, _ in documents], section)
     kept: dict[str, list[Document]] = {name: [] for name in sources}
     for (name, document), text in zip(documents, texts, strict=True):
-        if text.strip() or text == document.text:
-            kept[name].append(document._replace(text=text))
-            if text != document.text:
-                tallies[name].shorten("boilerplate", document.size - kept[name][-1].size)
+        if text is None:
+            kept[name].append(document)
+        elif text.strip():
+            kept[name].append(document.with_text(text))
+            tallies[name].shorten("boilerplate", document.size - kept[name][-1].size)
         else:
             tallies[name].drop_document("boilerplate", document)
     return kept

@@ -14,7 +14,7 @@ from rensa import RMinHash
 
 from mai_thinking.config.data import CleaningSection, TemplatesSection
 from mai_thinking.data.documents import Document
-from mai_thinking.data.words import MULTIPLIER, SHIFT, Hashes, WordHashes, ngram_hashes
+from mai_thinking.data.words import MULTIPLIER, SHIFT, Hashes, RunCounts, WordHashes, ngram_hashes
 
 Places = NDArray[np.int64]
 _MINHASH_SEED = 42
@@ -22,8 +22,6 @@ _MINHASH_RECALL = 0.95
 _MINHASH_BATCH = 1024
 _RUN = 3
 """Words that stand together in a frame: `the price of`."""
-_MOST_BITS = 28
-"""2²⁸ bytes count the documents of a run of words; two that share one are counted together."""
 _FEWEST = 12
 """A page with fewer frequent runs is no evidence of a template."""
 
@@ -51,15 +49,13 @@ def near_duplicates(documents: Sequence[Document], cleaning: CleaningSection) ->
 def templated(documents: Sequence[Document], section: TemplatesSection, permutations: int) -> Places:
     """MinHash over a page's frequent runs of `_RUN` words, in any order: what fills a template makes rare ones."""
     words = WordHashes()
-    shift = np.uint64(64 - min(max(sum(document.size for document in documents).bit_length(), 16), _MOST_BITS))
-    counts = np.zeros(1 << (64 - int(shift)), dtype=np.uint8)
+    counts = RunCounts(sum(document.size for document in documents) // 6)
     for document in documents:
-        runs = np.unique(ngram_hashes(words.of(document.text), _RUN) >> shift)
-        counts[runs[counts[runs] < 255]] += 1
+        counts.add(np.unique(ngram_hashes(words.of(document.text), _RUN)))
 
     def frame(text: str) -> Hashes:
         runs = np.unique(ngram_hashes(words.of(text), _RUN))
-        frequent = runs[counts[runs >> shift] >= section.pages]
+        frequent = runs[counts.of(runs) >= section.pages]
         return frequent if len(frequent) >= max(_FEWEST, section.frame * len(runs)) else frequent[:0]
 
     return _alike((frame(document.text) for document in documents), section.similarity, permutations)

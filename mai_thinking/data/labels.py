@@ -4,7 +4,8 @@ Logistic regression over hashed words and pairs of words: about what fastText do
 """
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 
 from mai_thinking.data.decontamination import read_benchmark
@@ -37,8 +38,8 @@ class Labeller:
         # Fewer examples of a label do not make it rarer.
         self._model = LogisticRegression(C=10.0, class_weight="balanced", max_iter=300).fit(features, labels)
 
-    def labels(self, texts: Sequence[str]) -> Iterator[str]:
+    def labels(self, texts: Iterable[str]) -> Iterator[str]:
         """The most probable label of each text."""
-        for start in range(0, len(texts), _BATCH):
-            features = self._rarity.transform(_features(texts[start : start + _BATCH]))
-            yield from map(str, self._model.predict(features))
+        remaining = iter(texts)
+        while batch := list(islice(remaining, _BATCH)):
+            yield from map(str, self._model.predict(self._rarity.transform(_features(batch))))

@@ -11,7 +11,7 @@ import shutil
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -28,7 +28,7 @@ from mai_thinking.data.accounting import LeftOut, Tally, count
 from mai_thinking.data.card import CARD, card
 from mai_thinking.data.cleaning import clean
 from mai_thinking.data.decontamination import SHORTEST, OverlapIndex, read_benchmark
-from mai_thinking.data.documents import Document
+from mai_thinking.data.documents import Document, TextStore, until, within
 from mai_thinking.data.embedded import embedded_fingerprint, has_tests, read_embedded
 from mai_thinking.data.jsonl import shown
 from mai_thinking.data.labels import Labeller
@@ -53,8 +53,6 @@ since a comment would throw every user's prepared data away."""
 _LATER = {"boilerplate", "templates", "semantic", "fuzzy_decontamination", "labels", "drop_order"}
 """Keys that came later: they are no part of the key where they are not used."""
 _ENCODE_BATCH = 256
-_HELD_OUT_ENOUGH = 0.9
-"""Held-out documents are looked for until this share of the budget is used."""
 _BY_SOURCE = dict[str, list[Document]]
 _Log = Callable[[str], None]
 
@@ -112,6 +110,7 @@ class _Preparation:
 
     def build(self, folder: Path, key: str) -> None:
         """All phases, in order, into the empty `folder`."""
+        self.store = TextStore(folder / "texts")
         with self._phase("reading"):
             documents = {s.name: self._load(s) for s in self.config.sources if not s.streaming}
         with self._phase("cleaning"):
@@ -154,33 +153,37 @@ class _Preparation:
         """All of a source's documents, or those that `max_bytes` leaves."""
         tally = self.tallies[source.name]
         if source.kind == "embedded":
-            found = _take(read_embedded(source), source.max_bytes if source.endless else None)
+            texts = until(read_embedded(source), source.max_bytes if source.endless else None)
         else:
-            read = list(self.readers[source.name].read())
-            found = [Document(id, text) for id, text, _ in read if text is not None]
-            if nulls := len(read) - len(found):
-                tally.drop("null", 0, nulls)
-        if self.sample < 1:
-            found = [document for document in found if document.fingerprint < self.sample * 2**64]
+            texts = self._read(source)
+        kept = map(self.store.keep, texts)
+        found = [document for document in kept if document.fingerprint < self.sample * 2**64]
         documents, size = count(found)
         tally.read = [documents + tally.dropped.get("null", [0])[0], size]
         found = self._wanted(source, found)
         if source.max_bytes is None:
             return found
         documents, size = count(found)
-        chosen = _within(sorted(found, key=lambda document: document.fingerprint), source.max_bytes)
+        chosen = within(sorted(found, key=lambda document: document.fingerprint), source.max_bytes)
         if source.endless:
             tally.read = count(chosen)
         elif len(chosen) < documents:
             tally.drop("max_bytes", size - count(chosen)[1], documents - len(chosen))
         return chosen
 
+    def _read(self, source: SourceSection) -> Iterator[Document]:
+        for id, text, _ in self.readers[source.name].read():
+            if text is None:
+                self.tallies[source.name].drop("null", 0)
+            else:
+                yield Document(id, text)
+
     def _wanted(self, source: SourceSection, found: list[Document]) -> list[Document]:
         """Label the documents, and leave those whose labels the source does not want."""
-        tally, texts = self.tallies[source.name], [document.text for document in found]
+        tally = self.tallies[source.name]
         wanted = [True] * len(found)
         for name, labeller in self.labellers.items():
-            for place, label in enumerate(labeller.labels(texts)):
+            for place, label in enumerate(labeller.labels(document.text for document in found)):
                 tally.label(f"{name}: {label}", found[place].size)
                 wanted[place] &= source.labels.get(name, label) == label
         return tally.sift(found, (None if good else "labels" for good in wanted))
@@ -215,7 +218,7 @@ class _Preparation:
         section = self.config.held_out
         budget = min(section.max_bytes, int(section.fraction * count(found)[1]))
         ordered = sorted(found, key=lambda document: document.fingerprint)
-        return _within(ordered, budget) or [min(ordered, key=lambda document: document.size)]
+        return within(ordered, budget) or [min(ordered, key=lambda document: document.size)]
 
     def _head_of_stream(self, source: SourceSection) -> tuple[list[Document], Cursor | None]:
         """The first good documents up to the budget, and where the stream goes on."""
@@ -248,8 +251,8 @@ class _Preparation:
             if text is None:
                 tally.drop_document("decontamination", document)
                 continue
-            kept.append(Document(document.id, text))
-            if text != document.text:
+            kept.append(document if len(text) == len(document.text) else document.with_text(text))
+            if kept[-1] is not document:
                 tally.shorten("decontamination", document.size - kept[-1].size)
         return kept
 
@@ -262,20 +265,25 @@ class _Preparation:
                 cleaner = StreamCleaner(self.config.cleaning, overlap)
                 stream = self.readers[source.name].read(self.starts[source.name])
                 cleaned = ((id, cleaner.clean(text)) for id, text, _ in stream)
-                chosen = _take((Document(id, text) for id, text in cleaned if text is not None), budget)
+                chosen = until((Document(id, text) for id, text in cleaned if text is not None), budget)
             else:
-                chosen = _take(sorted(documents[source.name], key=lambda document: document.fingerprint), budget)
+                chosen = until(sorted(documents[source.name], key=lambda document: document.fingerprint), budget)
             yield from (document.text for document in chosen)
 
     def _encode(self, folder: Path, name: str, found: list[Document], encoder: Encoder) -> int:
         """Write a source's tokens; how many they are."""
         dtype = np.uint16 if encoder.vocab_size <= 2**16 else np.uint32
-        parts = []
-        for start in range(0, len(found), _ENCODE_BATCH):
-            batch = encoder.encode_documents([document.text for document in found[start : start + _ENCODE_BATCH]])
-            parts += [tokens.astype(dtype) for tokens in batch]
-        offsets = np.cumsum([0, *map(len, parts)], dtype=np.int64)
-        PreparedSource(np.concatenate(parts), offsets, [document.id for document in found]).save(folder, name)
+        sizes = []
+        with tempfile.TemporaryFile(dir=folder) as file:
+            for start in range(0, len(found), _ENCODE_BATCH):
+                batch = encoder.encode_documents([document.text for document in found[start : start + _ENCODE_BATCH]])
+                for tokens in batch:
+                    tokens.astype(dtype).tofile(file)
+                    sizes.append(len(tokens))
+            offsets = np.cumsum([0, *sizes], dtype=np.int64)
+            file.flush()
+            tokens = np.memmap(file, dtype=dtype, mode="r")
+            PreparedSource(tokens, offsets, [document.id for document in found]).save(folder, name)
         self.tallies[name].kept = count(found)
         return int(offsets[-1])
 
@@ -311,32 +319,9 @@ def _by_category(config: DataSection, held_out: _BY_SOURCE) -> _BY_SOURCE:
     """Held-out documents of all sources of a category, named `SOURCE/ID`."""
     found: defaultdict[str, list[Document]] = defaultdict(list)
     for source in config.sources:
-        for id, text in held_out[source.name]:
-            found[source.category].append(Document(f"{source.name}/{id}", text))
+        for document in held_out[source.name]:
+            found[source.category].append(Document(f"{source.name}/{document.id}", document.text))
     return found
-
-
-def _take(documents: Iterable[Document], budget: int | None) -> list[Document]:
-    """Documents from the first on until `budget` bytes are reached."""
-    taken, size = [], 0
-    for document in documents:
-        if budget is not None and size >= budget:
-            break
-        taken.append(document)
-        size += document.size
-    return taken
-
-
-def _within(documents: Iterable[Document], budget: int) -> list[Document]:
-    """Documents from the first on, without those that would exceed `budget`, until it is nearly used."""
-    taken, size = [], 0
-    for document in documents:
-        if size + document.size <= budget:
-            taken.append(document)
-            size += document.size
-        if size >= _HELD_OUT_ENOUGH * budget:
-            break
-    return taken
 
 
 def _without_absent_tests(config: DataSection, log: _Log) -> DataSection:

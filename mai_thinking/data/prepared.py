@@ -146,7 +146,9 @@ def save_held_out(folder: Path, held_out: Mapping[str, list[Document]]) -> None:
     """One JSONL per category."""
     (folder / HELD_OUT).mkdir()
     for category, documents in held_out.items():
-        lines = [json.dumps(document._asdict(), ensure_ascii=False) + "\n" for document in documents]
+        lines = [
+            json.dumps({"id": document.id, "text": document.text}, ensure_ascii=False) + "\n" for document in documents
+        ]
         (folder / HELD_OUT / f"{category}.jsonl").write_text("".join(lines), encoding="utf-8", newline="\n")
 
 

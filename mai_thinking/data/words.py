@@ -61,3 +61,25 @@ def ngram_hashes(words: Hashes, n: int) -> Hashes:
             hashes ^= words[i : i + len(hashes)]
             hashes ^= hashes >> SHIFT
     return hashes
+
+
+class RunCounts:
+    """In how many documents a run of words, or a line, stands, up to 255: a table of a byte each, found by their hash.
+
+    At most 2²⁸ bytes, whatever there is to count; two that share one are counted together.
+    """
+
+    def __init__(self, expected: int) -> None:
+        """`expected`: about how many different ones there will be."""
+        bits = min(max(expected.bit_length() + 1, 16), 28)
+        self._shift = np.uint64(64 - bits)
+        self._counts = np.zeros(1 << bits, dtype=np.uint8)
+
+    def add(self, hashes: Hashes) -> None:
+        """Those of one document, each once."""
+        places = hashes >> self._shift
+        self._counts[places] += self._counts[places] < 255
+
+    def of(self, hashes: Hashes) -> NDArray[np.uint8]:
+        """The counts [hashes]."""
+        return self._counts[hashes >> self._shift]

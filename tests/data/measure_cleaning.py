@@ -1,13 +1,16 @@
 """What each stage of cleaning finds of the faults of `planted`, and what it takes that is clean:
-`PYTHONPATH=. python tests/data/measure_cleaning.py [OUT]` writes OUT/summary.md and .json (default: results/corpus).
+`PYTHONPATH=. python tests/data/measure_cleaning.py OUT` writes OUT/summary.md and .json; `… OUT 30 100` adds the speed
+of 30 and of 100 MB.
 
 Through `prepare` alone: what is dropped are the documents that are not there; what is cut are the lines that are not.
 """
 
 import json
 import re
+import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -15,8 +18,10 @@ from typing import Any, NamedTuple
 
 from planted import LANGUAGES, Planted, dirty_corpus
 
+from mai_thinking.bench.machine import describe
 from mai_thinking.config.data import DataSection
 from mai_thinking.data import PreparedData, prepare
+from mai_thinking.report.document import Cell, Document, Table
 
 OFF: dict[str, Any] = {"exact_duplicates": False, "near_duplicates": None, "decontamination_ngram": None}
 STAGES: dict[str, dict[str, Any]] = {
@@ -131,14 +136,82 @@ def precision(found: list[Outcome]) -> float | None:
     return sum(not o.harmed for o in touched) / len(touched) if touched else None
 
 
+def measure_faults() -> dict[str, Any]:
+    """Every set of stages on the planted corpus."""
+    stages, examples = {}, []
+    for stage, cleaning in STAGES.items():
+        begin = time.process_time()
+        with tempfile.TemporaryDirectory() as name:
+            found = outcomes(cleaning, Path(name))
+        stages[stage] = {"recall": recall(found), "precision": precision(found), "harmed": harmed(found)}
+        examples += [[stage, o.document.language, o.document.kind, o.document.text[:120]] for o in found if o.harmed][
+            :4
+        ]
+        print(f"{stage}: {time.process_time() - begin:.0f} s", flush=True)
+    return {"stages": stages, "examples": examples, "documents": len(found)}
+
+
+def draw(out: Path) -> None:
+    """The page, from the parts that are there."""
+    parts = {path.stem.removeprefix("part-"): json.loads(path.read_text()) for path in sorted(out.glob("part-*.json"))}
+    faults = parts["faults"]
+    stages = faults["found"]["stages"]
+    page = Document("Corpus: what cleaning finds")
+    page.facts["made"] = {name: part["made"] for name, part in parts.items()}
+    page.add(
+        f"{faults['found']['documents']:,} documents in English, code, Chinese and Arabic, "
+        f"{len(stages['all']['recall'])} kinds of faults planted by rule. Each column is one set of stages "
+        "alone; the first three are what there was before. A copy counts as found when it is dropped, a line when it "
+        "is gone."
+    )
+    kinds = list(stages["all"]["recall"])
+    rows: list[list[Cell]] = [[kind, *(stages[s]["recall"][kind]["all"] for s in stages)] for kind in kinds]
+    page.add_table("recall_table", Table(["fault", *stages], rows, digits=2), "Recall")
+    page.facts["recall"] = {stage: one["recall"] for stage, one in stages.items()}
+    page.facts["precision"] = {stage: one["precision"] for stage, one in stages.items()}
+    page.facts["harmed"] = {stage: one["harmed"] for stage, one in stages.items()}
+    rows = [[s, one["precision"], *(100 * one["harmed"][name] for name in (*LANGUAGES, "all"))]
+            for s, one in stages.items()]  # fmt: skip
+    columns = ["stages", "precision", *(f"{name}, %" for name in (*LANGUAGES, "all"))]
+    page.add_table(
+        "clean", Table(columns, rows, digits=2), "Harm: documents dropped, or cut by a tenth, that had no fault"
+    )
+    rows = [[kind, *(stages["all"]["recall"][kind][name] for name in LANGUAGES)] for kind in kinds]
+    page.add_table("by_language", Table(["all stages", *LANGUAGES], rows, digits=2), "Recall by language")
+    page.add_table("harm_examples", Table(["stages", "language", "kind", "how it begins"], faults["found"]["examples"]))
+    speeds = {name: part["found"] for name, part in parts.items() if name.startswith("speed")}
+    if speeds:
+        names = list(next(iter(speeds.values()))["mb_per_s"])
+        rows = [[name, *(one["mb_per_s"].get(name) for one in speeds.values())] for name in names]
+        rows += [["peak memory, GB", *(one["peak_gb"] for one in speeds.values())]]
+        rows += [["of it before anything was read, GB", *(one["gb_before"] for one in speeds.values())]]
+        rows += [["documents", *(one["documents"] for one in speeds.values())]]
+        columns = ["MB a second of one core", *(f"{one['mb']:.0f} MB" for one in speeds.values())]
+        page.add_table("speed", Table(columns, rows, digits=2), "Speed and memory, every stage on")
+        page.facts["mb_per_s"] = {name: one["mb_per_s"] for name, one in speeds.items()}
+        page.facts["peak_gb"] = {name: one["peak_gb"] for name, one in speeds.items()}
+    lines = [f"- *{name}*: `{part['made']['command']}`; code {part['made']['commit'][:7]}; {part['made']['cpu']}"
+             for name, part in parts.items()]  # fmt: skip
+    page.add("\n".join(lines), heading="How it was made")
+    page.write(out)
+
+
+def main(out: Path, sizes: list[str]) -> None:
+    """Measure the faults, or with `sizes` (megabytes) the speed; draw what there is."""
+    out.mkdir(parents=True, exist_ok=True)
+    speed = str(Path(__file__).with_name("measure_speed.py"))
+    found = {f"speed-{int(size):04}": json.loads(_output([sys.executable, speed, size])) for size in sizes}
+    found = found or {"faults": measure_faults()}
+    command = f"PYTHONPATH=. python tests/data/measure_cleaning.py {' '.join(sys.argv[1:])}"
+    made = {"command": command, "commit": _output(["git", "rev-parse", "HEAD"]).strip(), "seed": 0, **describe()}
+    for name, part in found.items():
+        (out / f"part-{name}.json").write_text(json.dumps({"found": part, "made": made}, indent=1) + "\n")
+    draw(out)
+
+
+def _output(command: list[str]) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
 if __name__ == "__main__":
-    with tempfile.TemporaryDirectory() as name:
-        for stage, cleaning in STAGES.items():
-            if len(sys.argv) > 1 and sys.argv[1] not in stage:
-                continue
-            result = outcomes(cleaning, Path(name))
-            print("==", stage, "precision", precision(result), "harmed", harmed(result))
-            for kind, row in recall(result).items():
-                print(f"{kind:28}", {k: round(v, 2) for k, v in row.items()})
-            for one in [o for o in result if o.harmed][:20]:
-                print("   harmed:", one.document.kind, one.document.language, repr(one.document.text[:150]))
+    main(Path(sys.argv[1]), sys.argv[2:])

@@ -21,12 +21,18 @@ from mai_thinking.data.duplicates import near_duplicates, templated
 from mai_thinking.data.fuzzy import FuzzyIndex
 from mai_thinking.data.semantic import semantic_duplicates
 from mai_thinking.data.words import WordHashes
+from mai_thinking.report.corpus import corpus_page
 
 Make = Callable[..., DataSection]
 
 
 def named(texts: list[str]) -> list[Document]:
     return [Document(str(place), text) for place, text in enumerate(texts)]
+
+
+def cleaned(texts: list[str], code: bool, section: BoilerplateSection) -> list[str]:
+    cut = without_boilerplate(named(texts), [code] * len(texts), section)
+    return [before if after is None else after for before, after in zip(texts, cut, strict=True)]
 
 
 def dropped(prepared: PreparedData, name: str) -> dict[str, int]:
@@ -78,19 +84,19 @@ def test_boilerplate_is_counted_in_documents_and_one_of_a_repeated_line_stays() 
     section = BoilerplateSection(min_words=3, across=2, within=2)
     everywhere, often, few = "all rights reserved here\n", "read this page again\n", "two words\n"
     texts = [f"{everywhere}text number {i}\n{few}{often * (4 if i == 0 else 2)}end {i}\n" for i in range(3)]
-    cut = without_boilerplate(named(texts), [False] * 3, section)
+    cut = cleaned(texts, False, section)
     # `often` stands in three documents too.
     assert cut == [f"text number {i}\n{few}end {i}\n" for i in range(3)]
-    cut = without_boilerplate(named(texts[:2]), [False] * 2, section)
+    cut = cleaned(texts[:2], False, section)
     assert cut == [texts[0].replace(often * 4, often), texts[1]]
 
 
 def test_of_a_program_only_comments_are_cut() -> None:
     section = BoilerplateSection(min_words=3, across=1, within=9)
     texts = [f"# the same licence notice\nfrom here import everything\nx = {i}\n" for i in range(3)]
-    cut = without_boilerplate(named(texts), [True] * 3, section)
+    cut = cleaned(texts, True, section)
     assert cut == [text.split("\n", 1)[1] for text in texts]
-    assert without_boilerplate(named(texts), [False] * 3, section) == [f"x = {i}\n" for i in range(3)]
+    assert cleaned(texts, False, section) == [f"x = {i}\n" for i in range(3)]
 
 
 def test_few_representatives_of_what_says_the_same_stay(corpus: Corpus) -> None:
@@ -223,3 +229,18 @@ def test_fuzzy_decontamination_survives_a_reload_and_cuts_streams_too(corpus: Co
         overlap = prepared.overlap
         assert overlap is not None
         assert [overlap.clean(f"{texts[0]}\n{line}\n") != f"{texts[0]}\n{line}\n" for line in changed] == [cut > 0] * 3
+
+
+def test_the_page_of_a_corpus_adds_up(corpus: Corpus, section: Make, tmp_path: Path) -> None:
+    texts = corpus.documents(40)
+    path = corpus.jsonl("a.jsonl", [*texts, texts[0], "short"])
+    prepared = prepare(section(source("a", path)))
+    page = corpus_page(prepared)
+    page.write(tmp_path / "report")
+    rows = {row["stage"]: (row["documents"], row["MB"]) for row in page.facts["stages"]}
+    assert rows["read"][0] == 42
+    assert rows["trained on"][0] == len(prepared.sources["a"].ids)
+    left = len(prepared.held_out["general"]) + sum(rows[rule][0] for rule in ("exact_duplicates", "min_bytes"))
+    assert rows["read"][0] == rows["trained on"][0] + left
+    assert rows["min_bytes"][1] == len("short") / 1e6
+    assert "exact_duplicates" in (tmp_path / "report" / "summary.md").read_text()
