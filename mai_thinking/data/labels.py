@@ -4,7 +4,7 @@ Logistic regression over hashed words and pairs of words: about what fastText do
 """
 
 import functools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -17,23 +17,31 @@ _BATCH = 2048
 _features = functools.partial(hashed_features, longest=2, bits=18)
 
 
+def read_examples(labels: Mapping[str, Mapping[str, str]]) -> dict[str, dict[str, list[str]]]:
+    """Classifier → label → texts, of `data.cleaning.labels`. UsageError for fewer than two labels, or no examples."""
+    found: dict[str, dict[str, list[str]]] = {}
+    for name, files in labels.items():
+        if len(files) < 2:
+            raise UsageError(f"data.cleaning.labels.{name}: needs two labels or more, has {len(files)}")
+        for label, path in sorted(files.items()):
+            texts = [text for record in read_benchmark(Path(path).expanduser()) for text in record if text.strip()]
+            if not texts:
+                raise UsageError(f"data.cleaning.labels.{name}.{label}: {shown(path)}: no text in it")
+            found.setdefault(name, {})[label] = texts
+    return found
+
+
 class Labeller:
     """One classifier; the same examples give the same labels."""
 
-    def __init__(self, name: str, examples: Mapping[str, str]) -> None:
-        """`examples`: label → file. UsageError for fewer than two labels, or an empty file."""
+    def __init__(self, examples: Mapping[str, Sequence[str]]) -> None:
+        """`examples`: label → texts."""
         from sklearn.feature_extraction.text import TfidfTransformer
         from sklearn.linear_model import LogisticRegression
 
-        texts, labels = list[str](), list[str]()
-        for label, path in sorted(examples.items()):
-            found = [text for record in read_benchmark(Path(path).expanduser()) for text in record]
-            if not found or len(examples) < 2:
-                problem = "has no examples" if not found else "is the only label; name a second"
-                raise UsageError(f"data.cleaning.labels.{name}.{label}: {shown(path)}: {problem}")
-            texts += found
-            labels += [label] * len(found)
-        self._rarity = TfidfTransformer(sublinear_tf=False)
+        texts = [text for found in examples.values() for text in found]
+        labels = [label for label, found in examples.items() for _ in found]
+        self._rarity = TfidfTransformer()
         features = self._rarity.fit_transform(_features(texts))
         # Fewer examples of a label do not make it rarer.
         self._model = LogisticRegression(C=10.0, class_weight="balanced", max_iter=300).fit(features, labels)

@@ -31,7 +31,7 @@ from mai_thinking.data.decontamination import SHORTEST, OverlapIndex, read_bench
 from mai_thinking.data.documents import Document, TextStore, until, within
 from mai_thinking.data.embedded import embedded_fingerprint, has_tests, read_embedded
 from mai_thinking.data.jsonl import shown
-from mai_thinking.data.labels import Labeller
+from mai_thinking.data.labels import Labeller, read_examples
 from mai_thinking.data.prepared import (
     OVERLAP,
     TOKENIZER,
@@ -72,6 +72,7 @@ def prepare(config: DataSection, *, sample: float = 1, log: _Log = lambda line: 
     if config.tokenizer.path is not None:
         check_lossless(load_tokenizer(config.tokenizer.path), f"data.tokenizer.path: {config.tokenizer.path}")
     benchmarks = {path: read_benchmark(Path(path).expanduser()) for path in config.cleaning.benchmarks}
+    examples = read_examples(config.cleaning.labels)
     passed_over += _too_short(benchmarks, config.cleaning.decontamination_ngram)
     key = _key(config, readers, sample)
     with _cache(config.cache_dir) as cache, FileLock(cache / f"{key}.lock"):
@@ -84,7 +85,7 @@ def prepare(config: DataSection, *, sample: float = 1, log: _Log = lambda line: 
             for left_over in cache.glob(f".{key}.*"):
                 shutil.rmtree(left_over)
             with atomic_folder(folder) as temporary:
-                _Preparation(config, readers, benchmarks, sample, log).build(temporary, key)
+                _Preparation(config, readers, benchmarks, examples, sample, log).build(temporary, key)
     data = PreparedData(folder, config, passed_over)
     for row in data.left_out:
         log(f"data: {row}")
@@ -99,11 +100,12 @@ class _Preparation:
         config: DataSection,
         readers: dict[str, Reader],
         benchmarks: dict[str, list[list[str]]],
+        examples: dict[str, dict[str, list[str]]],
         sample: float,
         log: _Log,
     ) -> None:
         self.config, self.readers, self.benchmarks, self.sample, self.log = config, readers, benchmarks, sample, log
-        self.labellers = {name: Labeller(name, examples) for name, examples in config.cleaning.labels.items()}
+        self.labellers = {name: Labeller(texts) for name, texts in examples.items()}
         self.tallies = {source.name: Tally() for source in config.sources}
         self.seconds: dict[str, float] = {}
         self.starts: dict[str, Cursor | None] = {}

@@ -16,11 +16,12 @@ from mai_thinking.config.data import BoilerplateSection, DataSection, FuzzySecti
 from mai_thinking.data import PreparedData, prepare
 from mai_thinking.data.boilerplate import without_boilerplate
 from mai_thinking.data.card import card
-from mai_thinking.data.documents import Document
+from mai_thinking.data.documents import Document, TextStore
 from mai_thinking.data.duplicates import near_duplicates, templated
 from mai_thinking.data.fuzzy import FuzzyIndex
 from mai_thinking.data.semantic import semantic_duplicates
 from mai_thinking.data.words import WordHashes
+from mai_thinking.errors import UsageError
 from mai_thinking.report.corpus import corpus_page
 
 Make = Callable[..., DataSection]
@@ -89,6 +90,23 @@ def test_boilerplate_is_counted_in_documents_and_one_of_a_repeated_line_stays() 
     assert cut == [f"text number {i}\n{few}end {i}\n" for i in range(3)]
     cut = cleaned(texts[:2], False, section)
     assert cut == [texts[0].replace(often * 4, often), texts[1]]
+
+
+def test_a_line_of_more_documents_than_a_byte_can_count_is_still_everywhere() -> None:
+    texts = [f"the same line again\nand number {i}\n" for i in range(270)]
+    assert cleaned(texts, False, BoilerplateSection(min_words=4)) == [text.split("\n", 1)[1] for text in texts]
+
+
+def test_a_stored_text_is_read_back_whole_and_leaves_no_file(tmp_path: Path) -> None:
+    store = TextStore(tmp_path / "texts")
+    documents = named(["", "naïve Ω 漢字 𝄞", "plain", "\r\nlines\r"])
+    stored = [store.keep(document) for document in documents]
+    assert stored == documents
+    for one, other in zip(stored, documents, strict=True):
+        assert (one.size, one.fingerprint) == (other.size, other.fingerprint)
+    assert stored[1].with_text("é").text == "é"
+    assert stored[2].text == "plain"
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_of_a_program_only_comments_are_cut() -> None:
@@ -205,6 +223,25 @@ def test_a_wrong_name_is_told(section: Make, tree: dict[str, Any], message: str)
     with pytest.raises(ValueError, match=message.replace("`", ".")):
         section(source("a", "a.jsonl", **{k: v for k, v in tree.items() if k != "cleaning"}),
                 cleaning=tree.get("cleaning", {}))  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ({"high": "no.txt", "low": "empty.txt"}, "no.txt"),
+        ({"high": "full.txt", "low": "empty.txt"}, "empty.txt"),
+        ({"high": "full.txt"}, "needs two labels or more, has 1"),
+    ],
+)
+def test_examples_that_are_missing_are_told(
+    corpus: Corpus, section: Make, tmp_path: Path, labels: dict[str, str], message: str
+) -> None:
+    (tmp_path / "full.txt").write_text("some words\n")
+    (tmp_path / "empty.txt").write_text("")
+    examples = {label: str(tmp_path / name) for label, name in labels.items()}
+    config = section(source("a", corpus.jsonl("a.jsonl", corpus.documents(9))), cleaning={"labels": {"t": examples}})
+    with pytest.raises(UsageError, match=message):
+        prepare(config)
 
 
 def test_a_sample_is_part_of_the_whole_and_has_a_key_of_its_own(corpus: Corpus, section: Make) -> None:
