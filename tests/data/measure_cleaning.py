@@ -24,6 +24,8 @@ from mai_thinking.data import PreparedData, prepare
 from mai_thinking.report.document import Cell, Document, Table
 
 OFF: dict[str, Any] = {"exact_duplicates": False, "near_duplicates": None, "decontamination_ngram": None}
+SEED = 1
+"""Of the faults that are measured; the stages' thresholds were chosen on those of seed 0."""
 STAGES: dict[str, dict[str, Any]] = {
     "exact and MinHash .7": {"exact_duplicates": True, "near_duplicates": 0.7},
     "MinHash .8": {"near_duplicates": 0.8},
@@ -75,12 +77,14 @@ def _plain(text: str) -> str:
     return re.sub(r"\W", "", text).casefold()
 
 
-def outcomes(cleaning: dict[str, Any], folder: Path, languages: Sequence[str] = LANGUAGES) -> list[Outcome]:
+def outcomes(
+    cleaning: dict[str, Any], folder: Path, languages: Sequence[str] = LANGUAGES, seed: int = 0
+) -> list[Outcome]:
     """Every planted document after preparation with this `cleaning`."""
     found: list[Outcome] = []
     sources, planted, benchmark = [], {}, []
     for language in languages:
-        planted[language], questions = dirty_corpus(language)
+        planted[language], questions = dirty_corpus(language, seed)
         benchmark += questions
         path = folder / f"{language}.jsonl"
         path.write_text("".join(json.dumps({"text": one.text}) + "\n" for one in planted[language]), encoding="utf-8")
@@ -142,7 +146,7 @@ def measure_faults() -> dict[str, Any]:
     for stage, cleaning in STAGES.items():
         begin = time.process_time()
         with tempfile.TemporaryDirectory() as name:
-            found = outcomes(cleaning, Path(name))
+            found = outcomes(cleaning, Path(name), seed=SEED)
         stages[stage] = {"recall": recall(found), "precision": precision(found), "harmed": harmed(found)}
         examples += [[stage, o.document.language, o.document.kind, o.document.text[:120]] for o in found if o.harmed][
             :4
@@ -162,7 +166,7 @@ def draw(out: Path) -> None:
         f"{faults['found']['documents']:,} documents in English, code, Chinese and Arabic, "
         f"{len(stages['all']['recall'])} kinds of faults planted by rule. Each column is one set of stages "
         "alone; the first three are what there was before. A copy counts as found when it is dropped, a line when it "
-        "is gone."
+        "is gone. The thresholds were chosen on other faults of the same kinds."
     )
     kinds = list(stages["all"]["recall"])
     rows: list[list[Cell]] = [[kind, *(stages[s]["recall"][kind]["all"] for s in stages)] for kind in kinds]
@@ -203,7 +207,7 @@ def main(out: Path, sizes: list[str]) -> None:
     found = {f"speed-{int(size):04}": json.loads(_output([sys.executable, speed, size])) for size in sizes}
     found = found or {"faults": measure_faults()}
     command = f"PYTHONPATH=. python tests/data/measure_cleaning.py {' '.join(sys.argv[1:])}"
-    made = {"command": command, "commit": _output(["git", "rev-parse", "HEAD"]).strip(), "seed": 0, **describe()}
+    made = {"command": command, "commit": _output(["git", "rev-parse", "HEAD"]).strip(), "seed": SEED, **describe()}
     for name, part in found.items():
         (out / f"part-{name}.json").write_text(json.dumps({"found": part, "made": made}, indent=1) + "\n")
     draw(out)
