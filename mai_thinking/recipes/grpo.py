@@ -19,7 +19,7 @@ from mai_thinking.rl.executors import make_executor
 from mai_thinking.rl.grading import GradingPool
 from mai_thinking.rl.length_curriculum import LengthCurriculum
 from mai_thinking.rl.metrics import rollout_metrics, stale_metrics
-from mai_thinking.rl.objective import Objective
+from mai_thinking.rl.objective import EntropyController
 from mai_thinking.rl.packing import pack
 from mai_thinking.rl.policy import PolicyLoss
 from mai_thinking.rl.problem_filter import FilterCounts
@@ -80,7 +80,10 @@ class GrpoRecipe(Recipe):
         self.held_out = HeldOut(mix, config.evaluation, rank=rank, ranks=ranks, device=context.device)
         self.evaluate_every = config.evaluation.every
         self.buffer = RolloutBuffer()
-        self.objective = Objective(config.objective)
+        section = config.objective
+        self.entropy_control = EntropyController(
+            section.target_entropy, section.step_size, section.max_relaxation, initial=section.clip_relaxation
+        )
         self.curriculum = LengthCurriculum(config.curriculum)
         self.detector = CollapseDetector(config.collapse)
 
@@ -91,7 +94,7 @@ class GrpoRecipe(Recipe):
     def state(self) -> dict[str, Any]:
         """k, the length's stage, what waits to be learned from, and which problem comes next."""
         own = {"buffer": PerRank(self.buffer), "collector": PerRank(self.controller)}
-        return {"objective": self.objective, "curriculum": self.curriculum, **own}
+        return {"objective": self.entropy_control, "curriculum": self.curriculum, **own}
 
     def progress(self) -> dict[str, Any]:
         """What the collapse detector has seen, and which tasks these are."""
@@ -119,13 +122,15 @@ class GrpoRecipe(Recipe):
         # Packed rows → gradient step: replay of nucleus and experts, trust region, outer clip (§3.1).
         packing, experts = self.config.packing, self.architecture.num_experts
         rows = pack(rollouts, row_length=packing.row_length, rows=packing.rows, num_experts=experts)
-        loss = PolicyLoss(self.objective, self.config.rollouts, [r.advantage for r in rollouts], experts)
+        k, advantages = self.entropy_control.clip_relaxation, [rollout.advantage for rollout in rollouts]
+        loss = PolicyLoss(
+            self.config.objective, self.config.rollouts, advantages, clip_relaxation=k, num_experts=experts
+        )
         metrics = self.learner.update(rows, loss, step)
         if not loss.signal:
             self.context.log(f"step {step}: in each group all rewards are equal; the weights stay what they are")
         # Entropy control: k ← clip(k + δ·sign(H* − Ĥ), 0, k_max), for the next step (§3.1).
-        k = self.objective.clip_relaxation
-        self.objective.update(metrics["entropy"])
+        self.entropy_control.update(metrics["entropy"])
         # Only from weights that are the engine's own is the difference a mismatch; later it is what was learned.
         if in_turn or summary["staleness"]:
             del metrics["mismatch"]

@@ -25,7 +25,6 @@ from mai_thinking.recipes.grpo import grpo
 from mai_thinking.report import conclude
 from mai_thinking.rl.controller import Controller
 from mai_thinking.rl.engine import BatchedEngine
-from mai_thinking.rl.objective import Objective
 from mai_thinking.rl.packing import pack
 from mai_thinking.rl.policy import PolicyLoss
 from mai_thinking.rl.policy_model import check_lengths
@@ -292,7 +291,7 @@ def gradients_of(groups: list[Group], rows: int, **execution: Any) -> dict[str, 
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     advantages = [rollout.advantage for rollout in rollouts]
     experts = model.config.num_experts
-    loss = PolicyLoss(Objective(ObjectiveSection()), RolloutSection(), advantages, experts)
+    loss = PolicyLoss(ObjectiveSection(), RolloutSection(), advantages, clip_relaxation=0.0, num_experts=experts)
     learner.update(pack(rollouts, row_length=64, rows=rows, num_experts=experts), loss, 1)
     return gradients
 
