@@ -15,7 +15,7 @@ from torch import Tensor
 from mai_thinking.config.command import exit_with
 from mai_thinking.errors import UsageError
 from mai_thinking.rl import policy
-from mai_thinking.rl.executors import Ahead
+from mai_thinking.rl.asynchronous import Ahead
 from mai_thinking.rl.objective import grpo_loss
 
 PARTS = ("pacing", "ratio")

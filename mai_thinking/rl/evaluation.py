@@ -20,7 +20,7 @@ from mai_thinking.config.grpo import ClimbEvaluationSection, GrpoConfig
 from mai_thinking.rl.grading import GradingPool
 from mai_thinking.rl.language import foreign_words
 from mai_thinking.rl.rollout import Rollout
-from mai_thinking.rl.rollout_worker import Responder
+from mai_thinking.rl.rollout_worker import RolloutWorker
 from mai_thinking.rl.tasks import Problem, TaskSampler
 from mai_thinking.rl.template import Template
 from mai_thinking.training.context import RunContext
@@ -83,7 +83,7 @@ class HeldOut:
         self.section, self.rank, self.ranks, self._device = section, rank, ranks, device
         self.problems = [problem for family in mix.families for problem in mix.held_out(family, section.problems)]
 
-    def evaluate(self, responder: Responder, max_length: int) -> tuple[dict[str, Any], list[Rollout]]:
+    def evaluate(self, worker: RolloutWorker, max_length: int) -> tuple[dict[str, Any], list[Rollout]]:
         """→ flat metrics, the same on every rank, and the first rollout of each of this rank's problems. Collective."""
         k, own_temperature = self.section.samples, self.section.temperature
         mine = range(self.rank, len(self.problems), self.ranks)
@@ -92,11 +92,11 @@ class HeldOut:
             asked: list[Rollout] = []
             for number in mine:
                 first = first_id + number * samples
-                asked += responder.ask(self.problems[number], range(first, first + samples), max_length)
-            return responder.respond(asked, temperature, tools=tools)
+                asked += worker.ask(self.problems[number], range(first, first + samples), max_length)
+            return worker.respond(asked, temperature, tools=tools)
 
         rollouts = respond(k, FIRST_ID, own_temperature)
-        emptied, other_thought, half_thought = self._forced(responder, rollouts)
+        emptied, other_thought, half_thought = self._forced(worker, rollouts)
         greedy = respond(1, FIRST_ID + _IDS // 2, 0.0)
         # Of each response, by the name of the mean.
         values: dict[str, list[float]] = {
@@ -108,7 +108,7 @@ class HeldOut:
             "thought_share": [rollout.has_thought for rollout in rollouts],
             "response_length": [len(rollout.own_ids) for rollout in rollouts],
         }
-        if responder.engine.tools:
+        if worker.engine.tools:
             values["call_share"] = [bool(rollout.calls) for rollout in rollouts]
             # The same draws up to the first call, which nothing answers.
             bare = respond(k, FIRST_ID, own_temperature, tools=False)
@@ -120,19 +120,19 @@ class HeldOut:
             dist.all_reduce(sums)
         return self._metrics(dict(zip(values, sums.cpu(), strict=True))), rollouts[::k]
 
-    def _forced(self, responder: Responder, rollouts: Sequence[Rollout]) -> Iterator[list[float]]:
+    def _forced(self, worker: RolloutWorker, rollouts: Sequence[Rollout]) -> Iterator[list[float]]:
         """Which answers pass where the answer is forced: at once, after another's thought, after half of the own."""
-        room = ANSWER_TOKENS + max(len(responder.encoder.encode(problem.answer)) for problem in self.problems)
+        room = ANSWER_TOKENS + max(len(worker.encoder.encode(problem.answer)) for problem in self.problems)
         problems = [rollout.problem for rollout in rollouts]
         own = [rollout.thought if rollout.has_thought else "" for rollout in rollouts]
-        ids = [responder.encoder.encode(thought) for thought in own]
-        halves = [str(responder.tokenizer.decode(thought[: len(thought) // 2])) for thought in ids]
+        ids = [worker.encoder.encode(thought) for thought in own]
+        halves = [str(worker.tokenizer.decode(thought[: len(thought) // 2])) for thought in ids]
         for way, thoughts in enumerate(([""] * len(own), _of_another(own, problems), halves), start=1):
             asked = [
                 (rollout.problem, thought, rollout.id + way * _IDS)
                 for rollout, thought in zip(rollouts, thoughts, strict=True)
             ]
-            yield [grade.passed for grade in responder.force(asked, room, self.section.temperature)]
+            yield [grade.passed for grade in worker.force(asked, room, self.section.temperature)]
 
     def _metrics(self, sums: Mapping[str, torch.Tensor]) -> dict[str, Any]:
         """Means over problems, by task and by size; of pass@1 also the 95 % interval, and pass@k. `sums` over the

@@ -25,7 +25,7 @@ from mai_thinking.model.loss import CHUNK_ELEMENTS, head_gradient, logits_produc
 from mai_thinking.rl.engine.nucleus import unpack_bits
 from mai_thinking.rl.nuclei import set_bits
 from mai_thinking.rl.objective import grpo_loss, objective_metrics
-from mai_thinking.rl.packing import MicroBatch
+from mai_thinking.rl.packing import PackedRollouts
 from mai_thinking.training.learner import Counts, Learner
 
 NARROW = 1 / 128
@@ -53,7 +53,7 @@ class PolicyLoss:
         self._advantages = torch.tensor(advantages, dtype=torch.float32)
         self.signal = True  # Whether any advantage of the global batch is not zero, once it has been counted
 
-    def count(self, micro_batches: Sequence[MicroBatch], learner: Learner) -> Counts:
+    def count(self, micro_batches: Sequence[PackedRollouts], learner: Learner) -> Counts:
         """Response tokens, how often each expert was chosen, and whether any advantage says anything."""
         layers = micro_batches[0].expert_choices.size(0)
         counts_ME = torch.zeros(layers, self._num_experts)
@@ -69,7 +69,7 @@ class PolicyLoss:
         return Counts(real, counts_ME, self.signal)
 
     def forward(
-        self, micro_batch: MicroBatch, learner: Learner
+        self, micro_batch: PackedRollouts, learner: Learner
     ) -> tuple[torch.Tensor, Routing, dict[str, torch.Tensor]]:
         """The responses' log-probs under the learner's weights, and the objective on them."""
         batch = micro_batch.to(learner.device)
@@ -93,10 +93,15 @@ class PolicyLoss:
 
 
 def response_logprobs(
-    model: nn.Module, batch: MicroBatch, *, temperature: float, replay_nucleus: bool = True, replay_experts: bool = True
+    model: nn.Module,
+    batch: PackedRollouts,
+    *,
+    temperature: float,
+    replay_nucleus: bool = True,
+    replay_experts: bool = True,
 ) -> tuple[torch.Tensor, Routing]:
     """The policy's log-probability of every response token, at the temperature that it was drawn with: [N] fp32, with
-    gradient, in the order of `MicroBatch.targets`. And the routing's sums over the real tokens, prompts included.
+    gradient, in the order of `PackedRollouts.targets`. And the routing's sums over the real tokens, prompts included.
 
     `model` is a MaiThinkingForCausalLM or a wrapper of one (DDP, FSDP); the batch is on its device. Only response
     places go through the head.

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from mai_thinking.errors import UsageError
-from mai_thinking.rl.rollout_worker import Batch, Order
+from mai_thinking.rl.rollout_worker import Order, RolloutBatch
 from mai_thinking.rl.worker_pool import START_SECONDS, Worker
 from mai_thinking.rl.worker_process import Answering, NewestWeights, SharedWeights
 
@@ -101,7 +101,7 @@ class _Actor:
         return self._beats
 
     @ray.method(concurrency_group="answers")
-    def answer(self, order: Order, news: int) -> Batch | str | None:
+    def answer(self, order: Order, news: int) -> RolloutBatch | str | None:
         """The batch, None if it was given up, or what went wrong for good; once it has heard the `news`."""
         try:
             if self._answering is None:  # here, since threads are a matter of each thread
@@ -158,7 +158,7 @@ class RayWorker(Worker):
         try:
             while self._answers and _ready(self._answers[0]):
                 answer = ray.get(self._answers[0])
-                if isinstance(answer, Batch):
+                if isinstance(answer, RolloutBatch):
                     answer.worker = self.number
                     self.setup.spool.write(answer)
                 self._answers.popleft()

@@ -19,7 +19,7 @@ from typing import Any
 import torch.multiprocessing
 
 from mai_thinking.errors import RunError
-from mai_thinking.rl.rollout_worker import Batch, Order
+from mai_thinking.rl.rollout_worker import Order, RolloutBatch
 from mai_thinking.rl.worker_process import WorkerSetup, work
 
 HANG_SECONDS = 120.0  # A worker with an order that does not move for so long is hung
@@ -66,7 +66,7 @@ class WorkerPool(AbstractContextManager["WorkerPool"]):
         del self._begun[order]
         return order
 
-    def take(self, order: Order) -> Batch | None:
+    def take(self, order: Order) -> RolloutBatch | None:
         """Its answer, if it is there."""
         batch = self.spool.read(order) if self._begun.get(order, True) else None
         if batch is not None:

@@ -23,10 +23,9 @@ from mai_thinking.data.tokenizer import load_tokenizer
 from mai_thinking.rl.engine import Engine
 from mai_thinking.rl.grading import GradingPool
 from mai_thinking.rl.policy_model import check_lengths, make_engine, policy_config, policy_model
-from mai_thinking.rl.rollout_worker import Batch, Order, Responder, RolloutWorker
+from mai_thinking.rl.rollout_worker import Order, RolloutBatch, RolloutWorker
 from mai_thinking.rl.schedule import Spool
 from mai_thinking.rl.tasks import TaskSampler
-from mai_thinking.rl.template import Template
 from mai_thinking.training.process import keep_freed_memory
 
 _PAUSE = 0.002
@@ -124,10 +123,9 @@ class Answering(AbstractContextManager["Answering"]):
         engine = make_engine(model, config, tokenizer, "no", self._weights.between_tokens)
         self._weights.engine = engine
         self._pool = GradingPool(config.tasks, **config.grading.model_dump())
-        responder = Responder(engine, self._pool, Template(config.template), tokenizer)
-        self._worker = RolloutWorker(config, mix, responder, ranks=ranks)
+        self._worker = RolloutWorker(config, mix, engine, self._pool, tokenizer, ranks=ranks)
 
-    def answer(self, order: Order) -> Batch | None:
+    def answer(self, order: Order) -> RolloutBatch | None:
         """The batch; None if the weights that it is for are gone."""
         try:
             self._weights.begin(order)

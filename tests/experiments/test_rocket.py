@@ -19,7 +19,7 @@ from mai_thinking.experiments.pacing import shares_by_size
 from mai_thinking.experiments.without import take_out
 from mai_thinking.report.rocket import draw, write_part
 from mai_thinking.rl import policy
-from mai_thinking.rl.executors import Ahead
+from mai_thinking.rl.asynchronous import Ahead
 from mai_thinking.rl.tasks import TaskSampler
 
 ROOT = Path(__file__).parents[2]

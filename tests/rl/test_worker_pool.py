@@ -17,10 +17,9 @@ import torch
 
 from mai_thinking.errors import RunError
 from mai_thinking.rl import worker_pool
-from mai_thinking.rl.controller import Controller
-from mai_thinking.rl.executors import InTurn
+from mai_thinking.rl.asynchronous import InTurn
 from mai_thinking.rl.problem_filter import FilterCounts
-from mai_thinking.rl.rollout_worker import Batch, Order
+from mai_thinking.rl.rollout_worker import Order, RolloutBatch
 from mai_thinking.rl.schedule import Spool
 from mai_thinking.rl.worker_pool import ProcessWorker, WorkerPool
 from mai_thinking.rl.worker_process import SharedWeights, WorkerSetup
@@ -44,7 +43,9 @@ def faulty(setup: WorkerSetup, worker: int, connection: Connection) -> None:
             elif fault != "fails":
                 os.kill(os.getpid(), signal.SIGSTOP if fault == "stop" else signal.SIGKILL)
         if fault != "fails":
-            setup.spool.write(Batch(order, order.version or 0, [], FilterCounts(kept=order.number), [], worker=worker))
+            setup.spool.write(
+                RolloutBatch(order, order.version or 0, [], FilterCounts(kept=order.number), [], worker=worker)
+            )
         connection.send((order, "no room" if fault == "fails" else None))
 
 
@@ -135,7 +136,7 @@ def test_an_answer_that_was_given_up_is_not_believed(pool: Any) -> None:
 def test_what_arrived_before_a_crash_is_not_made_again(pool: Any, tmp_path: Path) -> None:
     """Unless it is damaged."""
     for order in orders(2):
-        Spool(tmp_path, 0).write(Batch(order, 0, [], FilterCounts(kept=order.number), [], worker=77))
+        Spool(tmp_path, 0).write(RolloutBatch(order, 0, [], FilterCounts(kept=order.number), [], worker=77))
     damaged = Spool(tmp_path, 0).path(1)
     damaged.write_bytes(damaged.read_bytes()[:40])
     with pool({}, count=1) as workers:
@@ -159,7 +160,7 @@ def test_the_idle_share_is_of_the_time_of_all_workers(pool: Any, monkeypatch: py
         asked = orders(7)
 
         def answered(worker: int, number: int, began: float, seconds: float) -> None:
-            batch = Batch(asked[number], 0, [], FilterCounts(), [], worker=worker, began=began, seconds=seconds)
+            batch = RolloutBatch(asked[number], 0, [], FilterCounts(), [], worker=worker, began=began, seconds=seconds)
             workers.spool.write(batch)
             ends[worker].send((asked[number], None))
 
@@ -191,10 +192,11 @@ def test_the_idle_share_is_of_the_time_of_all_workers(pool: Any, monkeypatch: py
 def test_a_filling_that_was_broken_off_is_drawn_again(pool: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """What it had begun is for weights that are gone: nobody waits for that."""
     with pool({}, count=1) as workers:
-        controller: Any = Controller(cast(Any, None), InTurn(workers), cast(Any, None), problems=4, rank=0, ranks=1)
-        controller.version = 1
-        begun = controller.draw(only_newest=True)
-        controller.version = 2
+        worker: Any = SimpleNamespace(config=None, problems=4, ranks=1, engine=Mock())
+        collector = InTurn(worker, cast(Any, None), workers, rank=0)
+        collector.version = 1
+        begun = collector.draw(only_newest=True)
+        collector.version = 2
         deadline, wait = time.monotonic() + 120, workers.wait
 
         def waiting(heartbeat: Any) -> None:
@@ -202,5 +204,6 @@ def test_a_filling_that_was_broken_off_is_drawn_again(pool: Any, monkeypatch: py
             wait(heartbeat)
 
         monkeypatch.setattr(workers, "wait", waiting)
-        batch = controller.executor.next(controller, 1)
+        batch = collector.next(1)
+        assert batch is not None
         assert (batch.order.number, batch.order.first, batch.order.version) == (begun.number, begun.first, 2)
