@@ -7,7 +7,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parent.parent
-EXTRAS = ("test", "plots", "mixture", "tasks", "tools", "company")
+EXTRAS = ("test", "plots", "mixture", "tasks", "tools", "company", "ray", "corpus")
 
 
 def test_the_lock_has_all_that_is_asked_for() -> None:

@@ -40,6 +40,15 @@ def test_links_lead_somewhere() -> None:
     assert [(page.name, link) for page, link in local if not (page.parent / link).exists()] == []
 
 
+def test_the_names_of_a_step_are_there() -> None:
+    """Each once: none that has gone, and none that stands for two things."""
+    names = re.findall(r"`(\w+)`", (ROOT / "docs" / "reading.md").read_text().partition("## The names")[2])
+    source = "\n".join(path.read_text() for path in (ROOT / "mai_thinking").rglob("*.py"))
+    assert len(names) > 30
+    found = {name: re.findall(rf"^(?:class|def) {name}\b|^{name} = ", source, flags=re.M) for name in names}
+    assert [name for name, places in found.items() if len(places) != 1] == []
+
+
 def test_every_page_is_linked_from_the_readme() -> None:
     readme = (ROOT / "README.md").read_text()
     assert [page.name for page in (ROOT / "docs").glob("*.md") if f"docs/{page.name}" not in readme] == []

@@ -12,7 +12,7 @@ from mai_thinking.config.grpo import SamplingSection
 from mai_thinking.rl.rollout import Group, Rollout
 
 
-class Stage(NamedTuple):
+class FilterStage(NamedTuple):
     """Of a problem's way: rollouts are generated until the group has `size`, those of the stage before included; then
     its pass rate must lie in `bounds`, or the problem is dropped."""
 
@@ -27,10 +27,10 @@ class Stage(NamedTuple):
         return wrong and self.name + wrong
 
 
-def stages(section: SamplingSection) -> list[Stage]:
+def stages(section: SamplingSection) -> list[FilterStage]:
     """The early rollouts, if they are to decide anything, and the whole group. What passes the last one is kept."""
-    early = [Stage(section.early_size, section.early_range, "early_")] if section.early_range else []
-    return [*early, Stage(section.full_size, section.final_range or (0.0, 1.0), "")]
+    early = [FilterStage(section.early_size, section.early_range, "early_")] if section.early_range else []
+    return [*early, FilterStage(section.full_size, section.final_range or (0.0, 1.0), "")]
 
 
 KEPT = "kept"
