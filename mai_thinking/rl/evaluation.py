@@ -22,7 +22,6 @@ from mai_thinking.rl.language import foreign_words
 from mai_thinking.rl.rollout import Rollout
 from mai_thinking.rl.rollout_worker import RolloutWorker
 from mai_thinking.rl.tasks import Problem, TaskSampler
-from mai_thinking.rl.template import Template
 from mai_thinking.training.context import RunContext
 from mai_thinking.training.metrics import MetricsLog
 
@@ -53,16 +52,16 @@ def answers(config: GrpoConfig, model: str, tasks: Sequence[str], problems: int)
     found: dict[str, list[Answer]] = {}
     with GradingPool(config.tasks, **config.grading.model_dump()) as pool:
         engine = setup.make_engine(policy, config, tokenizer, "no", heartbeat=lambda: None)
-        responder = Responder(engine, pool, Template(config.template), tokenizer)
+        worker = RolloutWorker(config, mix, engine, pool, tokenizer, ranks=1)
         for name in tasks:
             asked = [
                 rollout
                 for number, problem in enumerate(mix.held_out(name, problems))
-                for rollout in responder.ask(problem, [FIRST_ID + number], config.curriculum.end)
+                for rollout in worker.ask(problem, [FIRST_ID + number], config.curriculum.end)
             ]
             found[name] = [
                 Answer(r.grade.passed, len(r.own_ids), foreign_words(r.thought) > 0, bool(r.calls))
-                for r in responder.respond(asked)
+                for r in worker.respond(asked)
             ]
     return found
 
