@@ -16,6 +16,8 @@ Provenance = Literal["human", "procedural", "own-model", "third-party-model"]
 
 EMBEDDED_CORPORA = ("stdlib", "stdlib-tests", "scientific", "manuals", "docstrings", "exercises", "serial")
 """Corpora that every Python environment with this package already has; see `mai_thinking.data.embedded`."""
+EMBEDDED_PARTS = ("package/", "docstrings/")
+"""Before the name of any installed package: its modules, or their longer docstrings."""
 
 
 class SerialSection(Section):
@@ -45,7 +47,8 @@ class SourceSection(Section):
     kind: Literal["embedded", "jsonl", "parquet", "text", "hub"]
     """`embedded` needs no download; `hub` is a dataset's name on the Hugging Face Hub, read through `datasets`."""
     path: str = Field(min_length=1)
-    """A file, a folder of such files, a Hub dataset's name, or the name of an embedded corpus."""
+    """A file, a folder of such files, a Hub dataset's name, the name of an embedded corpus, or `package/NAME` or
+    `docstrings/NAME` of an installed package."""
     category: Category
     """Where its tokens count in the mixture and in the evaluation."""
     licence: str = Field(min_length=1)
@@ -87,7 +90,7 @@ class SourceSection(Section):
     @model_validator(mode="after")
     def _check_kind(self) -> Self:
         if self.kind == "embedded":
-            if self.path not in EMBEDDED_CORPORA:
+            if self.path not in EMBEDDED_CORPORA and not self.path.startswith(EMBEDDED_PARTS):
                 fix = nearest_name(self.path, EMBEDDED_CORPORA)
                 raise ValueError(f"source {self.name!r}: no embedded corpus {self.path!r}; {fix}")
             if self.endless and self.max_bytes is None:
