@@ -57,7 +57,7 @@ def test_near_duplicates_are_those_of_comparing_all_pairs(corpus: Corpus) -> Non
     texts = list(originals)
     for text in originals:
         words = text.split(" ")
-        for changed in (1, len(words) // 4):
+        for changed in (1, len(words) // 3, len(words) // 2):
             texts.append(" ".join(["new", *words[changed:]]))
     cleaning = DataSection.model_validate({"cleaning": {"near_duplicates": 0.7, "minhash_permutations": 512}}).cleaning
     twins = near_duplicates(named(texts), cleaning)
