@@ -5,6 +5,9 @@ MODEL is a Hugging Face folder, a run's folder, or a run's `checkpoints/step-…
 
 `python scripts/evaluate.py MODEL --reference OUT.json CONFIG.yaml` writes what MODEL makes of each held-out set of a
 pre-training config: what `evaluation.reference` normalises other models' losses by.
+
+`python scripts/evaluate.py MODEL FILE … --suffix 64` shows what a longer prefix is worth: the NLL of the same 64 tokens
+as the text before them grows to four times the trained length.
 """
 
 from pathlib import Path
@@ -23,6 +26,7 @@ def main() -> None:
     )
     parser.add_argument("--batch-size", type=option(Count), default=16)
     parser.add_argument("--reference", type=Path, metavar="OUT.json", help="FILE is a pre-training config")
+    parser.add_argument("--suffix", type=option(Count), metavar="TOKENS", help="NLL of so many, by the prefix's length")
     options = parser.parse_args()
 
     from mai_thinking.training.evaluation import evaluate_files
@@ -37,6 +41,12 @@ def main() -> None:
 
         data = prepare(load_config(PretrainConfig, str(options.files[0])).data, log=print)
         reference_of(model, tokenizer, data, batch_size=options.batch_size).write(options.reference)
+        return
+    if options.suffix is not None:
+        from mai_thinking.training.long_context import long_context_table
+
+        trained = options.context or model.config.max_position_embeddings
+        print(long_context_table(model, tokenizer, options.files, suffix=options.suffix, trained=trained))
         return
     print(
         evaluate_files(model, tokenizer, options.files, context_length=options.context, batch_size=options.batch_size)

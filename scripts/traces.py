@@ -9,9 +9,9 @@ from rich.console import Console
 
 from mai_thinking.config.base import Count, Whole
 from mai_thinking.config.command import Parser, exit_with, option
-from mai_thinking.rl.trace_report import Order, report_traces
+from mai_thinking.rl.trace_report import Ranking, report_traces
 
-ORDERS: dict[Order, str] = {
+ORDERS: dict[Ranking, str] = {
     "best": "highest reward",
     "worst": "lowest reward",
     "longest": "most response tokens",

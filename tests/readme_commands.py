@@ -13,13 +13,21 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("climb", "faults", "ladders", "gpus"))]
+PAGES = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("climb", "faults", "ladders", "gpus", "data"))]
 """What is run, in this order: each builds on what those before have left."""
 _QUICK = "data.held_out.max_bytes=30000 evaluation.every=4 evaluation.max_bytes=2000 checkpoint.every=4"
 _SOON = f"schedule.warmup_steps=2 {_QUICK}"
 _CLIMB = (  # an untrained policy, all of whose answers are wrong
     "steps=4 evaluation.every=4 evaluation.problems=4 groups_per_step=2 "
     "sampling.early_range=null sampling.final_range=null"
+)
+_ANY = (  # traces
+    "steps=2 traces.0.late=1.0 selection.correct_only=false selection.unfinished=true selection.unanswered=true "
+    "selection.hacks=[] selection.max_repetition=null selection.max_foreign=null"
+)
+_CONSOLIDATION = (
+    "python scripts/consolidation.py configs/nano-consolidated-grpo.yaml --specialists runs/nano-think-grpo "
+    "runs/nano-tools runs/nano-helpful --students runs/nano-consolidated runs/nano-consolidated-grpo --out consolidated"
 )
 _FAULTS = "--hang-seconds 10 --restarts 100"
 
@@ -42,12 +50,14 @@ ADDED = {
     "python scripts/pretrain.py configs/nano-tools-worked.yaml": f"steps=4 {_SOON}",
     "python scripts/pretrain.py configs/nano-tools-base.yaml": f"steps=4 {_SOON}",
     "python scripts/grpo.py configs/nano-tools.yaml": _CLIMB,
+    "python scripts/pretrain.py configs/nano-helpful-base.yaml": f"steps=4 {_SOON}",
+    "python scripts/grpo.py configs/nano-helpful.yaml": _CLIMB,
+    "python scripts/grpo.py configs/nano-consolidated-grpo.yaml": _CLIMB,
     "python scripts/launch.py --nproc 2 scripts/grpo.py": f"name=two-climb {_CLIMB}",
     "python scripts/grpo.py objective.entropy_control=fixed name=fixed": _CLIMB,
-    "python scripts/self_distill.py": (
-        "steps=2 traces.0.late=1.0 selection.correct_only=false selection.unfinished=true selection.unanswered=true "
-        "selection.hacks=[] selection.max_repetition=null selection.max_foreign=null"
-    ),
+    "python scripts/self_distill.py": _ANY,
+    "python scripts/self_distill.py configs/nano-consolidated.yaml": f"{_ANY} traces.1.late=1.0 traces.2.late=1.0",
+    _CONSOLIDATION: "--problems 2",
 }
 _LAUNCH = "python scripts/launch.py --nproc 2"
 _STUDY = "OMP_NUM_THREADS=1 python scripts/study.py"

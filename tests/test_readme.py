@@ -25,8 +25,8 @@ def test_what_is_run_in_their_place_are_commands_of_ours() -> None:
 def test_examples_are_valid_configs(tmp_path: Path) -> None:
     """Each laid over the config that it is a part of."""
     examples = blocks("yaml")
-    kinds = (PretrainConfig, GrpoConfig, GrpoConfig)
-    for example, kind, base in zip(examples, kinds, ("nano", "nano-grpo", "nano-grpo"), strict=True):
+    kinds = (PretrainConfig, GrpoConfig, GrpoConfig, PretrainConfig)
+    for example, kind, base in zip(examples, kinds, ("nano", "nano-grpo", "nano-grpo", "nano"), strict=True):
         file = tmp_path / "example.yaml"
         file.write_text(f"base: {ROOT / 'configs' / base}.yaml\n{example}")
         load_config(kind, file)
@@ -38,6 +38,15 @@ def test_links_lead_somewhere() -> None:
     local = [(page, link) for page, link in links if "://" not in link]
     assert len(local) > 80
     assert [(page.name, link) for page, link in local if not (page.parent / link).exists()] == []
+
+
+def test_the_names_of_a_step_are_there() -> None:
+    """Each once: none that has gone, and none that stands for two things."""
+    names = re.findall(r"`(\w+)`", (ROOT / "docs" / "reading.md").read_text().partition("## The names")[2])
+    source = "\n".join(path.read_text() for path in (ROOT / "mai_thinking").rglob("*.py"))
+    assert len(names) > 30
+    found = {name: re.findall(rf"^(?:class|def) {name}\b|^{name} = ", source, flags=re.M) for name in names}
+    assert [name for name, places in found.items() if len(places) != 1] == []
 
 
 def test_every_page_is_linked_from_the_readme() -> None:

@@ -66,9 +66,9 @@ def _trl_trainer(ours: Trainer, recipe: GrpoRecipe, steps: int, folder: str) -> 
     except ImportError:
         raise UsageError("bench grpo compares with TRL; `pip install mai_thinking[company]` brings it") from None
 
-    config, mix, group = recipe.config, recipe.mix, recipe.config.sampling.full_size
+    config, mix, group = recipe.config, recipe.worker.mix, recipe.config.sampling.full_size
     problems = [mix.problem("train", number) for number in range(steps * config.groups_per_step)]
-    opening, template = recipe.tokenizer.eos_token, recipe.responder.template
+    opening, template = recipe.tokenizer.eos_token, recipe.worker.template
     rows: list[Seconds] = []
     now = time.perf_counter
     began, rewarded, tokens = 0.0, 0.0, 0

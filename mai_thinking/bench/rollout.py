@@ -108,7 +108,7 @@ def differences(
         here = batch.to(model.device)
         autocast = torch.autocast(model.device.type, dtype or torch.bfloat16, enabled=dtype is not None)
         with torch.no_grad(), autocast:
-            logprobs_N = response_logprobs(model, here, temperature=temperature).logprobs_N
+            logprobs_N, _ = response_logprobs(model, here, temperature=temperature)
         parts.append((logprobs_N - here.old_logprobs).abs())
     return torch.cat(parts)
 

@@ -16,6 +16,8 @@ Provenance = Literal["human", "procedural", "own-model", "third-party-model"]
 
 EMBEDDED_CORPORA = ("stdlib", "stdlib-tests", "scientific", "manuals", "docstrings", "exercises", "serial")
 """Corpora that every Python environment with this package already has; see `mai_thinking.data.embedded`."""
+EMBEDDED_PARTS = ("package/", "docstrings/")
+"""Before the name of any installed package: its modules, or their longer docstrings."""
 
 
 class SerialSection(Section):
@@ -26,7 +28,8 @@ class SerialSection(Section):
     sizes: tuple[int, int] = (2, 8)
     """Fewest and most items, from 1 to 30; each number as likely as the others."""
     p_cot: float = Field(default=1.0, ge=0, le=1)
-    """Share of the exercises whose working is shown; the others give the bare answer."""
+    """Share of the exercises whose working is shown; the others give the bare answer. Of `wording`: share that is
+    answered as asked."""
 
     @field_validator("sizes")
     @classmethod
@@ -44,7 +47,8 @@ class SourceSection(Section):
     kind: Literal["embedded", "jsonl", "parquet", "text", "hub"]
     """`embedded` needs no download; `hub` is a dataset's name on the Hugging Face Hub, read through `datasets`."""
     path: str = Field(min_length=1)
-    """A file, a folder of such files, a Hub dataset's name, or the name of an embedded corpus."""
+    """A file, a folder of such files, a Hub dataset's name, the name of an embedded corpus, or `package/NAME` or
+    `docstrings/NAME` of an installed package."""
     category: Category
     """Where its tokens count in the mixture and in the evaluation."""
     licence: str = Field(min_length=1)
@@ -65,6 +69,9 @@ class SourceSection(Section):
     """Whether part of it is kept for evaluation."""
     max_bytes: int | None = Field(default=None, gt=0)
     """Take whole documents, chosen by the hash of their text, up to this many bytes of UTF-8."""
+    labels: dict[str, str] = Field(default={})
+    """Of `cleaning.labels`: classifier → the label that a document must have. Two sources of one path and different
+    labels give a mixture that weighs them."""
     serial: SerialSection | None = None
     """What the embedded corpus `serial` is made of; null: its defaults."""
 
@@ -83,7 +90,7 @@ class SourceSection(Section):
     @model_validator(mode="after")
     def _check_kind(self) -> Self:
         if self.kind == "embedded":
-            if self.path not in EMBEDDED_CORPORA:
+            if self.path not in EMBEDDED_CORPORA and not self.path.startswith(EMBEDDED_PARTS):
                 fix = nearest_name(self.path, EMBEDDED_CORPORA)
                 raise ValueError(f"source {self.name!r}: no embedded corpus {self.path!r}; {fix}")
             if self.endless and self.max_bytes is None:
@@ -121,6 +128,48 @@ class QualitySection(Section):
     """Size over zlib-compressed size; beyond it: generated tables, the same line over and over."""
 
 
+class BoilerplateSection(Section):
+    """Lines that stand in many documents, or over and over in one, are cut out (§2.4.3). In code, comments alone."""
+
+    min_words: int = Field(default=6, ge=1)
+    """Shorter lines are never cut: headings, brackets, a name."""
+    across: int = Field(default=20, ge=1, lt=255)
+    """In so many documents a line may stand."""
+    within: int = Field(default=4, ge=1)
+    """So often a line may stand in one document; beyond that, once."""
+
+
+class TemplatesSection(Section):
+    """Pages of one frame with other fillers. A page is reduced to its frequent runs of words, and compared (App. A)."""
+
+    pages: int = Field(default=5, ge=2, le=255)
+    """A run of words is frequent if it stands in so many documents."""
+    frame: float = Field(default=0.25, gt=0, le=1)
+    """The least share of frequent runs in a templated page."""
+    similarity: float = Field(default=0.7, gt=0, lt=1)
+    """Estimated Jaccard similarity of two frames, whatever the order of their parts, from which they are the same."""
+
+
+class SemanticSection(Section):
+    """Documents that say the same in other words, by embeddings that no third party's model made (App. A)."""
+
+    dimensions: int = Field(default=64, ge=2)
+    """Of the embeddings by which documents are clustered."""
+    similarity: float = Field(default=0.6, gt=0, lt=1)
+    """Cosine of two documents' weighted words from which they say the same."""
+    representatives: int = Field(default=1, ge=1)
+    """So many documents that lie close together are kept."""
+
+
+class FuzzySection(Section):
+    """Decontamination that forgives changed words (§2.4.4)."""
+
+    ngram: int = Field(default=20, ge=8)
+    """Consecutive words that are looked at."""
+    share: float = Field(default=0.8, gt=0.5, le=1)
+    """Training text that has this share of them in a row with little between is cut out."""
+
+
 class CleaningSection(Section):
     """Deduplication, quality filters and decontamination. Every document dropped is counted per rule and source."""
 
@@ -135,6 +184,20 @@ class CleaningSection(Section):
     quality: QualitySection = QualitySection()
     decontamination_ngram: int | None = Field(default=13, ge=2)
     """Training text that shares this many consecutive words with a held-out document is cut out; null leaves it."""
+    fuzzy_decontamination: FuzzySection | None = None
+    """Besides: what shares most of a run of words with a held-out document; null leaves it."""
+    boilerplate: BoilerplateSection | None = None
+    """Cut lines by their counts; null leaves them."""
+    templates: TemplatesSection | None = None
+    """Keep one page of each template; null keeps them all."""
+    semantic: SemanticSection | None = None
+    """Drop documents that say the same in other words; null keeps them. Needs the extra `corpus`."""
+    labels: dict[str, dict[str, str]] = Field(default={})
+    """Classifiers that are trained here (§2.4.3): name → label → a file of examples, as `benchmarks`. Every document
+    gets one label of each; a source's `labels` says which of them it wants. Needs the extra `corpus`."""
+    drop_order: tuple[str, ...] = ()
+    """Names of sources, the highest rank first: what stands in two of them is dropped from the lower one. Sources that
+    are not named follow, in the order of `sources`."""
     benchmarks: tuple[str, ...] = ()
     """More files to keep out of training: JSONL, JSON or text, also gzipped; every string in them counts."""
 
@@ -192,4 +255,15 @@ class DataSection(Section):
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"two sources are called {twice[0]!r}; give each its own name")
+        for name in self.cleaning.drop_order:
+            if name not in names:
+                raise ValueError(f"cleaning.drop_order: no source is called {name!r}; {nearest_name(name, names)}")
+        for source in self.sources:
+            for classifier, label in source.labels.items():
+                known = self.cleaning.labels.get(classifier, {})
+                if label not in known:
+                    where = f"source {source.name!r}: labels: {classifier}: {label!r}"
+                    raise ValueError(f"{where} is no label of `cleaning.labels`; it has {sorted(known) or 'none'}")
+                if source.streaming:
+                    raise ValueError(f"source {source.name!r}: `labels` are for prepared sources; remove `streaming`")
         return self

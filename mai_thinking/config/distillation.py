@@ -78,7 +78,7 @@ class SelectionSection(Section):
     max_repetition: Share | None = 0.5
     """Most of a response's runs of 8 tokens that may have occurred in it before; more is a loop."""
     max_foreign: Share | None = 0.05
-    """Most of a response's words that may be of another language than English (§3.1)."""
+    """Most of a thought's words that may be of another language than English (§3.1)."""
     hacks: tuple[Hack, ...] = ("several-answers", "own-question")
     """Known reward hacks to remove. `several-answers`: more than one answer in the frame, of which the last counts.
     `own-question`: the response asks a question in the frame itself, and answers that."""

@@ -36,6 +36,8 @@ class RolloutSection(Section):
     an asynchronous run, rollouts are n updates old when their turn comes."""
     workers: Whole = 0
     """Processes of each rank that generate while the learner learns; 0: generation, then learning, in one process."""
+    ray: str | None = None
+    """The address of a Ray cluster whose machines run the workers (`auto`: this machine's); None: processes here."""
     max_staleness: Whole = 8
     """A rollout older than so many updates is dropped. Workers begin only what can be learned from in time; with 0 they
     answer what one process would, and the learner waits for them."""
@@ -51,6 +53,8 @@ class RolloutSection(Section):
     def _check(self) -> Self:
         if (self.lead > 0) + (self.workers > 0) + (self.replay is not None) > 1:
             raise ValueError("rollouts: lead, workers and replay each say who generates when; leave one of them")
+        if self.ray is not None and not self.workers:
+            raise ValueError("rollouts.ray: without rollouts.workers nothing runs on the cluster; say how many")
         if self.lead > self.max_staleness:
             raise ValueError(
                 f"rollouts.lead: {self.lead} updates ahead, every rollout would be older than max_staleness "

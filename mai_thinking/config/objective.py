@@ -1,7 +1,7 @@
 """What a gradient step of RL minimises, and its rivals."""
 
 import math
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -50,6 +50,17 @@ class ObjectiveSection(Section):
         return self
 
     @property
-    def ratio_range(self) -> tuple[float, float]:
-        """(r_min, r_max); (0, ∞) where the outer clip is off."""
-        return (self.ratio_min, self.ratio_max) if self.outer_clip else (0.0, math.inf)
+    def loss_settings(self) -> dict[str, Any]:
+        """What `grpo_loss` has from here: all but k, which moves."""
+        return {
+            "epsilon": self.epsilon,
+            "ratio_min": self.ratio_min if self.outer_clip else 0.0,
+            "ratio_max": self.ratio_max if self.outer_clip else math.inf,
+            "dual_clip": self.dual_clip,
+            "entropy_bonus": self.entropy_bonus if self.entropy_control == "bonus" else 0.0,
+        }
+
+    @property
+    def step_size(self) -> float:
+        """δ; 0 where k stays what it is."""
+        return self.relaxation_step if self.entropy_control == "adaptive" else 0.0

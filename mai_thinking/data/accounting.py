@@ -6,6 +6,11 @@ from typing import NamedTuple
 
 from mai_thinking.data.documents import Document
 
+_EXAMPLES = 3
+"""Documents of a rule that are shown."""
+_BEGINNING = 160
+"""Characters of each."""
+
 
 class LeftOut(NamedTuple):
     """A line on the console, and a row in the report."""
@@ -31,16 +36,45 @@ class Tally:
     read: list[int] = field(default_factory=lambda: [0, 0])
     dropped: dict[str, list[int]] = field(default_factory=dict)
     shortened: list[int] = field(default_factory=lambda: [0, 0])
+    """By decontamination."""
     kept: list[int] = field(default_factory=lambda: [0, 0])
+    boilerplate: list[int] = field(default_factory=lambda: [0, 0])
+    """As `shortened`, by cutting lines that are everywhere."""
+    labels: dict[str, list[int]] = field(default_factory=dict)
+    """Of all that were read, by `CLASSIFIER: LABEL`."""
+    overlaps: dict[str, list[int]] = field(default_factory=dict)
+    """Source → documents dropped because that one, or this one itself, has the like."""
+    examples: dict[str, list[list[str]]] = field(default_factory=dict)
+    """Rule → the first documents that it dropped: the name, how the text begins, and of a copy whose it is."""
 
     def drop(self, rule: str, size: int, documents: int = 1) -> None:
         """Count documents, `size` bytes together, under `rule`, which is the name of its config key."""
         before = self.dropped.get(rule, [0, 0])
         self.dropped[rule] = [before[0] + documents, before[1] + size]
 
-    def shorten(self, size: int) -> None:
-        """Count a document that `size` bytes are cut out of."""
-        self.shortened = [self.shortened[0] + 1, self.shortened[1] + size]
+    def drop_document(self, rule: str, document: Document, like: tuple[str, Document] | None = None) -> None:
+        """Count one document, and keep its beginning if it is among the first. `like`: the source and the document that
+        it repeats."""
+        self.drop(rule, document.size)
+        shown = self.examples.setdefault(rule, [])
+        if len(shown) < _EXAMPLES:
+            copied = [f"{like[0]}/{like[1].id}"] if like else []
+            shown.append([document.id, document.text[:_BEGINNING], *copied])
+        if like:
+            before = self.overlaps.get(like[0], [0, 0])
+            self.overlaps[like[0]] = [before[0] + 1, before[1] + document.size]
+
+    def shorten(self, rule: str, size: int) -> None:
+        """Count a document that `size` bytes are cut out of, by `boilerplate` or `decontamination`."""
+        if rule == "boilerplate":
+            self.boilerplate = [self.boilerplate[0] + 1, self.boilerplate[1] + size]
+        else:
+            self.shortened = [self.shortened[0] + 1, self.shortened[1] + size]
+
+    def label(self, label: str, size: int) -> None:
+        """Count a document, `size` bytes, under a label."""
+        before = self.labels.get(label, [0, 0])
+        self.labels[label] = [before[0] + 1, before[1] + size]
 
     def sift(self, documents: Iterable[Document], verdicts: Iterable[str | None]) -> list[Document]:
         """The documents on which the verdict is None; the others are counted under the rule that it names."""
@@ -49,7 +83,7 @@ class Tally:
             if rule is None:
                 kept.append(document)
             else:
-                self.drop(rule, document.size)
+                self.drop_document(rule, document)
         return kept
 
     def left_out(self) -> list[str]:
@@ -59,9 +93,9 @@ class Tally:
             f"{rule} dropped {count:,} of {documents:,} documents ({_spell(dropped)} of {_spell(size)})"
             for rule, (count, dropped) in self.dropped.items()
         ]
-        if self.shortened[0]:
-            count, cut = self.shortened
-            lines.append(f"decontamination cut lines out of {count:,} of {documents:,} documents ({_spell(cut)})")
+        for rule, (count, cut) in (("decontamination", self.shortened), ("boilerplate", self.boilerplate)):
+            if count:
+                lines.append(f"{rule} cut lines out of {count:,} of {documents:,} documents ({_spell(cut)})")
         return lines
 
     def worst(self) -> str:

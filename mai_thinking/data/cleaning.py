@@ -1,21 +1,21 @@
-"""Deduplication and quality filters. MAI-Thinking-1 report §2.4. Each rule has the name of its config key."""
+"""The stages of cleaning, in order. MAI-Thinking-1 report §2.4.3. Each rule has the name of its config key."""
 
+import time
 import zlib
-from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
+from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
-from rensa import RMinHash
 
-from mai_thinking.config.data import CleaningSection, QualitySection
+from mai_thinking.config.data import BoilerplateSection, CleaningSection, QualitySection
 from mai_thinking.data.accounting import Tally
-from mai_thinking.data.decontamination import WordHashes, ngram_hashes
+from mai_thinking.data.boilerplate import without_boilerplate
 from mai_thinking.data.documents import Document
+from mai_thinking.data.duplicates import Places, exact_duplicates, near_duplicates, templated
+from mai_thinking.data.semantic import semantic_duplicates
 
-_MINHASH_SEED = 42
-_MINHASH_RECALL = 0.95
-_MINHASH_BATCH = 1024
+Finder = Callable[[Sequence[Document]], Places]
+"""Says of each document the place of the earlier one that it repeats, or its own."""
 
 
 def quality_fault(text: str, quality: QualitySection) -> str | None:
@@ -38,84 +38,100 @@ _LETTERS = np.array([chr(byte).isalpha() or byte >= 128 for byte in range(256)])
 _WHITE_SPACE = np.array([chr(byte).isspace() and byte < 128 for byte in range(256)])
 
 
-class NearDuplicates:
-    """MinHash over word shingles, with banding to find candidates (rensa makes the signatures)."""
-
-    def __init__(self, threshold: float, cleaning: CleaningSection) -> None:
-        self.threshold = threshold
-        self.permutations = cleaning.minhash_permutations
-        self.shingle = cleaning.minhash_shingle
-        self.rows = _band_rows(self.threshold, self.permutations)
-        self._words = WordHashes()
-        self._bands: defaultdict[tuple[int, bytes], list[int]] = defaultdict(list)
-        """Place and content of a band → the kept documents that have it."""
-        self._signatures: list[NDArray[np.uint32]] = []
-
-    def are_new(self, documents: Sequence[Document]) -> list[bool]:
-        """For each document, whether it resembles none that was kept before. The kept ones are remembered."""
-        flags: list[bool] = []
-        for start in range(0, len(documents), _MINHASH_BATCH):
-            batch = [self._shingles(document.text) for document in documents[start : start + _MINHASH_BATCH]]
-            flags += [len(s) == 0 or self._keep(row) for s, row in zip(batch, self._digest(batch), strict=True)]
-        return flags
-
-    def _shingles(self, text: str) -> NDArray[np.uint64]:
-        words = self._words.of(text)
-        return np.unique(ngram_hashes(words, min(self.shingle, max(len(words), 1))))
-
-    def _digest(self, batch: list[NDArray[np.uint64]]) -> NDArray[np.uint32]:
-        """Signatures [documents, permutations]."""
-        offsets = np.cumsum([0, *(len(shingles) for shingles in batch)])
-        flat = np.concatenate(batch)
-        matrix = RMinHash.digest_matrix_from_flat_token_hashes(
-            flat, offsets.tolist(), num_perm=self.permutations, seed=_MINHASH_SEED
-        )
-        return np.array(matrix.to_rows(), dtype=np.uint32)
-
-    def _keep(self, signature: NDArray[np.uint32]) -> bool:
-        keys = [(i, signature[i : i + self.rows].tobytes()) for i in range(0, self.permutations, self.rows)]
-        candidates = {other for key in keys for other in self._bands.get(key, ())}
-        if any(np.mean(self._signatures[other] == signature) >= self.threshold for other in candidates):
-            return False
-        for key in keys:
-            self._bands[key].append(len(self._signatures))
-        self._signatures.append(signature)
-        return True
+_BY_SOURCE = dict[str, list[Document]]
 
 
-def _band_rows(threshold: float, permutations: int) -> int:
-    """Rows per band: the most (so the fewest candidates) that still find 95 % of pairs at the threshold."""
-    divisors = (rows for rows in range(1, permutations + 1) if permutations % rows == 0)
-    found = {rows: 1 - (1 - threshold**rows) ** (permutations // rows) for rows in divisors}
-    return max((rows for rows in found if found[rows] >= _MINHASH_RECALL), default=1)
+class Clean(NamedTuple):
+    """What `clean` gives."""
+
+    documents: dict[str, list[Document]]
+    seconds: dict[str, float]
+    """By stage, in the order in which they ran."""
 
 
 def clean(
-    sources: Mapping[str, list[Document]], procedural: Set[str], cleaning: CleaningSection, tallies: Mapping[str, Tally]
-) -> dict[str, list[Document]]:
-    """Apply all rules to each source's documents; the first source that has a text keeps it.
+    sources: Mapping[str, list[Document]],
+    procedural: Set[str],
+    code: Set[str],
+    cleaning: CleaningSection,
+    tallies: Mapping[str, Tally],
+) -> Clean:
+    """Apply the stages that are switched on to each source's documents. What stands in two sources stays in the one
+    that ranks higher in `drop_order`.
 
     Procedural text is deduplicated by its exact text alone: exercises from one template are alike by design, and short
-    or full of digits where they should be.
+    or full of digits where they should be. `code` names the sources in which only comments can be boilerplate.
     """
-    seen: set[int] = set()
-    near = NearDuplicates(cleaning.near_duplicates, cleaning) if cleaning.near_duplicates else None
-    kept: dict[str, list[Document]] = {}
-    for name, documents in sources.items():
-        sift = tallies[name].sift
-        if cleaning.exact_duplicates:
-            documents = sift(documents, _repeats(documents, seen))
-        if name not in procedural:
-            documents = sift(documents, (quality_fault(d.text, cleaning.quality) for d in documents))
-            if near is not None:
-                documents = sift(documents, (None if new else "near_duplicates" for new in near.are_new(documents)))
-        kept[name] = documents
+    ranked = [*cleaning.drop_order, *(name for name in sources if name not in cleaning.drop_order)]
+    kept = {name: sources[name] for name in ranked if name in sources}
+    seconds: dict[str, float] = {}
+
+    def run(rule: str, stage: Callable[[_BY_SOURCE], _BY_SOURCE], names: Set[str]) -> None:
+        begin = time.perf_counter()
+        kept.update(stage({name: found for name, found in kept.items() if name in names}))
+        seconds[rule] = round(time.perf_counter() - begin, 2)
+
+    everywhere, natural = set(kept), set(kept) - procedural
+    if (boilerplate := cleaning.boilerplate) is not None:
+        run("boilerplate", lambda found: _cut(found, code, boilerplate, tallies), natural)
+    if cleaning.exact_duplicates:
+        run("exact_duplicates", lambda found: _drop("exact_duplicates", exact_duplicates, found, tallies), everywhere)
+    run("quality", lambda found: _keep_good(found, cleaning.quality, tallies), natural)
+    for rule, finder in _finders(cleaning).items():
+        run(rule, lambda found, rule=rule, finder=finder: _drop(rule, finder, found, tallies), natural)  # type: ignore
+    return Clean({name: kept[name] for name in sources}, seconds)
+
+
+def _finders(cleaning: CleaningSection) -> dict[str, Finder]:
+    """The stages after the quality filters that drop what resembles an earlier document."""
+    found: dict[str, Finder] = {}
+    if cleaning.near_duplicates is not None:
+        found["near_duplicates"] = lambda documents: near_duplicates(documents, cleaning)
+    if (templates := cleaning.templates) is not None:
+        found["templates"] = lambda documents: templated(documents, templates, cleaning.minhash_permutations)
+    if (semantic := cleaning.semantic) is not None:
+        found["semantic"] = lambda documents: semantic_duplicates(documents, semantic)
+    return found
+
+
+def _drop(
+    rule: str, finder: Finder, sources: Mapping[str, list[Document]], tallies: Mapping[str, Tally]
+) -> dict[str, list[Document]]:
+    """What `finder` keeps, each source told whose documents its own repeat."""
+    names = [name for name, documents in sources.items() for _ in documents]
+    documents = [document for found in sources.values() for document in found]
+    kept: dict[str, list[Document]] = {name: [] for name in sources}
+    for place, twin in enumerate(finder(documents).tolist()):
+        name, document = names[place], documents[place]
+        if twin == place:
+            kept[name].append(document)
+        else:
+            tallies[name].drop_document(rule, document, like=(names[twin], documents[twin]))
     return kept
 
 
-def _repeats(documents: Sequence[Document], seen: set[int]) -> Iterator[str | None]:
-    """The rule's name for each document whose text was `seen` before, or in an earlier one."""
-    for document in documents:
-        fingerprint = document.fingerprint
-        yield "exact_duplicates" if fingerprint in seen else None
-        seen.add(fingerprint)
+def _keep_good(
+    sources: Mapping[str, list[Document]], quality: QualitySection, tallies: Mapping[str, Tally]
+) -> dict[str, list[Document]]:
+    return {
+        name: tallies[name].sift(documents, (quality_fault(document.text, quality) for document in documents))
+        for name, documents in sources.items()
+    }
+
+
+def _cut(
+    sources: Mapping[str, list[Document]], code: Set[str], section: BoilerplateSection, tallies: Mapping[str, Tally]
+) -> dict[str, list[Document]]:
+    """Documents without boilerplate; those of which nothing is left are dropped."""
+    documents = [(name, document) for name, found in sources.items() for document in found]
+    texts = without_boilerplate([d for _, d in documents], [name in code for name, _ in documents], section)
+    kept: dict[str, list[Document]] = {name: [] for name in sources}
+    for (name, document), text in zip(documents, texts, strict=True):
+        if text is None:
+            kept[name].append(document)
+        elif text.strip():
+            kept[name].append(document.with_text(text))
+            tallies[name].shorten("boilerplate", document.size - kept[name][-1].size)
+        else:
+            tallies[name].drop_document("boilerplate", document)
+    return kept

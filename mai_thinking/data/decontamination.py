@@ -1,91 +1,65 @@
-"""Words, their runs as 64-bit hashes, and the removal of held-out text from training text. MAI-Thinking-1 report §2.4.
+"""The removal of held-out text from training text. MAI-Thinking-1 report §2.4.4.
 
 The promise: no run of `n` words of a held-out document or benchmark is trained on, nor the whole of a shorter text that
 has `SHORTEST` words. Case, accents, punctuation, line ends and invisible characters do not matter. A character of a
 script that is written without spaces counts as a word.
 """
 
-import re
-import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import xxhash
 from numpy.typing import NDArray
 
+from mai_thinking.config.data import CleaningSection
+from mai_thinking.data.fuzzy import FuzzyIndex
 from mai_thinking.data.jsonl import read_json, read_jsonl, read_text
-
-Hashes = NDArray[np.uint64]
+from mai_thinking.data.words import Hashes, WordHashes, ngram_hashes, words_of
 
 SHORTEST = 8
 """Words of the shortest text that is looked for, as GPT-3's paper has it: fewer stand in innocent text by chance."""
+_FUZZY = "fuzzy"
 MAX_OVERLAP = 0.5
 """A document that loses more than this share of its words to decontamination is dropped whole."""
-
-# Thai, Lao, Myanmar, Khmer, kana, bopomofo and Chinese characters, in blocks.
-_UNSPACED = (
-    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2e80-\u2fdf\u3005-\u3007\u3021-\u3035\u3040-\u30ff\u3100-\u312f"
-    "\u31a0-\u31bf\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U0001b000-\U0001b16f\U00020000-\U0003ffff"
-)
-_WORD = re.compile(rf"(?=\w)[{_UNSPACED}]|[^\W{_UNSPACED}]+")
-_ASCII_WORD = re.compile(r"\w+")
-_MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
-_SHIFT = np.uint64(29)
-
-
-class _Unmarked(dict[int, int | None]):
-    """For `str.translate`: removes accents and other marks, and invisible characters."""
-
-    def __missing__(self, code: int) -> int | None:
-        kept = None if unicodedata.category(chr(code)) in ("Mn", "Mc", "Me", "Cf") else code
-        self[code] = kept
-        return kept
-
-
-_UNMARKED = _Unmarked()
-
-
-def words_of(text: str) -> list[str]:
-    """The words of `text`, in the spelling in which they are compared, but for their case."""
-    if text.isascii():
-        return _ASCII_WORD.findall(text)
-    return _WORD.findall(unicodedata.normalize("NFKD", text).translate(_UNMARKED))
-
-
-class WordHashes(dict[str, int]):
-    """Word → 64-bit hash, whatever its case; a dictionary, because words repeat and hashing each once is faster."""
-
-    def __missing__(self, word: str) -> int:
-        value = self[word] = xxhash.xxh3_64_intdigest(word.casefold().encode())
-        return value
-
-    def of(self, text: str) -> Hashes:
-        """The words of `text` [words], hashed."""
-        words = words_of(text)
-        return np.fromiter(map(self.__getitem__, words), dtype=np.uint64, count=len(words))
-
-
-def ngram_hashes(words: Hashes, n: int) -> Hashes:
-    """Hashes [words − n + 1] of all runs of `n` words; empty if there are fewer than `n`."""
-    hashes = np.zeros(max(len(words) - n + 1, 0), dtype=np.uint64)
-    if len(hashes):
-        for i in range(n):
-            hashes *= _MULTIPLIER
-            hashes ^= words[i : i + len(hashes)]
-            hashes ^= hashes >> _SHIFT
-    return hashes
 
 
 class OverlapIndex:
     """What must not be trained on, and what to do with text that contains it."""
 
-    def __init__(self, runs: Mapping[str, Hashes]) -> None:
+    def __init__(self, runs: Mapping[str, Hashes], fuzzy: FuzzyIndex | None = None) -> None:
         """`runs`: by number of words (as text), the sorted hashes of the runs of this length."""
-        self.runs = runs
+        self.runs, self.fuzzy = runs, fuzzy
         self._words = WordHashes()
+
+    @classmethod
+    def of(cls, cleaning: CleaningSection, texts: Iterable[str]) -> "OverlapIndex | None":
+        """What `cleaning` looks for of `texts`; None if that is nothing."""
+        n, section, words = cleaning.decontamination_ngram, cleaning.fuzzy_decontamination, WordHashes()
+        if n is None and section is None:
+            return None
+        texts = list(texts)
+        index = cls({}) if n is None else cls.build(n, texts)
+        if section is not None:
+            hashed = [found for text in texts if len(found := words.of(text)) >= SHORTEST]
+            index.fuzzy = FuzzyIndex(FuzzyIndex.joined(hashed), section)
+        return index
+
+    def save(self, path: Path) -> None:
+        """As `load` reads it."""
+        fuzzy = {_FUZZY: self.fuzzy.words} if self.fuzzy else {}
+        np.savez(path, allow_pickle=False, **self.runs, **fuzzy)
+
+    @classmethod
+    def load(cls, path: Path, cleaning: CleaningSection) -> "OverlapIndex | None":
+        """What was saved for the same `cleaning`; None if it looks for nothing."""
+        if cleaning.decontamination_ngram is None and cleaning.fuzzy_decontamination is None:
+            return None
+        with np.load(path) as file:
+            runs = dict(file)
+        words, section = runs.pop(_FUZZY, None), cleaning.fuzzy_decontamination
+        return cls(runs, FuzzyIndex(words, section) if section is not None and words is not None else None)
 
     @classmethod
     def build(cls, n: int, texts: Iterable[str]) -> "OverlapIndex":
@@ -108,7 +82,7 @@ class OverlapIndex:
         for length, known in self.runs.items():
             for start in np.flatnonzero(_contains(known, ngram_hashes(words, int(length)))):
                 covered[start : start + int(length)] = True
-        return covered
+        return covered | self.fuzzy.overlap(words) if self.fuzzy else covered
 
     def clean(self, text: str) -> str | None:
         """`text` without the lines that hold an overlap; None if that is more than `MAX_OVERLAP` of its words.

@@ -1,7 +1,7 @@
 """The corpora that come with every installation: no download, human-written (or made by rule), clear licences.
 
 CPython's standard library and manuals are PSF-2.0; sympy, mpmath, numpy, networkx and torch, which a torch
-installation brings, are BSD-3-Clause.
+installation brings, are BSD-3-Clause. Any other installed package may be named: `package/rich`, `docstrings/rich`.
 """
 
 import ast
@@ -35,10 +35,13 @@ _ELSEWHERE = ("site-packages", "dist-packages", "__pycache__", "pydoc_data")
 
 
 def read_embedded(source: SourceSection) -> Iterator[Document]:
-    """The documents of a source whose path is one of `EMBEDDED_CORPORA`."""
-    if source.path == "serial":
+    """The documents of a source whose path is one of `EMBEDDED_CORPORA` or begins with one of `EMBEDDED_PARTS`."""
+    corpus, _, package = source.path.partition("/")
+    if package:
+        return _docstrings((package,)) if corpus == "docstrings" else _read_files(_package_files((package,)))
+    if corpus == "serial":
         return serial_exercises(source.serial or SerialSection())
-    return _READERS[source.path]()
+    return _READERS[corpus]()
 
 
 def embedded_fingerprint(source: SourceSection) -> str:
@@ -46,7 +49,10 @@ def embedded_fingerprint(source: SourceSection) -> str:
     if source.endless:
         first = itertools.islice(read_embedded(source), _ENOUGH)
         return xxhash.xxh3_64_hexdigest("\0".join(document.text for document in first).encode())
-    corpus = source.path
+    corpus, _, package = source.path.partition("/")
+    if package:
+        sizes = [path.stat().st_size for path, _ in _package_files((package,))]
+        return f"{package} {len(sizes)} {sum(sizes)}"
     if corpus in ("scientific", "docstrings"):
         packages = _SCIENTIFIC if corpus == "scientific" else _DOCUMENTED
         return " ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
@@ -159,9 +165,10 @@ def _own_doc(value: object) -> str:
     return inspect.cleandoc(doc) if isinstance(doc, str) else ""
 
 
-def _docstrings() -> Iterator[Document]:
-    """The longer docstrings of each module of networkx and of torch's documented parts, as one page."""
-    for document in _read_files(_package_files(_DOCUMENTED_PARTS)):
+def _docstrings(parts: tuple[str, ...] = _DOCUMENTED_PARTS) -> Iterator[Document]:
+    """The longer docstrings of each module of packages, by default of networkx and of torch's documented parts, as one
+    page."""
+    for document in _read_files(_package_files(parts)):
         try:
             tree = ast.parse(document.text)
         except SyntaxError:

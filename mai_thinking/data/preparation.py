@@ -4,13 +4,14 @@ MAI-Thinking-1 report §2.4.
 """
 
 import errno
+import importlib.util
 import json
 import re
 import shutil
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -24,11 +25,13 @@ from filelock import FileLock
 from mai_thinking.config.data import DataSection, SourceSection
 from mai_thinking.config.storage import atomic_folder, checksum
 from mai_thinking.data.accounting import LeftOut, Tally, count
+from mai_thinking.data.card import CARD, card
 from mai_thinking.data.cleaning import clean
-from mai_thinking.data.decontamination import SHORTEST, OverlapIndex, read_benchmark, words_of
-from mai_thinking.data.documents import Document
+from mai_thinking.data.decontamination import SHORTEST, OverlapIndex, read_benchmark
+from mai_thinking.data.documents import Document, TextStore, until, within
 from mai_thinking.data.embedded import embedded_fingerprint, has_tests, read_embedded
 from mai_thinking.data.jsonl import shown
+from mai_thinking.data.labels import Labeller, read_examples
 from mai_thinking.data.prepared import (
     OVERLAP,
     TOKENIZER,
@@ -41,32 +44,37 @@ from mai_thinking.data.prepared import (
 from mai_thinking.data.readers import Cursor, Reader, open_reader
 from mai_thinking.data.streaming import StreamCleaner
 from mai_thinking.data.tokenizer import Encoder, architecture_folder, check_lossless, load_tokenizer, train_tokenizer
+from mai_thinking.data.words import words_of
 from mai_thinking.errors import UsageError
 
 FORMAT = 2
 """Part of every key: one more whenever the same config and input give other tokens or other files. No hash of the code,
 since a comment would throw every user's prepared data away."""
+_LATER = {"boilerplate", "templates", "semantic", "fuzzy_decontamination", "labels", "drop_order"}
+"""Keys that came later: they are no part of the key where they are not used."""
 _ENCODE_BATCH = 256
-_HELD_OUT_ENOUGH = 0.9
-"""Held-out documents are looked for until this share of the budget is used."""
 _BY_SOURCE = dict[str, list[Document]]
 _Log = Callable[[str], None]
 
 
-def prepare(config: DataSection, *, log: _Log = lambda line: None) -> PreparedData:
+def prepare(config: DataSection, *, sample: float = 1, log: _Log = lambda line: None) -> PreparedData:
     """The prepared data of `config`: from the cache, or made now (the embedded default takes about a minute).
 
-    The same for every seed and every rank. Processes that start together make it once. `log` gets a line per phase, and
-    one for all that is left out. Raises UsageError for whatever is wrong with the input, before anything long begins.
+    Of a `sample` of the documents alone, chosen by the hash of their text, where it is less than 1. The same for every
+    seed and every rank. Processes that start together make it once. `log` gets a line per phase, and one for all that
+    is left out. Raises UsageError for whatever is wrong with the input, before anything long begins.
     """
     config = _without_absent_tests(config, log)
     readers = {source.name: open_reader(source) for source in config.sources if source.kind != "embedded"}
+    if (config.cleaning.semantic or config.cleaning.labels) and not importlib.util.find_spec("sklearn"):
+        raise UsageError("data.cleaning: semantic and labels need scikit-learn; `pip install 'mai_thinking[corpus]'`")
     passed_over = [LeftOut(name, line) for name, reader in readers.items() for line in reader.check()]
     if config.tokenizer.path is not None:
         check_lossless(load_tokenizer(config.tokenizer.path), f"data.tokenizer.path: {config.tokenizer.path}")
     benchmarks = {path: read_benchmark(Path(path).expanduser()) for path in config.cleaning.benchmarks}
+    examples = read_examples(config.cleaning.labels)
     passed_over += _too_short(benchmarks, config.cleaning.decontamination_ngram)
-    key = _key(config, readers)
+    key = _key(config, readers, sample)
     with _cache(config.cache_dir) as cache, FileLock(cache / f"{key}.lock"):
         folder = cache / key
         damage = find_damage(folder, key) if folder.exists() else "not there"
@@ -77,7 +85,7 @@ def prepare(config: DataSection, *, log: _Log = lambda line: None) -> PreparedDa
             for left_over in cache.glob(f".{key}.*"):
                 shutil.rmtree(left_over)
             with atomic_folder(folder) as temporary:
-                _Preparation(config, readers, benchmarks, log).build(temporary, key)
+                _Preparation(config, readers, benchmarks, examples, sample, log).build(temporary, key)
     data = PreparedData(folder, config, passed_over)
     for row in data.left_out:
         log(f"data: {row}")
@@ -88,29 +96,40 @@ class _Preparation:
     """One preparation: its documents, its counts, its clock."""
 
     def __init__(
-        self, config: DataSection, readers: dict[str, Reader], benchmarks: dict[str, list[list[str]]], log: _Log
+        self,
+        config: DataSection,
+        readers: dict[str, Reader],
+        benchmarks: dict[str, list[list[str]]],
+        examples: dict[str, dict[str, list[str]]],
+        sample: float,
+        log: _Log,
     ) -> None:
-        self.config, self.readers, self.benchmarks, self.log = config, readers, benchmarks, log
+        self.config, self.readers, self.benchmarks, self.sample, self.log = config, readers, benchmarks, sample, log
+        self.labellers = {name: Labeller(texts) for name, texts in examples.items()}
         self.tallies = {source.name: Tally() for source in config.sources}
         self.seconds: dict[str, float] = {}
         self.starts: dict[str, Cursor | None] = {}
 
     def build(self, folder: Path, key: str) -> None:
         """All phases, in order, into the empty `folder`."""
+        self.store = TextStore(folder / "texts")
         with self._phase("reading"):
             documents = {s.name: self._load(s) for s in self.config.sources if not s.streaming}
         with self._phase("cleaning"):
             procedural = {s.name for s in self.config.sources if s.provenance == "procedural"}
-            documents = self._any_left(clean(documents, procedural, self.config.cleaning, self.tallies))
+            code = {s.name for s in self.config.sources if s.category == "code"}
+            cleaned = clean(documents, procedural, code, self.config.cleaning, self.tallies)
+            documents = self._any_left(cleaned.documents)
+        self.seconds |= {f"cleaning: {stage}": seconds for stage, seconds in cleaned.seconds.items()}
         with self._phase("holding out"):
             held_out, documents = self._hold_out(documents)
             save_held_out(folder, _by_category(self.config, held_out))
         with self._phase("decontaminating"):
             overlap = self._overlap_index(held_out)
             if overlap is not None:
-                np.savez(folder / OVERLAP, allow_pickle=False, **overlap.runs)
-                cleaned = {name: self._decontaminate(name, found, overlap) for name, found in documents.items()}
-                documents = self._any_left(cleaned)
+                overlap.save(folder / OVERLAP)
+                left = {name: self._decontaminate(name, found, overlap) for name, found in documents.items()}
+                documents = self._any_left(left)
         with self._phase("training the tokenizer"):
             section = self.config.tokenizer
             if section.path is not None:
@@ -121,7 +140,9 @@ class _Preparation:
         with self._phase("encoding"):
             encoder = Encoder(tokenizer)
             tokens = {name: self._encode(folder, name, found, encoder) for name, found in documents.items()}
-        write_manifest(folder, self._manifest(key, tokens, held_out, encoder.vocab_size))
+        manifest = self._manifest(key, tokens, held_out, encoder.vocab_size)
+        (folder / CARD).write_text(card(manifest), encoding="utf-8", newline="\n")
+        write_manifest(folder, manifest)
 
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:
@@ -134,22 +155,40 @@ class _Preparation:
         """All of a source's documents, or those that `max_bytes` leaves."""
         tally = self.tallies[source.name]
         if source.kind == "embedded":
-            found = _take(read_embedded(source), source.max_bytes if source.endless else None)
+            texts = until(read_embedded(source), source.max_bytes if source.endless else None)
         else:
-            read = list(self.readers[source.name].read())
-            found = [Document(id, text) for id, text, _ in read if text is not None]
-            if nulls := len(read) - len(found):
-                tally.drop("null", 0, nulls)
+            texts = self._read(source)
+        kept = map(self.store.keep, texts)
+        found = [document for document in kept if document.fingerprint < self.sample * 2**64]
         documents, size = count(found)
         tally.read = [documents + tally.dropped.get("null", [0])[0], size]
+        found = self._wanted(source, found)
         if source.max_bytes is None:
             return found
-        chosen = _within(sorted(found, key=lambda document: document.fingerprint), source.max_bytes)
+        documents, size = count(found)
+        chosen = within(sorted(found, key=lambda document: document.fingerprint), source.max_bytes)
         if source.endless:
             tally.read = count(chosen)
         elif len(chosen) < documents:
             tally.drop("max_bytes", size - count(chosen)[1], documents - len(chosen))
         return chosen
+
+    def _read(self, source: SourceSection) -> Iterator[Document]:
+        for id, text, _ in self.readers[source.name].read():
+            if text is None:
+                self.tallies[source.name].drop("null", 0)
+            else:
+                yield Document(id, text)
+
+    def _wanted(self, source: SourceSection, found: list[Document]) -> list[Document]:
+        """Label the documents, and leave those whose labels the source does not want."""
+        tally = self.tallies[source.name]
+        wanted = [True] * len(found)
+        for name, labeller in self.labellers.items():
+            for place, label in enumerate(labeller.labels(document.text for document in found)):
+                tally.label(f"{name}: {label}", found[place].size)
+                wanted[place] &= source.labels.get(name, label) == label
+        return tally.sift(found, (None if good else "labels" for good in wanted))
 
     def _any_left(self, documents: _BY_SOURCE) -> _BY_SOURCE:
         for name, found in documents.items():
@@ -181,7 +220,7 @@ class _Preparation:
         section = self.config.held_out
         budget = min(section.max_bytes, int(section.fraction * count(found)[1]))
         ordered = sorted(found, key=lambda document: document.fingerprint)
-        return _within(ordered, budget) or [min(ordered, key=lambda document: document.size)]
+        return within(ordered, budget) or [min(ordered, key=lambda document: document.size)]
 
     def _head_of_stream(self, source: SourceSection) -> tuple[list[Document], Cursor | None]:
         """The first good documents up to the budget, and where the stream goes on."""
@@ -203,23 +242,20 @@ class _Preparation:
     def _overlap_index(self, held_out: _BY_SOURCE) -> OverlapIndex | None:
         """The runs of words of what is held out. Exercises from one template overlap by design: theirs differ by
         text."""
-        n = self.config.cleaning.decontamination_ngram
-        if n is None:
-            return None
         texts = [d.text for s in self.config.sources if s.provenance != "procedural" for d in held_out[s.name]]
         texts += [text for records in self.benchmarks.values() for record in records for text in record]
-        return OverlapIndex.build(n, texts)
+        return OverlapIndex.of(self.config.cleaning, texts)
 
     def _decontaminate(self, name: str, found: list[Document], overlap: OverlapIndex) -> list[Document]:
         kept, tally = [], self.tallies[name]
         for document in found:
             text = overlap.clean(document.text)
             if text is None:
-                tally.drop("decontamination", document.size)
+                tally.drop_document("decontamination", document)
                 continue
-            kept.append(Document(document.id, text))
-            if text != document.text:
-                tally.shorten(document.size - kept[-1].size)
+            kept.append(document if len(text) == len(document.text) else document.with_text(text))
+            if kept[-1] is not document:
+                tally.shorten("decontamination", document.size - kept[-1].size)
         return kept
 
     def _tokenizer_texts(self, documents: _BY_SOURCE, overlap: OverlapIndex | None) -> Iterator[str]:
@@ -231,20 +267,25 @@ class _Preparation:
                 cleaner = StreamCleaner(self.config.cleaning, overlap)
                 stream = self.readers[source.name].read(self.starts[source.name])
                 cleaned = ((id, cleaner.clean(text)) for id, text, _ in stream)
-                chosen = _take((Document(id, text) for id, text in cleaned if text is not None), budget)
+                chosen = until((Document(id, text) for id, text in cleaned if text is not None), budget)
             else:
-                chosen = _take(sorted(documents[source.name], key=lambda document: document.fingerprint), budget)
+                chosen = until(sorted(documents[source.name], key=lambda document: document.fingerprint), budget)
             yield from (document.text for document in chosen)
 
     def _encode(self, folder: Path, name: str, found: list[Document], encoder: Encoder) -> int:
         """Write a source's tokens; how many they are."""
         dtype = np.uint16 if encoder.vocab_size <= 2**16 else np.uint32
-        parts = []
-        for start in range(0, len(found), _ENCODE_BATCH):
-            batch = encoder.encode_documents([document.text for document in found[start : start + _ENCODE_BATCH]])
-            parts += [tokens.astype(dtype) for tokens in batch]
-        offsets = np.cumsum([0, *map(len, parts)], dtype=np.int64)
-        PreparedSource(np.concatenate(parts), offsets, [document.id for document in found]).save(folder, name)
+        sizes = []
+        with tempfile.TemporaryFile(dir=folder) as file:
+            for start in range(0, len(found), _ENCODE_BATCH):
+                batch = encoder.encode_documents([document.text for document in found[start : start + _ENCODE_BATCH]])
+                for tokens in batch:
+                    tokens.astype(dtype).tofile(file)
+                    sizes.append(len(tokens))
+            offsets = np.cumsum([0, *sizes], dtype=np.int64)
+            file.flush()
+            tokens = np.memmap(file, dtype=dtype, mode="r")
+            PreparedSource(tokens, offsets, [document.id for document in found]).save(folder, name)
         self.tallies[name].kept = count(found)
         return int(offsets[-1])
 
@@ -260,7 +301,9 @@ class _Preparation:
             }
             for source in self.config.sources
         }
-        return {"key": key, "sources": sources, "vocab_size": vocab_size, "seconds": self.seconds}
+        benchmarks = {Path(path).name: len(records) for path, records in self.benchmarks.items()}
+        facts = {"key": key, "sources": sources, "benchmarks": benchmarks, "vocab_size": vocab_size}
+        return {**facts, "cleaning": self.config.cleaning.model_dump(mode="json"), "seconds": self.seconds}
 
 
 def _too_short(benchmarks: dict[str, list[list[str]]], n: int | None) -> list[LeftOut]:
@@ -278,32 +321,9 @@ def _by_category(config: DataSection, held_out: _BY_SOURCE) -> _BY_SOURCE:
     """Held-out documents of all sources of a category, named `SOURCE/ID`."""
     found: defaultdict[str, list[Document]] = defaultdict(list)
     for source in config.sources:
-        for id, text in held_out[source.name]:
-            found[source.category].append(Document(f"{source.name}/{id}", text))
+        for document in held_out[source.name]:
+            found[source.category].append(Document(f"{source.name}/{document.id}", document.text))
     return found
-
-
-def _take(documents: Iterable[Document], budget: int | None) -> list[Document]:
-    """Documents from the first on until `budget` bytes are reached."""
-    taken, size = [], 0
-    for document in documents:
-        if budget is not None and size >= budget:
-            break
-        taken.append(document)
-        size += document.size
-    return taken
-
-
-def _within(documents: Iterable[Document], budget: int) -> list[Document]:
-    """Documents from the first on, without those that would exceed `budget`, until it is nearly used."""
-    taken, size = [], 0
-    for document in documents:
-        if size + document.size <= budget:
-            taken.append(document)
-            size += document.size
-        if size >= _HELD_OUT_ENOUGH * budget:
-            break
-    return taken
 
 
 def _without_absent_tests(config: DataSection, log: _Log) -> DataSection:
@@ -337,16 +357,21 @@ def _cache(cache_dir: str) -> Iterator[Path]:
         raise
 
 
-def _key(config: DataSection, readers: dict[str, Reader]) -> str:
+def _key(config: DataSection, readers: dict[str, Reader], sample: float) -> str:
     """16 hex digits that change with the config, the input or the format."""
     tree = config.model_dump(mode="json", exclude={"cache_dir", "down_sample"})
+    for section in (tree["cleaning"], *tree["sources"]):
+        for name in _LATER & section.keys():
+            if not section[name]:
+                del section[name]
     for source in tree["sources"]:
         # What files hold counts, not where they lie.
         source["path"] = (
             readers[source["name"]].fingerprint(times=True) if source["name"] in readers else source["path"]
         )
     embedded = [embedded_fingerprint(source) for source in config.sources if source.kind == "embedded"]
-    files = [Path(path).expanduser() for path in config.cleaning.benchmarks]
+    examples = [path for labels in config.cleaning.labels.values() for path in labels.values()]
+    files = [Path(path).expanduser() for path in (*config.cleaning.benchmarks, *examples)]
     if config.tokenizer.path is not None:
         files.append(architecture_folder(config.tokenizer.path) / "tokenizer.json")
         del tree["tokenizer"]["path"]
@@ -354,4 +379,5 @@ def _key(config: DataSection, readers: dict[str, Reader]) -> str:
             del source["weight"]  # which is for learning a tokenizer
     tree["cleaning"]["benchmarks"] = len(config.cleaning.benchmarks)
     content = [FORMAT, tokenizers.__version__, tree, embedded, [checksum(path) for path in files]]
+    content += [sample] if sample < 1 else []
     return xxhash.xxh3_64_hexdigest(json.dumps(content, sort_keys=True).encode())

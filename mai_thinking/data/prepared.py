@@ -126,10 +126,7 @@ class PreparedData:
     @cached_property
     def overlap(self) -> OverlapIndex | None:
         """What training text must not contain; None where decontamination is off."""
-        if self.config.cleaning.decontamination_ngram is None:
-            return None
-        with np.load(self.folder / OVERLAP) as runs:
-            return OverlapIndex(dict(runs))
+        return OverlapIndex.load(self.folder / OVERLAP, self.config.cleaning)
 
     def mixture(self, training_tokens: int) -> list[dict[str, Any]]:
         """What a run of `training_tokens` sees of each source; tokens include the one that opens each document. A
@@ -149,7 +146,9 @@ def save_held_out(folder: Path, held_out: Mapping[str, list[Document]]) -> None:
     """One JSONL per category."""
     (folder / HELD_OUT).mkdir()
     for category, documents in held_out.items():
-        lines = [json.dumps(document._asdict(), ensure_ascii=False) + "\n" for document in documents]
+        lines = [
+            json.dumps({"id": document.id, "text": document.text}, ensure_ascii=False) + "\n" for document in documents
+        ]
         (folder / HELD_OUT / f"{category}.jsonl").write_text("".join(lines), encoding="utf-8", newline="\n")
 
 

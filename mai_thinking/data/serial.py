@@ -9,13 +9,16 @@ Who only guesses is right in at most one of ten cases, whatever the size; under 
 The steps of `sums` and `map` are calls of a tool (MAI-Thinking-1 report §3.3, App. D): sums that are too long for the
 head, and a hidden map that is asked step by step. A hidden map is a function of its number: nothing in the question
 says where it leads, so that only who asks can know.
+
+`wording` is about the form: the items once more, behind a word of the language that is asked for, with the mark that is
+asked for between them. Who does not do as asked takes any language and any mark, and may have much to say first.
 """
 
 import itertools
 import random
 import re
 import string
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -30,6 +33,15 @@ _ENDS = 10
 """Chains in a question of links, each with an end of its own."""
 _END = "end"
 """What a hidden map says of a name that leads nowhere."""
+_MARKS = {"commas": ", ", "dashes": " - ", "slashes": " / "}
+_HERE = {"English": "here", "French": "voici", "German": "hier", "Spanish": "aquí"}
+_CHATTER = (
+    "Well, let me think a little about what you have asked me here.",
+    "Bien, je vais réfléchir un peu à ce que vous me demandez ici.",
+    "Gut, ich denke erst ein wenig darüber nach, was du mich hier fragst.",
+    "Bueno, voy a pensar un poco en lo que usted me pregunta aquí.",
+)
+"""What is said before an answer that nobody had to wait for."""
 
 
 class SerialProblem(NamedTuple):
@@ -40,9 +52,13 @@ class SerialProblem(NamedTuple):
     answer: str
     calls: Sequence[tuple[str, str]] = ()
     """The working where it is calls of a tool, each with its result."""
+    otherwise: tuple[Sequence[str], str] = ((), "")
+    """Of `wording`: the lines and the answer of who does not do as asked."""
 
     def text(self, *, worked: bool) -> str:
-        """The exercise as a document, with its working or with the bare answer."""
+        """The exercise as a document, with its working or with the bare answer; of `wording` as asked or otherwise."""
+        if self.otherwise[1] and not worked:
+            return exercise_text(self.question, *self.otherwise)
         lines = [f"Steps: {', '.join(self.steps)}."] if self.steps else []
         for call, result in self.calls:
             lines += [f"{EXERCISE.call_start}{call}", f"{EXERCISE.result_start}{result}"]
@@ -87,6 +103,9 @@ def solve(question: str) -> str | None:
         return ", ".join(found[-1])
     if terms := re.fullmatch(r"(?:What is (\d+) \+ (\d+)\?)|Repeat (\d+ \+ \d+)\.", question):
         return terms[3] or str(int(terms[1]) + int(terms[2]))
+    form = rf"(?:{'|'.join(_HERE)}) with (?:{'|'.join(_MARKS)})"
+    if found := _asked(rf"Say {{}} in ({form})\.", r"[A-Za-z]\d", question):
+        return _said(found[-1], *found[0].split(" with "))
     if (lookup := map_of(question)) is None:
         return None
     place = question.split()[1]
@@ -199,6 +218,19 @@ def _map(rng: random.Random, size: int) -> SerialProblem:
     return SerialProblem(f"Follow {path[0]} in map {number} to its end.", (), path[-1], calls)
 
 
+def _wording(rng: random.Random, size: int) -> SerialProblem:
+    """Items to say in a language, and with a mark between them."""
+    items = [f"{name}{rng.randint(0, 9)}" for name in rng.sample(_NAMES, size)]
+    (language, mark), other = ((rng.choice(list(_HERE)), rng.choice(list(_MARKS))) for _ in range(2))
+    chatter = [rng.choice(_CHATTER)] if rng.random() < 0.5 else []
+    question = f"Say {', '.join(items)} in {language} with {mark}."
+    return SerialProblem(question, (), _said(items, language, mark), otherwise=(chatter, _said(items, *other)))
+
+
+def _said(items: Iterable[str], language: str, mark: str) -> str:
+    return f"{_HERE[language]} {_MARKS[mark].join(items)}"
+
+
 def map_of(question: str) -> Callable[[str], str] | None:
     """The hidden map that a question asks about: name → the next one, or `end`; None where there is none. A name that
     the map does not have raises ValueError."""
@@ -229,4 +261,5 @@ _DRAWS: dict[SerialFamily, Callable[[random.Random, int], SerialProblem]] = {
     "numbers": _numbers,
     "sums": _sums,
     "map": _map,
+    "wording": _wording,
 }

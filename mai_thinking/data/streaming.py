@@ -1,7 +1,8 @@
 """Rows of a source that is read while training, for data larger than memory or disk.
 
 Applied on the fly, document by document: quality filters, decontamination against the held-out text, and exact
-deduplication within the last `MEMORY` documents. Not applied: MinHash, shuffling, deduplication against other sources.
+deduplication within the last `MEMORY` documents. Not applied: what compares a document with all others, boilerplate,
+labels, shuffling.
 The held-out documents are the head of the stream; training starts behind them. At its end the stream begins again.
 """
 

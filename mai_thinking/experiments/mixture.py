@@ -8,6 +8,7 @@ start, the proposal, and the best of the sampled ones, which is random search wi
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from statistics import fmean
 
 import numpy as np
 
@@ -19,7 +20,7 @@ from mai_thinking.errors import RunError
 from mai_thinking.experiments.mixture_space import Array, MixtureSpace, Regression
 from mai_thinking.experiments.queue import WorkQueue
 from mai_thinking.experiments.runs import PlannedRun, plan_table, share_tokenizer, work
-from mai_thinking.training.evaluation import Reference, reference_of
+from mai_thinking.training.evaluation import Reference, reference_of, weighted_score
 from mai_thinking.training.metrics import read_metrics
 from mai_thinking.training.model_files import load_model_and_tokenizer
 
@@ -143,11 +144,14 @@ def _unseen_score(config: MixtureConfig, run: PlannedRun, reference: Reference) 
     """Eq. 3 on the packages that nothing was trained on; computed once, and noted in the run's folder."""
     notes = json.loads(run.folder.notes.read_bytes())
     if "unseen" not in notes:
-        found = _losses(config, run)
-        names = [name for name in found.sets if name.split("/")[0] in {source.name for source in config.unseen}]
-        if not names:
+        found, categories = _losses(config, run), {source.name: source.category for source in config.unseen}
+        ratios: dict[str, list[float]] = {}
+        for name, (_, nats) in found.sets.items():
+            if (category := categories.get(name.split("/")[0])) is not None:
+                ratios.setdefault(category, []).append(nats / reference.sets[name][1])
+        if not ratios:
             raise RunError("unseen: none of these sources has held-out text; give them more")
-        notes["unseen"] = float(np.mean([found.sets[name][1] / reference.sets[name][1] for name in names]))
+        notes["unseen"] = weighted_score({category: fmean(values) for category, values in ratios.items()})
         run.folder.note(unseen=notes["unseen"])
     return float(notes["unseen"])
 

@@ -1,4 +1,4 @@
-"""Pacing (MAI-Thinking-1 report §3.6): what it does in runs that were made, and the controller's own rule simulated on
+"""Pacing (MAI-Thinking-1 report §3.6): what it does in runs that were made, and the collector's own rule simulated on
 a virtual clock with the lengths of such a run.
 
 Three ways to have rollouts for a learner: *synchronous*, generate and then learn; *dropping*, generate without a pause
@@ -12,6 +12,7 @@ import random
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
+from types import SimpleNamespace
 from typing import Any, NamedTuple, cast
 
 import pyarrow as pa
@@ -19,11 +20,11 @@ import pyarrow.compute as pc
 from pyarrow import parquet
 
 from mai_thinking.config.grpo import GrpoConfig
-from mai_thinking.rl.controller import Controller, Executor
-from mai_thinking.rl.executors import Ahead
+from mai_thinking.rl.asynchronous import Ahead
+from mai_thinking.rl.collector import Collector
 from mai_thinking.rl.problem_filter import FilterCounts
 from mai_thinking.rl.rollout import Group
-from mai_thinking.rl.rollout_worker import Batch, Order, RolloutWorker
+from mai_thinking.rl.rollout_worker import Order, RolloutBatch, RolloutWorker
 from mai_thinking.rl.schedule import Schedule, schedule_path
 from mai_thinking.rl.tasks import TaskSampler
 from mai_thinking.rl.traces import FOLDER, TraceStore
@@ -33,7 +34,7 @@ WAYS = ("synchronous", "dropping", "pacing")
 _COLUMNS = ["group_id", "verdict", "response_ids"]
 
 
-class Problem(NamedTuple):
+class MeasuredGroup(NamedTuple):
     """A group of a run that was made."""
 
     number: int
@@ -43,7 +44,7 @@ class Problem(NamedTuple):
     kept: bool
 
 
-def measured_problems(run: Path) -> list[Problem]:
+def measured_problems(run: Path) -> list[MeasuredGroup]:
     """Of the later half of a run's traces."""
     rows = TraceStore(run / "traces").read(columns=["step", *_COLUMNS])
     return _problems(rows.filter(pc.field("step") >= pc.max(rows["step"]).as_py() / 2))
@@ -63,8 +64,8 @@ def shares_by_size(run: Path, config: GrpoConfig, max_staleness: int) -> list[di
     mix = TaskSampler(config.tasks, config.seed)
     per_update = config.groups_per_step * config.rollouts.steps_per_update
     arrivals = Schedule(schedule_path(run, 0)).arrivals
-    buffer: list[tuple[Problem, int]] = []
-    decided: dict[int, tuple[Problem, bool]] = {}
+    buffer: list[tuple[MeasuredGroup, int]] = []
+    decided: dict[int, tuple[MeasuredGroup, bool]] = {}
     for version in range(arrivals[-1]["version"] + 1):
         for arrival in arrivals:
             if arrival["version"] == version:
@@ -74,7 +75,7 @@ def shares_by_size(run: Path, config: GrpoConfig, max_staleness: int) -> list[di
         buffer = [(one, wrote) for one, wrote in buffer if one.number not in decided]
         decided |= {one.number: (one, True) for one, _ in buffer[:per_update]}
         buffer = buffer[per_update:]
-    by_size: dict[int, list[tuple[Problem, bool]]] = {}
+    by_size: dict[int, list[tuple[MeasuredGroup, bool]]] = {}
     for one, learned in decided.values():
         by_size.setdefault(mix.problem("train", one.number).size, []).append((one, learned))
     return [
@@ -88,18 +89,18 @@ def shares_by_size(run: Path, config: GrpoConfig, max_staleness: int) -> list[di
     ]
 
 
-def _batch(run: Path, number: int) -> list[Problem]:
+def _batch(run: Path, number: int) -> list[MeasuredGroup]:
     return _problems(parquet.read_table(run / FOLDER / f"batch-{number:08d}-rank-00000.parquet", columns=_COLUMNS))
 
 
-def _problems(rows: pa.Table) -> list[Problem]:
+def _problems(rows: pa.Table) -> list[MeasuredGroup]:
     """In the order in which they come."""
     rows = rows.append_column("length", pc.list_value_length(rows["response_ids"]))
     groups = rows.group_by("group_id", use_threads=False)
     columns = groups.aggregate([("length", "max"), ("length", "mean"), ("verdict", "max")]).to_pydict()
     names = ("group_id", "length_max", "length_mean", "verdict_max")
     found = zip(*(columns[name] for name in names), strict=True)
-    return [Problem(number, longest, mean, verdict == "kept") for number, longest, mean, verdict in found]
+    return [MeasuredGroup(number, longest, mean, verdict == "kept") for number, longest, mean, verdict in found]
 
 
 # --------------------------------------------------------------------------------------------------------- simulated
@@ -116,35 +117,34 @@ class Simulated(NamedTuple):
 
 
 def simulate(
-    problems: Sequence[Problem], way: str, *, slots: int, per_update: int, learn_seconds: float, token_seconds: float,
-    max_staleness: int, updates: int, config: GrpoConfig,
+    problems: Sequence[MeasuredGroup], way: str, *, slots: int, per_update: int, learn_seconds: float,
+    token_seconds: float, max_staleness: int, updates: int, config: GrpoConfig,
 ) -> Simulated:  # fmt: skip
     """`slots` problems are generated at once, all workers together; a token of each takes `token_seconds`, an update of
     `per_update` groups `learn_seconds`."""
+    rollouts = config.rollouts.model_copy(update={"max_staleness": max_staleness, "steps_per_update": 1})
+    config = config.model_copy(update={"rollouts": rollouts, "groups_per_step": per_update})
     pool = _VirtualPool(problems, token_seconds, slots)
-    executor: Executor = _Unpaced(pool, in_rounds=way == "synchronous")
+    nobody = cast(
+        RolloutWorker,
+        SimpleNamespace(config=config, problems=1, ranks=1, engine=SimpleNamespace(heartbeat=lambda: None)),
+    )
+    traces = cast(TraceStore, SimpleNamespace(append=lambda number, rows: None))
+    collector: Collector = _Unpaced(nobody, traces, pool, in_rounds=way == "synchronous")
     if way == "pacing":
-        workers, nobody = cast(WorkerPool, pool), cast(RolloutWorker, None)
-        schedule = Schedule(Path(os.devnull))
-        executor = Ahead(workers, nobody, schedule, max_staleness=max_staleness, per_update=per_update)
-    rollouts = config.rollouts.model_copy(update={"max_staleness": max_staleness})
-    config = config.model_copy(update={"rollouts": rollouts})
-    controller = Controller(config, executor, cast(TraceStore, _NoTraces()), problems=1, rank=0, ranks=1)
-    controller.patience = updates * slots  # a batch is one problem here
-    ready: list[Group] = []
+        collector = Ahead(nobody, traces, cast(WorkerPool, pool), Schedule(Path(os.devnull)), rank=0)
+    collector.patience = updates * slots  # a batch is one problem here
     waited, learned = 0.0, set[int]()
     for version in range(updates):
         pool.published.append(pool.now)
         begin = pool.now
-        while len(ready) < per_update:
-            ready += controller.collect(
-                per_update - len(ready), version=version, buffered=len(ready), max_length=1, penalise_length=True,
-                heartbeat=lambda: None, hopeless=lambda counts: False,
-            )[0]  # fmt: skip
-            ready = [group for group in ready if group.version >= version - max_staleness]
+        while len(collector.buffer) < per_update:
+            collector.fill(
+                per_update, version=version, max_length=1, penalise_length=True, hopeless=lambda counts: False
+            )
+            collector.buffer.drop_stale(version - max_staleness)
         waited += pool.now - begin
-        learned |= {group.number for group in ready[:per_update]}
-        ready = ready[per_update:]
+        learned |= {group.number for group in collector.buffer.take(per_update)}
         pool.now += learn_seconds
     worth = [order for order in pool.finished() if pool.problem(order).kept]
     worth.sort(key=lambda order: -pool.problem(order).longest)
@@ -156,7 +156,7 @@ def simulate(
 class _VirtualPool:
     """What `Ahead` asks of a `WorkerPool`; nothing runs. An order beyond the slots begins when one is free."""
 
-    def __init__(self, problems: Sequence[Problem], token_seconds: float, slots: int) -> None:
+    def __init__(self, problems: Sequence[MeasuredGroup], token_seconds: float, slots: int) -> None:
         self.problems, self.token_seconds = problems, token_seconds
         self.slots = self.count = slots
         self.now = 0.0
@@ -166,7 +166,7 @@ class _VirtualPool:
         self._free = [0.0] * slots
         self._ends: list[float] = []
 
-    def problem(self, order: Order) -> Problem:
+    def problem(self, order: Order) -> MeasuredGroup:
         """What an order is about: any of them, but always the same."""
         return self.problems[random.Random(order.first).randrange(len(self.problems))]
 
@@ -178,13 +178,13 @@ class _VirtualPool:
             heapq.heappush(self._free, end)
             heapq.heappush(self._ends, end)
 
-    def take(self, order: Order) -> Batch | None:
+    def take(self, order: Order) -> RolloutBatch | None:
         start, end = self._begun[order]
         if end > self.now:
             return None
         version = bisect.bisect_right(self.published, start) - 1
         groups = [Group(order.first, version)] if self.problem(order).kept else []
-        return Batch(order, version, groups, FilterCounts(), [])
+        return RolloutBatch(order, version, groups, FilterCounts(), [])
 
     def withdraw(self) -> None:
         """The learner answers none itself: it is another machine."""
@@ -207,28 +207,24 @@ class _VirtualPool:
         return [order for _, _, order in done[: -4 * self.slots]]
 
 
-class _Unpaced(Executor):
+class _Unpaced(Collector):
     """All slots are in use all the time; or in rounds, filled together and emptied to the last before anything is
     learned."""
 
-    def __init__(self, pool: _VirtualPool, *, in_rounds: bool) -> None:
+    def __init__(self, worker: RolloutWorker, traces: TraceStore, pool: _VirtualPool, *, in_rounds: bool) -> None:
+        super().__init__(worker, traces, rank=0)
         self.pool, self.in_rounds = pool, in_rounds
 
-    def next(self, controller: Controller, wanted: int) -> Batch | None:
-        if self.in_rounds and wanted and not controller.under_way:
+    def next(self, wanted: int) -> RolloutBatch | None:
+        if self.in_rounds and wanted and not self.under_way:
             for _ in range(self.pool.slots):
-                self.pool.begin(controller.draw())
+                self.pool.begin(self.draw())
         while True:
-            while not self.in_rounds and len(controller.under_way) < 2 * self.pool.slots:
-                self.pool.begin(controller.draw())
-            for order in controller.under_way.values():
+            while not self.in_rounds and len(self.under_way) < 2 * self.pool.slots:
+                self.pool.begin(self.draw())
+            for order in self.under_way.values():
                 if batch := self.pool.take(order):
                     return batch
-            if not wanted and not (self.in_rounds and controller.under_way):
+            if not wanted and not (self.in_rounds and self.under_way):
                 return None
             self.pool.wait(None)
-
-
-class _NoTraces:
-    def append(self, number: int, traces: Any) -> None:
-        """Nothing to keep."""

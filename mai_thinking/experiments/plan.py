@@ -25,7 +25,7 @@ from mai_thinking.config.storage import atomic_file
 from mai_thinking.errors import RunError, UsageError
 from mai_thinking.launch.goodput import account_of
 from mai_thinking.provenance.lineage import read_lineage
-from mai_thinking.rl.collapse import Verdict, read_verdict
+from mai_thinking.rl.collapse import Collapse, read_verdict
 from mai_thinking.training.ledger import RESTART
 from mai_thinking.training.metrics import read_records
 from mai_thinking.training.run_folder import RunFolder
@@ -70,7 +70,7 @@ class Stage:
         return self.state in ("finished", "collapsed")
 
     @cached_property
-    def collapse(self) -> Verdict | None:
+    def collapse(self) -> Collapse | None:
         """The verdict, if it has collapsed."""
         return read_verdict(self.folder.path)
 

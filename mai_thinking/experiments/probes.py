@@ -14,7 +14,7 @@ from mai_thinking.config.ladder import Probe
 from mai_thinking.model import MaiThinkingConfig
 from mai_thinking.model.latent_moe import LatentMoE, Router, Routing, stable_top_k
 from mai_thinking.model.norm import RMSNorm
-from mai_thinking.training.learner import Forward, Learner
+from mai_thinking.training.learner import Learner
 
 BIAS_STEP = 1e-3
 """How far a router's bias moves in a step, as in auxiliary-loss-free balancing (arXiv 2408.15664)."""
@@ -75,9 +75,9 @@ class MicroBatchLearner(Learner):
     """The balance loss takes each micro-batch's own expert frequencies, not the global batch's."""
 
     def _add_router_losses(
-        self, forward: Forward, counts_ME: torch.Tensor, tokens: float
+        self, share: torch.Tensor, routing: Routing, counts_ME: torch.Tensor, tokens: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        return super()._add_router_losses(forward, forward.routing.counts_E, tokens)
+        return super()._add_router_losses(share, routing, routing.counts_E, tokens)
 
 
 _PLACES = {

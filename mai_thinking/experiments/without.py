@@ -14,8 +14,9 @@ from torch import Tensor
 
 from mai_thinking.config.command import exit_with
 from mai_thinking.errors import UsageError
-from mai_thinking.rl.executors import Ahead
-from mai_thinking.rl.objective import Objective, Statistics
+from mai_thinking.rl import policy
+from mai_thinking.rl.asynchronous import Ahead
+from mai_thinking.rl.objective import grpo_loss
 
 PARTS = ("pacing", "ratio")
 
@@ -27,12 +28,11 @@ def take_out(part: str) -> None:
     if part == "pacing":
         Ahead.in_time = lambda self, groups: True  # type: ignore[method-assign]
         return
-    loss = Objective.loss
 
-    def without(self: Objective, logprobs: Tensor, old_logprobs: Tensor, *rest: Any) -> tuple[Tensor, Statistics]:
-        return loss(self, logprobs, logprobs.detach(), *rest)
+    def without(logprobs: Tensor, old_logprobs: Tensor, *rest: Any, **settings: Any) -> Any:
+        return grpo_loss(logprobs, logprobs.detach(), *rest, **settings)
 
-    Objective.loss = without  # type: ignore[method-assign, assignment]
+    policy.grpo_loss = without
 
 
 def main() -> None:

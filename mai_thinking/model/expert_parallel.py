@@ -23,7 +23,7 @@ from torch.autograd.function import once_differentiable
 from torch.distributed._functional_collectives import all_to_all_single, all_to_all_single_autograd
 
 from mai_thinking.errors import RunError
-from mai_thinking.model.grouped_experts import Order, sum_of_rows
+from mai_thinking.model.grouped_experts import RowOrder, sum_of_rows
 
 ExpertNetworks = Callable[[Tensor, Tensor, Tensor], Tensor]
 """An experts module with this rank's share: latents [R, L], experts [R, 1] from 0 on, gates [R, 1] → [R, L]."""
@@ -43,7 +43,7 @@ class ExpertExchange:
     # The sizes depend on the data, so that this is no graph; what it calls is compiled by itself.
     @torch.compiler.disable(recursive=False)
     def _there_and_back(self, experts: ExpertNetworks, x_TL: Tensor, chosen_TK: Tensor, gates_TK: Tensor) -> Tensor:
-        order = Order.of(chosen_TK, self.experts)
+        order = RowOrder.of(chosen_TK, self.experts)
         sent_E = torch.diff(order.ends_E, prepend=order.ends_E.new_zeros(1))
         received_GE = all_to_all_single(sent_E, None, None, self.group).view(-1, self.own)
         totals = torch.stack((sent_E.view(-1, self.own).sum(dim=1), received_GE.sum(dim=1)))
@@ -81,7 +81,7 @@ class _Spread(torch.autograd.Function):
     """Each token's row to all its places. Autograd's own gradient would add up in any order."""
 
     @staticmethod
-    def forward(ctx: Any, x_TL: Tensor, order: Order) -> Tensor:
+    def forward(ctx: Any, x_TL: Tensor, order: RowOrder) -> Tensor:
         ctx.save_for_backward(order.row_TK)
         return x_TL.index_select(0, order.pair_S // order.row_TK.size(1))
 
@@ -96,7 +96,7 @@ class _Combine(torch.autograd.Function):
     """Σ_k gate · y in fp32, each token's rows gathered back."""
 
     @staticmethod
-    def forward(ctx: Any, y_SL: Tensor, gates_TK: Tensor, order: Order) -> Tensor:
+    def forward(ctx: Any, y_SL: Tensor, gates_TK: Tensor, order: RowOrder) -> Tensor:
         ctx.save_for_backward(y_SL, gates_TK, order.pair_S, order.row_TK)
         return sum_of_rows(y_SL, order.row_TK, gates_TK).to(y_SL.dtype)
 

@@ -33,7 +33,7 @@ Copies = tuple[Tensor, Tensor]
 """An experts module's two weights, rounded."""
 
 
-class Order(NamedTuple):
+class RowOrder(NamedTuple):
     """Pairs sorted by expert, and within an expert by token: each row's pair (token · K + slot) and each pair's row,
     int64, and where each expert's rows end, int32, as the grouped product takes it."""
 
@@ -42,7 +42,7 @@ class Order(NamedTuple):
     ends_E: Tensor
 
     @classmethod
-    def of(cls, chosen_TK: Tensor, experts: int) -> "Order":
+    def of(cls, chosen_TK: Tensor, experts: int) -> "RowOrder":
         """By a stable sort of [T, K] indices of experts."""
         # A radix sort's passes go by the keys' width.
         key_S = chosen_TK.flatten().to(torch.int16 if experts < 2**15 else torch.int32)
@@ -70,7 +70,7 @@ class _GroupedSwiGLU(torch.autograd.Function):
         ctx.weight_dtype = w_gate_up.dtype
         w_gate_up = w_gate_up.to(x_TL.dtype) if gate_up_copy is None else gate_up_copy
         w_down = w_down.to(x_TL.dtype) if down_copy is None else down_copy
-        order = Order.of(chosen_TK, w_gate_up.size(0))
+        order = RowOrder.of(chosen_TK, w_gate_up.size(0))
         x_SL = x_TL[order.pair_S // chosen_TK.size(1)]
         gate_up_SF = F.grouped_mm(x_SL, w_gate_up.mT, offs=order.ends_E)
         gate, up = gate_up_SF.float().chunk(2, dim=-1)
@@ -82,7 +82,7 @@ class _GroupedSwiGLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dout_TL: Tensor) -> tuple[Tensor | None, ...]:
         x_TL, w_gate_up, w_down, gates_TK, gate_up_SF, *order_parts = ctx.saved_tensors
-        order = Order(*order_parts)
+        order = RowOrder(*order_parts)
         token_S = order.pair_S // gates_TK.size(1)
         x_SL, dout_SL = x_TL[token_S], dout_TL[token_S]
         # Of the inner activations before they are weighed: y and its gradient are never needed.

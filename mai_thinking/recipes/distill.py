@@ -14,7 +14,7 @@ from mai_thinking.data import prepare
 from mai_thinking.data.tokenizer import load_tokenizer
 from mai_thinking.model import MaiThinkingConfig
 from mai_thinking.rl.policy_model import policy_model
-from mai_thinking.rl.trace_packing import Batches
+from mai_thinking.rl.trace_packing import TraceBatches
 from mai_thinking.rl.trace_selection import Selection, own_traces, select, trace_folder
 from mai_thinking.training.context import RunContext
 from mai_thinking.training.learner import Learner, TextLoss
@@ -63,7 +63,7 @@ class DistillRecipe(Recipe):
             tokenizer = TokenizerSection(path=config.init_from)
             text = prepare(config.text.data.model_copy(update={"tokenizer": tokenizer}), log=context.log)
         self.data = text or ()
-        self.batches = Batches(self.selection, text, config, rank=context.rank, ranks=context.ranks)
+        self.batches = TraceBatches(self.selection, text, config, rank=context.rank, ranks=context.ranks)
         model, parent = policy_model(config, self.architecture)
         self.parents = [parent, *traces]
         self.loss = TextLoss()

@@ -11,21 +11,18 @@ from typing import Any
 import mai_thinking.rl.policy_model as setup
 from mai_thinking.config.command import EXIT_COLLAPSED
 from mai_thinking.config.grpo import GrpoConfig
-from mai_thinking.rl.buffer import RolloutBuffer
+from mai_thinking.rl.asynchronous import make_collector
 from mai_thinking.rl.collapse import COLLAPSE, CollapseDetector, write_verdict
-from mai_thinking.rl.controller import Controller
 from mai_thinking.rl.evaluation import HeldOut, show_evaluation
-from mai_thinking.rl.executors import make_executor
 from mai_thinking.rl.grading import GradingPool
 from mai_thinking.rl.length_curriculum import LengthCurriculum
 from mai_thinking.rl.metrics import rollout_metrics, stale_metrics
-from mai_thinking.rl.objective import Objective
+from mai_thinking.rl.objective import EntropyController
 from mai_thinking.rl.packing import pack
 from mai_thinking.rl.policy import PolicyLoss
 from mai_thinking.rl.problem_filter import FilterCounts
-from mai_thinking.rl.rollout_worker import Responder, RolloutWorker
+from mai_thinking.rl.rollout_worker import RolloutWorker
 from mai_thinking.rl.tasks import TaskSampler
-from mai_thinking.rl.template import Template
 from mai_thinking.rl.traces import FOLDER, TraceStore
 from mai_thinking.training.context import RunContext
 from mai_thinking.training.learner import Learner
@@ -69,18 +66,17 @@ class GrpoRecipe(Recipe):
         self.parents = [parent]
         pool = context.stack.enter_context(GradingPool(config.tasks, **config.grading.model_dump()))
         precision = context.accelerator.mixed_precision  # each rank has a whole engine, before a learner is divided
-        self.engine = setup.make_engine(model, config, self.tokenizer, precision, context.heartbeat, context.device)
+        engine = setup.make_engine(model, config, self.tokenizer, precision, context.heartbeat, context.device)
         self.learner = Learner(model, config, context.accelerator, balance=config.balance)
-        self.responder = Responder(self.engine, pool, Template(config.template), self.tokenizer)
+        self.worker = RolloutWorker(config, mix, engine, pool, self.tokenizer, ranks=ranks)
         self.traces = context.folder.path / FOLDER
-        self.mix, worker = mix, RolloutWorker(config, mix, self.responder, ranks=ranks)
-        self.executor = make_executor(config, context, worker, self.engine)
-        store = TraceStore(self.traces, rank)
-        self.controller = Controller(config, self.executor, store, problems=worker.problems, rank=rank, ranks=ranks)
+        self.collector = make_collector(self.worker, TraceStore(self.traces, rank), context)
         self.held_out = HeldOut(mix, config.evaluation, rank=rank, ranks=ranks, device=context.device)
         self.evaluate_every = config.evaluation.every
-        self.buffer = RolloutBuffer()
-        self.objective = Objective(config.objective)
+        section = config.objective
+        self.entropy_control = EntropyController(
+            section.target_entropy, section.step_size, section.max_relaxation, initial=section.clip_relaxation
+        )
         self.curriculum = LengthCurriculum(config.curriculum)
         self.detector = CollapseDetector(config.collapse)
 
@@ -90,8 +86,8 @@ class GrpoRecipe(Recipe):
 
     def state(self) -> dict[str, Any]:
         """k, the length's stage, what waits to be learned from, and which problem comes next."""
-        own = {"buffer": PerRank(self.buffer), "collector": PerRank(self.controller)}
-        return {"objective": self.objective, "curriculum": self.curriculum, **own}
+        own = {"buffer": PerRank(self.collector.buffer), "collector": PerRank(self.collector)}
+        return {"objective": self.entropy_control, "curriculum": self.curriculum, **own}
 
     def progress(self) -> dict[str, Any]:
         """What the collapse detector has seen, and which tasks these are."""
@@ -113,19 +109,21 @@ class GrpoRecipe(Recipe):
         if self.ending is not None:
             return None
         waited = time.perf_counter() - begin
-        groups = self.buffer.take(self.groups_per_step)
+        groups = self.collector.buffer.take(self.groups_per_step)
         rollouts = [rollout for group in groups for rollout in group.rollouts]
         summary = rollout_metrics(groups, version, self.context)
         # Packed rows → gradient step: replay of nucleus and experts, trust region, outer clip (§3.1).
         packing, experts = self.config.packing, self.architecture.num_experts
         rows = pack(rollouts, row_length=packing.row_length, rows=packing.rows, num_experts=experts)
-        loss = PolicyLoss(self.objective, self.config.rollouts, [r.advantage for r in rollouts], experts)
+        k, advantages = self.entropy_control.clip_relaxation, [rollout.advantage for rollout in rollouts]
+        loss = PolicyLoss(
+            self.config.objective, self.config.rollouts, advantages, clip_relaxation=k, num_experts=experts
+        )
         metrics = self.learner.update(rows, loss, step)
         if not loss.signal:
             self.context.log(f"step {step}: in each group all rewards are equal; the weights stay what they are")
         # Entropy control: k ← clip(k + δ·sign(H* − Ĥ), 0, k_max), for the next step (§3.1).
-        k = self.objective.clip_relaxation
-        self.objective.update(metrics["entropy"])
+        self.entropy_control.update(metrics["entropy"])
         # Only from weights that are the engine's own is the difference a mismatch; later it is what was learned.
         if in_turn or summary["staleness"]:
             del metrics["mismatch"]
@@ -146,17 +144,17 @@ class GrpoRecipe(Recipe):
     def evaluate(self, step: int, *, last: bool) -> dict[str, Any] | None:
         """pass@1 and pass@k on the held-out problems, with the newest weights."""
         with self.context.ledger.span(EVALUATION):
-            self.executor.give_weights(self.engine, self.learner.unwrap())
-            metrics, samples = self.held_out.evaluate(self.responder, self.curriculum.max_length)
+            self.collector.give_weights(self.learner.unwrap())
+            metrics, samples = self.held_out.evaluate(self.worker, self.curriculum.max_length)
         show_evaluation(self.context, step, metrics, samples, self.config.evaluation.show)
         return metrics
 
     def report(self) -> None:
         """What was left out, for the page of results; of a collapsed run the verdict with its evidence, where the next
         stage looks for it."""
-        if self.context.rank == 0 and (notes := self.mix.notes):
+        if self.context.rank == 0 and (notes := self.worker.mix.notes):
             self.context.folder.note(left_out="\n".join(f"- {note}" for note in notes))
-        self.executor.finish()
+        self.collector.finish()
         if self.ending is not None and self.ending.exit_code:
             write_verdict(self.context.folder.path, self.detector.verdict)
 
@@ -164,20 +162,17 @@ class GrpoRecipe(Recipe):
         """Give the engine the learner's weights, and the buffer what the steps up to the next time take; → metrics, and
         what became of the problems of all ranks."""
         rollouts = self.config.rollouts
-        self.executor.give_weights(self.engine, self.learner.unwrap(), version)
-        stale = self.buffer.drop_stale(version - rollouts.max_staleness)
-        wanted = self.groups_per_step * rollouts.steps_per_update * (1 + rollouts.lead)
-        groups, late, drawn = self.controller.collect(
-            wanted - len(self.buffer),
+        self.collector.give_weights(self.learner.unwrap(), version)
+        size = self.groups_per_step * rollouts.steps_per_update * (1 + rollouts.lead)
+        stale = self.collector.buffer.drop_stale(version - rollouts.max_staleness)
+        late, drawn = self.collector.fill(
+            size,
             version=version,
-            buffered=len(self.buffer),
             max_length=self.curriculum.max_length,
             penalise_length=self.curriculum.penalises_length,
-            heartbeat=self.context.heartbeat,
             hopeless=lambda counts: self.config.collapse.enabled and self.detector.hopeless(counts),
         )
-        self.buffer.add(groups)
-        mine = dict(drawn) | {"missing": max(0, wanted - len(self.buffer))}
+        mine = dict(drawn) | {"missing": max(0, size - len(self.collector.buffer))}
         sums = {name: round(value) for name, value in self.context.sum(mine).items()}
         missing, counts = sums.pop("missing"), FilterCounts(**sums)
         # A rank gives up because all is too easy, or too hard; what all of them drew tells which.
@@ -186,7 +181,7 @@ class GrpoRecipe(Recipe):
             self._end_if_collapsed()
         elif missing:
             self.ending = Ending(f"after step {done} hardly a problem is left to learn from: the tasks are solved")
-        return {**stale_metrics(stale + late, self.context), **counts.metrics(), **self.executor.metrics()}, counts
+        return {**stale_metrics(stale + late, self.context), **counts.metrics(), **self.collector.metrics()}, counts
 
     def _end_if_collapsed(self) -> None:
         if self.config.collapse.enabled and self.detector.verdict is not None:

@@ -81,7 +81,7 @@ def of_run(run: Run) -> Document:
 
 
 def _rule(weights: Mapping[str, float]) -> str:
-    sums = [f"{'−' if term.sign < 0 else '+'} {weights.get(f'w_{name}', 0):g} · {name}" for name, term in TERMS.items()]
+    sums = [f"{'−' if sign < 0 else '+'} {weights.get(f'w_{name}', 0):g} · {name}" for name, (sign, _) in TERMS.items()]
     return f"reward = task {' '.join(sums)}; no length term in the last length stage, unless the config asks for it"
 
 

@@ -16,14 +16,14 @@ from mai_thinking.experiments.plan import INPUTS
 from mai_thinking.launch.goodput import Account
 from mai_thinking.provenance.lineage import RECORD, Lineage, read_lineage
 from mai_thinking.rl.collapse import COLLAPSE, read_verdict
-from mai_thinking.rl.trace_report import Order, choose
+from mai_thinking.rl.trace_report import Ranking, choose
 from mai_thinking.rl.traces import FOLDER, TraceStore
 from mai_thinking.training.ledger import RESTART
 from mai_thinking.training.metrics import Record, read_metrics, read_records
 from mai_thinking.training.run_folder import NOTES, SAMPLES
 
 RL = "reinforcement learning"
-_CHOICES: dict[str, Order] = {"Newest": "newest", "Highest reward": "best", "Lowest reward": "worst"}
+_CHOICES: dict[str, Ranking] = {"Newest": "newest", "Highest reward": "best", "Lowest reward": "worst"}
 _SHOWN, _LOOKED_AT = 3, 64
 
 

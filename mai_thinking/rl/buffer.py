@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from mai_thinking.rl.nuclei import Nuclei
-from mai_thinking.rl.rollout import Group, Rollout, Verdict
+from mai_thinking.rl.rollout import Group, Rollout
 from mai_thinking.rl.tasks import WRONG
 
 _PLAIN = ("id", "max_new_tokens", "finished", "rewards", "reward", "advantage")
@@ -63,7 +63,7 @@ def pack_group(group: Group) -> dict[str, Any]:
     return {
         "number": group.number,
         "version": group.version,
-        "verdict": str(group.verdict),
+        "verdict": group.outcome,
         "prompt": rollouts[0].prompt_ids,
         "passed": [rollout.grade.passed for rollout in rollouts],
         "lengths": [len(rollout.response_ids) for rollout in rollouts],
@@ -90,4 +90,4 @@ def unpack_group(state: dict[str, Any]) -> Group:
         )
         for index, passed in enumerate(state["passed"])
     ]
-    return Group(state["number"], state["version"], Verdict(state["verdict"]), rollouts)
+    return Group(state["number"], state["version"], state["verdict"], rollouts)

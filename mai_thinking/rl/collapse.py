@@ -70,11 +70,11 @@ SIGNS = {
 }
 
 COLLAPSE = "collapse.json"
-"""In the folder of a run that was stopped as collapsed: the fields of its `Verdict`."""
+"""In the folder of a run that was stopped as collapsed: the fields of its `Collapse`."""
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Collapse:
     """Why a run stops; `collapse.json` in its folder."""
 
     step: int
@@ -96,13 +96,13 @@ class Verdict:
         return f"{self.verdict} after step {self.step}: {'; '.join(parts)}. Last good step: {self.last_good_step}"
 
 
-def read_verdict(run: Path) -> Verdict | None:
+def read_verdict(run: Path) -> Collapse | None:
     """Of the run in folder `run`, if it has collapsed."""
     path = run / COLLAPSE
-    return Verdict(**json.loads(path.read_text())) if path.is_file() else None
+    return Collapse(**json.loads(path.read_text())) if path.is_file() else None
 
 
-def write_verdict(run: Path, verdict: Verdict | None) -> None:
+def write_verdict(run: Path, verdict: Collapse | None) -> None:
     """Into the run's folder, where the next stage looks for it."""
     assert verdict is not None
     with atomic_file(run / COLLAPSE) as path:
@@ -115,14 +115,14 @@ class CollapseDetector:
 
     def __init__(self, section: CollapseSection) -> None:
         self.section = section
-        self.verdict: Verdict | None = None
+        self.verdict: Collapse | None = None
         """Once there is one, it stays."""
         self._solved = _Solved(section)
         self._signs = {name: _Sign(section, *kind) for name, (_, kind) in SIGNS.items()}
         self._fillings: deque[tuple[int, int, int, int]] = deque(maxlen=section.window)
         """Step, problems drawn, kept and too hard."""
 
-    def update(self, record: Mapping[str, Any]) -> Verdict | None:
+    def update(self, record: Mapping[str, Any]) -> Collapse | None:
         """Take in the record of the step just done; the verdict, if that is what it comes to."""
         step, threshold = record["step"], self.section.threshold
         for name, sign in self._signs.items():
@@ -145,9 +145,9 @@ class CollapseDetector:
         """The evidence of the signs whose score is at half the threshold."""
         return {name: sign.evidence for name, sign in self._signs.items() if 2 * sign.score >= self.section.threshold}
 
-    def _conclude(self, step: int, verdict: str, evidence: dict[str, Any]) -> Verdict:
+    def _conclude(self, step: int, verdict: str, evidence: dict[str, Any]) -> Collapse:
         last_good = min(found["last_good_step"] for found in evidence.values())
-        self.verdict = Verdict(step, last_good, verdict, evidence)
+        self.verdict = Collapse(step, last_good, verdict, evidence)
         return self.verdict
 
     def hopeless(self, counts: FilterCounts) -> bool:
@@ -169,7 +169,7 @@ class CollapseDetector:
             return False
         return hard / drawn - hard_before / before > (kept_before / before - kept / drawn) / 2
 
-    def starve(self, step: int, counts: FilterCounts) -> Verdict:
+    def starve(self, step: int, counts: FilterCounts) -> Collapse:
         """The verdict after `step`, when a buffer could not be filled, from the counts of all ranks."""
         (drawn, kept, _), (before, kept_before, _) = _drawn(counts), self._drawn_before()
         found = {
@@ -204,7 +204,7 @@ class CollapseDetector:
         for name, sign in self._signs.items():
             sign.load_state_dict(state["signs"][name])
         self._fillings.extend(map(tuple, state["fillings"]))
-        self.verdict = Verdict(**state["verdict"]) if state["verdict"] else None
+        self.verdict = Collapse(**state["verdict"]) if state["verdict"] else None
 
 
 class _Sum:

@@ -10,14 +10,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from itertools import chain, islice, zip_longest
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 
-from mai_thinking.config.grpo import ClimbEvaluationSection
+import mai_thinking.rl.policy_model as setup
+from mai_thinking.config.grpo import ClimbEvaluationSection, GrpoConfig
+from mai_thinking.rl.grading import GradingPool
+from mai_thinking.rl.language import foreign_words
 from mai_thinking.rl.rollout import Rollout
-from mai_thinking.rl.rollout_worker import Responder
+from mai_thinking.rl.rollout_worker import RolloutWorker
 from mai_thinking.rl.tasks import Problem, TaskSampler
 from mai_thinking.training.context import RunContext
 from mai_thinking.training.metrics import MetricsLog
@@ -25,6 +28,42 @@ from mai_thinking.training.metrics import MetricsLog
 FIRST_ID = 2**61  # Ids from here on are evaluations': other random numbers than any rollout that is learned from
 _IDS = 2**40  # Ids of each way of asking
 ANSWER_TOKENS = 16  # Tokens, beyond the longest reference answer, of an answer that is forced
+
+
+class Answer(NamedTuple):
+    """What came of one held-out problem."""
+
+    passed: bool
+    tokens: int
+    foreign: bool
+    """Whether words of another language than English stand before the answer."""
+    called: bool
+    """Whether a tool was called."""
+
+
+def answers(config: GrpoConfig, model: str, tasks: Sequence[str], problems: int) -> dict[str, list[Answer]]:
+    """What the model in a folder answers to the first held-out problems of some of an RL config's tasks, one response
+    each: by task. UsageError for a folder without a model of ours."""
+    config = config.model_copy(
+        update={"init_from": model, "tasks": tuple(task for task in config.tasks if task.name in tasks)}
+    )
+    mix, tokenizer = TaskSampler(config.tasks, config.seed), setup.policy_tokenizer(config)
+    policy, _ = setup.policy_model(config, setup.policy_config(config))
+    found: dict[str, list[Answer]] = {}
+    with GradingPool(config.tasks, **config.grading.model_dump()) as pool:
+        engine = setup.make_engine(policy, config, tokenizer, "no", heartbeat=lambda: None)
+        worker = RolloutWorker(config, mix, engine, pool, tokenizer, ranks=1)
+        for name in tasks:
+            asked = [
+                rollout
+                for number, problem in enumerate(mix.held_out(name, problems))
+                for rollout in worker.ask(problem, [FIRST_ID + number], config.curriculum.end)
+            ]
+            found[name] = [
+                Answer(r.grade.passed, len(r.own_ids), foreign_words(r.thought) > 0, bool(r.calls))
+                for r in worker.respond(asked)
+            ]
+    return found
 
 
 class HeldOut:
@@ -43,7 +82,7 @@ class HeldOut:
         self.section, self.rank, self.ranks, self._device = section, rank, ranks, device
         self.problems = [problem for family in mix.families for problem in mix.held_out(family, section.problems)]
 
-    def evaluate(self, responder: Responder, max_length: int) -> tuple[dict[str, Any], list[Rollout]]:
+    def evaluate(self, worker: RolloutWorker, max_length: int) -> tuple[dict[str, Any], list[Rollout]]:
         """→ flat metrics, the same on every rank, and the first rollout of each of this rank's problems. Collective."""
         k, own_temperature = self.section.samples, self.section.temperature
         mine = range(self.rank, len(self.problems), self.ranks)
@@ -52,11 +91,11 @@ class HeldOut:
             asked: list[Rollout] = []
             for number in mine:
                 first = first_id + number * samples
-                asked += responder.ask(self.problems[number], range(first, first + samples), max_length)
-            return responder.respond(asked, temperature, tools=tools)
+                asked += worker.ask(self.problems[number], range(first, first + samples), max_length)
+            return worker.respond(asked, temperature, tools=tools)
 
         rollouts = respond(k, FIRST_ID, own_temperature)
-        emptied, other_thought, half_thought = self._forced(responder, rollouts)
+        emptied, other_thought, half_thought = self._forced(worker, rollouts)
         greedy = respond(1, FIRST_ID + _IDS // 2, 0.0)
         # Of each response, by the name of the mean.
         values: dict[str, list[float]] = {
@@ -68,7 +107,7 @@ class HeldOut:
             "thought_share": [rollout.has_thought for rollout in rollouts],
             "response_length": [len(rollout.own_ids) for rollout in rollouts],
         }
-        if responder.engine.tools:
+        if worker.engine.tools:
             values["call_share"] = [bool(rollout.calls) for rollout in rollouts]
             # The same draws up to the first call, which nothing answers.
             bare = respond(k, FIRST_ID, own_temperature, tools=False)
@@ -80,19 +119,19 @@ class HeldOut:
             dist.all_reduce(sums)
         return self._metrics(dict(zip(values, sums.cpu(), strict=True))), rollouts[::k]
 
-    def _forced(self, responder: Responder, rollouts: Sequence[Rollout]) -> Iterator[list[float]]:
+    def _forced(self, worker: RolloutWorker, rollouts: Sequence[Rollout]) -> Iterator[list[float]]:
         """Which answers pass where the answer is forced: at once, after another's thought, after half of the own."""
-        room = ANSWER_TOKENS + max(len(responder.encoder.encode(problem.answer)) for problem in self.problems)
+        room = ANSWER_TOKENS + max(len(worker.encoder.encode(problem.answer)) for problem in self.problems)
         problems = [rollout.problem for rollout in rollouts]
         own = [rollout.thought if rollout.has_thought else "" for rollout in rollouts]
-        ids = [responder.encoder.encode(thought) for thought in own]
-        halves = [str(responder.tokenizer.decode(thought[: len(thought) // 2])) for thought in ids]
+        ids = [worker.encoder.encode(thought) for thought in own]
+        halves = [str(worker.tokenizer.decode(thought[: len(thought) // 2])) for thought in ids]
         for way, thoughts in enumerate(([""] * len(own), _of_another(own, problems), halves), start=1):
             asked = [
                 (rollout.problem, thought, rollout.id + way * _IDS)
                 for rollout, thought in zip(rollouts, thoughts, strict=True)
             ]
-            yield [grade.passed for grade in responder.force(asked, room, self.section.temperature)]
+            yield [grade.passed for grade in worker.force(asked, room, self.section.temperature)]
 
     def _metrics(self, sums: Mapping[str, torch.Tensor]) -> dict[str, Any]:
         """Means over problems, by task and by size; of pass@1 also the 95 % interval, and pass@k. `sums` over the

@@ -19,13 +19,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mai_thinking.config.objective import ObjectiveSection
 from mai_thinking.errors import RunError
 
-Statistics = dict[str, Tensor]
-"""Detached float64 scalars by name; `MAXIMA` are combined by their maximum, all others by their sum."""
-
 MAXIMA = ("ratio_max", "mismatch")
+"""Statistics that are combined by their maximum; all others are by their sum."""
 _LOG_RATIO_LIMIT = 80.0
 """exp(80) ≈ 5.5e34 is finite in float32, and so is its product with an advantage; no real ratio comes near it."""
 
@@ -43,8 +40,9 @@ def grpo_loss(
     token_count: float | Tensor,
     dual_clip: float | None = None,
     entropy_bonus: float = 0.0,
-) -> tuple[Tensor, Statistics]:
-    """This micro-batch's share of the loss (scalar, with gradient) and its statistics, to be merged with the others'.
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """This micro-batch's share of the loss (scalar, with gradient) and its statistics, detached float64 scalars for
+    `objective_metrics`.
 
     `logprobs` [B, T] of the sampled tokens under the learner, with gradient; `old_logprobs` [B, T] under the engine
     that sampled them; `advantages` [B], or [B, T] where a row holds several responses; `mask` [B, T], nonzero at
@@ -109,33 +107,22 @@ def _masked(
     return new, old, gains, mask
 
 
-def merge_statistics(parts: Sequence[Statistics]) -> Statistics:
-    """Those of several micro-batches, or steps, as one."""
-    columns = {name: torch.stack([part[name] for part in parts]) for name in parts[0]}
-    return {name: values.amax() if name in MAXIMA else values.sum() for name, values in columns.items()}
-
-
-def reduce_statistics(statistics: Statistics) -> Statistics:
-    """The same over all ranks, where torch.distributed runs; every rank must call it with the same names."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return statistics
-    reduced: Statistics = {}
-    for operation, of_maxima in ((dist.ReduceOp.SUM, False), (dist.ReduceOp.MAX, True)):
-        chosen = sorted(name for name in statistics if (name in MAXIMA) == of_maxima)
-        values = torch.stack([statistics[name] for name in chosen])
-        dist.all_reduce(values, operation)
-        reduced |= dict(zip(chosen, values.unbind(), strict=True))
-    return reduced
-
-
-def objective_metrics(statistics: Statistics) -> dict[str, float]:
-    """Merged and reduced statistics as a metrics record's fields; all but the loss are 0 where there are no tokens.
+def objective_metrics(parts: Sequence[dict[str, Tensor]]) -> dict[str, float]:
+    """The statistics of a step's micro-batches, on all ranks, as a metrics record's fields; all but the loss are 0
+    where there are no tokens. Collective where torch.distributed runs.
 
     `entropy` is Ĥ = mean(−logprob·r) in nats per token; `clip_fraction` the share of tokens whose gradient the trust
     region took; `outer_clip_fraction` of those with r outside the outer clip, or past the dual clip; `mismatch` max
     |logprob − old_logprob|: learner against engine, as long as both have the same weights.
     """
-    value = {name: float(tensor) for name, tensor in statistics.items()}
+    value: dict[str, float] = {}
+    for operation, of_maxima in ((dist.ReduceOp.SUM, False), (dist.ReduceOp.MAX, True)):
+        names = sorted(name for name in parts[0] if (name in MAXIMA) == of_maxima)
+        columns = [torch.stack([part[name] for part in parts]) for name in names]
+        values = torch.stack([column.amax() if of_maxima else column.sum() for column in columns])
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(values, operation)
+        value |= dict(zip(names, values.tolist(), strict=True))
     tokens = max(1.0, value["tokens"])
     return {
         "loss": value["loss"],
@@ -195,25 +182,3 @@ class EntropyController:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from `state_dict()`."""
         self.clip_relaxation = float(state["clip_relaxation"])
-
-
-class Objective(EntropyController):
-    """`grpo_loss` and the entropy control as a config asks for them; a trainer need not know which rival it runs."""
-
-    def __init__(self, section: ObjectiveSection) -> None:
-        self.section = section
-        step_size = section.relaxation_step if section.entropy_control == "adaptive" else 0.0
-        super().__init__(section.target_entropy, step_size, section.max_relaxation, initial=section.clip_relaxation)
-
-    def loss(
-        self, logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, token_count: float | Tensor
-    ) -> tuple[Tensor, Statistics]:
-        """`grpo_loss` with this objective's settings and the present k."""
-        section = self.section
-        ratio_min, ratio_max = section.ratio_range
-        return grpo_loss(
-            logprobs, old_logprobs, advantages, mask,
-            epsilon=section.epsilon, clip_relaxation=self.clip_relaxation, ratio_min=ratio_min, ratio_max=ratio_max,
-            token_count=token_count, dual_clip=section.dual_clip,
-            entropy_bonus=section.entropy_bonus if section.entropy_control == "bonus" else 0.0,
-        )  # fmt: skip

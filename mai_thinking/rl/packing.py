@@ -24,7 +24,7 @@ MULTIPLE = 64
 
 
 @dataclass(frozen=True)
-class MicroBatch:
+class PackedRollouts:
     """Rows for one forward and backward pass. Response tokens are in the order of their places, row by row."""
 
     input_ids: torch.Tensor  # [B, T] int64
@@ -38,12 +38,12 @@ class MicroBatch:
     old_logprobs: torch.Tensor  # [N] fp32, the engine's
     nucleus: torch.Tensor  # [N, ceil(V / 8)] uint8, bit-packed
 
-    def to(self, device: torch.device | str) -> "MicroBatch":
+    def to(self, device: torch.device | str) -> "PackedRollouts":
         """The same on another device."""
-        return MicroBatch(**{part.name: getattr(self, part.name).to(device) for part in fields(self)})
+        return PackedRollouts(**{part.name: getattr(self, part.name).to(device) for part in fields(self)})
 
 
-def pack(rollouts: Sequence[Rollout], *, row_length: int, rows: int, num_experts: int) -> list[MicroBatch]:
+def pack(rollouts: Sequence[Rollout], *, row_length: int, rows: int, num_experts: int) -> list[PackedRollouts]:
     """Rollouts into micro-batches of up to `rows` rows of up to `row_length` places.
 
     First-fit decreasing, equal lengths in the given order: the same rollouts always give the same micro-batches. Rows
@@ -74,7 +74,7 @@ def first_fit_decreasing(lengths: Sequence[int], row_length: int) -> list[list[i
 
 def lay_out(rollouts: Sequence[Rollout], length: int) -> dict[str, NDArray[Any]]:
     """A row of `length` places: `input_ids` and `position_ids` [T] int64, `token_mask` and `response_mask` [T] bool, as
-    in `MicroBatch`."""
+    in `PackedRollouts`."""
     input_ids, position_ids = np.zeros((2, length), dtype=np.int64)
     token_mask, response_mask = np.zeros((2, length), dtype=bool)
     start = 0
@@ -90,7 +90,9 @@ def lay_out(rollouts: Sequence[Rollout], length: int) -> dict[str, NDArray[Any]]
     return row | {"token_mask": token_mask, "response_mask": response_mask}
 
 
-def _micro_batch(rollouts: Sequence[Rollout], layout: list[list[int]], row_length: int, num_experts: int) -> MicroBatch:
+def _micro_batch(
+    rollouts: Sequence[Rollout], layout: list[list[int]], row_length: int, num_experts: int
+) -> PackedRollouts:
     order = [index for row in layout for index in row]
     parts = [rollouts[index] for index in order]
     longest = max(sum(rollouts[index].places for index in row) for row in layout)
@@ -111,4 +113,4 @@ def _micro_batch(rollouts: Sequence[Rollout], layout: list[list[int]], row_lengt
         "old_logprobs": np.concatenate([one.logprobs for one in parts])[drawn],
         "nucleus": Nuclei.joined([one.nucleus for one in parts]).unpacked()[drawn],
     }
-    return MicroBatch(**{name: torch.from_numpy(array) for name, array in arrays.items()})
+    return PackedRollouts(**{name: torch.from_numpy(array) for name, array in arrays.items()})

@@ -11,7 +11,7 @@ Shapes: B rows, T places in a row, N response tokens, V vocabulary, D hidden siz
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,13 +19,14 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from mai_thinking.config.grpo import RolloutSection
+from mai_thinking.config.objective import ObjectiveSection
 from mai_thinking.model.latent_moe import Routing
 from mai_thinking.model.loss import CHUNK_ELEMENTS, head_gradient, logits_product
 from mai_thinking.rl.engine.nucleus import unpack_bits
 from mai_thinking.rl.nuclei import set_bits
-from mai_thinking.rl.objective import Objective, Statistics, merge_statistics, objective_metrics, reduce_statistics
-from mai_thinking.rl.packing import MicroBatch
-from mai_thinking.training.learner import Counts, Forward, Learner
+from mai_thinking.rl.objective import grpo_loss, objective_metrics
+from mai_thinking.rl.packing import PackedRollouts
+from mai_thinking.training.learner import Counts, Learner
 
 NARROW = 1 / 128
 """Nuclei of up to this share of the vocabulary are computed token by token on a CPU: for 8 tokens of 4,096 in a
@@ -33,18 +34,26 @@ fifteenth of the time that whole rows of logits take, for 32 in half, for 64 in 
 
 
 class PolicyLoss:
-    """`objective` on packed rollouts whose advantages are `advantages` ([rollouts] fp32). Serves one update."""
+    """`grpo_loss` on packed rollouts whose advantages are `advantages` ([rollouts] fp32), with the trust region relaxed
+    by k = `clip_relaxation`. Serves one update."""
 
     advice = "Lower the learning rate, or switch the outer clip and both replays on"
 
     def __init__(
-        self, objective: Objective, rollouts: RolloutSection, advantages: Sequence[float], num_experts: int
+        self,
+        section: ObjectiveSection,
+        rollouts: RolloutSection,
+        advantages: Sequence[float],
+        *,
+        clip_relaxation: float,
+        num_experts: int,
     ) -> None:
-        self._objective, self._rollouts, self._num_experts = objective, rollouts, num_experts
+        self._settings = {**section.loss_settings, "clip_relaxation": clip_relaxation}
+        self._rollouts, self._num_experts = rollouts, num_experts
         self._advantages = torch.tensor(advantages, dtype=torch.float32)
         self.signal = True  # Whether any advantage of the global batch is not zero, once it has been counted
 
-    def count(self, micro_batches: Sequence[MicroBatch], learner: Learner) -> Counts:
+    def count(self, micro_batches: Sequence[PackedRollouts], learner: Learner) -> Counts:
         """Response tokens, how often each expert was chosen, and whether any advantage says anything."""
         layers = micro_batches[0].expert_choices.size(0)
         counts_ME = torch.zeros(layers, self._num_experts)
@@ -59,7 +68,9 @@ class PolicyLoss:
         self.signal = bool(unequal)
         return Counts(real, counts_ME, self.signal)
 
-    def forward(self, micro_batch: MicroBatch, learner: Learner) -> Forward:
+    def forward(
+        self, micro_batch: PackedRollouts, learner: Learner
+    ) -> tuple[torch.Tensor, Routing, dict[str, torch.Tensor]]:
         """The responses' log-probs under the learner's weights, and the objective on them."""
         batch = micro_batch.to(learner.device)
         with learner.accelerator.autocast():
@@ -73,25 +84,24 @@ class PolicyLoss:
         advantages_N = self._advantages.to(learner.device)[batch.rollout_index]
         mask_N = torch.ones_like(logprobs_N, dtype=torch.bool)
         new, old, gains, mask = (part[None] for part in (logprobs_N, batch.old_logprobs, advantages_N, mask_N))
-        loss, statistics = self._objective.loss(new, old, gains, mask, self._response_tokens)
-        return Forward(loss, routing, statistics)
+        loss, statistics = grpo_loss(new, old, gains, mask, token_count=self._response_tokens, **self._settings)
+        return loss, routing, statistics
 
-    def metrics(self, parts: list[Statistics], learner: Learner) -> dict[str, float]:
+    def metrics(self, parts: list[dict[str, torch.Tensor]], learner: Learner) -> dict[str, float]:
         """`objective_metrics` over the global batch."""
-        return objective_metrics(reduce_statistics(merge_statistics(parts)))
-
-
-class ResponseLogprobs(NamedTuple):
-    """What a forward pass says of a micro-batch."""
-
-    logprobs_N: torch.Tensor  # fp32, with gradient, in the order of `MicroBatch.targets`
-    routing: Routing  # Sums over the real tokens, prompts included, for the balance loss; each part with a leading M
+        return objective_metrics(parts)
 
 
 def response_logprobs(
-    model: nn.Module, batch: MicroBatch, *, temperature: float, replay_nucleus: bool = True, replay_experts: bool = True
-) -> ResponseLogprobs:
-    """The policy's log-probability of every response token, at the temperature that it was drawn with.
+    model: nn.Module,
+    batch: PackedRollouts,
+    *,
+    temperature: float,
+    replay_nucleus: bool = True,
+    replay_experts: bool = True,
+) -> tuple[torch.Tensor, Routing]:
+    """The policy's log-probability of every response token, at the temperature that it was drawn with: [N] fp32, with
+    gradient, in the order of `PackedRollouts.targets`. And the routing's sums over the real tokens, prompts included.
 
     `model` is a MaiThinkingForCausalLM or a wrapper of one (DDP, FSDP); the batch is on its device. Only response
     places go through the head.
@@ -112,7 +122,7 @@ def response_logprobs(
         output_router_logits=False,
         output_routing=True,
     )
-    return ResponseLogprobs(output.scores, output.routing)
+    return output.scores, output.routing
 
 
 def token_logprobs(

@@ -5,47 +5,35 @@ decide whether a problem is worth a whole group, and the whole group's pass rate
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 from mai_thinking.config.grpo import SamplingSection
-from mai_thinking.rl.rollout import Group, Rollout, Verdict
+from mai_thinking.rl.rollout import Group, Rollout
 
 
-class ProblemFilter:
-    """A problem's way through the two stages: `open` a group, and `add` graded rollouts to it while it wants some. All
-    of them, early ones included, make up the group."""
+class FilterStage(NamedTuple):
+    """Of a problem's way: rollouts are generated until the group has `size`, those of the stage before included; then
+    its pass rate must lie in `bounds`, or the problem is dropped."""
 
-    def __init__(self, section: SamplingSection) -> None:
-        self.section = section
+    size: int
+    bounds: tuple[float, float]
+    name: str
 
-    def open(self, number: int, version: int) -> Group:
-        """A group without rollouts yet."""
-        return Group(number, version, Verdict.FULL if self.section.early_range is None else Verdict.EARLY)
-
-    def wanted(self, group: Group) -> int:
-        """Rollouts still to come in the present stage; 0 once the problem is decided."""
-        sizes = {Verdict.EARLY: self.section.early_size, Verdict.FULL: self.section.full_size}
-        return sizes[group.verdict] - len(group.rollouts) if group.verdict in sizes else 0
-
-    def add(self, group: Group, rollouts: Sequence[Rollout]) -> None:
-        """Take graded rollouts in, at most `wanted` and in any order; decide when the stage is complete. ValueError for
-        more."""
-        if len(rollouts) > self.wanted(group):
-            raise ValueError(
-                f"{len(rollouts)} rollouts for a problem that wants {self.wanted(group)} ({group.verdict})"
-            )
-        group.rollouts += rollouts
-        stages = (
-            (Verdict.EARLY, self.section.early_range, Verdict.EARLY_TOO_HARD, Verdict.FULL, Verdict.EARLY_TOO_EASY),
-            (Verdict.FULL, self.section.final_range, Verdict.TOO_HARD, Verdict.KEPT, Verdict.TOO_EASY),
-        )
-        # Both in turn: with early_size = group_size in all, the early rollouts are the whole group.
-        for stage, bounds, too_hard, within, too_easy in stages:
-            if group.verdict is stage and not self.wanted(group):
-                low, high = bounds or (0.0, 1.0)
-                group.verdict = too_hard if group.pass_rate < low else too_easy if group.pass_rate > high else within
+    def outcome(self, group: Group) -> str:
+        """Why it is dropped, a name in `DROPPED`; the empty string if it is not."""
+        low, high = self.bounds
+        wrong = "too_hard" if group.pass_rate < low else "too_easy" if group.pass_rate > high else ""
+        return wrong and self.name + wrong
 
 
+def stages(section: SamplingSection) -> list[FilterStage]:
+    """The early rollouts, if they are to decide anything, and the whole group. What passes the last one is kept."""
+    early = [FilterStage(section.early_size, section.early_range, "early_")] if section.early_range else []
+    return [*early, FilterStage(section.full_size, section.final_range or (0.0, 1.0), "")]
+
+
+KEPT = "kept"
 DROPPED = ("early_too_hard", "early_too_easy", "too_hard", "too_easy")
 OF_A_ROLLOUT: dict[str, Callable[[Rollout], int]] = {
     "rollouts": lambda r: 1,
@@ -65,27 +53,27 @@ OF_A_ROLLOUT: dict[str, Callable[[Rollout], int]] = {
 
 
 class FilterCounts(Counter[str]):
-    """What became of problems, by their `Verdict`, and of their rollouts, by `OF_A_ROLLOUT` and `rollouts_kept`: those
+    """What became of problems, by their `outcome`, and of their rollouts, by `OF_A_ROLLOUT` and `rollouts_kept`: those
     learned from. `update` takes in the counts of further problems."""
 
-    def __init__(self, **counts: int) -> None:
+    def __init__(self, counts: Mapping[str, int] | None = None, /, **more: int) -> None:
         """All names are always there: ranks add their counts up."""
-        super().__init__(dict.fromkeys(("kept", *DROPPED, *OF_A_ROLLOUT, "rollouts_kept"), 0))
-        self.update(counts)
+        super().__init__(dict.fromkeys((KEPT, *DROPPED, *OF_A_ROLLOUT, "rollouts_kept"), 0))
+        self.update(counts or {}, **more)
 
     @property
     def solved(self) -> bool:
         """Whether there is nothing left to learn: of at least 200 problems that are not too hard, 97 % too easy. Those
         too hard may be beyond anybody."""
-        easy, kept = self["early_too_easy"] + self["too_easy"], self["kept"]
+        easy, kept = self["early_too_easy"] + self["too_easy"], self[KEPT]
         return easy + kept >= 200 and easy >= 0.97 * (easy + kept)
 
     def count(self, group: Group) -> None:
         """Take in a group. ValueError if it is undecided."""
-        if group.verdict in (Verdict.EARLY, Verdict.FULL):
-            raise ValueError(f"the group still wants rollouts ({group.verdict})")
-        self[str(group.verdict)] += 1
-        self["rollouts_kept"] += len(group.rollouts) if group.verdict is Verdict.KEPT else 0
+        if not group.outcome:
+            raise ValueError(f"group {group.number} is undecided")
+        self[group.outcome] += 1
+        self["rollouts_kept"] += len(group.rollouts) if group.outcome == KEPT else 0
         for rollout in group.rollouts:
             self.update({name: int(value(rollout)) for name, value in OF_A_ROLLOUT.items()})
 
@@ -93,7 +81,7 @@ class FilterCounts(Counter[str]):
         """Groups kept and dropped, and shares of the rollouts, of their calls and of the context."""
         rollouts, calls = max(1, self["rollouts"]), self["calls"]
         found = {
-            "groups_kept": self["kept"],
+            "groups_kept": self[KEPT],
             **{f"groups_dropped/{rule}": self[rule] for rule in DROPPED},
             "rollouts_used": self["rollouts_kept"] / rollouts,
             "response_length/all": self["tokens"] / rollouts,

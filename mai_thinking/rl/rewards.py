@@ -5,19 +5,11 @@ A further term is a function here, of the group, and its weight `w_NAME` in `Rew
 
 from collections.abc import Callable, Sequence
 from itertools import zip_longest
-from typing import NamedTuple
 
 from mai_thinking.config.tasks import RewardSection
 from mai_thinking.rl.language import foreign_words
 from mai_thinking.rl.rollout import Group
 from mai_thinking.rl.tasks import Grade
-
-
-class Term(NamedTuple):
-    """A part of the reward beside R_task."""
-
-    sign: int  # +1 for what is paid, −1 for a price
-    values: Callable[[Group, RewardSection], list[float]]  # 0 to 1 for each rollout of a group
 
 
 def language(group: Group, section: RewardSection) -> list[float]:
@@ -43,27 +35,28 @@ def waste(group: Group, section: RewardSection) -> list[float]:
     return [count / max(1, len(rollout.calls)) for count, rollout in zip(wasted, group.rollouts, strict=True)]
 
 
-TERMS = {
-    "language": Term(+1, language),
-    "length": Term(-1, length),
-    "calls": Term(-1, calls),
-    "waste": Term(-1, waste),
+TERMS: dict[str, tuple[int, Callable[[Group, RewardSection], list[float]]]] = {
+    "language": (+1, language),
+    "length": (-1, length),
+    "calls": (-1, calls),
+    "waste": (-1, waste),
 }
-"""By name; each counts with the weight `w_NAME`. A term without a weight is not computed, and reads 0."""
+"""Name → +1 for what is paid, −1 for a price; and the values, 0 to 1 for each rollout of a group. Each counts with the
+weight `w_NAME`. A term without a weight is not computed, and reads 0."""
 
 
 def reward_group(group: Group, section: RewardSection) -> None:
     """Fill in the rollouts' `reward` and `rewards`: `task` and the terms. What failed a gate has the least of each."""
     weights = {name: getattr(section, f"w_{name}") for name in TERMS}
-    values = {name: TERMS[name].values(group, section) for name, weight in weights.items() if weight}
+    values = {name: TERMS[name][1](group, section) for name, weight in weights.items() if weight}
     scores = task_rewards([rollout.grade for rollout in group.rollouts])
     for index, rollout in enumerate(group.rollouts):
         parts = {"task": scores[index]} | {name: values[name][index] if name in values else 0.0 for name in TERMS}
         if rollout.grade.gate_failed:
-            parts = {"task": 0.0} | {name: float(name in values and TERMS[name].sign < 0) for name in TERMS}
+            parts = {"task": 0.0} | {name: float(name in values and TERMS[name][0] < 0) for name in TERMS}
         rollout.rewards, rollout.reward = parts, parts["task"]
         for name, weight in weights.items():
-            rollout.reward += TERMS[name].sign * weight * parts[name]
+            rollout.reward += TERMS[name][0] * weight * parts[name]
 
 
 def task_rewards(grades: Sequence[Grade]) -> list[float]:

@@ -4,15 +4,12 @@ Shapes: P prompt tokens, n response tokens, M MoE layers, K experts chosen per t
 """
 
 from dataclasses import dataclass, field
-from enum import StrEnum
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mai_thinking.rl.nuclei import Nuclei
 from mai_thinking.rl.tasks import WRONG, Grade, Problem
-
-Experts = NDArray[np.uint16]
 
 
 @dataclass(eq=False)
@@ -33,7 +30,7 @@ class Rollout:
     logprobs: NDArray[np.float32] = field(default_factory=lambda: np.empty(0, dtype=np.float32))
     """[n], under the distribution drawn from: with temperature, renormalised over the nucleus."""
     nucleus: Nuclei = field(default_factory=Nuclei.none)  # Of n tokens: those that could have been drawn in their place
-    experts: Experts = field(default_factory=lambda: np.empty((0, 0, 0), dtype=np.uint16))
+    experts: NDArray[np.uint16] = field(default_factory=lambda: np.empty((0, 0, 0), dtype=np.uint16))
     """[M, P + n − 1, K], of every token that went through the model: all but the response's last."""
     finished: bool = False  # Whether it ended by itself, rather than at `max_new_tokens`
 
@@ -87,25 +84,13 @@ class Call:
     step: int  # Calls of one step go out together
 
 
-class Verdict(StrEnum):
-    """Where a problem stands."""
-
-    EARLY = "early"  # Its early rollouts are being generated
-    FULL = "full"  # The rest of its group is
-    KEPT = "kept"
-    EARLY_TOO_HARD = "early_too_hard"  # Dropped after the early rollouts: pass rate below `early_range`
-    EARLY_TOO_EASY = "early_too_easy"
-    TOO_HARD = "too_hard"  # Dropped as a whole group: pass rate below `final_range`
-    TOO_EASY = "too_easy"
-
-
 @dataclass(eq=False)
 class Group:
     """A problem's rollouts."""
 
     number: int  # The run's number of the problem
     version: int  # Of the engine's weights that write them
-    verdict: Verdict = Verdict.EARLY
+    outcome: str = ""  # "kept", or why it was dropped: a name in `problem_filter.DROPPED`; empty while undecided
     rollouts: list[Rollout] = field(default_factory=list)
 
     @property

@@ -16,23 +16,102 @@ from mai_thinking.data.tokenizer import Encoder
 from mai_thinking.rl.engine import Engine
 from mai_thinking.rl.grading import GradingPool
 from mai_thinking.rl.objective import group_advantages
-from mai_thinking.rl.problem_filter import FilterCounts, ProblemFilter
+from mai_thinking.rl.problem_filter import KEPT, FilterCounts, stages
 from mai_thinking.rl.rewards import reward_group
-from mai_thinking.rl.rollout import Group, Rollout, Verdict
+from mai_thinking.rl.rollout import Group, Rollout
 from mai_thinking.rl.tasks import Grade, Problem, TaskSampler
 from mai_thinking.rl.template import Template
 from mai_thinking.rl.traces import Trace, trace_rows
 
 
-class Responder:
-    """Asks problems and grades the responses: what collecting and evaluating have in common."""
+@dataclass(frozen=True)
+class Order:
+    """A batch of problems to be answered: as many as fill the engine's slots with early rollouts."""
+
+    number: int  # Of the batch in the run
+    first: int  # Number of its first problem; the others of this rank follow at a distance of the number of ranks
+    max_length: int
+    penalise_length: bool
+    version: int | None = None  # Of the weights that alone may answer it; None: whichever are the newest
+
+
+@dataclass
+class RolloutBatch:
+    """What became of an order."""
+
+    order: Order
+    version: int  # Of the weights at its beginning
+    groups: list[Group]  # Those to learn from
+    counts: FilterCounts
+    traces: list[Trace]  # Of all rollouts
+    switches: list[tuple[int, int]] = field(default_factory=list)
+    """(n, version): newer weights that took over after n decoding steps."""
+    worker: int = 0  # Who made it; −1: the learner
+    began: float = 0.0  # Unix time
+    seconds: float = 0.0  # That it took
+    graded: list[tuple[float, float]] = field(default_factory=list)
+    """When its answers were graded: begin in Unix time, seconds."""
+
+
+class RolloutWorker:
+    """An engine with its tasks and graders: asks problems and grades the responses, for the learner and for evaluation.
+    The same order gives the same groups if the weights are the same, whoever answers it."""
 
     def __init__(
-        self, engine: Engine, pool: GradingPool, template: Template, tokenizer: PreTrainedTokenizerBase
+        self,
+        config: GrpoConfig,
+        mix: TaskSampler,
+        engine: Engine,
+        pool: GradingPool,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        ranks: int,
     ) -> None:
-        self.engine, self.pool, self.template, self.tokenizer = engine, pool, template, tokenizer
-        self.encoder = Encoder(tokenizer)
-        self.graded: list[tuple[float, float]] = []  # When `respond` had answers graded: begin in Unix time, seconds
+        self.config, self.mix, self.engine, self.pool, self.tokenizer = config, mix, engine, pool, tokenizer
+        self.template, self.encoder, self.ranks = Template(config.template), Encoder(tokenizer), ranks
+        self.stages = stages(config.sampling)
+        self.problems = max(1, config.rollouts.slots // self.stages[0].size)  # Of a batch
+        self._graded: list[tuple[float, float]] = []  # When answers were graded: begin in Unix time, seconds
+
+    def answer(self, order: Order, version: int) -> RolloutBatch:
+        """From weights of `version`."""
+        began, begin = time.time(), time.perf_counter()
+        self._graded.clear()
+        section = self.config.reward
+        if not order.penalise_length:
+            section = section.model_copy(update={"w_length": 0.0})
+        counts, traces, step = FilterCounts(), [], version * self.config.rollouts.steps_per_update
+        checkpoint = f"{self.config.name}/step-{step:08d}"
+        groups = self._generate(order, version)
+        for group in groups:
+            reward_group(group, section)
+            advantages = group_advantages([rollout.reward for rollout in group.rollouts])
+            for rollout, advantage in zip(group.rollouts, advantages, strict=True):
+                rollout.advantage = advantage
+            counts.count(group)
+            traces += trace_rows(group, step=step, checkpoint=checkpoint, lineage=self.config.init_from)
+        kept = [group for group in groups if group.outcome == KEPT]
+        batch = RolloutBatch(order, version, kept, counts, traces, began=began, graded=[*self._graded])
+        batch.seconds = time.perf_counter() - begin
+        return batch
+
+    def _generate(self, order: Order, version: int) -> list[Group]:
+        """All groups of the batch, decided, through both stages (§3.1.5)."""
+        numbers = range(order.first, order.first + self.problems * self.ranks, self.ranks)
+        groups = [Group(number, version) for number in numbers]
+        for stage in self.stages:
+            undecided, asked = [group for group in groups if not group.outcome], []
+            for group in undecided:
+                first = group.number * self.config.sampling.full_size
+                ids = range(first + len(group.rollouts), first + stage.size)
+                asked += self.ask(self.mix.problem("train", group.number), ids, order.max_length)
+            answered = iter(self.respond(asked) if asked else ())
+            for group in undecided:
+                group.rollouts += islice(answered, stage.size - len(group.rollouts))
+                group.outcome = stage.outcome(group)
+        for group in groups:
+            group.outcome = group.outcome or KEPT
+        return groups
 
     def ask(self, problem: Problem, ids: Sequence[int], max_new_tokens: int) -> list[Rollout]:
         """A rollout of the problem for each of `ids`, to be answered."""
@@ -61,7 +140,7 @@ class Responder:
             rollout.thought = "".join((*before, rest))
         began, begin = time.time(), time.perf_counter()
         grades = self.pool.grade([(rollout.problem, rollout.answer) for rollout in rollouts])
-        self.graded.append((began, time.perf_counter() - begin))
+        self._graded.append((began, time.perf_counter() - begin))
         for rollout, grade in zip(rollouts, grades, strict=True):
             rollout.grade = grade
         return rollouts
@@ -81,81 +160,3 @@ class Responder:
 
     def _texts(self, rollouts: Sequence[Rollout]) -> list[str]:
         return self.tokenizer.batch_decode([rollout.response_ids for rollout in rollouts], skip_special_tokens=True)
-
-
-@dataclass(frozen=True)
-class Order:
-    """A batch of problems to be answered: as many as fill the engine's slots with early rollouts."""
-
-    number: int  # Of the batch in the run
-    first: int  # Number of its first problem; the others of this rank follow at a distance of the number of ranks
-    max_length: int
-    penalise_length: bool
-    version: int | None = None  # Of the weights that alone may answer it; None: whichever are the newest
-
-
-@dataclass
-class Batch:
-    """What became of an order."""
-
-    order: Order
-    version: int  # Of the weights at its beginning
-    groups: list[Group]  # Those to learn from
-    counts: FilterCounts
-    traces: list[Trace]  # Of all rollouts
-    switches: list[tuple[int, int]] = field(default_factory=list)
-    """(n, version): newer weights that took over after n decoding steps."""
-    worker: int = 0  # Who made it; −1: the learner
-    began: float = 0.0  # Unix time
-    seconds: float = 0.0  # That it took
-    graded: list[tuple[float, float]] = field(default_factory=list)
-    """When its answers were graded: begin in Unix time, seconds."""
-
-
-class RolloutWorker:
-    """Answers batches: draws the problems, generates, grades, filters and rewards. The same order gives the same groups
-    if the weights are the same, whoever answers it."""
-
-    def __init__(self, config: GrpoConfig, mix: TaskSampler, responder: Responder, *, ranks: int) -> None:
-        self.config, self.mix, self.responder, self.ranks = config, mix, responder, ranks
-        self.filter = ProblemFilter(config.sampling)
-        section = config.sampling
-        first_stage = section.early_size if section.early_range else section.full_size
-        self.problems = max(1, config.rollouts.slots // first_stage)  # Of a batch
-
-    def answer(self, order: Order, version: int) -> Batch:
-        """From weights of `version`."""
-        began, begin = time.time(), time.perf_counter()
-        self.responder.graded.clear()
-        section = self.config.reward
-        if not order.penalise_length:
-            section = section.model_copy(update={"w_length": 0.0})
-        groups = self._generate(order, version)
-        counts, traces, step = FilterCounts(), [], version * self.config.rollouts.steps_per_update
-        checkpoint = f"{self.config.name}/step-{step:08d}"
-        for group in groups:
-            reward_group(group, section)
-            advantages = group_advantages([rollout.reward for rollout in group.rollouts])
-            for rollout, advantage in zip(group.rollouts, advantages, strict=True):
-                rollout.advantage = advantage
-            counts.count(group)
-            traces += trace_rows(group, step=step, checkpoint=checkpoint, lineage=self.config.init_from)
-        kept = [group for group in groups if group.verdict is Verdict.KEPT]
-        batch = Batch(order, version, kept, counts, traces, began=began, graded=[*self.responder.graded])
-        batch.seconds = time.perf_counter() - begin
-        return batch
-
-    def _generate(self, order: Order, version: int) -> list[Group]:
-        """All groups of the batch, decided, through both stages."""
-        numbers = range(order.first, order.first + self.problems * self.ranks, self.ranks)
-        groups = [self.filter.open(number, version) for number in numbers]
-        while undecided := [group for group in groups if self.filter.wanted(group)]:
-            asked: list[Rollout] = []
-            for group in undecided:
-                first = group.number * self.config.sampling.full_size + len(group.rollouts)
-                ids = range(first, first + self.filter.wanted(group))
-                asked += self.responder.ask(self.mix.problem("train", group.number), ids, order.max_length)
-            answered = iter(self.responder.respond(asked))
-            for group in undecided:
-                self.filter.add(group, list(islice(answered, self.filter.wanted(group))))
-        return groups

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from mai_thinking.config.storage import atomic_file
 from mai_thinking.rl.buffer import pack_group, unpack_group
 from mai_thinking.rl.problem_filter import FilterCounts
-from mai_thinking.rl.rollout_worker import Batch, Order
+from mai_thinking.rl.rollout_worker import Order, RolloutBatch
 from mai_thinking.rl.traces import Trace
 from mai_thinking.training.metrics import Record, read_records
 from mai_thinking.training.state import read_tree, write_tree
@@ -42,19 +42,19 @@ class Spool:
         """Of a batch."""
         return self.folder / f"batch-{number:08d}-rank-{self.rank:05d}.safetensors"
 
-    def write(self, batch: Batch) -> None:
+    def write(self, batch: RolloutBatch) -> None:
         """Raises OSError."""
         self.folder.mkdir(parents=True, exist_ok=True)
         tree = vars(batch) | {
             "order": asdict(batch.order),
             "groups": [pack_group(group) for group in batch.groups],
             "counts": dict(batch.counts),
-            "traces": [_converted(trace, torch.from_numpy) for trace in batch.traces],
+            "traces": [_converted(trace, torch.tensor) for trace in batch.traces],
         }
         with atomic_file(self.path(batch.order.number), durable=True) as path:
             write_tree(path, tree)
 
-    def read(self, order: Order) -> Batch | None:
+    def read(self, order: Order) -> RolloutBatch | None:
         """The answer to the order; None if there is none, a damaged one, or that to an earlier order of this number."""
         try:
             tree = read_tree(self.path(order.number))
@@ -68,7 +68,7 @@ class Spool:
             "counts": FilterCounts(**tree["counts"]),
             "traces": [_converted(trace, torch.Tensor.numpy) for trace in tree["traces"]],
         }
-        return Batch(**tree | parts)
+        return RolloutBatch(**tree | parts)
 
     def discard(self, number: int) -> None:
         """Of a batch that nobody needs again."""
@@ -113,7 +113,7 @@ class Schedule:
         """It is about to be begun."""
         self._append({"version": version, "order": asdict(order)})
 
-    def add_arrival(self, version: int, batch: Batch) -> None:
+    def add_arrival(self, version: int, batch: RolloutBatch) -> None:
         """It is about to be learned from."""
         record: Record = {
             "version": version,

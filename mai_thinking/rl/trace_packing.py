@@ -28,7 +28,7 @@ TRACES, TEXT = "traces", "text"
 
 
 @dataclass(frozen=True)
-class Batch:
+class TraceBatch:
     """A global batch: this rank's part of it, and counts of the whole."""
 
     micro_batches: list[MicroBatch]
@@ -37,7 +37,7 @@ class Batch:
     text_rows: int
 
 
-class Batches:
+class TraceBatches:
     """An endless iterator over a run's batches, restorable at any step and any number of ranks.
 
     Sources are dealt trace by trace, each to the one that lags furthest behind its share; a source begins a new
@@ -65,7 +65,7 @@ class Batches:
                 text, context_length=self.length, micro_batch_size=1, rows_per_step=1, seed=config.seed, prefetch=0
             )
 
-    def __next__(self) -> Batch:
+    def __next__(self) -> TraceBatch:
         kinds = [self._kinds.next_source()[0] for _ in range(self.rows)]
         layout = self._fill(kinds.count(TRACES))
         traces = iter(layout)
@@ -79,7 +79,7 @@ class Batches:
                 made.append(row if isinstance(row, dict) else trace_row(row, self.length))
         size = self.micro_batch
         parts = [made[begin : begin + size] for begin in range(0, share, size)]
-        return Batch(
+        return TraceBatch(
             [{name: torch.stack([row[name] for row in part]) for name in part[0]} for part in parts],
             response_tokens=sum(len(example.own_ids) for row in layout for example in row),
             text_rows=kinds.count(TEXT),

@@ -15,21 +15,23 @@ from mai_thinking.errors import UsageError
 from mai_thinking.rl.rewards import TERMS
 from mai_thinking.rl.traces import FOLDER, SCHEMA, Trace, TraceStore
 
-Order = Literal["best", "worst", "longest", "newest"]
+Ranking = Literal["best", "worst", "longest", "newest"]
 
 
-def report_traces(run: Path, order: Order, count: int, console: Console, *, step: int | None, task: str | None) -> None:
-    """Print the `count` first rollouts of the run in the folder `run` by `order`. UsageError if there are none."""
+def report_traces(
+    run: Path, ranking: Ranking, count: int, console: Console, *, step: int | None, task: str | None
+) -> None:
+    """Print the `count` first rollouts of the run in the folder `run` by `ranking`. UsageError if there are none."""
     if not run.is_dir():
         raise UsageError(f"{run}: there is no such run; give a run's output_dir, such as runs/nano-grpo")
     if count < 1:
         raise UsageError(f"{count} traces asked for; ask for at least 1")
-    for trace in choose(TraceStore(run / FOLDER), order, count, step=step, task=task):
+    for trace in choose(TraceStore(run / FOLDER), ranking, count, step=step, task=task):
         show(trace, console)
 
 
 def choose(
-    store: TraceStore, order: Order, count: int, *, step: int | None = None, task: str | None = None
+    store: TraceStore, ranking: Ranking, count: int, *, step: int | None = None, task: str | None = None
 ) -> list[Trace]:
     """The `count` first traces by reward, by response tokens or by age, the older first among equals; the newest come
     in the order of their generation. UsageError if there is no such trace, naming what there is."""
@@ -38,11 +40,11 @@ def choose(
     for part in store.parts(where):
         # Of all that is read, no more than `count` rows are kept.
         table = pa.concat_tables([top, part])
-        if order == "newest":
+        if ranking == "newest":
             top = table.slice(max(0, len(table) - count))
             continue
-        key = pc.list_value_length(table["response_ids"]) if order == "longest" else table["reward"]
-        direction = "ascending" if order == "worst" else "descending"
+        key = pc.list_value_length(table["response_ids"]) if ranking == "longest" else table["reward"]
+        direction = "ascending" if ranking == "worst" else "descending"
         indices = pc.sort_indices(pa.table({"key": key}), sort_keys=[("key", direction)])  # a stable sort
         top = table.take(indices.slice(0, count))
     if not len(top):

@@ -184,11 +184,13 @@ def _rules(section: SelectionSection, frame: TemplateSection) -> dict[str, Calla
         rules["unanswered"] = lambda row: row["answer"] is None
     if (most := section.max_repetition) is not None:
         rules["repetitive"] = lambda row: repetition(row["response_ids"], _GRAM) > most
-    if (most_foreign := section.max_foreign) is not None:  # of all words
+    if (most_foreign := section.max_foreign) is not None:  # of all words; an answer may be asked for in any language
+        parse = Template(frame).parse
 
         def foreign(row: Trace) -> bool:
-            count = foreign_words(row["response"])
-            return count / max(len(row["response"].split()), count, 1) > most_foreign
+            thought = parse(row["response"]).thought
+            count = foreign_words(thought)
+            return count / max(len(thought.split()), count, 1) > most_foreign
 
         rules["foreign"] = foreign
     # What stands right before the question, such as `Question:`; a bare frame has nothing that could be told.

@@ -62,7 +62,7 @@ _COLUMNS: dict[str, tuple[pa.DataType, Callable[[Rollout, Group], Any]]] = {
     # Its parts, before their weights.
     **{f"reward_{name}": (pa.float64(), _part_of_reward(name)) for name in ("task", *TERMS)},
     "pass_rate": (pa.float64(), lambda r, g: g.pass_rate),  # ρ_q of the group
-    "verdict": (pa.string(), lambda r, g: str(g.verdict)),  # what became of the group: "kept" if it was learned from
+    "verdict": (pa.string(), lambda r, g: g.outcome),  # what became of the group: "kept" if it was learned from
 }
 SCHEMA = pa.schema(
     {"step": pa.int64()}  # gradient steps that the run had done when the rollout was generated

@@ -1,4 +1,5 @@
-"""Rollout workers as processes on this machine: hands out orders, and sees to it that each is answered.
+"""Rollout workers, as processes on this machine or elsewhere (`rl.ray_worker`): hands out orders, and sees to it that
+each is answered.
 
 A worker that dies, or does not move for `hang_seconds`, is started again, and its orders go to whoever is free. One
 that dies again and again rests, longer each time, and is tried with one order before it is trusted again. What a killed
@@ -7,22 +8,22 @@ worker may still have had to say is not listened to: its connection went with it
 
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from multiprocessing.connection import wait
 from typing import Any
 
-import torch
 import torch.multiprocessing
 
 from mai_thinking.errors import RunError
-from mai_thinking.rl.rollout_worker import Batch, Order
+from mai_thinking.rl.rollout_worker import Order, RolloutBatch
 from mai_thinking.rl.worker_process import WorkerSetup, work
 
 HANG_SECONDS = 120.0  # A worker with an order that does not move for so long is hung
-_START_SECONDS = 180.0  # More that it has at its start, for imports and the model
+START_SECONDS = 180.0  # More that it has at its start, for imports and the model
 _DEATHS = 3  # In a row, before a worker rests
 _REST_SECONDS = 5.0  # The first time; twice as long each time
 _LAST_DEATH = 8  # In a row, of every worker: the run ends
@@ -35,21 +36,18 @@ _CLOSE_SECONDS = 3.0
 class WorkerPool(AbstractContextManager["WorkerPool"]):
     """`count` workers, for one thread."""
 
-    def __init__(self, setup: WorkerSetup, *, count: int, hang_seconds: float = HANG_SECONDS) -> None:
+    def __init__(self, setup: WorkerSetup, workers: "Sequence[Worker]", hang_seconds: float = HANG_SECONDS) -> None:
         """Starts them; returns at once."""
-        self.count, self.hang_seconds = count, hang_seconds
+        self.count, self.hang_seconds = len(workers), hang_seconds
         self.weights, self.spool = setup.weights, setup.spool
         self.deaths = 0  # Of all workers so far
-        self._setup = setup
-        self._context = torch.multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(_WARM)
-        self._workers = [_Worker(number) for number in range(count)]
+        self._workers = workers
         self._waiting: deque[Order] = deque()
         self._begun: dict[Order, bool] = {}  # and whether it is answered
         self._taken: list[tuple[float, float]] = []  # begin and end of batches since the last `idle_share`
         self._told = time.time()
-        for worker in self._workers:
-            worker.start(self._context, setup)
+        for worker in workers:
+            worker.start()
 
     def begin(self, order: Order) -> None:
         """Have it answered, unless that is under way or, by an earlier process of the run, done."""
@@ -68,7 +66,7 @@ class WorkerPool(AbstractContextManager["WorkerPool"]):
         del self._begun[order]
         return order
 
-    def take(self, order: Order) -> Batch | None:
+    def take(self, order: Order) -> RolloutBatch | None:
         """Its answer, if it is there."""
         batch = self.spool.read(order) if self._begun.get(order, True) else None
         if batch is not None:
@@ -99,9 +97,9 @@ class WorkerPool(AbstractContextManager["WorkerPool"]):
     def wait(self, heartbeat: Callable[[], None]) -> None:
         """Until something happens, or for a moment. `heartbeat` is called if a worker has moved. RunError if none of
         them can live."""
-        before = self._setup.beats.clone()
+        before = [worker.moved for worker in self._workers]
         self._advance(_PATIENCE)
-        if not torch.equal(before, self._setup.beats):
+        if before != [worker.moved for worker in self._workers]:
             heartbeat()
 
     def idle_share(self) -> float:
@@ -119,18 +117,15 @@ class WorkerPool(AbstractContextManager["WorkerPool"]):
         self.weights.close()
         deadline = time.monotonic() + _CLOSE_SECONDS
         for worker in self._workers:
-            if worker.process is not None:
-                worker.connection.close()
-                worker.process.join(max(0.0, deadline - time.monotonic()))
-            worker.end()
+            worker.leave(deadline)
 
     def __exit__(self, *error: object) -> None:
         self.close()
 
     def _advance(self, timeout: float) -> None:
-        living = [worker for worker in self._workers if worker.process is not None]
+        living = [worker for worker in self._workers if worker.living]
         if living:
-            wait([worker.connection for worker in living], timeout)
+            living[0].wait_for(living, timeout)
         else:
             time.sleep(timeout)  # all rest
         for worker in living:
@@ -141,20 +136,21 @@ class WorkerPool(AbstractContextManager["WorkerPool"]):
                     self._begun[order] = True
         now = time.monotonic()
         for worker in living:
-            idle = now - float(self._setup.beats[worker.number])
-            if worker.asked and idle > self.hang_seconds and not worker.ended:
-                worker.process.kill()  # also one that is stopped
-                self._bury(worker, f"did not move for {idle:.0f} s")
-            elif worker.ended:
+            # A worker that had nothing to do has not moved either.
+            idle = min(now - worker.moved, time.time() - worker.asked[0][1]) if worker.asked else 0.0
+            if worker.ended:
                 self._bury(worker, "died")
+            elif idle > self.hang_seconds:
+                self._bury(worker, f"did not move for {idle:.0f} s")
         for worker in self._workers:
-            if worker.process is None and now >= worker.rests_until:
-                worker.start(self._context, self._setup)
+            if not worker.living and now >= worker.rests_until:
+                worker.start()
         self._hand_out()
 
-    def _bury(self, worker: "_Worker", how: str) -> None:
+    def _bury(self, worker: "Worker", how: str) -> None:
         """Its orders are the next to be handed out."""
         self._waiting.extendleft(order for order, _ in reversed(worker.asked) if order in self._begun)
+        worker.deaths += bool(worker.asked) or worker.ended
         worker.end()
         self.deaths += 1
         rest = _REST_SECONDS * 2 ** (worker.deaths - _DEATHS) if worker.deaths >= _DEATHS else 0.0
@@ -168,35 +164,87 @@ class WorkerPool(AbstractContextManager["WorkerPool"]):
         """One order each, then a second, so that nobody waits for this process; but one at a time to whoever died."""
         for most in (1, 2):
             for worker in self._workers:
-                room = worker.process is not None and len(worker.asked) < (1 if worker.deaths else most)
+                room = worker.living and len(worker.asked) < (1 if worker.deaths else most)
                 if room and self._waiting:
                     worker.ask(self._waiting.popleft())
 
 
 @dataclass(eq=False)
-class _Worker:
-    """One process, and what it has been asked."""
+class Worker(ABC):
+    """One worker, and what it has been asked."""
 
     number: int
-    process: Any = None
-    connection: Any = None
+    setup: WorkerSetup
     asked: deque[tuple[Order, float]] = field(default_factory=deque)  # and when, in Unix time
     deaths: int = 0  # in a row, without an answer
     rests_until: float = 0.0
     free_since: float = 0.0  # Unix time of its last answer that was taken
     ended: bool = False
 
-    def start(self, context: Any, setup: WorkerSetup) -> None:
+    @property
+    @abstractmethod
+    def living(self) -> bool:
+        """Whether it was started, and not ended."""
+
+    @property
+    @abstractmethod
+    def moved(self) -> float:
+        """When it last moved, by the monotonic clock."""
+
+    @abstractmethod
+    def start(self) -> None:
         """Returns at once."""
-        setup.beats[self.number] = time.monotonic() + _START_SECONDS
-        self.connection, its_end = context.Pipe()
-        self.process = context.Process(target=work, args=(setup, self.number, its_end), daemon=False)
+
+    @abstractmethod
+    def ask(self, order: Order) -> None:
+        """Answer this one too."""
+
+    @abstractmethod
+    def read(self) -> list[tuple[Order, str | None]]:
+        """Orders that are dealt with, and what went wrong. Sets `ended`."""
+
+    @abstractmethod
+    def end(self) -> None:
+        """Kill it if it lives, and forget what it was asked."""
+
+    @staticmethod
+    @abstractmethod
+    def wait_for(workers: "Sequence[Any]", timeout: float) -> None:
+        """Until one of them has something to say."""
+
+    def leave(self, deadline: float) -> None:
+        """End it, more gently until the deadline of the monotonic clock, after the weights were closed."""
+        self.end()
+
+
+@dataclass(eq=False)
+class ProcessWorker(Worker):
+    """A process on this machine."""
+
+    process: Any = None
+    connection: Any = None
+
+    def __post_init__(self) -> None:
+        self._context = torch.multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(_WARM)
+
+    @property
+    def living(self) -> bool:
+        return self.process is not None
+
+    @property
+    def moved(self) -> float:
+        return float(self.setup.beats[self.number])
+
+    def start(self) -> None:
+        self.setup.beats[self.number] = time.monotonic() + START_SECONDS
+        self.connection, its_end = self._context.Pipe()
+        self.process = self._context.Process(target=work, args=(self.setup, self.number, its_end), daemon=False)
         self.process.start()
         its_end.close()
         self.ended = False
 
     def ask(self, order: Order) -> None:
-        """Answer this one too."""
         self.asked.append((order, time.time()))
         try:
             self.connection.send(order)
@@ -204,7 +252,6 @@ class _Worker:
             self.ended = True
 
     def read(self) -> list[tuple[Order, str | None]]:
-        """Orders that are dealt with, and what went wrong. Sets `ended`."""
         found = []
         try:
             while self.connection.poll():
@@ -216,12 +263,20 @@ class _Worker:
         return found
 
     def end(self) -> None:
-        """Kill the process if it lives, and forget what it was asked."""
         if self.process is None:
             return
-        self.deaths += bool(self.asked) or self.ended
-        self.process.kill()
+        self.process.kill()  # also one that is stopped
         self.process.join()
         self.connection.close()
         self.process = None
         self.asked.clear()
+
+    @staticmethod
+    def wait_for(workers: "Sequence[ProcessWorker]", timeout: float) -> None:
+        wait([worker.connection for worker in workers], timeout)
+
+    def leave(self, deadline: float) -> None:
+        if self.process is not None:
+            self.connection.close()
+            self.process.join(max(0.0, deadline - time.monotonic()))
+        self.end()

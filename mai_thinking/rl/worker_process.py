@@ -9,9 +9,10 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -22,17 +23,27 @@ from mai_thinking.data.tokenizer import load_tokenizer
 from mai_thinking.rl.engine import Engine
 from mai_thinking.rl.grading import GradingPool
 from mai_thinking.rl.policy_model import check_lengths, make_engine, policy_config, policy_model
-from mai_thinking.rl.rollout_worker import Order, Responder, RolloutWorker
+from mai_thinking.rl.rollout_worker import Order, RolloutBatch, RolloutWorker
 from mai_thinking.rl.schedule import Spool
 from mai_thinking.rl.tasks import TaskSampler
-from mai_thinking.rl.template import Template
 from mai_thinking.training.process import keep_freed_memory
 
 _PAUSE = 0.002
 _NONE, _CLOSED = -1, -2
 
 
-class SharedWeights:
+class NewestWeights(Protocol):
+    """What a worker reads."""
+
+    @property
+    def version(self) -> int | None:
+        """None while they are being written, or are of no version."""
+
+    def read(self, load: Callable[[Iterable[torch.Tensor]], None]) -> int | None:
+        """Load the newest; → their version. None if they were being written meanwhile, and what was loaded is torn."""
+
+
+class SharedWeights(NewestWeights):
     """The engine's parameters in memory that the workers share, and the version that they are of: one writer, any
     number of readers, and no lock that somebody could die with. Goes to another process as it is."""
 
@@ -49,7 +60,6 @@ class SharedWeights:
 
     @property
     def version(self) -> int | None:
-        """None while they are being written, or are of no version."""
         version = int(self._version)
         return None if version < 0 else version
 
@@ -71,7 +81,6 @@ class SharedWeights:
         self._version.fill_(version)
 
     def read(self, load: Callable[[Iterable[torch.Tensor]], None]) -> int | None:
-        """Load the newest; → their version. None if they were being written meanwhile, and what was loaded is torn."""
         before = self.version
         if before is None:
             return None
@@ -95,24 +104,57 @@ class GivenUp(BaseException):
     """The weights that an order is for are gone. No error: no generation is tried again for it."""
 
 
+class Answering(AbstractContextManager["Answering"]):
+    """An engine with graders, which answers orders from weights that change while it does."""
+
+    def __init__(
+        self, fields: dict[str, Any], ranks: int, threads: int, weights: NewestWeights, beat: Callable[[], None]
+    ) -> None:
+        """`fields` of a `GrpoConfig`. `beat` is called whenever this worker moves."""
+        keep_freed_memory()
+        logging.disable_progress_bar()
+        torch.set_num_threads(threads)
+        config = GrpoConfig.model_validate(fields)
+        tokenizer = load_tokenizer(config.init_from)
+        mix = TaskSampler(config.tasks, config.seed)
+        check_lengths(config, mix)
+        model, _ = policy_model(config, policy_config(config))
+        self._weights = _Weights(weights, beat)
+        engine = make_engine(model, config, tokenizer, "no", self._weights.between_tokens)
+        self._weights.engine = engine
+        self._pool = GradingPool(config.tasks, **config.grading.model_dump())
+        self._worker = RolloutWorker(config, mix, engine, self._pool, tokenizer, ranks=ranks)
+
+    def answer(self, order: Order) -> RolloutBatch | None:
+        """The batch; None if the weights that it is for are gone."""
+        try:
+            self._weights.begin(order)
+            batch = self._worker.answer(order, self._weights.version)
+            batch.switches = self._weights.switches
+            self._weights.check()
+        except GivenUp:
+            return None
+        self._weights.beat()
+        return batch
+
+    def __exit__(self, *error: object) -> None:
+        self._pool.close()
+
+
 def work(setup: WorkerSetup, worker: int, connection: Connection) -> None:
     """Answer orders until the other end closes. For each sends its number and None, or what went wrong for good."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # they are for the trainer, which ends this one
         signal.signal(number, signal.SIG_IGN)
-    keep_freed_memory()
-    logging.disable_progress_bar()
-    torch.set_num_threads(setup.threads)
-    config = GrpoConfig.model_validate(setup.config)
-    tokenizer = load_tokenizer(config.init_from)
-    mix = TaskSampler(config.tasks, config.seed)
-    check_lengths(config, mix)
-    model, _ = policy_model(config, policy_config(config))
-    weights = _Weights(setup.weights, setup.beats, worker)
-    engine = weights.engine = make_engine(model, config, tokenizer, "no", weights.between_tokens)
-    del model
-    with GradingPool(config.tasks, **config.grading.model_dump()) as pool:
-        responder = Responder(engine, pool, Template(config.template), tokenizer)
-        answering = RolloutWorker(config, mix, responder, ranks=setup.ranks)
+    parent = os.getppid()
+
+    def beat() -> None:
+        """Say that this worker moves; end with the trainer, with which the fork server goes, or when it says so: of a
+        trainer that is gone, the next one's workers write the batch."""
+        setup.beats[worker] = time.monotonic()
+        if os.getppid() != parent or setup.weights.closed:
+            sys.exit()
+
+    with Answering(setup.config, setup.ranks, setup.threads, setup.weights, beat) as answering:
         while True:
             try:
                 order = connection.recv()
@@ -120,14 +162,9 @@ def work(setup: WorkerSetup, worker: int, connection: Connection) -> None:
                 return
             outcome = None
             try:
-                weights.begin(order)
-                batch = answering.answer(order, weights.version)
-                batch.switches, batch.worker = weights.switches, worker
-                weights.check()
-                weights.beat()  # of a trainer that is gone, the next one's workers write this batch
-                setup.spool.write(batch)
-            except GivenUp:
-                pass
+                if batch := answering.answer(order):
+                    batch.worker = worker
+                    setup.spool.write(batch)
             except Exception as error:
                 outcome = f"{type(error).__name__}: {error}"
             connection.send((order, outcome))
@@ -138,9 +175,8 @@ class _Weights:
 
     engine: Engine
 
-    def __init__(self, shared: SharedWeights, beats: torch.Tensor, worker: int) -> None:
-        self.shared, self.beats, self.worker = shared, beats, worker
-        self.parent = os.getppid()
+    def __init__(self, shared: NewestWeights, beat: Callable[[], None]) -> None:
+        self.shared, self.beat = shared, beat
         self.version = -1
         self.order: Order | None = None
         self.steps = 0
@@ -169,12 +205,6 @@ class _Weights:
         """GivenUp if nobody wants the order's answer any more."""
         if self.order is not None and self.order.version not in (None, self.shared.version):
             raise GivenUp
-
-    def beat(self) -> None:
-        """Say that this worker moves; end with the trainer, with which the fork server goes, or when it says so."""
-        self.beats[self.worker] = time.monotonic()
-        if os.getppid() != self.parent or self.shared.closed:
-            sys.exit()
 
     def _load(self) -> None:
         """The newest, whole."""

@@ -99,7 +99,7 @@ def evaluate_texts(
             # On the right: attention is causal, so what stands there does not reach a token.
             inputs = pad([torch.tensor(part) for part, _ in windows], padding_value=encoder.end_of_text)
             targets = pad([torch.tensor(part) for _, part in windows], padding_value=-100).to(model.device)
-            head = functools.partial(_score, targets, count_sure)
+            head = functools.partial(score_targets, targets, count_sure)
             scores = model(input_ids=inputs.to(model.device), use_cache=False, head=head).scores.double().cpu()
             nats += scores[0]
             tokens += int((targets != -100).sum())
@@ -110,7 +110,7 @@ def evaluate_texts(
     return Likelihood(float(nats), tokens, sum(len(text.encode()) for text in texts), sure)
 
 
-def _score(
+def score_targets(
     targets_BT: Tensor, count_sure: bool, hidden_BTD: Tensor, weight_VD: Tensor, dtype: torch.dtype | None
 ) -> Tensor:
     """[2]: −log p summed over the targets that are not -100, and how many are sure; a chunk of logits at a time."""

@@ -49,15 +49,6 @@ class Counts(NamedTuple):
     signal: bool = True
 
 
-class Forward(NamedTuple):
-    """A micro-batch's forward pass: its share of the global batch's loss, with the graph, its routing, and what the
-    loss's `metrics` need of it, without the graph."""
-
-    loss: Tensor
-    routing: Routing
-    parts: Any
-
-
 class Loss(Protocol):
     """What a recipe minimises besides the router losses."""
 
@@ -67,8 +58,9 @@ class Loss(Protocol):
     def count(self, micro_batches: Sequence[Any], learner: "Learner") -> Counts:
         """Counts over the global batch, before its first forward pass. Collective."""
 
-    def forward(self, micro_batch: Any, learner: "Learner") -> Forward:
-        """One micro-batch through `learner.model`, divided by what was counted."""
+    def forward(self, micro_batch: Any, learner: "Learner") -> tuple[Tensor, Routing, Any]:
+        """One micro-batch through `learner.model`: its share of the global batch's loss, divided by what was counted,
+        with the graph; its routing; and what `metrics` needs of it, without the graph."""
 
     def metrics(self, parts: list[Any], learner: "Learner") -> dict[str, float]:
         """Over the global batch, of this rank's micro-batches' `parts`; `loss` is among them. Collective."""
@@ -93,7 +85,7 @@ class TextLoss:
         mine = torch.stack([batch["token_mask"].sum() for batch in micro_batches]).sum()
         return Counts(int(learner.sum(mine.to(learner.device))), None)
 
-    def forward(self, micro_batch: MicroBatch, learner: "Learner") -> Forward:
+    def forward(self, micro_batch: MicroBatch, learner: "Learner") -> tuple[Tensor, Routing, Tensor]:
         """Through the model, which computes the loss without holding all logits."""
         batch = {name: learner.moved(tensor) for name, tensor in micro_batch.items()}
         with learner.accelerator.autocast():
@@ -108,7 +100,7 @@ class TextLoss:
                 output_router_logits=False,
                 output_routing=True,
             )
-        return Forward(output.loss, output.routing, output.loss.detach())
+        return output.loss, output.routing, output.loss.detach()
 
     def metrics(self, parts: list[Tensor], learner: "Learner") -> dict[str, float]:
         """`loss`: cross-entropy per label, in nats."""
@@ -232,41 +224,45 @@ class Learner:
         router losses' sums [2], the experts' counts over all ranks [M, E], this rank's entropies [M]."""
         counts_ME = torch.zeros((), device=self.device) if counts.experts_ME is None else counts.experts_ME
         at_once = counts.experts_ME is None and self.config.execution.activation_checkpointing
-        forwards: list[Forward] = []
+        parts: list[Any] = []
+        entropies: list[Tensor] = []
         router_losses: list[Tensor] = []
+        waiting: list[tuple[Tensor, Routing]] = []  # with their graphs, until all counts are known
         company: list[Tensor] = []
         passes = self._agree_on_passes(len(micro_batches))
         for index in range(passes):
             idle = index >= len(micro_batches)  # it only keeps the other ranks company
             # Whether DDP reduces is decided in the forward pass.
             with nullcontext() if index == passes - 1 else self._no_sync():
-                forward = loss.forward(micro_batches[min(index, len(micro_batches) - 1)], self)
+                share, routing, part = loss.forward(micro_batches[min(index, len(micro_batches) - 1)], self)
                 if at_once and idle:
-                    company.append(forward.loss * 0.0)
-                elif not at_once:
+                    company.append(share * 0.0)
+                elif at_once:
+                    waiting.append((share, routing))
+                else:
                     if counts.experts_ME is None:
-                        counts_ME = counts_ME + self.sum(forward.routing.counts_E * (not idle))
-                    total, parts = self._add_router_losses(forward, counts_ME, counts.tokens)
+                        counts_ME = counts_ME + self.sum(routing.counts_E * (not idle))
+                    total, of_routers = self._add_router_losses(share, routing, counts_ME, counts.tokens)
                     (total * (0.0 if idle else self.ranks)).backward()
-                    router_losses.append(parts)
+                    router_losses.append(of_routers)
             if not idle:
-                if not at_once:  # the tensors would keep their graph until the end of the update
-                    routing = Routing(*(value.detach() for value in forward.routing))
-                    forward = Forward(forward.loss.detach(), routing, forward.parts)
-                forwards.append(forward)
+                parts.append(part)
+                entropies.append(routing.entropy.detach())
+            del share, routing  # their graph makes room for the next one
         if at_once:
-            counts_ME = self.sum(torch.stack([forward.routing.counts_E for forward in forwards]).sum(dim=0))
-            totals = [self._add_router_losses(forward, counts_ME, counts.tokens) for forward in forwards]
+            counts_ME = self.sum(torch.stack([routing.counts_E for _, routing in waiting]).sum(dim=0))
+            totals = [self._add_router_losses(*one, counts_ME, counts.tokens) for one in waiting]
             (torch.stack([*(total for total, _ in totals), *company]).sum() * self.ranks).backward()
-            router_losses = [parts for _, parts in totals]
-        entropy_M = _added([forward.routing.entropy.detach() for forward in forwards])
-        return [forward.parts for forward in forwards], _added(router_losses[: len(forwards)]), counts_ME, entropy_M
+            router_losses = [of_routers for _, of_routers in totals]
+        return parts, _added(router_losses[: len(parts)]), counts_ME, _added(entropies)
 
-    def _add_router_losses(self, forward: Forward, counts_ME: Tensor, tokens: float) -> tuple[Tensor, Tensor]:
+    def _add_router_losses(
+        self, share: Tensor, routing: Routing, counts_ME: Tensor, tokens: float
+    ) -> tuple[Tensor, Tensor]:
         """This micro-batch's share of the whole objective, and of the two router losses, detached."""
-        balance = balance_loss(counts_ME, forward.routing.probabilities_E, tokens)
-        z = forward.routing.z.sum() / tokens
-        total = forward.loss + self.balance * balance
+        balance = balance_loss(counts_ME, routing.probabilities_E, tokens)
+        z = routing.z.sum() / tokens
+        total = share + self.balance * balance
         if self.z:
             total = total + self.z * z
         return total, torch.stack([balance.detach(), z.detach()])

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from mai_thinking.data.decontamination import SHORTEST, OverlapIndex, read_benchmark, words_of
+from mai_thinking.data.decontamination import SHORTEST, OverlapIndex, read_benchmark
+from mai_thinking.data.words import words_of
 
 N = 13
 LENGTHS = (SHORTEST, 10, N, 20, 60)

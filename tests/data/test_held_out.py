@@ -1,15 +1,19 @@
 """Held-out text as sets, and sources cut by document."""
 
+import inspect
 import json
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import rich.console
+import rich.markdown
 
 from mai_thinking.config.data import DataSection, SourceSection
 from mai_thinking.data import prepare
 from mai_thinking.data.documents import Document
+from mai_thinking.data.embedded import embedded_fingerprint, read_embedded
 from mai_thinking.data.exercises import exercise, exercise_kind
 from mai_thinking.data.held_out import fingerprint, held_out_sets
 from mai_thinking.data.prepared import PreparedSource
@@ -31,6 +35,21 @@ def test_sets_are_packages_and_small_ones_are_put_together() -> None:
         "scientific/sympy": [500, 300],
         "scientific/others": [40, 10],
     }
+
+
+def test_any_installed_package_is_a_source() -> None:
+    """Its modules, and the docstrings of one of them: found by importing it."""
+    source = embedded("scientific", "code").model_copy(update={"name": "rich", "path": "package/rich"})
+    read = {document.id: document.text for document in read_embedded(source)}
+    assert {"rich/markdown.py", "rich/console.py"} < set(read)
+    assert all(id.startswith("rich/") for id in read)
+    assert read["rich/markdown.py"] == inspect.getsource(rich.markdown)
+    manual = read_embedded(source.model_copy(update={"path": "docstrings/rich"}))
+    long = inspect.cleandoc(rich.console.Console.__doc__ or "")
+    assert long in next(document.text for document in manual if document.id == "rich/console.py")
+    assert embedded_fingerprint(source) != embedded_fingerprint(source.model_copy(update={"path": "package/filelock"}))
+    with pytest.raises(UsageError, match="`pip install nosuch`"):
+        list(read_embedded(source.model_copy(update={"path": "package/nosuch"})))
 
 
 def test_exercises_are_sorted_by_what_they_practise() -> None:

@@ -12,8 +12,11 @@ from mai_thinking.config.tasks import SERIAL, SerialFamily
 from mai_thinking.data.questions import split_of
 from mai_thinking.data.serial import map_of, serial_exercises, serial_problem
 from mai_thinking.data.serial import solve as library_solve
+from mai_thinking.rl.language import foreign_words
 
 ACTING = ("sums", "map")
+HERE = {"English": "here", "French": "voici", "German": "hier", "Spanish": "aquí"}
+MARKS = {"commas": ", ", "dashes": " - ", "slashes": " / "}
 
 
 def solve(question: str) -> str:
@@ -36,6 +39,8 @@ def solve(question: str) -> str:
         while following != "end":
             place, following = following, lookup(following)
         return place
+    if found := re.fullmatch(r"Say (.+) in (\w+) with (\w+)\.", question):
+        return f"{HERE[found[2]]} {found[1].replace(', ', MARKS[found[3]])}"
     found = re.fullmatch(r"Links (.+)\. Follow (\w) to its end\.", question)
     assert found
     links, place = dict(link.split() for link in found[1].split(", ")), found[2]
@@ -51,8 +56,10 @@ def test_answers_and_steps_are_right(family: SerialFamily, size: int) -> None:
         problem = serial_problem(family, size, Random(seed), "train")
         assert problem.answer == solve(problem.question) == library_solve(problem.question), problem.question
         question, *working, answer = problem.text(worked=True).splitlines()
-        assert problem.text(worked=False).splitlines() == [question, answer]
-        if family in ("repeat", "numbers"):
+        assert answer == f"Answer: {problem.answer}"
+        if family != "wording":
+            assert problem.text(worked=False).splitlines() == [question, answer]
+        if family in ("repeat", "numbers", "wording"):
             assert working == []
             continue
         if family in ACTING:
@@ -106,9 +113,36 @@ def test_the_share_of_worked_texts_and_nothing_held_out() -> None:
     assert len(set(questions[1.0])) > 590
 
 
+def test_who_does_not_do_as_asked_says_the_same_in_any_form() -> None:
+    """One in twelve does by chance what was asked; half say something first, a quarter of those in English."""
+    right, chatter = 0, Counter[str]()
+    for seed in range(1500):
+        problem = serial_problem("wording", 4, Random(seed), "train")
+        _, *said, answer = problem.text(worked=False).splitlines()
+        right += answer == f"Answer: {problem.answer}"
+        chatter["".join(said)] += 1
+        items = problem.question.removeprefix("Say ").partition(" in ")[0]
+        forms = [f"Answer: {word} {items.replace(', ', mark)}" for word in HERE.values() for mark in MARKS.values()]
+        assert answer in forms
+    assert abs(right / 1500 - 1 / 12) < 0.025
+    assert abs(chatter.pop("") / 1500 - 0.5) < 0.04
+    foreign = sorted(map(foreign_words, chatter))
+    assert foreign[0] == 0
+    assert len(foreign) == 4
+    assert foreign[1] > 8
+
+
 @pytest.mark.parametrize(
     "question",
-    ["", "Add up .", "Add up g3, r", "Add up g3,, r5.", "Add up g3, .", "Links a b. Follow c", "Swap p13.", "?" * 999],
+    [
+        "",
+        "Add up .",
+        "Add up g3, r",
+        "Add up g3,, r5.",
+        "Links a b. Follow c",
+        "Say 1 in Latin with dashes.",
+        "?" * 999,
+    ],
 )
 def test_other_text_has_no_answer(question: str) -> None:
     assert library_solve(question) is None

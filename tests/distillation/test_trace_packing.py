@@ -14,7 +14,7 @@ from mai_thinking.config.distillation import DistillConfig
 from mai_thinking.data import prepare
 from mai_thinking.errors import UsageError
 from mai_thinking.rl.rollout import Rollout
-from mai_thinking.rl.trace_packing import IGNORED, Batches, trace_row
+from mai_thinking.rl.trace_packing import IGNORED, TraceBatches, trace_row
 from mai_thinking.rl.trace_selection import select
 from mai_thinking.rl.traces import Trace
 from mai_thinking.training.learner import TextLoss
@@ -82,7 +82,7 @@ def test_runs_are_learned_from_by_their_weights(
     selection = select(config, tokenizer)
     assert [len(source.examples) for source in selection.sources] == [30, 7]
     assert selection.shares == [0.75, 0.25]
-    batches, seen = Batches(selection, None, config, rank=0, ranks=1), Counter[str]()
+    batches, seen = TraceBatches(selection, None, config, rank=0, ranks=1), Counter[str]()
     for _ in range(10):
         batch = next(batches)
         for part in batch.micro_batches:
@@ -105,20 +105,20 @@ def mixed(
     trace: Callable[..., Trace],
     tokenizer: Any,
     with_text: Callable[[float], str],
-) -> Callable[..., Batches]:
+) -> Callable[..., TraceBatches]:
     """`mixed(rank, ranks, seed=…)`: batches of traces and text, three to one."""
     config = make([store([trace(number) for number in range(50)])], with_text(0.25))
     section = config.text.data.tokenizer.model_copy(update={"path": config.init_from}) if config.text else None
     text = prepare(config.text.data.model_copy(update={"tokenizer": section}), log=print) if config.text else None
 
-    def batches(rank: int = 0, ranks: int = 1, *, seed: int = 0) -> Batches:
+    def batches(rank: int = 0, ranks: int = 1, *, seed: int = 0) -> TraceBatches:
         changed = config.model_copy(update={"seed": seed})
-        return Batches(select(changed, tokenizer), text, changed, rank=rank, ranks=ranks)
+        return TraceBatches(select(changed, tokenizer), text, changed, rank=rank, ranks=ranks)
 
     return batches
 
 
-def test_a_share_of_text_and_whoever_counts_it(mixed: Callable[..., Batches]) -> None:
+def test_a_share_of_text_and_whoever_counts_it(mixed: Callable[..., TraceBatches]) -> None:
     batches, text_rows = mixed(), 0
     for _ in range(6):
         batch = next(batches)
@@ -130,7 +130,7 @@ def test_a_share_of_text_and_whoever_counts_it(mixed: Callable[..., Batches]) ->
     assert text_rows == 6  # a quarter of 6 × 4 rows
 
 
-def test_batches_do_not_depend_on_the_ranks_and_go_on_where_they_were(mixed: Callable[..., Batches]) -> None:
+def test_batches_do_not_depend_on_the_ranks_and_go_on_where_they_were(mixed: Callable[..., TraceBatches]) -> None:
     alone, ranks = mixed(), [mixed(rank, 2) for rank in range(2)]
     for _ in range(5):
         assert contents(next(alone)) == contents(next(ranks[0])) + contents(next(ranks[1]))

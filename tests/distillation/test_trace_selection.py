@@ -46,7 +46,9 @@ def test_a_rule_removes_its_own_and_counts_it(
     bad: dict[str, Any],
     off: str,
 ) -> None:
-    good = [trace(0), trace(1, response="It is 1 more, then 2 more than that.\nAnswer: 3\n")]
+    # What was asked for in French is no thought in French.
+    asked = "It is 1 more, then 2 more than that.\nAnswer: trois nombres additionnés et leur résultat vérifié\n"
+    good = [trace(0), trace(1, response=asked)]
     run = store([*good, trace(2, **bad)])
     loose = ["selection.patterns={begging: '[Pp]lease'}", "batch.context_length=512"]
     if rule == "too long":

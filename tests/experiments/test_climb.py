@@ -27,7 +27,7 @@ from mai_thinking.launch.goodput import account_of
 from mai_thinking.provenance.lineage import read_lineage, require_own
 from mai_thinking.recipes.pretrain import PretrainRecipe
 from mai_thinking.report.summary import write_report, write_summary
-from mai_thinking.rl.collapse import CollapseDetector, Verdict
+from mai_thinking.rl.collapse import Collapse, CollapseDetector
 from mai_thinking.training.metrics import read_records
 from mai_thinking.training.model_files import load_model
 
@@ -283,10 +283,10 @@ def collapse_at(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
     """Every RL run of more than `steps` steps collapses at its step 3; what came before step 2 was good."""
     update = CollapseDetector.update
 
-    def collapsing(self: CollapseDetector, record: Any) -> Verdict | None:
+    def collapsing(self: CollapseDetector, record: Any) -> Collapse | None:
         update(self, record)
         if record["step"] == 3:
-            self.verdict = Verdict(3, 2, "collapsed", {"solved": {"value": 0.1, "usual": 0.9, "since": 3}})
+            self.verdict = Collapse(3, 2, "collapsed", {"solved": {"value": 0.1, "usual": 0.9, "since": 3}})
         return self.verdict
 
     monkeypatch.setattr(CollapseDetector, "update", collapsing)

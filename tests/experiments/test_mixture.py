@@ -8,11 +8,14 @@ import pytest
 
 from mai_thinking.config.loading import load_config
 from mai_thinking.config.mixture import MixtureConfig
+from mai_thinking.data import prepare
 from mai_thinking.errors import UsageError
 from mai_thinking.experiments import runs as runs_module
 from mai_thinking.experiments.mixture import FINALS, run_mixture
 from mai_thinking.experiments.mixture_space import MixtureSpace, Regression
 from mai_thinking.report.mixture import write_report
+from mai_thinking.training.evaluation import reference_of
+from mai_thinking.training.model_files import load_model_and_tokenizer
 
 ROOT = Path(__file__).parents[2]
 START = {"code": 0.5, "prose": 0.3, "little": 0.2}
@@ -70,6 +73,21 @@ def tiny(folder: Path) -> MixtureConfig:
     return load_config(MixtureConfig, ROOT / "configs" / "tiny-mixture.yaml", places)
 
 
+def unseen(config: MixtureConfig) -> float:
+    """Eq. 3 on the unseen sources, from the finals' and the small start's weights: code's two packages count five times
+    as much as the manual."""
+    data = prepare(config.unseen_data(), log=lambda _: None)
+    seeds = [f"final-start-s{seed}" for seed in (1, 2)]
+    first, *finals = (
+        reference_of(*load_model_and_tokenizer(str(config.folder / "runs" / name / "final")), data, batch_size=8).sets
+        for name in ("sample-000", *seeds)
+    )
+    names = {part: [name for name in first if name.startswith(part)] for part in ("filelock/", "rich/", "pydantic-")}
+    assert all(names.values())
+    ratios = {part: np.mean([[f[n][1] / first[n][1] for n in own] for f in finals]) for part, own in names.items()}
+    return float((0.5 * (ratios["filelock/"] + ratios["rich/"]) / 2 + 0.1 * ratios["pydantic-"]) / 0.6)
+
+
 def test_a_search_whole_is_taken_up_where_it_was(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -95,6 +113,7 @@ def test_a_search_whole_is_taken_up_where_it_was(
     again = run_mixture(config, report=write_report)
     assert (again, len(names)) == (0, 15)  # nothing is left to do
     assert json.loads((config.folder / "report" / "summary.json").read_text()) == facts
+    assert facts["finals"][0]["unseen"]["value"] == pytest.approx(unseen(config), rel=1e-5)
     small, final = (config.folder / "runs" / name / "config.yaml" for name in ("sample-001", "final-start-s1"))
     assert "down_sample: 0.00768" in small.read_text()  # 12 steps of 256 tokens, of 400,000
     assert "steps: 34" in final.read_text()  # 2.8 times

@@ -1,4 +1,4 @@
-"""The controller's rule on a virtual clock."""
+"""The collector's rule on a virtual clock."""
 
 from pathlib import Path
 
@@ -6,10 +6,10 @@ import pytest
 
 from mai_thinking.config.grpo import GrpoConfig
 from mai_thinking.config.loading import load_config
-from mai_thinking.experiments.pacing import Problem, Simulated, simulate
+from mai_thinking.experiments.pacing import MeasuredGroup, Simulated, simulate
 
 ROOT = Path(__file__).parents[2]
-PROBLEMS = [Problem(n, 10 + 7 * (n % 13) + (200 if n % 5 == 0 else 0), 0.0, n % 3 > 0) for n in range(60)]
+PROBLEMS = [MeasuredGroup(n, 10 + 7 * (n % 13) + (200 if n % 5 == 0 else 0), 0.0, n % 3 > 0) for n in range(60)]
 
 
 def run(way: str, max_staleness: int, learn_seconds: float) -> Simulated:

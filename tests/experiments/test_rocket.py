@@ -18,8 +18,8 @@ from mai_thinking.errors import UsageError
 from mai_thinking.experiments.pacing import shares_by_size
 from mai_thinking.experiments.without import take_out
 from mai_thinking.report.rocket import draw, write_part
-from mai_thinking.rl.executors import Ahead
-from mai_thinking.rl.objective import Objective
+from mai_thinking.rl import policy
+from mai_thinking.rl.asynchronous import Ahead
 from mai_thinking.rl.tasks import TaskSampler
 
 ROOT = Path(__file__).parents[2]
@@ -75,13 +75,13 @@ def test_the_page_joins_what_the_parts_left(tmp_path: Path) -> None:
 
 def test_what_is_taken_out_is_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Ahead, "in_time", Ahead.in_time)
-    monkeypatch.setattr(Objective, "loss", Objective.loss)
+    monkeypatch.setattr(policy, "grpo_loss", policy.grpo_loss)
     new, old = torch.full((1, 3), -1.0, requires_grad=True), torch.full((1, 3), -4.0)
-    arguments = (new, old, torch.ones(1, 3), torch.ones(1, 3), 3)
-    objective = Objective(ObjectiveSection())
-    assert objective.loss(*arguments)[1]["ratio_max"] == pytest.approx(torch.e**3)
+    arguments = (new, old, torch.ones(1, 3), torch.ones(1, 3))
+    settings = ObjectiveSection().loss_settings | {"token_count": 3, "clip_relaxation": 0.0}
+    assert policy.grpo_loss(*arguments, **settings)[1]["ratio_max"] == pytest.approx(torch.e**3)
     take_out("ratio")
-    loss, statistics = objective.loss(*arguments)
+    loss, statistics = policy.grpo_loss(*arguments, **settings)
     assert statistics["ratio_max"] == 1
     loss.backward()
     assert new.grad is not None

@@ -16,7 +16,7 @@ from mai_thinking.experiments.climb import RECIPES, run_climb
 from mai_thinking.experiments.plan import ClimbPlan
 from mai_thinking.recipes.grpo import grpo
 from mai_thinking.report.study import claims, difference, measure, table, verdict_of, write_report
-from mai_thinking.rl.collapse import CollapseDetector, Verdict
+from mai_thinking.rl.collapse import Collapse, CollapseDetector
 from mai_thinking.training.metrics import read_records
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -106,9 +106,9 @@ def collapsing(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
 
         monkeypatch.setitem(RECIPES, "grpo", climb_of)
 
-    def give_up(self: CollapseDetector, record: dict[str, Any]) -> Verdict:
+    def give_up(self: CollapseDetector, record: dict[str, Any]) -> Collapse:
         sign = {"value": 0.1, "usual": 0.9, "since": 1}
-        self.verdict = Verdict(record["step"], 0, "starved", {"within_reach": sign})
+        self.verdict = Collapse(record["step"], 0, "starved", {"within_reach": sign})
         return self.verdict
 
     return collapse

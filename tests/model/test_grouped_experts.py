@@ -9,7 +9,7 @@ from test_experts import LOADS, Choose, assert_close, make, results, skewed
 
 from mai_thinking.model import latent_moe
 from mai_thinking.model.experts import eager_experts
-from mai_thinking.model.grouped_experts import Order, grouped_experts, swiglu_backward
+from mai_thinking.model.grouped_experts import RowOrder, grouped_experts, swiglu_backward
 from mai_thinking.model.latent_moe import stable_top_k
 from mai_thinking.model.loss import _loss_and_gradient, chunked_cross_entropy
 from mai_thinking.model.router_product import parts, router_product
@@ -47,7 +47,7 @@ def test_compiled_it_is_one_graph() -> None:
 
 def test_pairs_are_sorted_by_expert_and_then_by_token() -> None:
     chosen = torch.tensor([[3, 1], [1, 0], [3, 0]])
-    order = Order.of(chosen, 5)
+    order = RowOrder.of(chosen, 5)
     assert order.pair_S.tolist() == [3, 5, 1, 2, 0, 4]
     assert order.ends_E.tolist() == [2, 4, 4, 6, 6]
     assert order.pair_S[order.row_TK].tolist() == [[0, 1], [2, 3], [4, 5]]
@@ -171,5 +171,5 @@ def test_router_and_loss_on_a_gpu() -> None:
 
 def test_there_is_no_load_that_a_grouped_product_would_not_see() -> None:
     _, (_, chosen, _, _) = make(500, skewed)
-    ends = Order.of(chosen, 40).ends_E
+    ends = RowOrder.of(chosen, 40).ends_E
     assert torch.equal(ends.diff(prepend=ends.new_zeros(1)).long(), torch.bincount(chosen.flatten(), minlength=40))

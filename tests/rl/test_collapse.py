@@ -20,7 +20,7 @@ from mai_thinking.config.grpo import CollapseSection, GrpoConfig
 from mai_thinking.config.loading import load_config, save_config
 from mai_thinking.provenance.lineage import require_own
 from mai_thinking.recipes.grpo import GrpoRecipe, grpo
-from mai_thinking.rl.collapse import COLLAPSE, CollapseDetector, Verdict, is_repetitive
+from mai_thinking.rl.collapse import COLLAPSE, Collapse, CollapseDetector, is_repetitive
 from mai_thinking.rl.problem_filter import FilterCounts
 from mai_thinking.rl.traces import FOLDER
 from mai_thinking.training.metrics import read_records
@@ -71,7 +71,7 @@ def made_up(seed: int, steps: int, *, damage: dict[str, float] | None = None, at
         yield record
 
 
-def verdict_on(records: Iterator[Record], **section: Any) -> Verdict | None:
+def verdict_on(records: Iterator[Record], **section: Any) -> Collapse | None:
     detector = CollapseDetector(CollapseSection(**section))
     return next((verdict for record in records if (verdict := detector.update(record))), None)
 
@@ -185,7 +185,7 @@ def test_what_nobody_can_solve_is_no_harm(unsolvable: float) -> None:
     assert detector.harder(FilterCounts(too_hard=900, too_easy=100))
 
 
-def simulated(seed: int, sickness: str = "") -> tuple[SimulatedClimb, Verdict | None]:
+def simulated(seed: int, sickness: str = "") -> tuple[SimulatedClimb, Collapse | None]:
     climb = SimulatedClimb(seed, sickness)
     return climb, verdict_on(climb.records())
 

@@ -12,12 +12,9 @@ from mai_thinking.config.objective import ObjectiveSection
 from mai_thinking.errors import RunError
 from mai_thinking.rl.objective import (
     EntropyController,
-    Objective,
     group_advantages,
     grpo_loss,
-    merge_statistics,
     objective_metrics,
-    reduce_statistics,
 )
 from ranks import run_ranks
 
@@ -31,7 +28,7 @@ def one_token(ratio: float, advantage: float, logprob: float = -2.0, **changes: 
     settings = {**REPORT, "token_count": 1, **changes}
     loss, statistics = grpo_loss(new, old, torch.tensor([advantage], dtype=torch.float64), torch.ones(1, 1), **settings)
     loss.backward()
-    return loss.item(), new.grad.item(), objective_metrics(statistics)
+    return loss.item(), new.grad.item(), objective_metrics([statistics])
 
 
 # ε = 0.6, k = 0: trust region [0.4, 2.5]; outer clip [0.1, 50]. ∂r/∂logprob = r.
@@ -157,7 +154,7 @@ def test_entropy_and_its_bonus_follow_the_true_entropy():
     mask = torch.ones(1, 8)
     loss, statistics = grpo_loss(logprobs[sampled][None], old_p.log()[sampled][None], torch.zeros(1), mask, **settings)
     (gradient,) = torch.autograd.grad(loss, logits)
-    assert objective_metrics(statistics)["entropy"] == pytest.approx(truth.item(), rel=1e-12)
+    assert objective_metrics([statistics])["entropy"] == pytest.approx(truth.item(), rel=1e-12)
     assert loss.item() == pytest.approx(-0.1 * truth.item(), rel=1e-12)
     torch.testing.assert_close(gradient, -0.1 * expected, rtol=1e-12, atol=1e-14)
 
@@ -177,7 +174,7 @@ def test_extremes_stay_finite(dtype, ratio_max, bonus, advantage):
     assert torch.isfinite(new.grad).all()
     assert new.grad[0, 1] == 0
     assert new.grad[0, 3].item() == pytest.approx(-(advantage + bonus * (0.5 - 1)) / 4, abs=2e-3)
-    assert math.isfinite(objective_metrics(statistics)["entropy"])
+    assert math.isfinite(objective_metrics([statistics])["entropy"])
 
 
 def test_garbage_outside_the_mask_does_not_matter():
@@ -192,7 +189,7 @@ def test_garbage_outside_the_mask_does_not_matter():
         dirty_gain[2] = garbage  # a row of padding alone
         loss, statistics = grpo_loss(dirty_new, dirty_old, dirty_gain, mask, token_count=8, entropy_bonus=0.1, **REPORT)
         loss.backward()
-        results.append((loss.item(), dirty_new.grad, objective_metrics(statistics)))
+        results.append((loss.item(), dirty_new.grad, objective_metrics([statistics])))
         assert torch.equal(dirty_new.grad[mask == 0], torch.zeros(10))
     for loss, gradient, metrics in results[1:]:
         assert loss == results[0][0]
@@ -216,7 +213,7 @@ def test_a_micro_batch_without_responses_counts_for_nothing(shape):
     loss.backward()
     assert loss == 0
     assert not new.grad.any()
-    assert set(objective_metrics(statistics).values()) == {0.0}
+    assert set(objective_metrics([statistics]).values()) == {0.0}
 
 
 def test_shapes_that_would_broadcast_are_refused():
@@ -252,7 +249,7 @@ def gradient_of(pieces: list[slice], ranks: int = 1) -> tuple[torch.Tensor, dict
         loss, statistics = grpo_loss(logprobs, *given, token_count=token_count, entropy_bonus=0.01, **REPORT)
         (loss * ranks).backward()
         parts.append(statistics)
-    return policy.weight.grad, objective_metrics(reduce_statistics(merge_statistics(parts)))
+    return policy.weight.grad, objective_metrics(parts)
 
 
 @pytest.mark.parametrize("accumulation", [2, 4, 8])
@@ -332,26 +329,17 @@ def test_controller_walks_to_its_ends_and_rests_on_target():
 )
 def test_the_objective_that_a_config_asks_for(changes, relaxations, range_, bonus):
     section = ObjectiveSection(**changes)
-    objective = Objective(section)
-    _, _, old, advantages, mask = batch()
-    new = old + 6 * torch.randn(old.shape, generator=torch.Generator().manual_seed(0))
-    for expected in relaxations:
-        settings = {
-            "epsilon": 0.6,
-            "clip_relaxation": objective.clip_relaxation,
-            "ratio_min": range_[0],
-            "ratio_max": range_[1],
-            "dual_clip": section.dual_clip,
-            "entropy_bonus": bonus,
-        }
-        assert (
-            objective.loss(new, old, advantages, mask, 51)[0]
-            == grpo_loss(new, old, advantages, mask, token_count=51, **settings)[0]
-        )
-        assert objective.update(0.1) == expected
-    resumed = Objective(section)
-    resumed.load_state_dict(objective.state_dict())
-    assert resumed.clip_relaxation == objective.clip_relaxation
+    assert section.loss_settings == {
+        "epsilon": 0.6,
+        "ratio_min": range_[0],
+        "ratio_max": range_[1],
+        "dual_clip": section.dual_clip,
+        "entropy_bonus": bonus,
+    }
+    controller = EntropyController(
+        section.target_entropy, section.step_size, section.max_relaxation, initial=section.clip_relaxation
+    )
+    assert [controller.update(0.1) for _ in relaxations] == relaxations
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from pydantic import ValidationError
 
 import mai_thinking.rl.rewards as rewards_module
 from mai_thinking.config.tasks import RewardSection, TaskSection
-from mai_thinking.rl.rewards import TERMS, Term, reward_group, task_rewards
+from mai_thinking.rl.rewards import TERMS, reward_group, task_rewards
 from mai_thinking.rl.rollout import Call, Group, Rollout
 from mai_thinking.rl.tasks import WRONG, Grade
 from mai_thinking.rl.tasks.base import combine
@@ -91,7 +91,7 @@ def test_a_term_more_is_a_function_and_a_weight(monkeypatch: pytest.MonkeyPatch)
         thoughts = [rollout.thought for rollout in group.rollouts]
         return [1 / thoughts.count(thought) for thought in thoughts]
 
-    monkeypatch.setitem(rewards_module.TERMS, "rare", Term(+1, rare))
+    monkeypatch.setitem(rewards_module.TERMS, "rare", (+1, rare))
     made = rewarded(Section(w_language=0), [WRONG] * 3, ["a", "a", "b"], [1] * 3, 1)
     assert [(one.rewards["rare"], one.reward) for one in made] == [(0.5, 1), (0.5, 1), (1, 2)]
 

@@ -83,8 +83,10 @@ def test_padding_disturbs_nobody_and_is_not_counted() -> None:
     assert padded.input_ids.shape == (1, 64)
     assert exact.input_ids.shape == (1, 12)
     with torch.no_grad():
-        with_padding, without = (response_logprobs(model, batch, temperature=1.0) for batch in (padded, exact))
-    torch.testing.assert_close(with_padding.logprobs_N, without.logprobs_N, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(with_padding.routing, without.routing, atol=1e-3, rtol=1e-4)
-    assert with_padding.routing.tokens.tolist() == [12.0] * 3
-    assert (with_padding.routing.counts_E.sum(dim=-1) == 12 * 3).all()
+        (padded_N, routing), (exact_N, exact_routing) = (
+            response_logprobs(model, batch, temperature=1.0) for batch in (padded, exact)
+        )
+    torch.testing.assert_close(padded_N, exact_N, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(routing, exact_routing, atol=1e-3, rtol=1e-4)
+    assert routing.tokens.tolist() == [12.0] * 3
+    assert (routing.counts_E.sum(dim=-1) == 12 * 3).all()

@@ -5,7 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from mai_thinking.rl.problem_filter import FilterCounts
-from mai_thinking.rl.rollout_worker import Batch, Order
+from mai_thinking.rl.rollout_worker import Order, RolloutBatch
 from mai_thinking.rl.schedule import Schedule, Spool
 
 
@@ -13,7 +13,7 @@ def test_what_is_on_record_comes_again_in_its_order(tmp_path: Path) -> None:
     """From the version on that a checkpoint does not have yet; a line that was cut off takes no other along."""
     path = tmp_path / "rollouts" / "schedule-00000.jsonl"
     first, second, third = (Order(number, 4 * number, 8, True) for number in range(3))
-    batch = Batch(first, 0, [], FilterCounts(), [], [(7, 1)])
+    batch = RolloutBatch(first, 0, [], FilterCounts(), [], [(7, 1)])
     schedule = Schedule(path)
     schedule.add_order(0, first)
     schedule.add_order(1, second)
@@ -39,7 +39,7 @@ def test_a_batch_is_readable_by_whom_the_umask_lets(tmp_path: Path) -> None:
     spool = Spool(tmp_path, 0)
     before = os.umask(0o022)
     try:
-        spool.write(Batch(Order(0, 0, 8, True), 0, [], FilterCounts(), []))
+        spool.write(RolloutBatch(Order(0, 0, 8, True), 0, [], FilterCounts(), []))
     finally:
         os.umask(before)
     assert spool.path(0).stat().st_mode & 0o777 == 0o644

@@ -9,17 +9,19 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mai_thinking.config.grpo import ClimbEvaluationSection
+from mai_thinking.config.grpo import ClimbEvaluationSection, GrpoConfig
+from mai_thinking.config.loading import load_config
 from mai_thinking.config.tasks import SERIAL, TaskSection, TemplateSection
 from mai_thinking.data.questions import split_of
 from mai_thinking.data.serial import solve
 from mai_thinking.data.tokenizer import Encoder, load_tokenizer
 from mai_thinking.rl.evaluation import HeldOut
 from mai_thinking.rl.rollout import Rollout
-from mai_thinking.rl.rollout_worker import Responder
+from mai_thinking.rl.rollout_worker import RolloutWorker
 from mai_thinking.rl.tasks import Grade, Problem, TaskSampler, make_task
 from mai_thinking.rl.template import Template, template_of
 
+ROOT = Path(__file__).parents[2]
 TALLY = TaskSection(name="tally", kind="tally", length=(4, 6))
 
 
@@ -66,10 +68,11 @@ class Grader:
 def evaluated(tiny_run: Path) -> tuple[dict[str, Any], Reckoner]:
     tokenizer = load_tokenizer(tiny_run / "final")
     engine = Reckoner(tokenizer)
-    template = Template(TemplateSection(preset="exercise"))  # type: ignore[call-arg]
-    held_out = HeldOut(TaskSampler([TALLY], 0), ClimbEvaluationSection(problems=12, samples=2), rank=0, ranks=1)
-    responder = Responder(engine, Grader(), template, tokenizer)  # type: ignore[arg-type]
-    metrics, samples = held_out.evaluate(responder, 200)
+    config = load_config(GrpoConfig, ROOT / "configs" / "tiny-grpo.yaml", ["template={preset: exercise}"])
+    mix = TaskSampler([TALLY], 0)
+    held_out = HeldOut(mix, ClimbEvaluationSection(problems=12, samples=2), rank=0, ranks=1)
+    worker = RolloutWorker(config, mix, engine, Grader(), tokenizer, ranks=1)  # type: ignore[arg-type]
+    metrics, samples = held_out.evaluate(worker, 200)
     assert len(samples) == 12
     return metrics, engine
 

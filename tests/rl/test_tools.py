@@ -100,7 +100,7 @@ def test_observations_carry_no_gradient() -> None:
         loss.backward()
         return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
-    packed = gradient(response_logprobs(model, batch, temperature=0.8, replay_nucleus=False).logprobs_N.sum())
+    packed = gradient(response_logprobs(model, batch, temperature=0.8, replay_nucleus=False)[0].sum())
     sums = {}
     for name, chosen in (("own", lambda r: ~r.observed), ("all", lambda r: np.ones(len(r.observed), dtype=bool))):
         total = torch.zeros(())
@@ -119,7 +119,7 @@ def test_the_learner_agrees_with_the_engine_on_the_own_tokens() -> None:
     rollouts = acted(model)
     for batch in pack(rollouts, row_length=96, rows=3, num_experts=model.config.num_experts):
         with torch.no_grad():
-            logprobs_N = response_logprobs(model, batch, temperature=0.8).logprobs_N
+            logprobs_N, _ = response_logprobs(model, batch, temperature=0.8)
         assert (logprobs_N - batch.old_logprobs).abs().max() < 1e-4
 
 

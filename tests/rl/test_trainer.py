@@ -23,14 +23,13 @@ from mai_thinking.launch.goodput import account_of
 from mai_thinking.provenance.lineage import require_own
 from mai_thinking.recipes.grpo import grpo
 from mai_thinking.report import conclude
-from mai_thinking.rl.controller import Controller
+from mai_thinking.rl.collector import Collector
 from mai_thinking.rl.engine import BatchedEngine
-from mai_thinking.rl.objective import Objective
 from mai_thinking.rl.packing import pack
 from mai_thinking.rl.policy import PolicyLoss
 from mai_thinking.rl.policy_model import check_lengths
-from mai_thinking.rl.rollout import Group, Rollout, Verdict
-from mai_thinking.rl.rollout_worker import Responder
+from mai_thinking.rl.rollout import Group, Rollout
+from mai_thinking.rl.rollout_worker import RolloutWorker
 from mai_thinking.rl.tasks import Grade, TaskSampler
 from mai_thinking.rl.traces import FOLDER, TraceStore
 from mai_thinking.training.checkpoint import CheckpointReader
@@ -201,20 +200,20 @@ def test_a_climb_ends_when_its_tasks_are_solved(
     make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """From the second filling on every response is right: then no group is left to learn from."""
-    respond, collect, fillings = Responder.respond, Controller.collect, []
+    respond, fill, fillings = RolloutWorker.respond, Collector.fill, []
 
-    def counted(self: Controller, *arguments: Any, **settings: Any) -> Any:
+    def counted(self: Collector, *arguments: Any, **settings: Any) -> Any:
         fillings.append(self.next_batch)
-        return collect(self, *arguments, **settings)
+        return fill(self, *arguments, **settings)
 
-    def all_right(self: Responder, asked: Any, temperature: Any = None, **more: Any) -> Any:
+    def all_right(self: RolloutWorker, asked: Any, temperature: Any = None, **more: Any) -> Any:
         rollouts = respond(self, asked, temperature, **more)
         for rollout in rollouts if len(fillings) > 1 else ():
             rollout.grade = Grade(1.0, True)
         return rollouts
 
-    monkeypatch.setattr(Controller, "collect", counted)
-    monkeypatch.setattr(Responder, "respond", all_right)
+    monkeypatch.setattr(Collector, "fill", counted)
+    monkeypatch.setattr(RolloutWorker, "respond", all_right)
     config = make(tmp_path / "run", "evaluation.every=2")
     assert grpo(config) == 0
     assert "the tasks are solved" in capsys.readouterr().out
@@ -278,7 +277,7 @@ def some_groups() -> list[Group]:
         requests = [Rollout(4 * number + sample, prompt, 3 + 3 * sample) for sample in range(4)]
         advantages = (1.5, -0.5, 0.2 * number, -1.2)
         rollouts = [replace(one, advantage=a) for one, a in zip(engine.generate(requests), advantages, strict=True)]
-        groups.append(Group(number, 0, Verdict.KEPT, rollouts))
+        groups.append(Group(number, 0, "kept", rollouts))
     return groups
 
 
@@ -292,7 +291,7 @@ def gradients_of(groups: list[Group], rows: int, **execution: Any) -> dict[str, 
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     advantages = [rollout.advantage for rollout in rollouts]
     experts = model.config.num_experts
-    loss = PolicyLoss(Objective(ObjectiveSection()), RolloutSection(), advantages, experts)
+    loss = PolicyLoss(ObjectiveSection(), RolloutSection(), advantages, clip_relaxation=0.0, num_experts=experts)
     learner.update(pack(rollouts, row_length=64, rows=rows, num_experts=experts), loss, 1)
     return gradients
 

@@ -1,5 +1,6 @@
 """The pool's part alone: workers that die, hang or come too late, played by a function that does just that."""
 
+import multiprocessing
 import os
 import signal
 import time
@@ -16,12 +17,11 @@ import torch
 
 from mai_thinking.errors import RunError
 from mai_thinking.rl import worker_pool
-from mai_thinking.rl.controller import Controller
-from mai_thinking.rl.executors import InTurn
+from mai_thinking.rl.asynchronous import InTurn
 from mai_thinking.rl.problem_filter import FilterCounts
-from mai_thinking.rl.rollout_worker import Batch, Order
+from mai_thinking.rl.rollout_worker import Order, RolloutBatch
 from mai_thinking.rl.schedule import Spool
-from mai_thinking.rl.worker_pool import WorkerPool
+from mai_thinking.rl.worker_pool import ProcessWorker, WorkerPool
 from mai_thinking.rl.worker_process import SharedWeights, WorkerSetup
 
 
@@ -43,7 +43,9 @@ def faulty(setup: WorkerSetup, worker: int, connection: Connection) -> None:
             elif fault != "fails":
                 os.kill(os.getpid(), signal.SIGSTOP if fault == "stop" else signal.SIGKILL)
         if fault != "fails":
-            setup.spool.write(Batch(order, order.version or 0, [], FilterCounts(kept=order.number), [], worker=worker))
+            setup.spool.write(
+                RolloutBatch(order, order.version or 0, [], FilterCounts(kept=order.number), [], worker=worker)
+            )
         connection.send((order, "no room" if fault == "fails" else None))
 
 
@@ -57,7 +59,8 @@ def pool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     def make(faults: dict[str, Any], count: int = 2) -> Iterator[WorkerPool]:
         weights, beats = SharedWeights(torch.nn.Linear(2, 2)), torch.zeros(count, dtype=torch.float64).share_memory_()
         setup = WorkerSetup(faults | {"marks": str(tmp_path)}, 1, weights, Spool(tmp_path, 0), beats, 1)
-        with WorkerPool(setup, count=count, hang_seconds=12 if "stop" in faults.values() else 60) as made:
+        workers = [ProcessWorker(number, setup) for number in range(count)]
+        with WorkerPool(setup, workers, hang_seconds=12 if "stop" in faults.values() else 60) as made:
             yield made
 
     return make
@@ -92,6 +95,17 @@ def test_what_a_dead_or_hung_worker_was_asked_others_answer(pool: Any, capfd: py
     assert "did not move for" in told
 
 
+def test_a_worker_that_had_nothing_to_do_is_not_hung(pool: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It last moved a thousand seconds before it is asked."""
+    with pool({}, count=1) as workers:
+        answer(workers, orders(1))
+        later = SimpleNamespace(time=time.time, monotonic=lambda: time.monotonic() + 1000)
+        monkeypatch.setattr(worker_pool, "time", later)
+        workers.begin(orders(2)[1])
+        workers.poll()
+        assert workers.deaths == 0
+
+
 @pytest.mark.slow
 def test_workers_that_only_die_end_the_run(pool: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """After some rest in between."""
@@ -122,7 +136,7 @@ def test_an_answer_that_was_given_up_is_not_believed(pool: Any) -> None:
 def test_what_arrived_before_a_crash_is_not_made_again(pool: Any, tmp_path: Path) -> None:
     """Unless it is damaged."""
     for order in orders(2):
-        Spool(tmp_path, 0).write(Batch(order, 0, [], FilterCounts(kept=order.number), [], worker=77))
+        Spool(tmp_path, 0).write(RolloutBatch(order, 0, [], FilterCounts(kept=order.number), [], worker=77))
     damaged = Spool(tmp_path, 0).path(1)
     damaged.write_bytes(damaged.read_bytes()[:40])
     with pool({}, count=1) as workers:
@@ -134,19 +148,19 @@ def test_the_idle_share_is_of_the_time_of_all_workers(pool: Any, monkeypatch: py
     """By a clock and workers of the test's own."""
     clock, ends = SimpleNamespace(now=100.0), []
 
-    def start(worker: Any, context: Any, setup: WorkerSetup) -> None:
-        setup.beats[worker.number] = time.monotonic()
+    def start(worker: ProcessWorker) -> None:
+        worker.setup.beats[worker.number] = time.monotonic()
         worker.process = Mock()
-        worker.connection, its_end = context.Pipe()
+        worker.connection, its_end = multiprocessing.Pipe()
         ends.append(its_end)
 
     monkeypatch.setattr(worker_pool, "time", SimpleNamespace(time=lambda: clock.now, monotonic=time.monotonic))
-    monkeypatch.setattr(worker_pool._Worker, "start", start)
+    monkeypatch.setattr(ProcessWorker, "start", start)
     with pool({}) as workers:
         asked = orders(7)
 
         def answered(worker: int, number: int, began: float, seconds: float) -> None:
-            batch = Batch(asked[number], 0, [], FilterCounts(), [], worker=worker, began=began, seconds=seconds)
+            batch = RolloutBatch(asked[number], 0, [], FilterCounts(), [], worker=worker, began=began, seconds=seconds)
             workers.spool.write(batch)
             ends[worker].send((asked[number], None))
 
@@ -178,10 +192,11 @@ def test_the_idle_share_is_of_the_time_of_all_workers(pool: Any, monkeypatch: py
 def test_a_filling_that_was_broken_off_is_drawn_again(pool: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """What it had begun is for weights that are gone: nobody waits for that."""
     with pool({}, count=1) as workers:
-        controller: Any = Controller(cast(Any, None), InTurn(workers), cast(Any, None), problems=4, rank=0, ranks=1)
-        controller.version = 1
-        begun = controller.draw(only_newest=True)
-        controller.version = 2
+        worker: Any = SimpleNamespace(config=None, problems=4, ranks=1, engine=Mock())
+        collector = InTurn(worker, cast(Any, None), workers, rank=0)
+        collector.version = 1
+        begun = collector.draw(only_newest=True)
+        collector.version = 2
         deadline, wait = time.monotonic() + 120, workers.wait
 
         def waiting(heartbeat: Any) -> None:
@@ -189,5 +204,6 @@ def test_a_filling_that_was_broken_off_is_drawn_again(pool: Any, monkeypatch: py
             wait(heartbeat)
 
         monkeypatch.setattr(workers, "wait", waiting)
-        batch = controller.executor.next(controller, 1)
+        batch = collector.next(1)
+        assert batch is not None
         assert (batch.order.number, batch.order.first, batch.order.version) == (begun.number, begun.first, 2)

@@ -1,9 +1,9 @@
 """Where to spend: rungs and seeds that decide a difference in a given time, from a few pilot points.
 
 With n_r pairs at rung r, whose log gains scatter by s_r, the mean over R rungs is known to √(Σ s_r²/n_r)/R, and its
-interval reaches √(Σ t_r²·s_r²/n_r)/R, as in `gain`. A gain of δ is found with 90 % power when log(1 + δ) is that reach
-and 1.28 standard errors more. The seconds Σ n_r·c_r that this takes are least with n_r in proportion to s_r/√c_r
-(Neyman's allocation).
+interval reaches a quantile of Student's times that, as in `gain`. A gain of δ is found with 90 % power when log(1 + δ)
+is that reach and 1.28 standard errors more. The seconds Σ n_r·c_r that this takes are least with n_r in proportion to
+s_r/√c_r (Neyman's allocation).
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from itertools import combinations
 import numpy as np
 
 from mai_thinking.experiments.scaling.analysis import Analysis
-from mai_thinking.experiments.scaling.gain import student
+from mai_thinking.experiments.scaling.gain import reach, student
 from mai_thinking.experiments.scaling.points import PointSet
 
 POWER = 0.9
@@ -97,10 +97,9 @@ def _plan(choice: Sequence[Pilot], scale: float) -> Plan:
     shares_R = spreads_R / np.sqrt(seconds_R)
     pairs_R = np.clip(np.floor(scale * shares_R / max(1e-300, shares_R.max())), LEAST_PAIRS, MOST_PAIRS)
     parts_R = spreads_R**2 / pairs_R
-    quantiles_R = np.array([student(0.975, float(n) - 1) for n in pairs_R])
-    reach = np.sqrt((quantiles_R**2 * parts_R).sum()) / len(choice)
+    off = reach(parts_R, pairs_R - 1, 0.975) / len(choice)
     # The scatter that is found varies too: by the quantile of the pairs there are.
     error = np.sqrt(parts_R.sum()) / len(choice)
-    least = float(np.expm1(reach + student(POWER, float(pairs_R.sum()) - len(choice)) * error))
+    least = float(np.expm1(off + student(POWER, float(pairs_R.sum()) - len(choice)) * error))
     seeds = {rung.rung: int(n) for rung, n in zip(choice, pairs_R, strict=True)}
     return Plan(seeds, float(pairs_R @ seconds_R), least)

@@ -20,7 +20,6 @@ from mai_thinking.model import MaiThinkingForCausalLM
 from mai_thinking.model.loss import logits_product
 from mai_thinking.rl.engine.kv_cache import SlotCache, decode
 from mai_thinking.rl.engine.nucleus import draw, draw_unbranched, pack_bits, pack_bits_there
-from mai_thinking.rl.rollout import Experts
 
 FEWEST_KEYS = 128
 """Keys looked at are padded to a multiple of this, and beyond eight times as many to a multiple of an eighth of the
@@ -44,7 +43,7 @@ class Drawn(NamedTuple):
     tokens_A: list[int]
     logprobs_A: list[float]
     nucleus_AB: NDArray[np.uint8]  # Bit-packed, B = ceil(V / 8)
-    experts_aMK: Experts
+    experts_aMK: NDArray[np.uint16]
 
 
 class NotFiniteError(Exception):

@@ -28,12 +28,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mai_thinking.errors import RunError, UsageError
 from mai_thinking.model import MaiThinkingForCausalLM
-from mai_thinking.model.latent_moe import Experts as ExpertNetworks
+from mai_thinking.model.latent_moe import Experts
 from mai_thinking.rl.engine.decode_backends import BACKENDS, Backend, NotFiniteError, Sampler, padded_keys
 from mai_thinking.rl.engine.kv_cache import SLOT_ATTENTION, Prompt, SlotCache, prefill
 from mai_thinking.rl.engine.nucleus import uniforms
 from mai_thinking.rl.nuclei import Nuclei
-from mai_thinking.rl.rollout import Experts, Rollout
+from mai_thinking.rl.rollout import Rollout
 
 ATTEMPTS = 3  # How often a generation that fails is tried
 NUCLEI_AT_ONCE = 64  # Tokens of a rollout whose nuclei are made small together
@@ -81,7 +81,7 @@ class _Running:
     nucleus: list[NDArray[np.uint8]] = field(default_factory=list)
     """Of the newest tokens; `nuclei` of those before them."""
     nuclei: list[Nuclei] = field(default_factory=list)
-    experts: list[Experts] = field(default_factory=list)
+    experts: list[NDArray[np.uint16]] = field(default_factory=list)
     observations: list[tuple[int, int]] = field(default_factory=list)
     """Begin and end of each among the tokens, those to come included."""
     forced: deque[int] = field(default_factory=deque)
@@ -340,7 +340,7 @@ def inference_copy(model: MaiThinkingForCausalLM, dtype: torch.dtype | None) -> 
     made.zero_grad(set_to_none=True)
     if dtype is not None:
         for module in made.model.modules():
-            if isinstance(module, nn.Linear | ExpertNetworks):
+            if isinstance(module, nn.Linear | Experts):
                 module.to(dtype)
     return made
 

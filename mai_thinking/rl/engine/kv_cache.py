@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import nn
 from transformers import DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -22,7 +23,6 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mai_thinking.model import MaiThinkingConfig, MaiThinkingForCausalLM
 from mai_thinking.model.configuration import GLOBAL, LOCAL
-from mai_thinking.rl.rollout import Experts
 
 SLOT_ATTENTION = "slot_sdpa"  # The name that the library knows `slot_attention` under
 
@@ -55,7 +55,7 @@ class Prompt(NamedTuple):
     states: dict[str, tuple[torch.Tensor, torch.Tensor]]
     """Keys and values of each kind of layer, [l, G, P, d]; local layers' of all tokens too."""
     hidden_D: torch.Tensor  # The last token's final hidden state, which predicts the response's first token
-    experts_MPK: Experts
+    experts_MPK: NDArray[np.uint16]
 
 
 class SlotCache:

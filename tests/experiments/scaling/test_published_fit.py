@@ -1,4 +1,9 @@
-"""A published fit from published points.
+"""Published fits from published points.
+
+Hoffmann et al. (arXiv:2203.15556) trained at nine budgets. Besiroglu et al. (arXiv:2404.10102) read their points off
+the paper's figure 4 (Besiroglu/data, `svg_extracted_data.csv`, no licence given). `chinchilla-2022.json` has of each
+budget the lowest loss, at the mean cost of the runs that have it: nine numbers. Their fit, L = E + A·N^−α + B·D^−β, at
+its optimal N and D for C = 6·N·D is E + K·C^−αβ/(α+β).
 
 Gadre et al., "Language models scale reliably with over-training and on downstream tasks" (arXiv:2403.08540), publish
 their runs (github.com/mlfoundations/scaling, `exp_data/models`): parameters N, tokens D and the loss on C4's validation
@@ -50,3 +55,26 @@ def test_its_parameters_are_the_published_fits(without_the_largest: BaselineFit)
     for values, theirs in ((many.alpha, THEIR_ETA), (many.floor, THEIR_E)):
         low, high = interval(values)
         assert low < theirs < high
+
+
+THEIR_FIT = (1.8172, 482.01, 2085.43, 0.3478, 0.3658)
+"""E, A, B, α, β of Besiroglu et al., table 1."""
+
+
+def test_chinchillas_frontier_is_the_one_that_its_fit_has() -> None:
+    """From the best of each budget, E, the exponent, and the loss at Chinchilla's own 5.76e23 FLOPs, 200 times on."""
+    curve = Curve.of(read_points(Path(__file__).with_name("chinchilla-2022.json"), None), "chinchilla", "loss", "flops")
+    found = fit_baseline(curve, seed_noise([curve]), np.random.default_rng(0))
+    e, a, b, alpha, beta = THEIR_FIT
+    n = (alpha * a / (beta * b)) ** (1 / (alpha + beta)) * (5.76e23 / 6) ** (beta / (alpha + beta))
+    there = e + a * n**-alpha + b * (5.76e23 / 6 / n) ** -beta
+    assert there == pytest.approx(1.974, abs=0.001)
+    many = found.replicates
+    for values, theirs, width in (
+        (many.floor, e, 0.2),
+        (many.alpha, alpha * beta / (alpha + beta), 0.05),
+        (many.loss(5.76e23), there, 0.1),
+    ):
+        low, high = interval(values)
+        assert low < theirs < high
+        assert high - low < width

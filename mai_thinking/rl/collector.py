@@ -1,5 +1,5 @@
-"""The controller of an RL run: which problems are begun, and what becomes of their rollouts (report §3.1, §3.6). One
-loop; `rl.executors` has those who generate.
+"""Where the groups come from that an RL run learns from: which problems are begun, and what becomes of their rollouts
+(MAI-Thinking-1 report §3.1, §3.6). One loop; `rl.asynchronous` has those collectors for which workers generate.
 """
 
 from abc import ABC, abstractmethod
@@ -7,30 +7,40 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
-from mai_thinking.config.grpo import GrpoConfig
 from mai_thinking.errors import RunError
 from mai_thinking.model import MaiThinkingForCausalLM
-from mai_thinking.rl.engine import Engine
+from mai_thinking.rl.buffer import RolloutBuffer
 from mai_thinking.rl.problem_filter import FilterCounts
 from mai_thinking.rl.rollout import Group
-from mai_thinking.rl.rollout_worker import Batch, Order
+from mai_thinking.rl.rollout_worker import Order, RolloutBatch, RolloutWorker
 from mai_thinking.rl.traces import TraceStore
 
 FRUITLESS_BATCHES = 50
 """So many batches in a row without a group to learn from end the run: the tasks are out of the policy's reach."""
 
 
-class Executor(ABC):
-    """Who answers the controller's orders."""
+class Collector(ABC):
+    """One rank's supply of groups: those that wait in `buffer`, and orders for more. Its state says which problem and
+    batch come next, and which are under way; the buffer has one of its own."""
+
+    def __init__(self, worker: RolloutWorker, traces: TraceStore, *, rank: int) -> None:
+        """`worker` is this process's."""
+        self.worker, self.config, self.traces, self.rank = worker, worker.config, traces, rank
+        self.buffer = RolloutBuffer()
+        self.next_problem, self.next_batch = rank, 0
+        self.under_way: dict[int, Order] = {}  # By number: begun, and not taken in
+        self.patience = FRUITLESS_BATCHES
+        self.version = self._fruitless = 0
+        self._lengths = (0, True)
 
     @abstractmethod
-    def next(self, controller: "Controller", wanted: int) -> Batch | None:
+    def next(self, wanted: int) -> RolloutBatch | None:
         """A batch to take in, while `wanted` groups are lacking; None if there is none and none is lacking."""
 
-    def give_weights(self, engine: Engine, model: MaiThinkingForCausalLM, version: int | None = None) -> None:
-        """The learner's to the engine, and as `version` to whoever generates."""
+    def give_weights(self, model: MaiThinkingForCausalLM, version: int | None = None) -> None:
+        """The learner's to this process's engine, and as `version` to whoever else generates."""
         self.retract()
-        engine.update_weights(model)
+        self.worker.engine.update_weights(model)
         if version is not None:
             self.publish(version)
 
@@ -47,47 +57,28 @@ class Executor(ABC):
     def finish(self) -> None:  # noqa: B027
         """The run is at its end: nothing is needed to go on."""
 
-
-class Controller:
-    """One rank's supply of groups. Its state says which problem and batch come next, and which are under way."""
-
-    def __init__(
-        self, config: GrpoConfig, executor: Executor, traces: TraceStore, *, problems: int, rank: int, ranks: int
-    ) -> None:
-        """`problems` of a batch."""
-        self.config, self.executor, self.traces = config, executor, traces
-        self.problems, self.rank, self.ranks = problems, rank, ranks
-        self.next_problem, self.next_batch = rank, 0
-        self.under_way: dict[int, Order] = {}  # By number: begun, and not taken in
-        self.patience = FRUITLESS_BATCHES
-        self.version = self.buffered = self._fruitless = 0
-        self._lengths = (0, True)
-        self.heartbeat: Callable[[], None] = lambda: None
-
-    def collect(
-        self, wanted: int, *, version: int, buffered: int, max_length: int, penalise_length: bool,
-        heartbeat: Callable[[], None], hopeless: Callable[[FilterCounts], bool],
-    ) -> tuple[list[Group], list[Group], FilterCounts]:  # fmt: skip
-        """At least `wanted` groups to learn from, batch by batch, where `buffered` wait already; fewer if the tasks are
-        solved, or it is `hopeless`, by the counts so far, to go on. `version`: of the newest weights. → them, the
-        groups that were too old when they arrived, and what became of all problems. RunError if no group comes up for
-        too long."""
-        self.version, self.heartbeat, self._lengths = version, heartbeat, (max_length, penalise_length)
-        oldest = version - self.config.rollouts.max_staleness
-        groups: list[Group] = []
+    def fill(
+        self,
+        size: int,
+        *,
+        version: int,
+        max_length: int,
+        penalise_length: bool,
+        hopeless: Callable[[FilterCounts], bool],
+    ) -> tuple[list[Group], FilterCounts]:
+        """Batch by batch, until `size` groups wait in the buffer; fewer if the tasks are solved, or if by the counts so
+        far it is `hopeless` to go on. `version`: of the newest weights. → the groups that were too old when they
+        arrived, and what became of all problems. RunError if no group comes up for too long."""
+        self.version, self._lengths = version, (max_length, penalise_length)
+        oldest, counts = version - self.config.rollouts.max_staleness, FilterCounts()
         stale: list[Group] = []
-        counts = FilterCounts()
-        while True:
-            self.buffered = buffered + len(groups)
-            batch = self.executor.next(self, max(0, wanted - len(groups)))
-            if batch is None:
-                break
+        while (batch := self.next(max(0, size - len(self.buffer)))) is not None:
             del self.under_way[batch.order.number]
             self.traces.append(batch.order.number, batch.traces)
             counts.update(batch.counts)
-            for group in batch.groups:
-                (groups if group.version >= oldest else stale).append(group)
-            if len(groups) < wanted and (counts.solved or hopeless(counts)):
+            self.buffer.add([group for group in batch.groups if group.version >= oldest])
+            stale += [group for group in batch.groups if group.version < oldest]
+            if len(self.buffer) < size and (counts.solved or hopeless(counts)):
                 break
             self._fruitless = 0 if batch.groups else self._fruitless + 1
             if self._fruitless == self.patience:
@@ -96,8 +87,8 @@ class Controller:
                     f"without one to learn from ({counts.metrics()}); easier tasks, wider sampling ranges or "
                     "larger groups would help"
                 )
-            heartbeat()
-        return groups, stale, counts
+            self.worker.engine.heartbeat()
+        return stale, counts
 
     def draw(self, *, only_newest: bool = False) -> Order:
         """The next order; `only_newest` weights may answer it."""
@@ -110,7 +101,7 @@ class Controller:
         """The order that is on record as the next one."""
         self.under_way[order.number] = order
         self.next_batch = order.number + 1
-        self.next_problem = order.first + self.problems * self.ranks
+        self.next_problem = order.first + self.worker.problems * self.worker.ranks
 
     def put_back(self) -> None:
         """All that is under way is to be drawn again."""
@@ -134,3 +125,10 @@ class Controller:
         first = max(state["next_problem"] for state in states)
         self.next_problem = (first // world + 1) * world + rank
         self.next_batch = max(state["next_batch"] for state in states)
+
+
+class InProcess(Collector):
+    """Generates when groups are lacking, in this process."""
+
+    def next(self, wanted: int) -> RolloutBatch | None:
+        return self.worker.answer(self.draw(), self.version) if wanted else None

@@ -1,0 +1,85 @@
+"""The words of a text in any script, and their runs, as 64-bit hashes: what documents are compared by."""
+
+import re
+import unicodedata
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+Hashes = NDArray[np.uint64]
+
+# Thai, Lao, Myanmar, Khmer, kana, bopomofo and Chinese characters, in blocks.
+_UNSPACED = (
+    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2e80-\u2fdf\u3005-\u3007\u3021-\u3035\u3040-\u30ff\u3100-\u312f"
+    "\u31a0-\u31bf\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U0001b000-\U0001b16f\U00020000-\U0003ffff"
+)
+_WORD = re.compile(rf"(?=\w)[{_UNSPACED}]|[^\W{_UNSPACED}]+")
+_ASCII_WORD = re.compile(r"\w+")
+MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
+SHIFT = np.uint64(29)
+
+
+class _Unmarked(dict[int, int | None]):
+    """For `str.translate`: removes accents and other marks, and invisible characters."""
+
+    def __missing__(self, code: int) -> int | None:
+        kept = None if unicodedata.category(chr(code)) in ("Mn", "Mc", "Me", "Cf") else code
+        self[code] = kept
+        return kept
+
+
+_UNMARKED = _Unmarked()
+
+
+def words_of(text: str) -> list[str]:
+    """The words of `text`, in the spelling in which they are compared, but for their case."""
+    if text.isascii():
+        return _ASCII_WORD.findall(text)
+    return _WORD.findall(unicodedata.normalize("NFKD", text).translate(_UNMARKED))
+
+
+class WordHashes(dict[str, int]):
+    """Word → 64-bit hash, whatever its case; a dictionary, because words repeat and hashing each once is faster."""
+
+    def __missing__(self, word: str) -> int:
+        value = self[word] = xxhash.xxh3_64_intdigest(word.casefold().encode())
+        return value
+
+    def of(self, text: str) -> Hashes:
+        """The words of `text` [words], hashed."""
+        words = words_of(text)
+        return np.fromiter(map(self.__getitem__, words), dtype=np.uint64, count=len(words))
+
+
+def ngram_hashes(words: Hashes, n: int) -> Hashes:
+    """Hashes [words − n + 1] of all runs of `n` words; empty if there are fewer than `n`."""
+    hashes = np.zeros(max(len(words) - n + 1, 0), dtype=np.uint64)
+    if len(hashes):
+        for i in range(n):
+            hashes *= MULTIPLIER
+            hashes ^= words[i : i + len(hashes)]
+            hashes ^= hashes >> SHIFT
+    return hashes
+
+
+class RunCounts:
+    """In how many documents a run of words, or a line, stands, up to 255: a table of a byte each, found by their hash.
+
+    At most 2²⁸ bytes, whatever there is to count; two that share one are counted together.
+    """
+
+    def __init__(self, expected: int) -> None:
+        """`expected`: about how many different ones there will be."""
+        bits = min(max(expected.bit_length() + 1, 16), 28)
+        self._shift = np.uint64(64 - bits)
+        self._counts = np.zeros(1 << bits, dtype=np.uint8)
+
+    def add(self, hashes: Hashes) -> None:
+        """Those of one document, each once."""
+        places = hashes >> self._shift
+        self._counts[places] += self._counts[places] < 255
+
+    def of(self, hashes: Hashes) -> NDArray[np.uint8]:
+        """The counts [hashes]."""
+        return self._counts[hashes >> self._shift]

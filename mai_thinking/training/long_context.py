@@ -1,0 +1,75 @@
+"""What a longer prefix is worth: the NLL of a fixed suffix, by the tokens that are shown before it.
+
+MAI-Thinking-1 report App. B.
+"""
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from mai_thinking.data.jsonl import read_text, shown
+from mai_thinking.data.tokenizer import Encoder
+from mai_thinking.errors import UsageError
+from mai_thinking.model import MaiThinkingForCausalLM
+from mai_thinking.training.evaluation import score_targets
+
+GROWTH = 4
+"""The longest prefix is so many times the trained length."""
+_MOST = 64
+"""Suffixes of a file that are looked at, evenly spread."""
+
+
+@torch.no_grad()
+def suffix_nll(
+    model: MaiThinkingForCausalLM, tokens: Sequence[int], *, suffix: int, prefixes: Sequence[int], ends: Sequence[int]
+) -> dict[int, float]:
+    """Nats per token of the `suffix` tokens before each of the `ends`, by the number of tokens shown before them.
+
+    The predicted tokens are the same whatever the prefix. Every end has room for the longest. Leaves the model in the
+    mode that it was in.
+    """
+    was_training = model.training
+    model.eval()
+    found = {}
+    for prefix in prefixes:
+        nats = 0.0
+        for end in ends:
+            window = torch.tensor([tokens[end - suffix - prefix : end]], device=model.device)
+            targets = window[:, 1:].clone()
+            targets[:, : prefix - 1] = -100
+            head = functools.partial(score_targets, targets, False)
+            nats += float(model(input_ids=window[:, :-1], use_cache=False, head=head).scores[0])
+        found[prefix] = nats / (suffix * len(ends))
+    model.train(was_training)
+    return found
+
+
+def long_context_table(
+    model: MaiThinkingForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    paths: Sequence[Path],
+    *,
+    suffix: int,
+    trained: int,
+) -> str:
+    """A line for each prefix, from an eighth of the `trained` length to four times of it, doubling. UsageError for a
+    file that is shorter than the longest with its suffix."""
+    prefixes = [max(1, trained * GROWTH >> halvings) for halvings in range(5, -1, -1)]
+    room, encoder = prefixes[-1] + suffix, Encoder(tokenizer)
+    total, count = dict.fromkeys(prefixes, 0.0), 0
+    for path in paths:
+        tokens = encoder.encode_prompt(read_text(path))
+        if len(tokens) < room:
+            problem = f"{shown(path)}: has {len(tokens):,} tokens, {room:,} are needed"
+            raise UsageError(f"{problem}; take a longer text, or set a shorter --context")
+        step = max(suffix, -(-(len(tokens) - room) // (_MOST - 1)))
+        ends = range(room, len(tokens) + 1, step)
+        for prefix, nll in suffix_nll(model, tokens, suffix=suffix, prefixes=prefixes, ends=ends).items():
+            total[prefix] += nll * len(ends)
+        count += len(ends)
+    lines = [f"nats per token of {count} × the same {suffix} tokens", "prefix   of the trained length     NLL"]
+    lines += [f"{prefix:>6}   {prefix / trained:>21.3f}  {nll / count:.4f}" for prefix, nll in total.items()]
+    return "\n".join(lines)

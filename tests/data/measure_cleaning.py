@@ -1,0 +1,221 @@
+"""What each stage of cleaning finds of the faults of `planted`, and what it takes that is clean:
+`PYTHONPATH=. python tests/data/measure_cleaning.py OUT` writes OUT/summary.md and .json; `… OUT 30 100` adds the speed
+of 30 and of 100 MB.
+
+Through `prepare` alone: what is dropped are the documents that are not there; what is cut are the lines that are not.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from planted import LANGUAGES, Planted, dirty_corpus
+
+from mai_thinking.bench.machine import describe
+from mai_thinking.config.data import DataSection
+from mai_thinking.data import PreparedData, prepare
+from mai_thinking.report.document import Cell, Document, Table
+
+OFF: dict[str, Any] = {"exact_duplicates": False, "near_duplicates": None, "decontamination_ngram": None}
+SEED = 1
+"""Of the faults that are measured; the stages' thresholds were chosen on those of seed 0."""
+STAGES: dict[str, dict[str, Any]] = {
+    "exact and MinHash .7": {"exact_duplicates": True, "near_duplicates": 0.7},
+    "MinHash .8": {"near_duplicates": 0.8},
+    "13 words": {"decontamination_ngram": 13},
+    "boilerplate": {"boilerplate": {}},
+    "templates": {"templates": {}},
+    "semantic": {"semantic": {}},
+    "fuzzy": {"fuzzy_decontamination": {}},
+    "all": {
+        "exact_duplicates": True,
+        "near_duplicates": 0.7,
+        "decontamination_ngram": 13,
+        "boilerplate": {},
+        "templates": {},
+        "semantic": {},
+        "fuzzy_decontamination": {},
+    },
+}
+
+
+class Outcome(NamedTuple):
+    """What became of a document."""
+
+    document: Planted
+    text: str | None
+    """None if it was dropped."""
+
+    @property
+    def found(self) -> bool:
+        """Whether the fault is gone."""
+        if self.document.repeats or self.text is None:
+            return self.text is None
+        left = _plain(self.text)
+        if self.document.kind == "boilerplate within":  # one may stay
+            return left.count(_plain(self.document.lines[0])) <= 1
+        return not any(_plain(line) in left for line in self.document.lines)
+
+    @property
+    def harmed(self) -> bool:
+        """Whether a document was dropped that is no copy, or a tenth of it cut that was not planted."""
+        if self.document.repeats:
+            return False
+        planted = sum(len(_plain(line)) for line in self.document.lines)
+        planted *= 10 if self.document.kind == "boilerplate within" else 1
+        return self.text is None or len(_plain(self.text)) < 0.9 * (len(_plain(self.document.text)) - planted)
+
+
+def _plain(text: str) -> str:
+    return re.sub(r"\W", "", text).casefold()
+
+
+def outcomes(
+    cleaning: dict[str, Any], folder: Path, languages: Sequence[str] = LANGUAGES, seed: int = 0
+) -> list[Outcome]:
+    """Every planted document after preparation with this `cleaning`."""
+    found: list[Outcome] = []
+    sources, planted, benchmark = [], {}, []
+    for language in languages:
+        planted[language], questions = dirty_corpus(language, seed)
+        benchmark += questions
+        path = folder / f"{language}.jsonl"
+        path.write_text("".join(json.dumps({"text": one.text}) + "\n" for one in planted[language]), encoding="utf-8")
+        sources.append({
+            "name": language, "kind": "jsonl", "path": str(path), "licence": "mixed", "provenance": "human",
+            "weight": 1, "category": "code" if language == "code" else "general", "held_out": False,
+        })  # fmt: skip
+    (folder / "benchmark.jsonl").write_text("".join(json.dumps({"q": text}) + "\n" for text in benchmark))
+    quality = {"min_bytes": 1, "max_line": 10**6, "min_alphabetic": 0, "max_compression": 1000}
+    section = {"quality": quality, "benchmarks": [str(folder / "benchmark.jsonl")], **OFF, **cleaning}
+    tree = {"sources": sources, "cleaning": section, "tokenizer": {"vocab_size": 500, "training_bytes": 200_000}}
+    data = prepare(DataSection.model_validate(tree | {"cache_dir": str(folder / "cache")}))
+    for language in languages:
+        texts = _texts(data, language)
+        for line, one in enumerate(planted[language], 1):
+            found.append(Outcome(one, texts.get(line)))
+    return found
+
+
+def _texts(data: PreparedData, name: str) -> dict[int, str]:
+    """Line of the file → what is left of its text."""
+    source = data.sources[name]
+    lines = [int(id.rpartition(":")[2]) for id in source.ids]
+    spans = [source.tokens[a + 1 : b].tolist() for a, b in pairwise(source.offsets)]
+    return dict(zip(lines, map(data.tokenizer.decode, spans), strict=True))
+
+
+def recall(found: list[Outcome]) -> dict[str, dict[str, float]]:
+    """Kind → language → share found, and all languages together."""
+    table: dict[str, dict[str, float]] = {}
+    for kind in dict.fromkeys(one.document.kind for one in found if one.document.kind != "clean"):
+        for language in (*LANGUAGES, "all"):
+            if those := [
+                o.found for o in found if o.document.kind == kind and language in (o.document.language, "all")
+            ]:
+                table.setdefault(kind, {})[language] = sum(those) / len(those)
+    return table
+
+
+def harmed(found: list[Outcome]) -> dict[str, float]:
+    """Language → share harmed of the documents that are to be kept."""
+    kept = [o for o in found if not o.document.repeats]
+    return {
+        language: sum(o.harmed for o in those) / len(those)
+        for language in (*LANGUAGES, "all")
+        if (those := [o for o in kept if language in (o.document.language, "all")])
+    }
+
+
+def precision(found: list[Outcome]) -> float | None:
+    """Of the documents that were dropped, or cut by a tenth, the share that had a fault of any kind."""
+    touched = [o for o in found if o.text is None or o.harmed or (o.document.lines and o.found)]
+    return sum(not o.harmed for o in touched) / len(touched) if touched else None
+
+
+def measure_faults() -> dict[str, Any]:
+    """Every set of stages on the planted corpus."""
+    stages, examples = {}, []
+    for stage, cleaning in STAGES.items():
+        begin = time.process_time()
+        with tempfile.TemporaryDirectory() as name:
+            found = outcomes(cleaning, Path(name), seed=SEED)
+        stages[stage] = {"recall": recall(found), "precision": precision(found), "harmed": harmed(found)}
+        examples += [[stage, o.document.language, o.document.kind, o.document.text[:120]] for o in found if o.harmed][
+            :4
+        ]
+        print(f"{stage}: {time.process_time() - begin:.0f} s", flush=True)
+    return {"stages": stages, "examples": examples, "documents": len(found)}
+
+
+def draw(out: Path) -> None:
+    """The page, from the parts that are there."""
+    parts = {path.stem.removeprefix("part-"): json.loads(path.read_text()) for path in sorted(out.glob("part-*.json"))}
+    faults = parts["faults"]
+    stages = faults["found"]["stages"]
+    page = Document("Corpus: what cleaning finds")
+    page.facts["made"] = {name: part["made"] for name, part in parts.items()}
+    page.add(
+        f"{faults['found']['documents']:,} documents in English, code, Chinese and Arabic, "
+        f"{len(stages['all']['recall'])} kinds of faults planted by rule. Each column is one set of stages "
+        "alone; the first three are what there was before. A copy counts as found when it is dropped, a line when it "
+        "is gone. The thresholds were chosen on other faults of the same kinds."
+    )
+    kinds = list(stages["all"]["recall"])
+    rows: list[list[Cell]] = [[kind, *(stages[s]["recall"][kind]["all"] for s in stages)] for kind in kinds]
+    page.add_table("recall_table", Table(["fault", *stages], rows, digits=2), "Recall")
+    page.facts["recall"] = {stage: one["recall"] for stage, one in stages.items()}
+    page.facts["precision"] = {stage: one["precision"] for stage, one in stages.items()}
+    page.facts["harmed"] = {stage: one["harmed"] for stage, one in stages.items()}
+    rows = [[s, one["precision"], *(100 * one["harmed"][name] for name in (*LANGUAGES, "all"))]
+            for s, one in stages.items()]  # fmt: skip
+    columns = ["stages", "precision", *(f"{name}, %" for name in (*LANGUAGES, "all"))]
+    page.add_table(
+        "clean", Table(columns, rows, digits=2), "Harm: documents dropped, or cut by a tenth, that had no fault"
+    )
+    rows = [[kind, *(stages["all"]["recall"][kind][name] for name in LANGUAGES)] for kind in kinds]
+    page.add_table("by_language", Table(["all stages", *LANGUAGES], rows, digits=2), "Recall by language")
+    page.add_table("harm_examples", Table(["stages", "language", "kind", "how it begins"], faults["found"]["examples"]))
+    speeds = {name: part["found"] for name, part in parts.items() if name.startswith("speed")}
+    if speeds:
+        names = list(next(iter(speeds.values()))["mb_per_s"])
+        rows = [[name, *(one["mb_per_s"].get(name) for one in speeds.values())] for name in names]
+        rows += [["peak memory, GB", *(one["peak_gb"] for one in speeds.values())]]
+        rows += [["of it before anything was read, GB", *(one["gb_before"] for one in speeds.values())]]
+        rows += [["documents", *(one["documents"] for one in speeds.values())]]
+        columns = ["MB a second of one core", *(f"{one['mb']:.0f} MB" for one in speeds.values())]
+        page.add_table("speed", Table(columns, rows, digits=2), "Speed and memory, every stage on")
+        page.facts["mb_per_s"] = {name: one["mb_per_s"] for name, one in speeds.items()}
+        page.facts["peak_gb"] = {name: one["peak_gb"] for name, one in speeds.items()}
+    lines = [f"- *{name}*: `{part['made']['command']}`; code {part['made']['commit'][:7]}; {part['made']['cpu']}"
+             for name, part in parts.items()]  # fmt: skip
+    page.add("\n".join(lines), heading="How it was made")
+    page.write(out)
+
+
+def main(out: Path, sizes: list[str]) -> None:
+    """Measure the faults, or with `sizes` (megabytes) the speed; draw what there is."""
+    out.mkdir(parents=True, exist_ok=True)
+    speed = str(Path(__file__).with_name("measure_speed.py"))
+    found = {f"speed-{int(size):04}": json.loads(_output([sys.executable, speed, size])) for size in sizes}
+    found = found or {"faults": measure_faults()}
+    command = f"PYTHONPATH=. python tests/data/measure_cleaning.py {' '.join(sys.argv[1:])}"
+    made = {"command": command, "commit": _output(["git", "rev-parse", "HEAD"]).strip(), "seed": SEED, **describe()}
+    for name, part in found.items():
+        (out / f"part-{name}.json").write_text(json.dumps({"found": part, "made": made}, indent=1) + "\n")
+    draw(out)
+
+
+def _output(command: list[str]) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])
