@@ -66,6 +66,7 @@ def measure(
         "minutes": fmean(run.minutes for run in runs),
         "seconds_per_step": median(step["seconds"] for run in runs for step in run.steps),
         "weighted": fmean(end["bits_per_byte"] for end in ends),
+        "curve": {end["step"]: end["bits_per_byte"] for end in runs[0].evaluations},
         "bits_per_byte": {name.removeprefix(BITS): fmean(end[name] for end in ends) for name in names},
         "eq3": fmean(end["normalised"] for end in ends) if "normalised" in ends[0] else None,
         "parsed": fmean(share_parsed(folder / "final", samples) for folder in folders),
@@ -201,6 +202,9 @@ def write(out: Path, records: Sequence[dict[str, Any]], tried: Sequence[dict[str
         columns = ["", "minutes", "tokens, M", "seeds", "weighted", *categories, "parsed"]
         page.add(Table(columns, rows).markdown(), heading="Records: held-out bits per byte")
         page.add("Below each record: compressors on the same bytes. PPMd has read that run's training text first.")
+        page.add("Weighted bits per byte at a step; before the last one on the first bytes of what is held out:")
+        for record in records:
+            page.add(f"`{record['name']}`: " + ", ".join(f"{s} {bits:.3f}" for s, bits in record["curve"].items()))
         for record in records:
             machine = ", ".join(f"{key} {value}" for key, value in record["machine"].items())
             page.add(f"`{record['name']}`: commit {', '.join(record['commits'])}; {machine}.")
