@@ -132,6 +132,11 @@ class RayWorker(Worker):
         return self._actor is not None
 
     @property
+    def ready(self) -> bool:
+        """Not while it waits for a machine: after the death of one there may be none that has room."""
+        return self.living and self._beats >= 0
+
+    @property
     def moved(self) -> float:
         return self._moved
 
