@@ -1,7 +1,7 @@
 """Tasksets of the library `verifiers` (0.4) as tasks: a prompt, an answer, and the taskset's own rewards.
 
-The library is no extra of ours, since it pins other libraries' versions; the taskset's package is installed beside it. A
-taskset whose tasks need a container, tool servers or a judge is refused: what is graded is one answer, in the grading
+The library is no extra of ours, since it pins other libraries' versions; the taskset's package is installed beside it.
+A taskset whose tasks need a container, tool servers or a judge is refused: what is graded is one answer, in the grading
 process. Splits go by the prompt's text, as everywhere.
 """
 
