@@ -45,12 +45,13 @@ def semantic_duplicates(documents: Sequence[Document], section: SemanticSection)
     twins = places.copy()
     for members in _clusters(_embeddings(documents, weighted, weighted(sample), section.dimensions)):
         vectors = weighted([documents[place] for place in members])
-        closeness = (vectors @ vectors.T).toarray()
-        for row, place in enumerate(members):
-            earlier = members[:row]
-            close = earlier[(twins[earlier] == earlier) & (closeness[row, :row] >= section.similarity)]
-            if twins[place] == place and len(close) >= section.representatives:
-                twins[place] = close[0]
+        for start in range(0, len(members), _CLUSTER):  # some clusters are far larger than others
+            closeness = (vectors[start : start + _CLUSTER] @ vectors[: start + _CLUSTER].T).toarray()
+            for row, place in enumerate(members[start : start + _CLUSTER], start):
+                earlier = members[:row]
+                close = earlier[(twins[earlier] == earlier) & (closeness[row - start, :row] >= section.similarity)]
+                if twins[place] == place and len(close) >= section.representatives:
+                    twins[place] = close[0]
     return twins
 
 

@@ -1,6 +1,6 @@
 """What each stage of cleaning finds of the faults of `planted`, and what it takes that is clean:
 `PYTHONPATH=. python tests/data/measure_cleaning.py OUT` writes OUT/summary.md and .json; `… OUT 30 100` adds the speed
-of 30 and of 100 MB.
+of 30 and of 100 MB, `… OUT datatrove:10` that of datatrove's MinHash beside ours.
 
 Through `prepare` alone: what is dropped are the documents that are not there; what is cut are the lines that are not.
 """
@@ -194,6 +194,13 @@ def draw(out: Path) -> None:
         page.add_table("speed", Table(columns, rows, digits=2), "Speed and memory, every stage on")
         page.facts["mb_per_s"] = {name: one["mb_per_s"] for name, one in speeds.items()}
         page.facts["peak_gb"] = {name: one["peak_gb"] for name, one in speeds.items()}
+    rows = [
+        [f"{engine}, {found['mb']:.0f} MB", found[engine]["kept"], found[engine]["mb_per_s"]]
+        for found in (part["found"] for name, part in parts.items() if name.startswith("datatrove"))
+        for engine in ("ours", "datatrove")
+    ]
+    if rows:
+        page.add_table("minhash", Table(["MinHash .8", "documents kept", "MB a second of one core"], rows, digits=2))
     lines = [f"- *{name}*: `{part['made']['command']}`; code {part['made']['commit'][:7]}; {part['made']['cpu']}"
              for name, part in parts.items()]  # fmt: skip
     page.add("\n".join(lines), heading="How it was made")
@@ -203,8 +210,12 @@ def draw(out: Path) -> None:
 def main(out: Path, sizes: list[str]) -> None:
     """Measure the faults, or with `sizes` (megabytes) the speed; draw what there is."""
     out.mkdir(parents=True, exist_ok=True)
-    speed = str(Path(__file__).with_name("measure_speed.py"))
-    found = {f"speed-{int(size):04}": json.loads(_output([sys.executable, speed, size])) for size in sizes}
+    here = Path(__file__)
+    found = {}
+    for size in sizes:
+        kind, _, megabytes = size.rpartition(":")
+        script = str(here.with_name(f"measure_{kind or 'speed'}.py"))
+        found[f"{kind or 'speed'}-{int(megabytes):04}"] = json.loads(_output([sys.executable, script, megabytes]))
     found = found or {"faults": measure_faults()}
     command = f"PYTHONPATH=. python tests/data/measure_cleaning.py {' '.join(sys.argv[1:])}"
     made = {"command": command, "commit": _output(["git", "rev-parse", "HEAD"]).strip(), "seed": SEED, **describe()}

@@ -13,7 +13,7 @@ from planted import similarity
 
 from conftest import Corpus, source
 from mai_thinking.config.data import BoilerplateSection, DataSection, FuzzySection, SemanticSection, TemplatesSection
-from mai_thinking.data import PreparedData, prepare
+from mai_thinking.data import PreparedData, prepare, semantic
 from mai_thinking.data.boilerplate import without_boilerplate
 from mai_thinking.data.card import card
 from mai_thinking.data.documents import Document, TextStore
@@ -57,7 +57,7 @@ def test_near_duplicates_are_those_of_comparing_all_pairs(corpus: Corpus) -> Non
     texts = list(originals)
     for text in originals:
         words = text.split(" ")
-        for changed in (1, len(words) // 4):
+        for changed in (1, len(words) // 3, len(words) // 2):
             texts.append(" ".join(["new", *words[changed:]]))
     cleaning = DataSection.model_validate({"cleaning": {"near_duplicates": 0.7, "minhash_permutations": 512}}).cleaning
     twins = near_duplicates(named(texts), cleaning)
@@ -115,6 +115,16 @@ def test_of_a_program_only_comments_are_cut() -> None:
     cut = cleaned(texts, True, section)
     assert cut == [text.split("\n", 1)[1] for text in texts]
     assert cleaned(texts, False, section) == [f"x = {i}\n" for i in range(3)]
+
+
+def test_a_cluster_is_compared_whole_however_large_it_is(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last document repeats the first, in another order, far behind it."""
+    texts = corpus.documents(40)
+    documents = named([*texts, " ".join(reversed(texts[0].split()))])
+    for size in (512, 3):
+        monkeypatch.setattr(semantic, "_CLUSTER", size)
+        monkeypatch.setattr(semantic, "_NEAREST", 100)
+        assert semantic_duplicates(documents, SemanticSection()).tolist() == [*range(40), 0]
 
 
 def test_few_representatives_of_what_says_the_same_stay(corpus: Corpus) -> None:
