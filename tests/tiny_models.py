@@ -46,13 +46,14 @@ def tiny_learner(
     z: float = 0.0,
     clip_norm: float = 1e6,
     learning_rate: float = 1e-9,
+    optimizer: str = "adamw",
     **execution: Any,
 ) -> tuple[Learner, dict[str, torch.Tensor]]:
     """A learner of `model` on the CPU, and a dict that each update fills with what it hands to the optimiser."""
     config = TrainingConfig.model_validate(
         {
             "name": "x", "steps": 100, "execution": execution, "schedule": {"shape": "constant"},
-            "optimizer": {"clip_norm": clip_norm, "learning_rate": learning_rate},
+            "optimizer": {"name": optimizer, "clip_norm": clip_norm, "learning_rate": learning_rate},
         }
     )  # fmt: skip
     learner = Learner(model.train(), config, Accelerator(cpu=True), balance=balance, z=z)

@@ -30,6 +30,9 @@ class RunConfig(Section):
 class OptimizerSection(Section):
     """AdamW with the report's parameter groups (§2.6); the values are the report's for pre-training."""
 
+    name: Literal["adamw", "muon"] = "adamw"
+    """Muon, which is not the report's, takes the matrices between embeddings and head; all else is AdamW's still. For
+    one process or `parallel: ddp`."""
     learning_rate: float = Field(2e-4, gt=0, le=100)
     """At the top of the schedule."""
     betas: tuple[Beta, Beta] = (0.95, 0.925)

@@ -44,9 +44,9 @@ class TaskSection(Section):
 
     name: Name
     """Unique in the run; letters, digits, `.`, `_` and `-`."""
-    kind: Family | SerialFamily | Literal["reasoning-gym", "jsonl", "repair"]
-    """A procedural family, a data set of the library reasoning-gym, a file of questions and answers, or programs to
-    repair."""
+    kind: Family | SerialFamily | Literal["reasoning-gym", "verifiers", "jsonl", "repair"]
+    """A procedural family, a data set of the library reasoning-gym, a taskset of the library verifiers, a file of
+    questions and answers, or programs to repair."""
     weight: Weight = 1.0
     """Share of the problems, relative to the other tasks' weights."""
     digits: _Range | None = None
@@ -54,9 +54,9 @@ class TaskSection(Section):
     length: _Range | None = None
     """Procedural, with a list, or serial: fewest and most items; null means 3 to 6."""
     dataset: str | None = None
-    """reasoning-gym: the data set's name."""
+    """reasoning-gym: the data set's name; verifiers: the taskset's."""
     options: dict[str, Any] = Field(default_factory=dict)
-    """reasoning-gym: fields of the data set's configuration."""
+    """Fields of its configuration."""
     path: str | None = None
     """JSONL: the file."""
     question_field: str = "question"
@@ -74,12 +74,12 @@ class TaskSection(Section):
     def _check_kind(self) -> Self:
         kinds = {
             "digits": FAMILIES, "length": (*LISTS, *SERIAL), "path": ("jsonl",),
-            "dataset": ("reasoning-gym",), "options": ("reasoning-gym",),
+            "dataset": ("reasoning-gym", "verifiers"), "options": ("reasoning-gym", "verifiers"),
         }  # fmt: skip
         for field, allowed in kinds.items():
             if getattr(self, field) and self.kind not in allowed:
                 raise ValueError(f"task {self.name!r}: `{field}` is not for kind {self.kind!r}; remove it")
-        for field, kind in (("dataset", "reasoning-gym"), ("path", "jsonl")):
+        for field, kind in (("dataset", "reasoning-gym"), ("dataset", "verifiers"), ("path", "jsonl")):
             if self.kind == kind and not getattr(self, field):
                 raise ValueError(f"task {self.name!r}: kind {kind!r} needs `{field}`")
         for field, low, high in (("digits", 1, 12), ("length", 1 if self.kind in SERIAL else 2, 30)):

@@ -9,7 +9,7 @@ from torch import Tensor
 from mai_thinking.model.fused import fused
 from mai_thinking.model.projection import HALF
 
-CHUNK_ELEMENTS = {"cpu": 2**21, "cuda": 2**28}
+CHUNK_ELEMENTS = {"cpu": 2**20, "cuda": 2**28}
 """Logits held at once. On a CPU they should stay near its caches; on a GPU a chunk should fill the machine."""
 
 

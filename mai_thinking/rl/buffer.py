@@ -1,7 +1,6 @@
 """Groups of rollouts that wait for their gradient step."""
 
 from collections import deque
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -15,37 +14,29 @@ _PLAIN = ("id", "max_new_tokens", "finished", "rewards", "reward", "advantage")
 _ARRAYS = ("response_ids", "observed", "logprobs")
 
 
-class RolloutBuffer:
+class RolloutBuffer(deque[Group]):
     """First in, first out. Its state is this rank's own, pending rollouts included; at another number of ranks the
     groups are dealt out anew."""
 
-    def __init__(self) -> None:
-        self._groups: deque[Group] = deque()
-
-    def __len__(self) -> int:
-        return len(self._groups)
-
-    def add(self, groups: Sequence[Group]) -> None:
-        """Behind those that are there."""
-        self._groups.extend(groups)
-
     def drop_stale(self, oldest: int) -> list[Group]:
         """Drop the groups of weights before version `oldest`; → them."""
-        stale = [group for group in self._groups if group.version < oldest]
-        self._groups = deque(group for group in self._groups if group.version >= oldest)
+        stale = [group for group in self if group.version < oldest]
+        for group in stale:
+            self.remove(group)
         return stale
 
     def take(self, count: int) -> list[Group]:
         """The `count` oldest groups."""
-        return [self._groups.popleft() for _ in range(count)]
+        return [self.popleft() for _ in range(count)]
 
     def state_dict(self) -> dict[str, Any]:
         """A tree of tensors and plain values."""
-        return {"groups": [pack_group(group) for group in self._groups]}
+        return {"groups": [pack_group(group) for group in self]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from `state_dict()`."""
-        self._groups = deque(unpack_group(group) for group in state["groups"])
+        self.clear()
+        self.extend(unpack_group(group) for group in state["groups"])
 
     def load_from_world(self, states: list[Any], rank: int, world: int) -> None:
         """All ranks' groups in the order of their problems, every `world`-th of them to this rank."""

@@ -76,7 +76,7 @@ class Collector(ABC):
             del self.under_way[batch.order.number]
             self.traces.append(batch.order.number, batch.traces)
             counts.update(batch.counts)
-            self.buffer.add([group for group in batch.groups if group.version >= oldest])
+            self.buffer.extend([group for group in batch.groups if group.version >= oldest])
             stale += [group for group in batch.groups if group.version < oldest]
             if len(self.buffer) < size and (counts.solved or hopeless(counts)):
                 break

@@ -32,7 +32,7 @@ def schedule_path(run: Path, rank: int) -> Path:
 
 
 class Spool:
-    """Answered batches of one rank, on disk: written whole by a worker, read by the controller."""
+    """Answered batches of one rank, on disk: written whole by a worker, read by the collector."""
 
     def __init__(self, run: Path, rank: int) -> None:
         """In a run's folder."""

@@ -164,7 +164,7 @@ class WorkerPool(AbstractContextManager["WorkerPool"]):
         """One order each, then a second, so that nobody waits for this process; but one at a time to whoever died."""
         for most in (1, 2):
             for worker in self._workers:
-                room = worker.living and len(worker.asked) < (1 if worker.deaths else most)
+                room = worker.ready and len(worker.asked) < (1 if worker.deaths else most)
                 if room and self._waiting:
                     worker.ask(self._waiting.popleft())
 
@@ -185,6 +185,11 @@ class Worker(ABC):
     @abstractmethod
     def living(self) -> bool:
         """Whether it was started, and not ended."""
+
+    @property
+    def ready(self) -> bool:
+        """Whether it may be asked: it will come to it."""
+        return self.living
 
     @property
     @abstractmethod

@@ -23,9 +23,10 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from mai_thinking.config.run import OptimizerSection, TrainingConfig
-from mai_thinking.errors import RunError
+from mai_thinking.errors import RunError, UsageError
 from mai_thinking.model import MaiThinkingForCausalLM
 from mai_thinking.model.latent_moe import Routing, balance_loss, rounded_once
+from mai_thinking.training.muon import MuonAdamW
 from mai_thinking.training.parallel import (
     apply_compile_and_checkpointing,
     clip_gradients,
@@ -296,22 +297,31 @@ def build_optimizer(model: nn.Module, section: OptimizerSection) -> torch.optim.
     """AdamW over all trainable parameters, weight decay by kind (MAI-Thinking-1 report §2.6). Three groups: attention
     (everything inside an attention sublayer), embeddings (with the tied head), and the rest. The report exempts nothing
     else, so norm gains decay like what they belong to. Where ranks divide the experts, these are a group of their own:
-    one operation takes no shards of different meshes."""
+    one operation takes no shards of different meshes. With Muon the matrices of each group are one of their own; the
+    router is none of them, since its rows are experts."""
     decay = {
         "attention": section.weight_decay_attention,
         "embeddings": section.weight_decay_embeddings,
         "rest": section.weight_decay,
     }
-    members: dict[tuple[str, DeviceMesh | None], list[nn.Parameter]] = {(group, None): [] for group in decay}
+    members: dict[tuple[str, DeviceMesh | None, bool], list[nn.Parameter]] = {
+        (group, None, False): [] for group in decay
+    }
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            members.setdefault((_group(name), mesh_of(parameter)), []).append(parameter)
+            group = _group(name)
+            matrix = parameter.dim() == 2 and group != "embeddings" and "router" not in name.split(".")
+            muon = section.name == "muon" and matrix
+            if muon and mesh_of(parameter) is not None:
+                raise UsageError("optimizer.name: muon needs whole matrices on each rank; set execution.parallel=ddp")
+            members.setdefault((group, mesh_of(parameter), muon), []).append(parameter)
     groups = [
-        {"params": parameters, "weight_decay": decay[group], "name": group}
-        for (group, _), parameters in members.items()
+        {"params": parameters, "weight_decay": decay[group], "name": group, "muon": muon}
+        for (group, _, muon), parameters in members.items()
         if parameters
     ]
-    return torch.optim.AdamW(groups, lr=section.learning_rate, betas=section.betas, eps=section.epsilon, fused=True)
+    kind = MuonAdamW if section.name == "muon" else torch.optim.AdamW
+    return kind(groups, lr=section.learning_rate, betas=section.betas, eps=section.epsilon, fused=True)
 
 
 def _group(name: str) -> str:

@@ -173,8 +173,9 @@ def clip_gradients(model: nn.Module, largest: float) -> float:
     norms = [nn.utils.get_total_norm([p.grad for p in those if p.grad is not None]) for those in by_mesh.values()]
     wholes = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
     norm = wholes[0] if len(wholes) == 1 else torch.stack(wholes).norm()
-    for parameters in by_mesh.values():
-        nn.utils.clip_grads_with_norm_(parameters, largest, norm)
+    if not norm + 1e-6 <= largest:  # else the library multiplies every gradient by 1; NaN goes on to whoever looks
+        for parameters in by_mesh.values():
+            nn.utils.clip_grads_with_norm_(parameters, largest, norm)
     return float(norm)
 
 

@@ -12,6 +12,7 @@ from mai_thinking.rl.tasks.gym import GymTask
 from mai_thinking.rl.tasks.jsonl import JsonlTask
 from mai_thinking.rl.tasks.procedural import ProceduralTask, SerialTask
 from mai_thinking.rl.tasks.repair import RepairTask
+from mai_thinking.rl.tasks.verifiers import VerifiersTask
 
 _PROBED = 64
 """Problems of each split that are looked at before a run, where there is no end of them."""
@@ -22,7 +23,8 @@ _PATIENCE = 500
 def make_task(section: TaskSection) -> Task:
     """The task of a section. Raises UsageError if it cannot be had."""
     kinds: dict[str, Callable[[TaskSection], Task]] = {
-        "reasoning-gym": GymTask, "repair": RepairTask, "jsonl": JsonlTask, **dict.fromkeys(SERIAL, SerialTask),
+        "reasoning-gym": GymTask, "verifiers": VerifiersTask, "repair": RepairTask, "jsonl": JsonlTask,
+        **dict.fromkeys(SERIAL, SerialTask),
     }  # fmt: skip
     return kinds.get(section.kind, ProceduralTask)(section)
 

@@ -1,0 +1,219 @@
+"""What a run made of its minutes, beside an honest yardstick: `python scripts/record.py RUN … --out results/two-cores`.
+
+RUNs are finished pre-training runs of one config that differ in their seed. Beside their held-out bits per byte stands
+PPMd that has read the same training text first (extra `record`), and what `xz -9e` and `gzip -9` make of the held-out
+text alone. A record joins those that `--out` has already. `--tried` are the paired trials that
+results/two-cores/trial.py left: their gains stand in a table of their own.
+"""
+
+import ast
+import hashlib
+import json
+import math
+import os
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any
+
+from mai_thinking.config.base import Count
+from mai_thinking.config.command import Parser, exit_with, option
+
+BITS, PROMPT, MEMORY = "bits_per_byte/", "def", 2**30
+
+
+def main() -> None:
+    """Parse, measure, write."""
+    parser = Parser(__doc__)
+    parser.add_argument("runs", nargs="*", type=Path, help="folders of finished runs, one a seed")
+    parser.add_argument("--out", type=Path, required=True, help="the folder to write to")
+    parser.add_argument("--orders", type=option(Count), nargs="+", default=[5, 6, 8], help="of PPMd")
+    parser.add_argument("--samples", type=option(Count), default=200, help="functions that are written, and parsed")
+    parser.add_argument("--tried", type=Path, help="a JSONL file of paired trials")
+    options = parser.parse_args()
+
+    page = options.out / "summary.json"
+    known = json.loads(page.read_text()) if page.exists() else {"records": [], "tried": []}
+    records = {record["name"]: record for record in known["records"]}
+    if options.runs:
+        new = measure(options.runs, options.orders, options.samples, list(records.values()))
+        records[new["name"]] = new
+    tried = compare(options.tried) if options.tried else known["tried"]
+    write(options.out, sorted(records.values(), key=lambda r: -r["weighted"]), tried)
+
+
+def measure(
+    folders: Sequence[Path], orders: Sequence[int], samples: int, known: Sequence[dict[str, Any]]
+) -> dict[str, Any]:
+    """A record: means over the runs in `folders`. What compressors make of a text that one of the `known` records has
+    read too is taken from there."""
+    from mai_thinking.bench.machine import describe
+    from mai_thinking.experiments.climb_run import commits_of
+    from mai_thinking.report.reading import Run
+
+    runs = [Run(folder) for folder in folders]
+    ends = [run.evaluations[-1] for run in runs]
+    names = [name for name in ends[0] if name.startswith(BITS)]
+    read, held_out = texts_of(folders[0])
+    digest = hashlib.sha256(read + repr(held_out).encode()).hexdigest()
+    same = [record["yardsticks"] for record in known if record["read"] == digest]
+    return {
+        "name": runs[0].name,
+        "seeds": [run.config["seed"] for run in runs],
+        "tokens": runs[0].steps[-1]["tokens"],
+        "minutes": fmean(run.minutes for run in runs),
+        "seconds_per_step": median(step["seconds"] for run in runs for step in run.steps),
+        "weighted": fmean(end["bits_per_byte"] for end in ends),
+        "curve": {end["step"]: end["bits_per_byte"] for end in runs[0].evaluations},
+        "bits_per_byte": {name.removeprefix(BITS): fmean(end[name] for end in ends) for name in names},
+        "eq3": fmean(end["normalised"] for end in ends) if "normalised" in ends[0] else None,
+        "parsed": fmean(share_parsed(folder / "final", samples) for folder in folders),
+        "yardsticks": same[0] if same else yardsticks(read, held_out, orders),
+        "read": digest,
+        "commits": commits_of(folders),
+        "machine": describe(),
+    }
+
+
+def texts_of(folder: Path) -> tuple[bytes, dict[str, list[str]]]:
+    """What the run in `folder` read, row by row as its loader made it, and what was held out, by category."""
+    from mai_thinking.config.loading import load_config
+    from mai_thinking.config.pretraining import PretrainConfig
+    from mai_thinking.data import prepare
+    from mai_thinking.recipes.pretrain import make_loader
+
+    config = load_config(PretrainConfig, folder / "config.yaml")
+    data = prepare(config.data, log=print)
+    with make_loader(config, data) as loader:
+        rows = [row for _ in range(config.steps) for batch in next(loader).micro_batches for row in batch["input_ids"]]
+    read = "".join(data.tokenizer.decode(row.tolist(), skip_special_tokens=True) for row in rows)
+    return read.encode(), {
+        name: [document.text for document in found] for name, found in data.held_out.items() if found
+    }
+
+
+def yardsticks(read: bytes, held_out: dict[str, list[str]], orders: Sequence[int]) -> dict[str, dict[str, float]]:
+    """Bits per byte of the held-out text, by compressor and category: PPMd behind what was `read`, each document by
+    itself; `xz` and `gzip` without, all documents in one."""
+    import pyppmd
+
+    from mai_thinking.training.evaluation import compressors
+
+    found: dict[str, dict[str, float]] = defaultdict(dict)
+    for order in orders:
+        coder = pyppmd.Ppmd7Encoder(order, MEMORY)
+        coder.encode(read)
+        for category, texts in held_out.items():
+            size = sum(in_a_fork(partial(coded_size, coder, text.encode())) for text in texts)
+            found[f"PPMd {order}"][category] = 8 * size / sum(len(text.encode()) for text in texts)
+    for category, texts in held_out.items():
+        for name, value in compressors(texts).items():
+            found[name][category] = value
+    return found
+
+
+def coded_size(coder: Any, text: bytes) -> int:
+    """Bytes that a coder needs for `text`; the few that it holds back of what came before count too."""
+    return len(coder.encode(text)) + len(coder.flush(endmark=False))
+
+
+def in_a_fork(work: Callable[[], int]) -> int:
+    """What `work` returns, done in a copy of this process: the next document finds the coder as this one did, as it
+    finds the model."""
+    reading, writing = os.pipe()
+    if (child := os.fork()) == 0:
+        os.write(writing, str(work()).encode())
+        os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading) as answer:
+        result = int(answer.read())
+    os.waitpid(child, 0)
+    return result
+
+
+def share_parsed(model_folder: Path, samples: int) -> float:
+    """How many of so many functions, written from `def` at temperature 0.8 and ended before the next line that is not
+    indented, Python's parser takes."""
+    import torch
+
+    from mai_thinking.data.tokenizer import Encoder
+    from mai_thinking.training.model_files import load_model_and_tokenizer
+
+    model, tokenizer = load_model_and_tokenizer(model_folder)
+    prompt = torch.tensor([Encoder(tokenizer).encode_prompt(PROMPT)])
+    torch.manual_seed(0)
+    written = model.eval().generate(
+        prompt, max_new_tokens=100, do_sample=True, temperature=0.8, top_p=0.95, num_return_sequences=samples
+    )
+    return fmean(parses(tokenizer.decode(row, skip_special_tokens=True)) for row in written)
+
+
+def parses(text: str) -> bool:
+    """Whether the first block of `text` is Python; a last line that may not be whole is left out."""
+    first, *others = text.split("\n")[:-1] or [text]
+    end = next((i for i, line in enumerate(others) if line.strip() and not line[0].isspace()), len(others))
+    try:
+        ast.parse("\n".join([first, *others[:end]]) + "\n")
+    except (SyntaxError, ValueError):
+        return False
+    return True
+
+
+def compare(path: Path) -> list[dict[str, Any]]:
+    """What each trial in a JSONL file gained over the run `base` of its tokens and seed: weighted bits per byte, with
+    Student's 95 % interval; and the same at equal time, where more time is charged what the baseline gains in it."""
+    from mai_thinking.report.comparison import student
+
+    trials = [json.loads(line) for line in path.read_text().splitlines()]
+    base = {(t["tokens"], t["seed"]): t for t in trials if t["name"] == "base"}
+    ends = sorted({tokens for tokens, _ in base})
+    mean = {tokens: fmean(t["weighted"] for (n, _), t in base.items() if n == tokens) for tokens in ends}
+    per_doubling = (mean[ends[0]] - mean[ends[-1]]) / math.log2(ends[-1] / ends[0])
+    groups: dict[tuple[str, int], list[tuple[Any, Any]]] = defaultdict(list)
+    for trial in trials:
+        if trial["name"] != "base" and (key := (trial["tokens"], trial["seed"])) in base:
+            groups[trial["name"], trial["tokens"]].append((base[key], trial))
+    rows = []
+    for (name, tokens), pairs in groups.items():
+        gain, low, high = student([b["weighted"] - t["weighted"] for b, t in pairs])
+        ratio = median(t["seconds"] / b["seconds"] for b, t in pairs)
+        row = {"tried": name, "what": pairs[0][1]["what"], "tokens, M": tokens / 1e6, "seeds": len(pairs)}
+        row |= {"gain": gain, "low": low, "high": high, "time": ratio}
+        row["at equal time"] = gain - per_doubling * math.log2(ratio)
+        rows.append(row | {c: fmean(b["bits"][c] - t["bits"][c] for b, t in pairs) for c in pairs[0][1]["bits"]})
+    return sorted(rows, key=lambda row: -row["at equal time"])
+
+
+def write(out: Path, records: Sequence[dict[str, Any]], tried: Sequence[dict[str, Any]]) -> None:
+    """summary.md and summary.json."""
+    from mai_thinking.report.document import Document, Table
+
+    page = Document(out.name)
+    if records:
+        best = records[-1]
+        page.facts |= {"best": {key: best[key] for key in ("bits_per_byte", "minutes", "seeds")}, "records": records}
+        rows, categories = [], list(best["bits_per_byte"])
+        for record in records:
+            told = [record["minutes"], record["tokens"] / 1e6, len(record["seeds"]), record["weighted"]]
+            rows.append([record["name"], *told, *record["bits_per_byte"].values(), record["parsed"]])
+            rows += [[n, *[None] * 4, *(v[c] for c in categories), None] for n, v in record["yardsticks"].items()]
+        columns = ["", "minutes", "tokens, M", "seeds", "weighted", *categories, "parsed"]
+        page.add(Table(columns, rows).markdown(), heading="Records: held-out bits per byte")
+        page.add("Below each record: compressors on the same bytes. PPMd has read that run's training text first.")
+        page.add("Weighted bits per byte at a step; before the last one on the first bytes of what is held out:")
+        for record in records:
+            page.add(f"`{record['name']}`: " + ", ".join(f"{s} {bits:.3f}" for s, bits in record["curve"].items()))
+        for record in records:
+            machine = ", ".join(f"{key} {value}" for key, value in record["machine"].items())
+            page.add(f"`{record['name']}`: commit {', '.join(record['commits'])}; {machine}.")
+    page.facts["tried"] = tried
+    if tried:
+        page.add(Table(list(tried[0]), [list(row.values()) for row in tried], 4).markdown(), heading="Tried")
+    page.write(out)
+    print(f"{out}/summary.md")
+
+
+if __name__ == "__main__":
+    exit_with(main)
