@@ -170,7 +170,8 @@ def compare(path: Path) -> list[dict[str, Any]]:
     base = {(t["tokens"], t["seed"]): t for t in trials if t["name"] == "base"}
     ends = sorted({tokens for tokens, _ in base})
     mean = {tokens: fmean(t["weighted"] for (n, _), t in base.items() if n == tokens) for tokens in ends}
-    per_doubling = (mean[ends[0]] - mean[ends[-1]]) / math.log2(ends[-1] / ends[0])
+    doublings = math.log2(ends[-1] / ends[0])
+    per_doubling = (mean[ends[0]] - mean[ends[-1]]) / doublings if doublings else math.nan
     groups: dict[tuple[str, int], list[tuple[Any, Any]]] = defaultdict(list)
     for trial in trials:
         if trial["name"] != "base" and (key := (trial["tokens"], trial["seed"])) in base:
@@ -183,7 +184,7 @@ def compare(path: Path) -> list[dict[str, Any]]:
         row |= {"gain": gain, "low": low, "high": high, "time": ratio}
         row["at equal time"] = gain - per_doubling * math.log2(ratio)
         rows.append(row | {c: fmean(b["bits"][c] - t["bits"][c] for b, t in pairs) for c in pairs[0][1]["bits"]})
-    return sorted(rows, key=lambda row: -row["at equal time"])
+    return sorted(rows, key=lambda row: -row["gain"])
 
 
 def write(out: Path, records: Sequence[dict[str, Any]], tried: Sequence[dict[str, Any]]) -> None:
