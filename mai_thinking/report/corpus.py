@@ -30,7 +30,7 @@ def estimate(data: PreparedData, sample: float) -> str:
     seconds = sum(value for name, value in data.manifest["seconds"].items() if ":" not in name) / sample
     size = sum(file["bytes"] for file in data.manifest["files"].values()) / sample
     return (
-        f"the whole: about {seconds / 60:,.1f} minutes and {size / 1e9:,.2f} GB on disk; copies of each other are "
+        f"the whole: about {seconds / 60:,.1f} minutes and {size / 1e9:,.2f} GB on disk; near copies are "
         "mostly not in one sample, so their share will be larger"
     )
 

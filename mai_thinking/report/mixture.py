@@ -21,7 +21,7 @@ def write_report(search: Search) -> str:
     rows: list[list[Cell]] = [[name, error] for name, error in errors.items()]
     page.add_table("regression", Table(["regression", "held-out error"], rows, digits=5), "Score by mixture")
     page.add(
-        f"Taken: {search.regression.kind}. `mean` predicts the mean of all. The proposal's score is predicted as "
+        "`both`, the mean of the two, proposes; `mean` predicts the mean of all. The proposal's score is predicted as "
         f"{search.predicted:.4f}; the best small model had {min(one.scores[SCORE] for one in search.samples):.4f}."
     )
     page.add_table("mixtures", _mixtures(search), "Mixtures, percent")

@@ -210,7 +210,7 @@ def draw(out: Path) -> None:
 def main(out: Path, sizes: list[str]) -> None:
     """Measure the faults, or with `sizes` (megabytes) the speed; draw what there is."""
     out.mkdir(parents=True, exist_ok=True)
-    here = Path(__file__)
+    here, commit = Path(__file__), _output(["git", "rev-parse", "HEAD"]).strip()
     found = {}
     for size in sizes:
         kind, _, megabytes = size.rpartition(":")
@@ -218,7 +218,7 @@ def main(out: Path, sizes: list[str]) -> None:
         found[f"{kind or 'speed'}-{int(megabytes):04}"] = json.loads(_output([sys.executable, script, megabytes]))
     found = found or {"faults": measure_faults()}
     command = f"PYTHONPATH=. python tests/data/measure_cleaning.py {' '.join(sys.argv[1:])}"
-    made = {"command": command, "commit": _output(["git", "rev-parse", "HEAD"]).strip(), "seed": SEED, **describe()}
+    made = {"command": command, "commit": commit, "seed": SEED, **describe()}
     for name, part in found.items():
         (out / f"part-{name}.json").write_text(json.dumps({"found": part, "made": made}, indent=1) + "\n")
     draw(out)

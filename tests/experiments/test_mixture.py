@@ -53,19 +53,22 @@ def test_the_proposal_is_near_a_known_optimum(noise: float) -> None:
     shares = there.draw(60, 1.0, rng)
     scores = bowl(shares, best) + noise * rng.standard_normal(60)
     model = Regression.fit(shares, scores, seed=0)
-    assert model.errors[model.kind] == min(model.errors["linear"], model.errors["boosted"])
-    assert model.errors[model.kind] < 0.8 * model.errors["mean"]
+    assert model.errors["both"] < 0.8 * model.errors["mean"]
     proposed = there.propose(model, 1.0, rng)
     assert bowl(proposed[None], best)[0] < bowl(there.start_S[None], best)[0] - 0.03
     assert bowl(proposed[None], best)[0] < np.median(scores)
 
 
-def test_a_linear_truth_is_left_to_the_linear_regression() -> None:
+def test_the_line_goes_on_where_trees_know_nothing() -> None:
+    """The best mixture is beyond all that was drawn."""
     rng = np.random.default_rng(0)
-    shares = space(little=10**6).draw(40, 1.0, rng)
-    model = Regression.fit(shares, 1 - 0.1 * np.log(shares[:, 0]), seed=0)
-    assert model.kind == "linear"
-    assert model.errors["linear"] < 0.1 * model.errors["mean"]
+    there = space(little=10**6)
+    shares = there.draw(20, 0.3, rng)
+    model = Regression.fit(shares, 1 - 0.1 * np.log(shares[:, 2] + 0.05), seed=0)
+    assert model.errors["linear"] < 0.2 * model.errors["boosted"]
+    assert there.propose(model, 1.0, rng)[2] > 1.2 * shares[:, 2].max()
+    trees = Regression(model.models[1:], {})
+    assert there.propose(trees, 1.0, rng)[2] < there.propose(model, 1.0, rng)[2]
 
 
 def tiny(folder: Path) -> MixtureConfig:
