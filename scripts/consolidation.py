@@ -2,9 +2,10 @@
 RUN … --students RUN … --out results/nano-consolidated`: pass@1 on the same held-out problems of an RL config's tasks.
 
 A specialist answers those of its own run's tasks, a student (the base may be one) those of all. Writes summary.md and
-summary.json.
+summary.json, and copies the students' configs.
 """
 
+import shutil
 from pathlib import Path
 from statistics import fmean
 
@@ -37,6 +38,8 @@ def main() -> None:
         shares = {task: fmean(answer.passed for answer in given) for task, given in found[run.name].items()}
         print(run.name, " ".join(f"{task} {share:.3f}" for task, share in shares.items()))
     write_consolidated(found, [run.name for run in options.specialists], options.out)
+    for run in options.students:
+        shutil.copyfile(run / "config.yaml", options.out / f"{run.name}-config.yaml")
     print(f"{options.out}/summary.md")
 
 

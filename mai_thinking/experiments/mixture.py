@@ -6,7 +6,7 @@ start, the proposal, and the best of the sampled ones, which is random search wi
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 from statistics import fmean
 
@@ -119,11 +119,11 @@ def _reference(config: MixtureConfig, first: PlannedRun) -> Reference:
     return Reference.read(path)
 
 
-def _losses(config: MixtureConfig, run: PlannedRun) -> Reference:
-    """Of a finished run, on all held-out sets."""
+def _losses(config: MixtureConfig, run: PlannedRun, only: Container[str] | None = None) -> Reference:
+    """Of a finished run, on all held-out sets, or those of some sources."""
     model, tokenizer = load_model_and_tokenizer(str(run.folder.final))
     data = prepare(config.unseen_data(), log=print)
-    return reference_of(model, tokenizer, data, batch_size=run.config.evaluation.batch_size)
+    return reference_of(model, tokenizer, data, batch_size=run.config.evaluation.batch_size, only=only)
 
 
 def _result(config: MixtureConfig, run: PlannedRun, reference: Reference) -> Result:
@@ -144,11 +144,10 @@ def _unseen_score(config: MixtureConfig, run: PlannedRun, reference: Reference) 
     """Eq. 3 on the packages that nothing was trained on; computed once, and noted in the run's folder."""
     notes = json.loads(run.folder.notes.read_bytes())
     if "unseen" not in notes:
-        found, categories = _losses(config, run), {source.name: source.category for source in config.unseen}
+        categories = {source.name: source.category for source in config.unseen}
         ratios: dict[str, list[float]] = {}
-        for name, (_, nats) in found.sets.items():
-            if (category := categories.get(name.split("/")[0])) is not None:
-                ratios.setdefault(category, []).append(nats / reference.sets[name][1])
+        for name, (_, nats) in _losses(config, run, categories).sets.items():
+            ratios.setdefault(categories[name.split("/")[0]], []).append(nats / reference.sets[name][1])
         if not ratios:
             raise RunError("unseen: none of these sources has held-out text; give them more")
         notes["unseen"] = weighted_score({category: fmean(values) for category, values in ratios.items()})

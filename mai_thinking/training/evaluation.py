@@ -9,7 +9,7 @@ import gzip
 import json
 import lzma
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice, pairwise
@@ -218,15 +218,22 @@ def compressors(texts: Sequence[str]) -> dict[str, float]:
 
 
 def reference_of(
-    model: MaiThinkingForCausalLM, tokenizer: PreTrainedTokenizerBase, data: PreparedData, *, batch_size: int
+    model: MaiThinkingForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    data: PreparedData,
+    *,
+    batch_size: int,
+    only: Container[str] | None = None,
 ) -> Reference:
-    """What `model` makes of each held-out set of `data`."""
+    """What `model` makes of each held-out set of `data`, or of those of the sources named in `only`."""
     digest = xxhash.xxh3_64()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode() + tensor.float().cpu().numpy().tobytes())
     sets: dict[str, tuple[str, float]] = {}
     for by_name in held_out_sets(data.held_out, data.config.sources).values():
         for name, found in by_name.items():
+            if only is not None and name.split("/")[0] not in only:
+                continue
             context = model.config.max_position_embeddings
             texts = [document.text for document in found]
             result = evaluate_texts(model, tokenizer, texts, context_length=context, batch_size=batch_size)
