@@ -12,7 +12,7 @@ import json
 import math
 import os
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import fmean, median
@@ -21,7 +21,7 @@ from typing import Any
 from mai_thinking.config.base import Count
 from mai_thinking.config.command import Parser, exit_with, option
 
-BITS, PROMPT, MEMORY = "bits_per_byte/", "def", 2**30
+BITS, PROMPT, MEMORY, GROUP = "bits_per_byte/", "def", 2**30, 20_000
 
 
 def main() -> None:
@@ -96,7 +96,7 @@ def texts_of(folder: Path) -> tuple[bytes, dict[str, list[str]]]:
 
 def yardsticks(read: bytes, held_out: dict[str, list[str]], orders: Sequence[int]) -> dict[str, dict[str, float]]:
     """Bits per byte of the held-out text, by compressor and category: PPMd behind what was `read`, each document by
-    itself; `xz` and `gzip` without, all documents in one."""
+    itself, or a few short ones; `xz` and `gzip` without, all documents in one."""
     import pyppmd
 
     from mai_thinking.training.evaluation import compressors
@@ -106,12 +106,24 @@ def yardsticks(read: bytes, held_out: dict[str, list[str]], orders: Sequence[int
         coder = pyppmd.Ppmd7Encoder(order, MEMORY)
         coder.encode(read)
         for category, texts in held_out.items():
-            size = sum(in_a_fork(partial(coded_size, coder, text.encode())) for text in texts)
+            size = sum(in_a_fork(partial(coded_size, coder, group.encode())) for group in grouped(texts))
             found[f"PPMd {order}"][category] = 8 * size / sum(len(text.encode()) for text in texts)
     for category, texts in held_out.items():
         for name, value in compressors(texts).items():
             found[name][category] = value
     return found
+
+
+def grouped(texts: Sequence[str]) -> Iterator[str]:
+    """Documents, the short ones joined up to `GROUP` characters: a fork for each of thousands would take minutes."""
+    group = ""
+    for text in texts:
+        group += text
+        if len(group) >= GROUP:
+            yield group
+            group = ""
+    if group:
+        yield group
 
 
 def coded_size(coder: Any, text: bytes) -> int:
@@ -170,7 +182,8 @@ def compare(path: Path) -> list[dict[str, Any]]:
     base = {(t["tokens"], t["seed"]): t for t in trials if t["name"] == "base"}
     ends = sorted({tokens for tokens, _ in base})
     mean = {tokens: fmean(t["weighted"] for (n, _), t in base.items() if n == tokens) for tokens in ends}
-    per_doubling = (mean[ends[0]] - mean[ends[-1]]) / math.log2(ends[-1] / ends[0])
+    doublings = math.log2(ends[-1] / ends[0])
+    per_doubling = (mean[ends[0]] - mean[ends[-1]]) / doublings if doublings else math.nan
     groups: dict[tuple[str, int], list[tuple[Any, Any]]] = defaultdict(list)
     for trial in trials:
         if trial["name"] != "base" and (key := (trial["tokens"], trial["seed"])) in base:
@@ -183,7 +196,7 @@ def compare(path: Path) -> list[dict[str, Any]]:
         row |= {"gain": gain, "low": low, "high": high, "time": ratio}
         row["at equal time"] = gain - per_doubling * math.log2(ratio)
         rows.append(row | {c: fmean(b["bits"][c] - t["bits"][c] for b, t in pairs) for c in pairs[0][1]["bits"]})
-    return sorted(rows, key=lambda row: -row["at equal time"])
+    return sorted(rows, key=lambda row: -row["gain"])
 
 
 def write(out: Path, records: Sequence[dict[str, Any]], tried: Sequence[dict[str, Any]]) -> None:
