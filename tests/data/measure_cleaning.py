@@ -215,7 +215,9 @@ def main(out: Path, sizes: list[str]) -> None:
     for size in sizes:
         kind, _, megabytes = size.rpartition(":")
         script = str(here.with_name(f"measure_{kind or 'speed'}.py"))
-        found[f"{kind or 'speed'}-{int(megabytes):04}"] = json.loads(_output([sys.executable, script, megabytes]))
+        found[f"{kind or 'speed'}-{int(megabytes):04}"] = json.loads(
+            _output([sys.executable, script, megabytes]).splitlines()[-1]
+        )
     found = found or {"faults": measure_faults()}
     command = f"PYTHONPATH=. python tests/data/measure_cleaning.py {' '.join(sys.argv[1:])}"
     made = {"command": command, "commit": commit, "seed": SEED, **describe()}

@@ -15,6 +15,7 @@ import datatrove.pipeline.dedup.minhash as minhash
 from datatrove.executor import LocalPipelineExecutor
 from datatrove.pipeline.readers import JsonlReader
 from datatrove.pipeline.writers import JsonlWriter
+from datatrove.utils.hashing import HashConfig
 from loguru import logger
 from measure_speed import texts
 
@@ -45,7 +46,10 @@ def ours(source: Path, folder: Path) -> int:
 def theirs(source: Path, folder: Path) -> int:
     """Documents kept."""
     minhash.load_word_tokenizer = lambda language: Words()
-    config, at = minhash.MinhashConfig(), str(folder)
+    config, at = (
+        minhash.MinhashConfig(hash_config=HashConfig(hash_fc="sha1")),
+        str(folder),
+    )  # its xxhash wants xxhash < 4
     stages: list[tuple[list[Any], int]] = [
         ([JsonlReader(str(source.parent)), minhash.MinhashDedupSignature(f"{at}/sig", config=config)], 1),
         ([minhash.MinhashDedupBuckets(f"{at}/sig", f"{at}/buckets", config=config)], config.num_buckets),
