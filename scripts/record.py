@@ -35,12 +35,12 @@ def main() -> None:
     options = parser.parse_args()
 
     page = options.out / "summary.json"
-    known = json.loads(page.read_text()) if page.exists() else {"records": [], "tried": []}
-    records = {record["name"]: record for record in known["records"]}
+    known = json.loads(page.read_text()) if page.exists() else {}
+    records = {record["name"]: record for record in known.get("records", [])}
     if options.runs:
         new = measure(options.runs, options.orders, options.samples, list(records.values()))
         records[new["name"]] = new
-    tried = compare(options.tried) if options.tried else known["tried"]
+    tried = compare(options.tried) if options.tried else known.get("tried", [])
     write(options.out, sorted(records.values(), key=lambda r: -r["weighted"]), tried)
 
 
