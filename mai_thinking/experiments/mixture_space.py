@@ -109,4 +109,5 @@ class Regression:
 
 
 def _features(shares_MS: Array) -> Array:
-    return np.asarray(np.log(shares_MS + _LITTLE))
+    """Rounded, so that trees do not split on a source that is there to be scored on alone."""
+    return np.asarray(np.log(shares_MS + _LITTLE).round(2))
