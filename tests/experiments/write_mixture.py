@@ -96,7 +96,9 @@ def main() -> None:
     rows = [row for one in by_start.items() for row in rows_of(*one)]
     page.add_table("differences", Table(columns, rows, 4), "Each search's finals, pair by pair")
     page.add("Student's 95 % intervals over the pairs of a search; `normalised` is the score on the search's own sets.")
-    columns = list(min((one[0]["mixtures"][0] for one in by_start.values()), key=len))
+    tables: list[dict[str, Cell]] = [one[0]["mixtures"][0] for one in by_start.values()]
+    shortest = min(tables, key=len)
+    columns = [*shortest]
     rows = [row for one in by_start.items() for row in mixtures(*one, columns)]
     page.add_table("mixtures", Table(["start", "seed", *columns], rows, 1), "Percent")
     columns = ["start", "seed", *REGRESSIONS, "best small model"]
