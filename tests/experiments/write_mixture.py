@@ -107,12 +107,12 @@ def main() -> None:
     page.add(
         "`python scripts/mixture.py configs/nano-mixture.yaml seed=…` for each search (*equal*, *tuned*: without the "
         f"sources of weight 1e-6), then `python tests/experiments/write_mixture.py`; {machine}; commit "
-        f"{code_version().commit}. The [config](config.yaml) of the first.",
+        f"{code_version().commit}. The [config](config.yaml) of the last.",
         heading="How it was made",
     )
     page.facts |= {"machine": describe(), "commit": code_version().commit}
     page.write(options.out)
-    shutil.copy(folders[0][1] / "config.yaml", options.out / "config.yaml")
+    shutil.copy(folders[-1][1] / "config.yaml", options.out / "config.yaml")
 
 
 if __name__ == "__main__":
