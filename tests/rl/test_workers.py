@@ -24,6 +24,7 @@ from mai_thinking.rl.schedule import Schedule, schedule_path
 from mai_thinking.rl.traces import FOLDER, TraceStore
 from mai_thinking.training.metrics import read_records
 from mai_thinking.training.model_files import load_model
+from mai_thinking.training.run_folder import RunFolder
 
 ROOT = Path(__file__).parents[2]
 EXACT = ("step", "loss", "grad_norm", "reward", "pass@1", "clip_relaxation", "max_length")
@@ -190,3 +191,14 @@ def test_a_replay_needs_a_schedule(make: Make, tmp_path: Path) -> None:
         grpo(make(tmp_path / "again", f"rollouts.replay={tmp_path / 'nowhere'}"))
     with pytest.raises(UsageError, match="leave one of them"):
         make(tmp_path / "both", "rollouts.workers=1", "rollouts.lead=1")
+
+
+def test_a_run_may_go_on_with_another_cluster_or_none(make: Make, tmp_path: Path) -> None:
+    """A cluster that is started again has another address; that there are workers at all may not change."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    before = make(folder, "rollouts.workers=2", "rollouts.ray=10.0.0.1:6379")
+    save_config(before, folder / "config.yaml")
+    for ray in ("10.0.0.2:6379", "null"):
+        assert RunFolder(folder).changed_keys(make(folder, "rollouts.workers=3", f"rollouts.ray={ray}")) == []
+    assert RunFolder(folder).changed_keys(make(folder, "rollouts.workers=0")) == ["rollouts.workers"]
