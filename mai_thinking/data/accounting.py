@@ -86,6 +86,11 @@ class Tally:
                 self.drop_document(rule, document)
         return kept
 
+    def stages(self) -> dict[str, list[int]]:
+        """Stage → documents and bytes that it dropped, or cut out."""
+        cuts = {"boilerplate (cut)": self.boilerplate, "decontamination (cut)": self.shortened}
+        return self.dropped | {stage: pair for stage, pair in cuts.items() if pair[0]}
+
     def left_out(self) -> list[str]:
         """A line for each rule."""
         documents, size = self.read

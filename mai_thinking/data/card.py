@@ -53,8 +53,7 @@ def stage_rows(tallies: Mapping[str, Tally]) -> list[list[str]]:
     """[source, stage, documents and bytes dropped or cut, share of the source's bytes] of each stage that did any."""
     rows = []
     for name, tally in tallies.items():
-        cuts = {"boilerplate (cut)": tally.boilerplate, "decontamination (cut)": tally.shortened}
-        for rule, pair in (tally.dropped | {rule: pair for rule, pair in cuts.items() if pair[0]}).items():
+        for rule, pair in tally.stages().items():
             rows.append([name, rule, _documents(pair), f"{100 * pair[1] / max(1, tally.read[1]):.2f} %"])
     return rows
 

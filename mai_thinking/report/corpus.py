@@ -39,9 +39,7 @@ def _stages(tallies: dict[str, Tally]) -> Table:
     rows: list[list[Cell]] = []
     for name, tally in tallies.items():
         rows.append([name, "read", tally.read[0], tally.read[1] / _MEGA, None])
-        cuts = {"boilerplate": tally.boilerplate, "decontamination": tally.shortened}
-        stages = tally.dropped | {f"{rule} (cut)": pair for rule, pair in cuts.items() if pair[0]}
-        for rule, (documents, size) in stages.items():
+        for rule, (documents, size) in tally.stages().items():
             rows.append([name, rule, documents, size / _MEGA, 100 * size / max(1, tally.read[1])])
         rows.append([name, "trained on", *_kept(tally)])
     return Table(["source", "stage", "documents", "MB", "% of bytes"], rows, digits=2)
