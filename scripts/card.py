@@ -8,6 +8,8 @@ from pathlib import Path
 
 from mai_thinking.config.command import Parser, exit_with
 
+NAMES = ["tests", "step", "base", "climb", "resume", "rollouts"]
+
 
 def main() -> None:
     """Parse, run, write."""
@@ -18,11 +20,13 @@ def main() -> None:
     parser.add_argument(
         "--tiny", action="store_true", help="models that take no time: the same on a CPU, to see it work"
     )
+    parser.add_argument("--parts", nargs="+", choices=NAMES, default=NAMES, help="only these; the folder keeps others")
     options = parser.parse_args()
 
     from mai_thinking.experiments.card import parts_of, run_parts
 
-    run_parts(parts_of(options.work, tiny=options.tiny), options.minutes, options.out)
+    chosen = [part for part in parts_of(options.work, tiny=options.tiny) if part.name in options.parts]
+    run_parts(chosen, options.minutes, options.out)
     print(f"{options.out}/summary.md")
 
 

@@ -66,10 +66,11 @@ def parts_of(work: Path, *, tiny: bool) -> list[Part]:
 
 def run_parts(parts: Sequence[Part], minutes: float, out: Path) -> list[dict[str, Any]]:
     """Run what there is time for; what became of each part is in `out` when the next begins, with all that it
-    printed."""
+    printed. Other parts that were run before stay there."""
     out.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + 60 * minutes
-    outcomes: list[dict[str, Any]] = []
+    before = json.loads((out / "summary.json").read_text())["parts"] if (out / "summary.json").exists() else []
+    outcomes: list[dict[str, Any]] = [one for one in before if one["name"] not in {part.name for part in parts}]
     for part in parts:
         commands = [" ".join(("python", *command)) for command in part.commands]
         outcome: dict[str, Any] = {"name": part.name, "what": part.what, "commands": commands}

@@ -40,7 +40,10 @@ PAIRS_PER_EXPERT = 1
 
 
 def own_weights(module: Any) -> tuple[Tensor, Tensor]:
-    """Both of an experts module's weights, of the experts that this rank has: all, unless ranks divide them."""
+    """Both of an experts module's weights, of the experts that this rank has: all, unless ranks divide them; or the
+    rounded copies that stand for them (`latent_moe.rounded_once`)."""
+    if (copies := getattr(module, "copies", None)) is not None:
+        return copies
     w_gate_up, w_down = (w.to_local() if isinstance(w, DTensor) else w for w in (module.gate_up_proj, module.down_proj))
     return w_gate_up, w_down
 
@@ -70,7 +73,7 @@ def bucketed_experts(module: Any, x_TL: Tensor, chosen_TK: Tensor, gates_TK: Ten
     if getattr(module, "_is_expert_parallel", False):  # what other ranks' experts do comes with a gate of 0
         chosen_TK = chosen_TK.clamp(max=w_gate_up.size(0) - 1)
     if device != "cpu" and _fits_grouped_product(dtype, w_gate_up, w_down):
-        return grouped_experts(x_TL, w_gate_up, w_down, gates_TK, chosen_TK, getattr(module, "copies", None))
+        return grouped_experts(x_TL, w_gate_up, w_down, gates_TK, chosen_TK)
     w_gate_up, w_down = w_gate_up.to(dtype), w_down.to(dtype)
     # The buckets' shapes depend on the data, which one graph cannot have.
     if device != "cpu" or torch.compiler.is_compiling():

@@ -20,17 +20,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def grouped_experts(
-    x_TL: Tensor, w_gate_up: Tensor, w_down: Tensor, gates_TK: Tensor, chosen_TK: Tensor, copies: "Copies | None" = None
-) -> Tensor:
+def grouped_experts(x_TL: Tensor, w_gate_up: Tensor, w_down: Tensor, gates_TK: Tensor, chosen_TK: Tensor) -> Tensor:
     """Σ_k gate · expert(x): [T, L], [E, 2F, L], [E, L, F], [T, K], [T, K] int64 → [T, L]. No pair is dropped, and the
     same inputs give the same bits. Products are in the dtype of `x_TL`, which the library's grouped product must know;
-    between them all is fp32, the combination too. `copies` are the weights in that dtype, for whoever has them."""
-    return _GroupedSwiGLU.apply(x_TL, w_gate_up, w_down, gates_TK, chosen_TK, *(copies or (None, None)))
-
-
-Copies = tuple[Tensor, Tensor]
-"""An experts module's two weights, rounded."""
+    between them all is fp32, the combination too."""
+    return _GroupedSwiGLU.apply(x_TL, w_gate_up, w_down, gates_TK, chosen_TK)
 
 
 class RowOrder(NamedTuple):
@@ -64,12 +58,9 @@ class _GroupedSwiGLU(torch.autograd.Function):
         w_down: Tensor,
         gates_TK: Tensor,
         chosen_TK: Tensor,
-        gate_up_copy: Tensor | None,
-        down_copy: Tensor | None,
     ) -> Tensor:
         ctx.weight_dtype = w_gate_up.dtype
-        w_gate_up = w_gate_up.to(x_TL.dtype) if gate_up_copy is None else gate_up_copy
-        w_down = w_down.to(x_TL.dtype) if down_copy is None else down_copy
+        w_gate_up, w_down = w_gate_up.to(x_TL.dtype), w_down.to(x_TL.dtype)
         order = RowOrder.of(chosen_TK, w_gate_up.size(0))
         x_SL = x_TL[order.pair_S // chosen_TK.size(1)]
         gate_up_SF = F.grouped_mm(x_SL, w_gate_up.mT, offs=order.ends_E)
@@ -94,7 +85,7 @@ class _GroupedSwiGLU(torch.autograd.Function):
         dx_SL = F.grouped_mm(d_gate_up_SF, w_gate_up, offs=order.ends_E)
         dx_TL = sum_of_rows(dx_SL, order.row_TK, torch.ones_like(gates_TK)).to(x_TL.dtype)
         dgates_TK = dgates_S[order.row_TK].to(gates_TK.dtype)
-        return dx_TL, dw_gate_up.to(ctx.weight_dtype), dw_down.to(ctx.weight_dtype), dgates_TK, None, None, None
+        return dx_TL, dw_gate_up.to(ctx.weight_dtype), dw_down.to(ctx.weight_dtype), dgates_TK, None
 
 
 def sum_of_rows(rows_SL: Tensor, row_TK: Tensor, weights_TK: Tensor) -> Tensor:

@@ -23,7 +23,6 @@ from transformers.integrations import use_experts_implementation
 from mai_thinking.model.configuration import MaiThinkingConfig
 from mai_thinking.model.expert_parallel import ExpertExchange
 from mai_thinking.model.experts import eager_experts
-from mai_thinking.model.grouped_experts import Copies
 from mai_thinking.model.projection import residual_projection, weight_dtype
 from mai_thinking.model.router_product import router_product
 
@@ -112,7 +111,7 @@ class Experts(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.empty(E, 2 * inner, L))
         self.down_proj = nn.Parameter(torch.empty(E, L, inner))
         self.act_fn = F.silu
-        self.copies: Copies | None = None
+        self.copies: tuple[Tensor, Tensor] | None = None
         """Set by `rounded_once`."""
 
     def forward(self, x_TL: Tensor, chosen_TK: Tensor, gates_TK: Tensor) -> Tensor:
@@ -122,17 +121,32 @@ class Experts(nn.Module):
 
 @contextmanager
 def rounded_once(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """Within, the experts' weights must not change, and `grouped_experts` takes copies of them in `dtype`: rounding
-    billions of weights anew for every micro-batch takes longer than the memory for the copies is worth."""
+    """Within, the experts' weights must not change, and copies in `dtype` stand for them: rounding billions of weights
+    anew for every micro-batch takes longer than the memory for the copies is worth. A backward pass brings a copy's
+    gradient in `dtype`, which is added to the weight's as it is: converted first, it would be written and read once
+    more. So a micro-batch must have a backward pass of its own, or several would be added up in `dtype`."""
     all_experts = [module for module in model.modules() if isinstance(module, Experts)]
-    with torch.no_grad():
-        for experts in all_experts:
-            experts.copies = experts.gate_up_proj.to(dtype), experts.down_proj.to(dtype)
+    for experts in all_experts:
+        experts.copies = _rounded(experts.gate_up_proj, dtype), _rounded(experts.down_proj, dtype)
     try:
         yield
     finally:
         for experts in all_experts:
             experts.copies = None
+
+
+def _rounded(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """A leaf whose gradients go to `weight`."""
+
+    def hand_over(copy: Tensor) -> None:
+        grad, copy.grad = copy.grad, None
+        if grad is not None:
+            weight.grad = grad.to(weight.dtype) if weight.grad is None else weight.grad.add_(grad)
+
+    copy = weight.detach().to(dtype).requires_grad_(weight.requires_grad)
+    if copy.requires_grad:
+        copy.register_post_accumulate_grad_hook(hand_over)
+    return copy
 
 
 class LatentMoE(nn.Module):

@@ -45,6 +45,8 @@ def test_what_fails_or_hangs_costs_itself_only(tmp_path: Path, monkeypatch: pyte
     assert figures["works"] == {"lines": 2}
     assert figures["unreadable"] == {"none": "ValueError: no figures"}
     assert "| [works](works.txt) |  | done |" in (tmp_path / "summary.md").read_text()
+    run_parts([Part("fails", "", [code])], 5, tmp_path)
+    assert states(tmp_path) == states(tmp_path) | {"fails": "done", "works": "done"}  # once more, and what was kept
 
 
 @pytest.mark.slow

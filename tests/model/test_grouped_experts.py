@@ -1,16 +1,18 @@
 """Experts by grouped products against the definition; and what the router and the loss do for a GPU's sake."""
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from test_experts import LOADS, Choose, assert_close, make, results, skewed
+from tiny_models import tiny_model
 
 from mai_thinking.model import latent_moe
 from mai_thinking.model.experts import eager_experts
 from mai_thinking.model.grouped_experts import RowOrder, grouped_experts, swiglu_backward
-from mai_thinking.model.latent_moe import stable_top_k
+from mai_thinking.model.latent_moe import LatentMoE, rounded_once, stable_top_k
 from mai_thinking.model.loss import _loss_and_gradient, chunked_cross_entropy
 from mai_thinking.model.router_product import parts, router_product
 
@@ -96,13 +98,36 @@ def test_the_losss_two_ways() -> None:
     assert _loss_and_gradient(logits, labels, torch.float32, False, in_place=False)[1] is None
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_weights_rounded_once_get_the_same_gradients(compiled: bool) -> None:
+    """Over micro-batches of which each has its backward pass; and in fp32, where a sum of bf16 gradients rounds."""
+    gradients = []
+    for once in (False, True):
+        layer = next(
+            module for module in tiny_model(moe_intermediate_size=24).modules() if isinstance(module, LatentMoE)
+        )
+        torch.nn.init.normal_(layer.latent_up.weight)
+        forward = torch.compile(layer, backend="aot_eager") if compiled else layer
+        with rounded_once(layer, torch.bfloat16) if once else nullcontext():
+            for _ in range(3):
+                with torch.autocast("cpu", torch.bfloat16):
+                    out, *_ = forward(torch.randn(2, 16, layer.config.hidden_size))
+                out.square().sum().backward()
+        assert layer.experts.copies is None
+        gradients.append([weight.grad for weight in (layer.experts.gate_up_proj, layer.experts.down_proj)])
+    for alone, rounded in zip(*gradients, strict=True):
+        assert alone.dtype == rounded.dtype == torch.float32
+        assert alone.abs().max() > 0
+        assert torch.equal(alone, rounded)
+
+
 # --------------------------------------------------------------------------------------------------------- on a GPU
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("compiled", [False, True])
 def test_grouped_experts_on_a_gpu(compiled: bool) -> None:
-    """Against the definition in fp32, with experts that nobody chooses; and the same bits again, with copies."""
+    """Against the definition in fp32, with experts that nobody chooses; and the same bits again."""
     torch.manual_seed(0)
     E, L, inner, K, T = 64, 128, 192, 4, 1000
     weights = [0.1 * torch.randn(E, 2 * inner, L), 0.1 * torch.randn(E, L, inner)]
@@ -112,17 +137,16 @@ def test_grouped_experts_on_a_gpu(compiled: bool) -> None:
     given = [t.cuda().requires_grad_() for t in (x, *weights, gates)]
     dout = dout.cuda()
 
-    def run(dtype: torch.dtype, *, copied: bool = False) -> Results:
+    def run(dtype: torch.dtype) -> Results:
         x, gate_up, down, gates = given
         if dtype == torch.float32:
             out = _definition(x, gate_up, down, gates, chosen)
         else:
             function = torch.compile(grouped_experts) if compiled else grouped_experts
-            copies = (gate_up.detach().to(dtype), down.detach().to(dtype)) if copied else None
-            out = function(x.to(dtype), gate_up, down, gates, chosen, copies)
+            out = function(x.to(dtype), gate_up, down, gates, chosen)
         return [out.detach(), *torch.autograd.grad(out, given, dout.to(out.dtype))]
 
-    got, again, expected = run(torch.bfloat16), run(torch.bfloat16, copied=True), run(torch.float32)
+    got, again, expected = run(torch.bfloat16), run(torch.bfloat16), run(torch.float32)
     assert max(map(distance, got, expected)) < 1e-2
     assert all(map(torch.equal, got, again))
 
