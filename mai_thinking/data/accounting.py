@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from mai_thinking.config.table import Table
 from mai_thinking.data.documents import Document
 
 _EXAMPLES = 3
@@ -25,21 +26,19 @@ class LeftOut(NamedTuple):
 
 def left_out_table(rows: Sequence[LeftOut]) -> str:
     """The rows as Markdown."""
-    cells = (f"| {row.where} | {row.what} |" for row in rows)
-    return "\n".join(["| source | left out |", "|---|---|", *cells]) + "\n"
+    return Table(["source", "left out"], rows).markdown() + "\n"
 
 
 @dataclass
 class Tally:
-    """What became of a source's documents, as [documents, bytes]; `dropped` by rule, `shortened` with the bytes cut."""
+    """What became of a source's documents, as [documents, bytes]; rules are named after their config keys."""
 
     read: list[int] = field(default_factory=lambda: [0, 0])
     dropped: dict[str, list[int]] = field(default_factory=dict)
-    shortened: list[int] = field(default_factory=lambda: [0, 0])
-    """By decontamination."""
+    """By rule."""
+    cut: dict[str, list[int]] = field(default_factory=dict)
+    """By rule, the documents that were shortened and the bytes that were cut out of them."""
     kept: list[int] = field(default_factory=lambda: [0, 0])
-    boilerplate: list[int] = field(default_factory=lambda: [0, 0])
-    """As `shortened`, by cutting lines that are everywhere."""
     labels: dict[str, list[int]] = field(default_factory=dict)
     """Of all that were read, by `CLASSIFIER: LABEL`."""
     overlaps: dict[str, list[int]] = field(default_factory=dict)
@@ -48,9 +47,8 @@ class Tally:
     """Rule → the first documents that it dropped: the name, how the text begins, and of a copy whose it is."""
 
     def drop(self, rule: str, size: int, documents: int = 1) -> None:
-        """Count documents, `size` bytes together, under `rule`, which is the name of its config key."""
-        before = self.dropped.get(rule, [0, 0])
-        self.dropped[rule] = [before[0] + documents, before[1] + size]
+        """Count documents, `size` bytes together, under `rule`."""
+        _add(self.dropped, rule, size, documents)
 
     def drop_document(self, rule: str, document: Document, like: tuple[str, Document] | None = None) -> None:
         """Count one document, and keep its beginning if it is among the first. `like`: the source and the document that
@@ -61,20 +59,15 @@ class Tally:
             copied = [f"{like[0]}/{like[1].id}"] if like else []
             shown.append([document.id, document.text[:_BEGINNING], *copied])
         if like:
-            before = self.overlaps.get(like[0], [0, 0])
-            self.overlaps[like[0]] = [before[0] + 1, before[1] + document.size]
+            _add(self.overlaps, like[0], document.size)
 
     def shorten(self, rule: str, size: int) -> None:
-        """Count a document that `size` bytes are cut out of, by `boilerplate` or `decontamination`."""
-        if rule == "boilerplate":
-            self.boilerplate = [self.boilerplate[0] + 1, self.boilerplate[1] + size]
-        else:
-            self.shortened = [self.shortened[0] + 1, self.shortened[1] + size]
+        """Count a document that `size` bytes are cut out of."""
+        _add(self.cut, rule, size)
 
     def label(self, label: str, size: int) -> None:
         """Count a document, `size` bytes, under a label."""
-        before = self.labels.get(label, [0, 0])
-        self.labels[label] = [before[0] + 1, before[1] + size]
+        _add(self.labels, label, size)
 
     def sift(self, documents: Iterable[Document], verdicts: Iterable[str | None]) -> list[Document]:
         """The documents on which the verdict is None; the others are counted under the rule that it names."""
@@ -88,20 +81,18 @@ class Tally:
 
     def stages(self) -> dict[str, list[int]]:
         """Stage → documents and bytes that it dropped, or cut out."""
-        cuts = {"boilerplate (cut)": self.boilerplate, "decontamination (cut)": self.shortened}
-        return self.dropped | {stage: pair for stage, pair in cuts.items() if pair[0]}
+        return self.dropped | {f"{rule} (cut)": pair for rule, pair in self.cut.items()}
 
     def left_out(self) -> list[str]:
         """A line for each rule."""
         documents, size = self.read
-        lines = [
+        return [
             f"{rule} dropped {count:,} of {documents:,} documents ({_spell(dropped)} of {_spell(size)})"
             for rule, (count, dropped) in self.dropped.items()
+        ] + [
+            f"{rule} cut lines out of {count:,} of {documents:,} documents ({_spell(cut)})"
+            for rule, (count, cut) in self.cut.items()
         ]
-        for rule, (count, cut) in (("decontamination", self.shortened), ("boilerplate", self.boilerplate)):
-            if count:
-                lines.append(f"{rule} cut lines out of {count:,} of {documents:,} documents ({_spell(cut)})")
-        return lines
 
     def worst(self) -> str:
         """The rule that dropped most documents, and how many."""
@@ -114,6 +105,11 @@ class Tally:
 def count(documents: Sequence[Document]) -> list[int]:
     """[documents, bytes]"""
     return [len(documents), sum(document.size for document in documents)]
+
+
+def _add(counts: dict[str, list[int]], name: str, size: int, documents: int = 1) -> None:
+    before = counts.get(name, [0, 0])
+    counts[name] = [before[0] + documents, before[1] + size]
 
 
 def _spell(size: int) -> str:

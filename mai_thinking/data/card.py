@@ -3,10 +3,11 @@
 Made from the manifest alone, and beside it; the manifest has its hash, and a run's lineage that of the manifest.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
+from mai_thinking.config.table import Table
 from mai_thinking.data.accounting import Tally
 
 CARD = "card.md"
@@ -24,20 +25,27 @@ def card(manifest: Mapping[str, Any]) -> str:
         counts = [_documents(pair) for pair in (tally.read, tally.kept, held)]
         rows.append([name, where, source["category"], source["licence"], source["provenance"], *counts, tokens])
     names = ["source", "from", "category", "licence", "provenance", "read", "trained on", "held out", "tokens"]
-    parts = ["# Data card", _table(names, rows), "## Left out, by stage"]
-    parts.append(_table(["source", "stage", "documents and bytes", "share of bytes"], stage_rows(tallies)))
+    parts: list[str | Table] = ["# Data card", Table(names, rows), "## Left out, by stage"]
+    parts.append(Table(["source", "stage", "documents and bytes", "share of bytes"], stage_rows(tallies)))
     overlaps = [
         [name, "itself" if other == name else other, _documents(pair)]
         for name, tally in tallies.items()
         for other, pair in tally.overlaps.items()
     ]
-    parts += ["## Overlaps", _table(["of source", "dropped, since the like is in", "documents and bytes"], overlaps)]
+    parts += [
+        "## Overlaps",
+        Table(["of source", "dropped, since the like is in", "documents and bytes"], overlaps),
+    ]
     labels = [
         [name, label, _documents(pair)] for name, tally in tallies.items() for label, pair in tally.labels.items()
     ]
-    parts += ["## Labels", _table(["source", "label", "documents and bytes"], labels)] if labels else []
+    parts += ["## Labels", Table(["source", "label", "documents and bytes"], labels)] if labels else []
     benchmarks = [[name, f"{records:,}"] for name, records in manifest.get("benchmarks", {}).items()]
-    parts += ["## Kept apart from", "Its held-out documents, and:", _table(["benchmark", "records"], benchmarks)]
+    parts += [
+        "## Kept apart from",
+        "Its held-out documents, and:",
+        Table(["benchmark", "records"], benchmarks),
+    ]
     examples = [
         [name, rule, *map(_quoted, one[:2]), one[2] if len(one) > 2 else ""]
         for name, tally in tallies.items()
@@ -45,8 +53,8 @@ def card(manifest: Mapping[str, Any]) -> str:
         for one in shown
     ]
     columns = ["source", "stage", "document", "how it begins", "the like"]
-    parts += ["## Examples of what was dropped", _table(columns, examples)]
-    return "\n\n".join(parts) + "\n"
+    parts += ["## Examples of what was dropped", Table(columns, examples)]
+    return "\n\n".join(part if isinstance(part, str) else part.markdown() for part in parts) + "\n"
 
 
 def stage_rows(tallies: Mapping[str, Tally]) -> list[list[str]]:
@@ -65,8 +73,3 @@ def _documents(pair: Sequence[int]) -> str:
 def _quoted(text: str) -> str:
     """As one line of code in a cell of a table."""
     return "`" + text.encode("unicode_escape").decode().replace("`", "'").replace("|", "¦") + "`"
-
-
-def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    cells = [f"| {' | '.join(row)} |" for row in rows]
-    return "\n".join([f"| {' | '.join(columns)} |", "|" + "---|" * len(columns), *cells]) if cells else "None."

@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from mai_thinking.config.table import Cell, Table
+
 
 class Mixture:
     """Rows are dealt to the source that lags furthest behind its share: no dice, and never more than a row off."""
@@ -23,15 +25,11 @@ class Mixture:
 
 def mixture_markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     """The rows of `PreparedData.mixture` as Markdown."""
-    lines = [
-        "| source | category | licence | provenance | unique tokens | training tokens | share | epochs |",
-        "|---|---|---|---|---:|---:|---:|---:|",
-    ]
+    columns = ["source", "category", "licence", "provenance", "unique tokens", "training tokens", "share", "epochs"]
+    cells: list[list[Cell]] = []
     for row in rows:
-        unique = "streamed" if row["unique_tokens"] is None else f"{row['unique_tokens']:,}"
-        epochs = "–" if row["epochs"] is None else f"{row['epochs']:.2f}"
-        lines.append(
-            f"| {row['source']} | {row['category']} | {row['licence']} | {row['provenance']} | {unique} "
-            f"| {row['training_tokens']:,} | {100 * row['share']:.1f} % | {epochs} |"
-        )
-    return "\n".join(lines) + "\n"
+        unique = "streamed" if row["unique_tokens"] is None else row["unique_tokens"]
+        epochs = "–" if row["epochs"] is None else row["epochs"]
+        names = [row[name] for name in ("source", "category", "licence", "provenance")]
+        cells.append([*names, unique, row["training_tokens"], f"{100 * row['share']:.1f} %", epochs])
+    return Table(columns, cells, digits=2).markdown() + "\n"

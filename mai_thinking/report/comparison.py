@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 
+from mai_thinking.config.table import Cell, Interval, Table
 from mai_thinking.errors import UsageError
 from mai_thinking.experiments.scaling.gain import student as quantile
-from mai_thinking.report.document import Cell, Interval, Table
 from mai_thinking.report.figures import Figure, Panel, Series, save, smooth
 from mai_thinking.training.metrics import read_records
 

@@ -9,7 +9,8 @@ from statistics import fmean
 import numpy as np
 
 from mai_thinking.bench.machine import describe
-from mai_thinking.report.document import Cell, Document, Interval, Table
+from mai_thinking.config.table import Cell, Interval, Table
+from mai_thinking.report.document import Document
 from mai_thinking.rl.evaluation import Answer, interval
 
 Answers = Mapping[str, Sequence[Answer]]

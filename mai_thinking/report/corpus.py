@@ -2,10 +2,11 @@
 
 import numpy as np
 
+from mai_thinking.config.table import Cell, Table
 from mai_thinking.data import PreparedData
 from mai_thinking.data.accounting import Tally
 from mai_thinking.data.card import CARD, card
-from mai_thinking.report.document import Cell, Document, Table
+from mai_thinking.report.document import Document
 from mai_thinking.report.figures import Figure, Panel, Series
 
 _MEGA = 1e6

@@ -4,70 +4,17 @@ import base64
 import io
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from markdown_it import MarkdownIt
 from rich.console import Console
 
 from mai_thinking.config.storage import atomic_file
+from mai_thinking.config.table import Table
 from mai_thinking.report.figures import MISSING, Figure, draw, save
 from mai_thinking.rl.trace_report import printable
-
-
-class Interval(NamedTuple):
-    """A value with the ends of its interval, or the least and the most of several."""
-
-    value: float
-    low: float
-    high: float
-
-
-class Difference(NamedTuple):
-    """A difference with its standard error; None where it has none."""
-
-    value: float
-    error: float | None
-
-
-Cell = str | int | float | Interval | Difference | None
-
-
-@dataclass(frozen=True)
-class Table:
-    """Rows of cells under named columns."""
-
-    columns: Sequence[str]
-    rows: Sequence[Sequence[Cell]]
-    digits: int = 3
-
-    def markdown(self) -> str:
-        """Columns of numbers are aligned to the right."""
-        numeric = [any(not isinstance(row[i], str | None) for row in self.rows) for i in range(len(self.columns))]
-        lines = [self.columns, ["---:" if right else "---" for right in numeric]]
-        lines += [[self._spell(cell) for cell in row] for row in self.rows]
-        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-    def records(self) -> list[dict[str, Any]]:
-        """The same as JSON, an object a row."""
-        cells = [[c._asdict() if isinstance(c, Interval | Difference) else c for c in row] for row in self.rows]
-        return [dict(zip(self.columns, row, strict=True)) for row in cells]
-
-    def _spell(self, cell: Cell) -> str:
-        match cell:
-            case None:
-                return ""
-            case Interval(value, low, high):
-                return f"{value:.{self.digits}f} ({low:.{self.digits}f}–{high:.{self.digits}f})"
-            case Difference(value, error):
-                return f"{value:+.{self.digits}f}" + ("" if error is None else f" ± {error:.{self.digits}f}")
-            case str():
-                return cell.replace("|", "\\|").replace("\n", " ")
-            case int():
-                return f"{cell:,}"
-        return "–" if math.isnan(cell) else f"{cell:.{self.digits}f}"
 
 
 class Document:

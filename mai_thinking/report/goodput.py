@@ -7,9 +7,9 @@ from statistics import mean
 from rich.console import Console
 from rich.markdown import Markdown
 
+from mai_thinking.config.table import Cell, Table
 from mai_thinking.errors import UsageError
 from mai_thinking.launch.goodput import Account, account_of
-from mai_thinking.report.document import Cell, Table
 from mai_thinking.report.figures import Figure, Panel, Timeline, condensed, save
 from mai_thinking.report.projection import Costs, measure, once_a_period, projection, simulate
 from mai_thinking.report.reading import read_config

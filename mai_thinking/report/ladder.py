@@ -6,12 +6,13 @@ from statistics import fmean
 
 import numpy as np
 
+from mai_thinking.config.table import Cell, Table
 from mai_thinking.experiments.scaling.analysis import Analysis, analyse, as_json, ranked_right
 from mai_thinking.experiments.scaling.baseline import BaselineFit, interval
 from mai_thinking.experiments.scaling.crossings import Crossing
 from mai_thinking.experiments.scaling.gain import RULE, spell
 from mai_thinking.experiments.scaling.points import PointSet
-from mai_thinking.report.document import Cell, Document, Table
+from mai_thinking.report.document import Document
 from mai_thinking.report.figures import Figure, Panel, Series
 
 UNITS = {"flops": "FLOPs", "seconds": "seconds"}

@@ -2,9 +2,10 @@
 
 from statistics import fmean
 
+from mai_thinking.config.table import Cell, Table
 from mai_thinking.experiments.mixture import SCORE, Result, Search
 from mai_thinking.report.comparison import spread, student
-from mai_thinking.report.document import Cell, Document, Table
+from mai_thinking.report.document import Document
 
 
 def write_report(search: Search) -> str:

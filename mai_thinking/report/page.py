@@ -9,8 +9,9 @@ from typing import Any
 import yaml
 
 from mai_thinking.config.storage import atomic_file
+from mai_thinking.config.table import Cell, Table
 from mai_thinking.errors import UsageError
-from mai_thinking.report.document import Cell, Document, Table, fenced
+from mai_thinking.report.document import Document, fenced
 from mai_thinking.report.goodput import figure, summary, table_of
 from mai_thinking.report.lineage import as_recorded
 from mai_thinking.report.reading import Climb, Run, read

@@ -9,7 +9,8 @@ from typing import Any
 
 from mai_thinking.bench.machine import describe
 from mai_thinking.config.storage import atomic_file
-from mai_thinking.report.document import Document, Table, plain
+from mai_thinking.config.table import Table
+from mai_thinking.report.document import Document, plain
 from mai_thinking.report.figures import save
 from mai_thinking.report.reading import Run
 from mai_thinking.report.timeline import timeline

@@ -5,10 +5,11 @@ from statistics import fmean, stdev
 from typing import Any
 
 from mai_thinking.config.study import StudyConfig
+from mai_thinking.config.table import Cell, Difference, Table
 from mai_thinking.errors import RunError
 from mai_thinking.experiments.plan import ClimbPlan
 from mai_thinking.report.comparison import spread, student
-from mai_thinking.report.document import Cell, Difference, Document, Table
+from mai_thinking.report.document import Document
 from mai_thinking.report.figures import Figure, Panel, Series
 from mai_thinking.report.panels import best_of
 from mai_thinking.training.metrics import Record, read_metrics

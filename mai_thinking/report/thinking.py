@@ -16,9 +16,10 @@ from statistics import correlation, fmean
 from typing import Any
 
 from mai_thinking.bench.machine import describe
+from mai_thinking.config.table import Cell, Interval, Table
 from mai_thinking.errors import UsageError
 from mai_thinking.report.comparison import student
-from mai_thinking.report.document import Cell, Document, Interval, Table
+from mai_thinking.report.document import Document
 from mai_thinking.report.figures import Figure, Panel, Series, shade
 from mai_thinking.report.panels import PASS, THOUGHTS, parts_of
 from mai_thinking.report.reading import read_config, read_samples

@@ -23,6 +23,7 @@ from transformers import PreTrainedTokenizerFast
 
 from mai_thinking.config.distillation import DistillConfig, ReframeSection, SelectionSection, TraceSourceSection
 from mai_thinking.config.loading import read_yaml_with_base, validate
+from mai_thinking.config.table import Cell, Table
 from mai_thinking.config.tasks import TemplateSection
 from mai_thinking.data.tokenizer import Encoder, load_tokenizer
 from mai_thinking.errors import UsageError
@@ -85,19 +86,18 @@ class Selection:
 
     def markdown(self) -> str:
         """How many traces each rule removed, and what is left; a column a source."""
-        rows: list[tuple[str, list[str]]] = [("traces found", [f"{source.found:,}" for source in self.sources])]
-        for rule in dict.fromkeys(rule for source in self.sources for rule in source.removed):
-            rows.append((f"removed: {rule}", [f"{source.removed.get(rule, 0):,}" for source in self.sources]))
+        rules = dict.fromkeys(rule for source in self.sources for rule in source.removed)
+        rows: list[list[Cell]] = [["traces found", *(source.found for source in self.sources)]]
+        for rule in rules:
+            rows.append([f"removed: {rule}", *(source.removed.get(rule, 0) for source in self.sources)])
         rows += [
-            ("**taken**", [f"**{len(source.examples):,}**" for source in self.sources]),
-            ("prompts", [f"{source.prompts:,}" for source in self.sources]),
-            ("from steps", ["{:,} to {:,}".format(*source.steps) for source in self.sources]),
-            ("tokens a response", [f"{s.response_tokens / len(s.examples):,.1f}" for s in self.sources]),
-            ("share of samples", [f"{100 * share:.1f} %" for share in self.shares]),
+            ["**taken**", *(f"**{len(source.examples):,}**" for source in self.sources)],
+            ["prompts", *(source.prompts for source in self.sources)],
+            ["from steps", *("{:,} to {:,}".format(*source.steps) for source in self.sources)],
+            ["tokens a response", *(source.response_tokens / len(source.examples) for source in self.sources)],
+            ["share of samples", *(f"{100 * share:.1f} %" for share in self.shares)],
         ]
-        head = ["", *(source.run for source in self.sources)]
-        lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * len(self.sources)]
-        return "\n".join(lines + ["| " + " | ".join([name, *cells]) + " |" for name, cells in rows])
+        return Table(["", *(source.run for source in self.sources)], rows, digits=1).markdown()
 
 
 def select(config: DistillConfig, tokenizer: PreTrainedTokenizerFast) -> Selection:

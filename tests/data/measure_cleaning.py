@@ -20,8 +20,9 @@ from planted import LANGUAGES, Planted, dirty_corpus
 
 from mai_thinking.bench.machine import describe
 from mai_thinking.config.data import DataSection
+from mai_thinking.config.table import Cell, Table
 from mai_thinking.data import PreparedData, prepare
-from mai_thinking.report.document import Cell, Document, Table
+from mai_thinking.report.document import Document
 
 OFF: dict[str, Any] = {"exact_duplicates": False, "near_duplicates": None, "decontamination_ngram": None}
 SEED = 1

@@ -272,7 +272,7 @@ def test_fuzzy_decontamination_survives_a_reload_and_cuts_streams_too(corpus: Co
     for fuzzy, cut in (({}, 3), (None, 0)):
         cleaning = {"benchmarks": [str(benchmark)], "fuzzy_decontamination": fuzzy, "near_duplicates": None}
         prepared = prepare(section(source("a", path, held_out=False), cleaning=cleaning))
-        assert prepared.manifest["sources"]["a"]["counts"]["shortened"][0] == cut
+        assert prepared.manifest["sources"]["a"]["counts"]["cut"].get("decontamination", [0])[0] == cut
         overlap = prepared.overlap
         assert overlap is not None
         assert [overlap.clean(f"{texts[0]}\n{line}\n") != f"{texts[0]}\n{line}\n" for line in changed] == [cut > 0] * 3

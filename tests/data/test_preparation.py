@@ -91,7 +91,7 @@ def test_held_out_documents_are_in_no_training_text(corpus: Corpus, section: Mak
     for quoted in (held_out[0].text, question):
         run = quoted.split()
         assert not any(" ".join(run[i : i + 13]) in " ".join(trained.split()) for i in range(len(run) - 12))
-    assert prepared.manifest["sources"]["b"]["counts"]["shortened"][0] == 2
+    assert prepared.manifest["sources"]["b"]["counts"]["cut"]["decontamination"][0] == 2
     assert "".join(trained.split())[:100] in "".join(("<|endoftext|>" + quoting[0]).split())
 
 

@@ -14,9 +14,10 @@ from typing import Any
 import yaml
 
 from mai_thinking.bench.machine import describe
+from mai_thinking.config.table import Cell, Interval, Table
 from mai_thinking.provenance.lineage import code_version
 from mai_thinking.report.comparison import student
-from mai_thinking.report.document import Cell, Document, Interval, Table
+from mai_thinking.report.document import Document
 
 SCORES = ("unseen", "normalised")
 OTHERS = ("start", "random-search")

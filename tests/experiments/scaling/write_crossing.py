@@ -11,10 +11,11 @@ from pathlib import Path
 from statistics import fmean
 
 from mai_thinking.bench.machine import describe
+from mai_thinking.config.table import Cell, Table
 from mai_thinking.experiments.scaling.points import PointSet, read_points
 from mai_thinking.provenance.lineage import code_version
 from mai_thinking.report.comparison import spread
-from mai_thinking.report.document import Cell, Document, Table
+from mai_thinking.report.document import Document
 
 
 def differences(points: PointSet) -> dict[int, list[float]]:

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from mai_thinking.bench.machine import describe
+from mai_thinking.config.table import Interval, Table
 from mai_thinking.experiments.scaling.analysis import Analysis, analyse
 from mai_thinking.experiments.scaling.points import read_points
 from mai_thinking.provenance.lineage import code_version
-from mai_thinking.report.document import Interval, Table, plain
+from mai_thinking.report.document import plain
 from mai_thinking.report.ladder import write_report
 
 QUESTIONS = {
