@@ -317,16 +317,17 @@ class MaiThinkingForCausalLM(MaiThinkingPreTrainedModel, GenerationMixin):
         if labels is not None and shift_labels is None:
             shift_labels = F.pad(labels, (0, 1), value=-100)[:, 1:]
         loss = aux_loss = logits = scores = None
+        half = self.model.half_precision  # asked while autocast is what the caller made it
         with torch.autocast(hidden_BTD.device.type, enabled=False):
             if head is not None:
-                scores = head(hidden_BTD, self.lm_head.weight, self.model.half_precision)
+                scores = head(hidden_BTD, self.lm_head.weight, half)
             elif not skip_logits:
                 kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
                 logits = self._logits(hidden_BTD[:, kept])
             if shift_labels is not None:
                 items = (shift_labels != -100).sum() if num_items_in_batch is None else num_items_in_batch
                 items = items.to(hidden_BTD.device) if isinstance(items, Tensor) else items
-                loss = self._cross_entropy(hidden_BTD, shift_labels) / items
+                loss = self._cross_entropy(hidden_BTD, shift_labels, half) / items
         if output_router_logits and output.routing is not None:
             routing = output.routing
             aux_loss = balance_loss(routing.counts_E, routing.probabilities_E, routing.tokens[0])
@@ -348,13 +349,13 @@ class MaiThinkingForCausalLM(MaiThinkingPreTrainedModel, GenerationMixin):
     def _logits(self, hidden_BTD: Tensor) -> Tensor:
         return self.lm_head(hidden_BTD.to(weight_dtype(self.lm_head, self.config))).float()
 
-    def _cross_entropy(self, hidden_BTD: Tensor, labels_BT: Tensor) -> Tensor:
+    def _cross_entropy(self, hidden_BTD: Tensor, labels_BT: Tensor, half: torch.dtype | None) -> Tensor:
         """Summed over the labels. From the head's weights in chunks, if they are all that the head is; an adapted,
         quantised, offloaded or sharded one is called."""
         head: nn.Module = self.lm_head
         weight = head.weight if isinstance(head, nn.Linear) and not hasattr(head, "_hf_hook") else None
         if type(weight) is nn.Parameter and weight.dtype in WIDE:
-            return chunked_cross_entropy(hidden_BTD, weight, labels_BT, self.model.half_precision)
+            return chunked_cross_entropy(hidden_BTD, weight, labels_BT, half)
         return F.cross_entropy(self._logits(hidden_BTD).flatten(0, 1), labels_BT.flatten(), reduction="sum")
 
 

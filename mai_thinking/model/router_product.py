@@ -2,9 +2,10 @@
 
 They have no fp32, and the product without them takes some fifteen times as long as one of bf16. But an fp32 number's 24
 bits are three bf16 numbers of eight: high, middle and low. The product of two such sums is nine products of bf16, of
-which six reach into the result's 24 bits; the units sum them in fp32, as one long product:
+which six reach into the result's 24 bits. The units sum in fp32 but cut off where fp32 rounds, at each sixteen terms:
+what is large is a sum of its own, so that the others' terms do not cut it off once more:
 
-    x · wᵀ  =  [h h m h m l] · [h m h l m h]ᵀ
+    x · wᵀ  =  h · hᵀ  +  [h m h m l] · [m h l m h]ᵀ
 
 The gradients are made of the first two parts, which keep 16 bits.
 """
@@ -29,7 +30,8 @@ class _RouterProduct(torch.autograd.Function):
         ctx.save_for_backward(x_TD, weight_ED)
         xh, xm, xl = parts(x_TD)
         wh, wm, wl = parts(weight_ED)
-        return _product(torch.cat((xh, xh, xm, xh, xm, xl), dim=1), torch.cat((wh, wm, wh, wl, wm, wh), dim=1).mT)
+        lower = _product(torch.cat((xh, xm, xh, xm, xl), dim=1), torch.cat((wm, wh, wl, wm, wh), dim=1).mT)
+        return _product(xh, wh.mT) + lower
 
     @staticmethod
     def backward(ctx: Any, d_TE: Tensor) -> tuple[Tensor, Tensor]:

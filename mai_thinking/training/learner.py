@@ -213,7 +213,7 @@ class Learner:
         """Around a step's micro-batches, in which no weight changes: those that kernels on a GPU have rounded are
         rounded once for all."""
         ours = self._plain.config._experts_implementation == "bucketed_mm"
-        # Replicas reduce the weights' own gradients; and with checkpointing one backward pass may be all micro-batches'.
+        # Replicas reduce the weights' own gradients; with checkpointing, a backward pass may be all micro-batches'.
         alone = self.ranks == 1 and not self.config.execution.activation_checkpointing
         if ours and alone and self.device.type == "cuda" and self.accelerator.mixed_precision == "bf16":
             return rounded_once(self._plain, torch.bfloat16)

@@ -7,7 +7,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from test_experts import LOADS, Choose, assert_close, make, results, skewed
-from tiny_models import tiny_model
 
 from mai_thinking.model import latent_moe
 from mai_thinking.model.experts import eager_experts
@@ -15,6 +14,7 @@ from mai_thinking.model.grouped_experts import RowOrder, grouped_experts, swiglu
 from mai_thinking.model.latent_moe import LatentMoE, rounded_once, stable_top_k
 from mai_thinking.model.loss import _loss_and_gradient, chunked_cross_entropy
 from mai_thinking.model.router_product import parts, router_product
+from tiny_models import tiny_model
 
 Results = list[torch.Tensor]
 

@@ -1,13 +1,14 @@
 """The whole model: against itself by other routes, and against the library's conventions."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.masking_utils import create_sliding_window_causal_mask
 
-from mai_thinking.model import MaiThinkingConfig, MaiThinkingForCausalLM
+from mai_thinking.model import MaiThinkingConfig, MaiThinkingForCausalLM, modeling
 from mai_thinking.model.modeling import DecoderLayer
 from tiny_models import SIZES, tiny_model
 
@@ -169,6 +170,27 @@ def test_fp32_parts_stay_fp32_in_bf16(tmp_path: Path) -> None:
     output = model(tokens(1, 12))
     assert set(kept) == {torch.float32}  # the residual stream
     assert output.logits.dtype == torch.float32
+
+
+def test_the_head_rounds_as_the_layers_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under autocast on a GPU, though autocast itself is off around the head: in fp32 it would take half a step."""
+    given: list[torch.dtype | None] = []
+
+    def cross_entropy(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, half: Any) -> torch.Tensor:
+        given.append(half)
+        return hidden.sum()
+
+    def head(hidden: torch.Tensor, weight: torch.Tensor, half: Any) -> Any:
+        given.append(half)
+
+    layers_round = property(lambda model: torch.bfloat16 if torch.is_autocast_enabled("cpu") else None)
+    monkeypatch.setattr(modeling.MaiThinkingModel, "half_precision", layers_round)
+    monkeypatch.setattr(modeling, "chunked_cross_entropy", cross_entropy)
+    model, tokens = tiny_model(), torch.arange(8)[None]
+    with torch.autocast("cpu", torch.bfloat16):
+        model(tokens, labels=tokens, skip_logits=True, head=head)
+    model(tokens, labels=tokens, skip_logits=True, head=head)
+    assert given == [torch.bfloat16, torch.bfloat16, None, None]
 
 
 def test_bf16_autocast_trains() -> None:

@@ -169,6 +169,10 @@ def test_the_kernel_finds_the_same_end(vocab_size: int) -> None:
         p = (spread * torch.randn(64, vocab_size, generator=torch.Generator().manual_seed(0))).softmax(-1)
         for top_p in (0.5, 0.97, 0.999):
             found, expected = least_likely(p.cuda(), top_p).cpu(), least_likely(p, top_p)
-            assert float((found != expected).float().mean()) < 0.05  # the order of a sum decides
+            # Which of neighbours is the last may depend on a sum's order, the more so the more tokens share the mass.
+            for bits in (found, expected):
+                last, exact = bits.view(torch.float32).double(), p.double()
+                assert float((exact * (exact >= last)).sum(-1).min()) > top_p - 1e-5
+                assert float((exact * (exact > last)).sum(-1).max()) < top_p + 1e-5
             close = (found.view(torch.float32) / expected.view(torch.float32) - 1).abs()
             assert float(close.max()) < 0.01
