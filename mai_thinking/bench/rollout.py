@@ -105,11 +105,11 @@ def differences(
     longest = max(len(one.prompt_ids) + len(one.response_ids) for one in made)
     parts = []
     for batch in pack(made, row_length=max(1024, longest), rows=8, num_experts=model.config.num_experts):
-        here = batch.to(model.device)
+        here = {name: tensor.to(model.device) for name, tensor in batch.items()}
         autocast = torch.autocast(model.device.type, dtype or torch.bfloat16, enabled=dtype is not None)
         with torch.no_grad(), autocast:
             logprobs_N, _ = response_logprobs(model, here, temperature=temperature)
-        parts.append((logprobs_N - here.old_logprobs).abs())
+        parts.append((logprobs_N - here["old_logprobs"]).abs())
     return torch.cat(parts)
 
 

@@ -75,7 +75,7 @@ class PackingSection(Section):
 
 
 class SamplingSection(Section):
-    """`sampling:` in an RL run's config, for `mai_thinking.rl.problem_filter`. The values are the report's (§3.1.5).
+    """`sampling:` in an RL run's config: the problem filter, with the report's values (§3.1.5).
 
     A pass rate is the share of a problem's rollouts that pass. The ends of a range belong to it.
     """
@@ -112,6 +112,13 @@ class SamplingSection(Section):
     def full_size(self) -> int:
         """Rollouts in a whole group, the early ones included."""
         return self.group_size + (self.early_size if self.group_size_means == "more" else 0)
+
+    @property
+    def stages(self) -> list[tuple[int, tuple[float, float], str]]:
+        """The early rollouts, if they are to decide anything, and the whole group: the rollouts that a group then has,
+        the pass rates with which it goes on, and what comes before `too_hard` or `too_easy` where it does not."""
+        early = [(self.early_size, self.early_range, "early_")] if self.early_range else []
+        return [*early, (self.full_size, self.final_range or (0.0, 1.0), "")]
 
 
 class CurriculumSection(Section):

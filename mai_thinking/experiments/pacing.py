@@ -10,6 +10,7 @@ import heapq
 import os
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from types import SimpleNamespace
@@ -22,9 +23,8 @@ from pyarrow import parquet
 from mai_thinking.config.grpo import GrpoConfig
 from mai_thinking.rl.asynchronous import Ahead
 from mai_thinking.rl.collector import Collector
-from mai_thinking.rl.problem_filter import FilterCounts
 from mai_thinking.rl.rollout import Group
-from mai_thinking.rl.rollout_worker import Order, RolloutBatch, RolloutWorker
+from mai_thinking.rl.rollout_worker import RolloutBatch, RolloutWorker
 from mai_thinking.rl.schedule import Schedule, schedule_path
 from mai_thinking.rl.tasks import TaskSampler
 from mai_thinking.rl.traces import FOLDER, TraceStore
@@ -142,19 +142,19 @@ def simulate(
             collector.fill(
                 per_update, version=version, max_length=1, penalise_length=True, hopeless=lambda counts: False
             )
-            collector.buffer.drop_stale(version - max_staleness)
+            collector.drop_stale(version - max_staleness)
         waited += pool.now - begin
-        learned |= {group.number for group in collector.buffer.take(per_update)}
+        learned |= {group.number for group in collector.take(per_update)}
         pool.now += learn_seconds
-    worth = [order for order in pool.finished() if pool.problem(order).kept]
-    worth.sort(key=lambda order: -pool.problem(order).longest)
+    worth = [batch for batch in pool.finished() if pool.problem(batch).kept]
+    worth.sort(key=lambda batch: -pool.problem(batch).longest)
     thirds = [worth[len(worth) * i // 3 : len(worth) * (i + 1) // 3] for i in range(3)]
-    shares = [sum(order.first in learned for order in third) / max(1, len(third)) for third in thirds]
+    shares = [sum(batch.first in learned for batch in third) / max(1, len(third)) for third in thirds]
     return Simulated(waited / pool.now, shares)
 
 
 class _VirtualPool:
-    """What `Ahead` asks of a `WorkerPool`; nothing runs. An order beyond the slots begins when one is free."""
+    """What `Ahead` asks of a `WorkerPool`; nothing runs. A batch beyond the slots begins when one is free."""
 
     def __init__(self, problems: Sequence[MeasuredGroup], token_seconds: float, slots: int) -> None:
         self.problems, self.token_seconds = problems, token_seconds
@@ -162,29 +162,29 @@ class _VirtualPool:
         self.now = 0.0
         self.published: list[float] = []
         """When each version was."""
-        self._begun: dict[Order, tuple[float, float]] = {}
+        self._begun: dict[RolloutBatch, tuple[float, float]] = {}
         self._free = [0.0] * slots
         self._ends: list[float] = []
 
-    def problem(self, order: Order) -> MeasuredGroup:
-        """What an order is about: any of them, but always the same."""
-        return self.problems[random.Random(order.first).randrange(len(self.problems))]
+    def problem(self, batch: RolloutBatch) -> MeasuredGroup:
+        """What a batch is about: any of them, but always the same."""
+        return self.problems[random.Random(batch.first).randrange(len(self.problems))]
 
-    def begin(self, order: Order) -> None:
-        if order not in self._begun:
+    def begin(self, batch: RolloutBatch) -> None:
+        if batch not in self._begun:
             start = max(self.now, heapq.heappop(self._free))
-            end = start + self.problem(order).longest * self.token_seconds
-            self._begun[order] = start, end
+            end = start + self.problem(batch).longest * self.token_seconds
+            self._begun[batch] = start, end
             heapq.heappush(self._free, end)
             heapq.heappush(self._ends, end)
 
-    def take(self, order: Order) -> RolloutBatch | None:
-        start, end = self._begun[order]
+    def take(self, batch: RolloutBatch) -> RolloutBatch | None:
+        start, end = self._begun[batch]
         if end > self.now:
             return None
         version = bisect.bisect_right(self.published, start) - 1
-        groups = [Group(order.first, version)] if self.problem(order).kept else []
-        return RolloutBatch(order, version, groups, FilterCounts(), [])
+        groups = [Group(batch.first, version)] if self.problem(batch).kept else []
+        return replace(batch, version=version, groups=groups)
 
     def withdraw(self) -> None:
         """The learner answers none itself: it is another machine."""
@@ -201,10 +201,10 @@ class _VirtualPool:
     def discard(self, number: int) -> None:
         """Nothing is stored."""
 
-    def finished(self) -> list[Order]:
-        """All orders that are done, but for the last few, which nobody could have learned from yet."""
-        done = sorted((end, order.number, order) for order, (_, end) in self._begun.items() if end <= self.now)
-        return [order for _, _, order in done[: -4 * self.slots]]
+    def finished(self) -> list[RolloutBatch]:
+        """All that are done, but for the last few, which nobody could have learned from yet."""
+        done = sorted((end, batch.number, batch) for batch, (_, end) in self._begun.items() if end <= self.now)
+        return [batch for _, _, batch in done[: -4 * self.slots]]
 
 
 class _Unpaced(Collector):
@@ -222,8 +222,8 @@ class _Unpaced(Collector):
         while True:
             while not self.in_rounds and len(self.under_way) < 2 * self.pool.slots:
                 self.pool.begin(self.draw())
-            for order in self.under_way.values():
-                if batch := self.pool.take(order):
+            for begun in self.under_way.values():
+                if batch := self.pool.take(begun):
                     return batch
             if not wanted and not (self.in_rounds and self.under_way):
                 return None

@@ -86,8 +86,11 @@ class GrpoRecipe(Recipe):
 
     def state(self) -> dict[str, Any]:
         """k, the length's stage, what waits to be learned from, and which problem comes next."""
-        own = {"buffer": PerRank(self.collector.buffer), "collector": PerRank(self.collector)}
-        return {"objective": self.entropy_control, "curriculum": self.curriculum, **own}
+        return {
+            "objective": self.entropy_control,
+            "curriculum": self.curriculum,
+            "collector": PerRank(self.collector),
+        }
 
     def progress(self) -> dict[str, Any]:
         """What the collapse detector has seen, and which tasks these are."""
@@ -109,7 +112,7 @@ class GrpoRecipe(Recipe):
         if self.ending is not None:
             return None
         waited = time.perf_counter() - begin
-        groups = self.collector.buffer.take(self.groups_per_step)
+        groups = self.collector.take(self.groups_per_step)
         rollouts = [rollout for group in groups for rollout in group.rollouts]
         summary = rollout_metrics(groups, version, self.context)
         # Packed rows → gradient step: replay of nucleus and experts, trust region, outer clip (§3.1).
@@ -164,7 +167,7 @@ class GrpoRecipe(Recipe):
         rollouts = self.config.rollouts
         self.collector.give_weights(self.learner.unwrap(), version)
         size = self.groups_per_step * rollouts.steps_per_update * (1 + rollouts.lead)
-        stale = self.collector.buffer.drop_stale(version - rollouts.max_staleness)
+        stale = self.collector.drop_stale(version - rollouts.max_staleness)
         late, drawn = self.collector.fill(
             size,
             version=version,

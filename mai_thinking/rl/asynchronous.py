@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mai_thinking.errors import RunError, UsageError
 from mai_thinking.rl.collector import Collector, InProcess
-from mai_thinking.rl.rollout_worker import Order, RolloutBatch, RolloutWorker
+from mai_thinking.rl.rollout_worker import RolloutBatch, RolloutWorker
 from mai_thinking.rl.schedule import Schedule, Spool, schedule_path
 from mai_thinking.rl.traces import TraceStore
 from mai_thinking.rl.worker_pool import ProcessWorker, Worker, WorkerPool
@@ -47,11 +47,11 @@ class _ByWorkers(Collector):
 
 
 class InTurn(_ByWorkers):
-    """Workers answer the orders that one process would answer, with the same weights, and what they answer is taken in
-    in the same order. What they began beyond that is given up."""
+    """Workers answer the batches that one process would answer, with the same weights, and these are taken in in the
+    same order. What they began beyond that is given up."""
 
     def next(self, wanted: int) -> RolloutBatch | None:
-        begun_before = any(order.version != self.version for order in self.under_way.values())
+        begun_before = any(batch.only != self.version for batch in self.under_way.values())
         if not wanted or begun_before:  # the latter by a filling that was broken off
             self.pool.give_up()
             self.put_back()
@@ -61,17 +61,17 @@ class InTurn(_ByWorkers):
             self.publish(self.version)
         while len(self.under_way) < self.pool.count:
             self.pool.begin(self.draw(only_newest=True))
-        order = self.under_way[min(self.under_way)]
-        while (batch := self.pool.take(order)) is None:
+        first = self.under_way[min(self.under_way)]
+        while (batch := self.pool.take(first)) is None:
             self.pool.wait(self.worker.engine.heartbeat)
-        self.pool.discard(order.number)
+        self.pool.discard(first.number)
         return batch
 
 
 class Ahead(_ByWorkers):
-    """Workers answer orders while the learner learns; rather than wait for them, this process answers one too. Orders
-    and arrivals are on record, and the record comes first: what it has of this step is done again before anything
-    new."""
+    """Workers answer batches while the learner learns; rather than wait for them, this process answers one too. What
+    was begun and what arrived is on record, and the record comes first: what it has of this step is done again before
+    anything new."""
 
     def __init__(
         self, worker: RolloutWorker, traces: TraceStore, pool: WorkerPool, schedule: Schedule, *, rank: int,
@@ -100,13 +100,13 @@ class Ahead(_ByWorkers):
             self.pool.discard(number)
         if not self._resumed:
             self._resumed = True
-            for order in self.under_way.values():
-                self.pool.begin(order)
+            for begun in self.under_way.values():
+                self.pool.begin(begun)
         while True:
             self._admit()
             self.pool.poll()
-            for order in self.under_way.values():
-                if batch := self.pool.take(order):
+            for begun in self.under_way.values():
+                if batch := self.pool.take(begun):
                     self.schedule.add_arrival(self.version, batch)
                     return self._count(batch)
             if not wanted:
@@ -141,9 +141,9 @@ class Ahead(_ByWorkers):
             lacking = len(self.buffer) < self.per_update and not self.under_way
             if not (lacking or self.in_time(before + expected)):
                 break
-            order = self.draw()
-            self.schedule.add_order(self.version, order)
-            self.pool.begin(order)
+            batch = self.draw()
+            self.schedule.add_begun(self.version, batch)
+            self.pool.begin(batch)
 
 
 class Replay(Collector):
@@ -167,8 +167,8 @@ class Replay(Collector):
             raise RunError(f"{self.schedule.path}: ends at update {self.version}; make `steps` as few")
         return None
 
-    def _answer(self, order: Order, at: dict[int, int]) -> RolloutBatch:
-        """The batch as it was written then: with the weights of version `at[n]` from the decoding step n on."""
+    def _answer(self, batch: RolloutBatch, at: dict[int, int]) -> RolloutBatch:
+        """As it was written then: with the weights of version `at[n]` from the decoding step n on."""
         steps, heartbeat = 0, self.engine.heartbeat
 
         def between_tokens() -> None:
@@ -181,7 +181,7 @@ class Replay(Collector):
         self.engine.load_parameters(self._weights[at[0]])
         self.engine.heartbeat = between_tokens
         try:
-            return self.worker.answer(order, at[0])
+            return self.worker.answer(batch, at[0])
         finally:
             self.engine.heartbeat = heartbeat
 
@@ -229,7 +229,7 @@ def _on_ray(address: str, stack: ExitStack) -> tuple[type[Worker], type[SharedWe
 
 
 def next_arrival(schedule: Schedule, collector: Collector) -> Record | None:
-    """The next one on record of the collector's version, when the orders before it are drawn again."""
-    while (record := schedule.next_of(collector.version)) and "order" in record:
-        collector.redraw(Order(**record["order"]))
+    """The next one on record of the collector's version, when the batches begun before it are drawn again."""
+    while (record := schedule.next_of(collector.version)) and "begun" in record:
+        collector.redraw(RolloutBatch(**record["begun"]))
     return record

@@ -1,6 +1,5 @@
-"""Groups of rollouts that wait for their gradient step."""
+"""Groups of rollouts as trees of tensors and plain values, for checkpoints and from process to process."""
 
-from collections import deque
 from typing import Any
 
 import numpy as np
@@ -12,36 +11,6 @@ from mai_thinking.rl.tasks import WRONG
 
 _PLAIN = ("id", "max_new_tokens", "finished", "rewards", "reward", "advantage")
 _ARRAYS = ("response_ids", "observed", "logprobs")
-
-
-class RolloutBuffer(deque[Group]):
-    """First in, first out. Its state is this rank's own, pending rollouts included; at another number of ranks the
-    groups are dealt out anew."""
-
-    def drop_stale(self, oldest: int) -> list[Group]:
-        """Drop the groups of weights before version `oldest`; → them."""
-        stale = [group for group in self if group.version < oldest]
-        for group in stale:
-            self.remove(group)
-        return stale
-
-    def take(self, count: int) -> list[Group]:
-        """The `count` oldest groups."""
-        return [self.popleft() for _ in range(count)]
-
-    def state_dict(self) -> dict[str, Any]:
-        """A tree of tensors and plain values."""
-        return {"groups": [pack_group(group) for group in self]}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from `state_dict()`."""
-        self.clear()
-        self.extend(unpack_group(group) for group in state["groups"])
-
-    def load_from_world(self, states: list[Any], rank: int, world: int) -> None:
-        """All ranks' groups in the order of their problems, every `world`-th of them to this rank."""
-        groups = sorted((g for state in states for g in state["groups"]), key=lambda g: (g["version"], g["number"]))
-        self.load_state_dict({"groups": groups[rank::world]})
 
 
 def pack_group(group: Group) -> dict[str, Any]:

@@ -3,16 +3,16 @@
 """
 
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Callable
-from dataclasses import asdict
 from typing import Any
 
 from mai_thinking.errors import RunError
 from mai_thinking.model import MaiThinkingForCausalLM
-from mai_thinking.rl.buffer import RolloutBuffer
+from mai_thinking.rl.buffer import pack_group, unpack_group
 from mai_thinking.rl.problem_filter import FilterCounts
 from mai_thinking.rl.rollout import Group
-from mai_thinking.rl.rollout_worker import Order, RolloutBatch, RolloutWorker
+from mai_thinking.rl.rollout_worker import RolloutBatch, RolloutWorker
 from mai_thinking.rl.traces import TraceStore
 
 FRUITLESS_BATCHES = 50
@@ -20,15 +20,15 @@ FRUITLESS_BATCHES = 50
 
 
 class Collector(ABC):
-    """One rank's supply of groups: those that wait in `buffer`, and orders for more. Its state says which problem and
-    batch come next, and which are under way; the buffer has one of its own."""
+    """One rank's supply of groups: those that wait in `buffer`, and batches of problems for more. Its state is this
+    rank's own: the groups that wait, which problem and batch come next, and which are under way."""
 
     def __init__(self, worker: RolloutWorker, traces: TraceStore, *, rank: int) -> None:
         """`worker` is this process's."""
         self.worker, self.config, self.traces, self.rank = worker, worker.config, traces, rank
-        self.buffer = RolloutBuffer()
+        self.buffer: deque[Group] = deque()  # First in, first out
         self.next_problem, self.next_batch = rank, 0
-        self.under_way: dict[int, Order] = {}  # By number: begun, and not taken in
+        self.under_way: dict[int, RolloutBatch] = {}  # By number: begun, and not taken in
         self.patience = FRUITLESS_BATCHES
         self.version = self._fruitless = 0
         self._lengths = (0, True)
@@ -73,8 +73,8 @@ class Collector(ABC):
         oldest, counts = version - self.config.rollouts.max_staleness, FilterCounts()
         stale: list[Group] = []
         while (batch := self.next(max(0, size - len(self.buffer)))) is not None:
-            del self.under_way[batch.order.number]
-            self.traces.append(batch.order.number, batch.traces)
+            del self.under_way[batch.number]
+            self.traces.append(batch.number, batch.traces)
             counts.update(batch.counts)
             self.buffer.extend([group for group in batch.groups if group.version >= oldest])
             stale += [group for group in batch.groups if group.version < oldest]
@@ -90,18 +90,29 @@ class Collector(ABC):
             self.worker.engine.heartbeat()
         return stale, counts
 
-    def draw(self, *, only_newest: bool = False) -> Order:
-        """The next order; `only_newest` weights may answer it."""
-        version = self.version if only_newest else None
-        order = Order(self.next_batch, self.next_problem, *self._lengths, version)
-        self.redraw(order)
-        return order
+    def drop_stale(self, oldest: int) -> list[Group]:
+        """Drop the groups of weights before version `oldest`; → them."""
+        stale = [group for group in self.buffer if group.version < oldest]
+        for group in stale:
+            self.buffer.remove(group)
+        return stale
 
-    def redraw(self, order: Order) -> None:
-        """The order that is on record as the next one."""
-        self.under_way[order.number] = order
-        self.next_batch = order.number + 1
-        self.next_problem = order.first + self.worker.problems * self.worker.ranks
+    def take(self, count: int) -> list[Group]:
+        """The `count` oldest groups, to learn from."""
+        return [self.buffer.popleft() for _ in range(count)]
+
+    def draw(self, *, only_newest: bool = False) -> RolloutBatch:
+        """The next batch, to be answered; `only_newest` weights may."""
+        only = self.version if only_newest else None
+        batch = RolloutBatch(self.next_batch, self.next_problem, *self._lengths, only)
+        self.redraw(batch)
+        return batch
+
+    def redraw(self, batch: RolloutBatch) -> None:
+        """The one that is on record as the next."""
+        self.under_way[batch.number] = batch
+        self.next_batch = batch.number + 1
+        self.next_problem = batch.first + self.worker.problems * self.worker.ranks
 
     def put_back(self) -> None:
         """All that is under way is to be drawn again."""
@@ -111,17 +122,22 @@ class Collector(ABC):
             self.under_way.clear()
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain values."""
-        under_way = [asdict(order) for order in self.under_way.values()]
-        return {"next_problem": self.next_problem, "next_batch": self.next_batch, "under_way": under_way}
+        """A tree of tensors and plain values."""
+        under_way = [batch.asked for batch in self.under_way.values()]
+        place = {"next_problem": self.next_problem, "next_batch": self.next_batch, "under_way": under_way}
+        return place | {"groups": [pack_group(group) for group in self.buffer]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from `state_dict()`; before there were workers, nothing was under way."""
+        """Go on from `state_dict()`."""
         self.next_problem, self.next_batch = state["next_problem"], state["next_batch"]
-        self.under_way = {one["number"]: Order(**one) for one in state.get("under_way", ())}
+        self.under_way = {one["number"]: RolloutBatch(**one) for one in state["under_way"]}
+        self.buffer = deque(unpack_group(group) for group in state["groups"])
 
     def load_from_world(self, states: list[Any], rank: int, world: int) -> None:
-        """Behind the furthest of all ranks, in step with the new number of them."""
+        """Behind the furthest of all ranks, in step with the new number of them; of all ranks' groups, in the order of
+        their problems, every `world`-th."""
+        groups = sorted((g for state in states for g in state["groups"]), key=lambda g: (g["version"], g["number"]))
+        self.buffer = deque(unpack_group(group) for group in groups[rank::world])
         first = max(state["next_problem"] for state in states)
         self.next_problem = (first // world + 1) * world + rank
         self.next_batch = max(state["next_batch"] for state in states)

@@ -8,7 +8,6 @@ Shapes: B rows, T places in a row, N response tokens in all, M MoE layers, K exp
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -18,33 +17,20 @@ from numpy.typing import NDArray
 from mai_thinking.errors import UsageError
 from mai_thinking.rl.nuclei import Nuclei
 from mai_thinking.rl.rollout import Rollout
+from mai_thinking.training.learner import MicroBatch
 
 MULTIPLE = 64
 """Rows are padded to whole blocks of this many places, for attention in blocks and for few different shapes."""
 
 
-@dataclass(frozen=True)
-class PackedRollouts:
-    """Rows for one forward and backward pass. Response tokens are in the order of their places, row by row."""
-
-    input_ids: torch.Tensor  # [B, T] int64
-    position_ids: torch.Tensor  # [B, T] int64, from 0 in each rollout
-    token_mask: torch.Tensor  # [B, T] bool: no padding
-    response_mask: torch.Tensor
-    """[B, T] bool: places whose *next* token the policy drew: none that a tool wrote; N in all."""
-    expert_choices: torch.Tensor  # [M, B, T, K] int64; padding's are arbitrary
-    targets: torch.Tensor  # [N] int64, the response tokens
-    rollout_index: torch.Tensor  # [N] int64: which of the packed rollouts a response token belongs to
-    old_logprobs: torch.Tensor  # [N] fp32, the engine's
-    nucleus: torch.Tensor  # [N, ceil(V / 8)] uint8, bit-packed
-
-    def to(self, device: torch.device | str) -> "PackedRollouts":
-        """The same on another device."""
-        return PackedRollouts(**{part.name: getattr(self, part.name).to(device) for part in fields(self)})
-
-
-def pack(rollouts: Sequence[Rollout], *, row_length: int, rows: int, num_experts: int) -> list[PackedRollouts]:
+def pack(rollouts: Sequence[Rollout], *, row_length: int, rows: int, num_experts: int) -> list[MicroBatch]:
     """Rollouts into micro-batches of up to `rows` rows of up to `row_length` places.
+
+    Of each: `input_ids` [B, T] int64; `position_ids` [B, T] int64, from 0 in each rollout; `token_mask` [B, T] bool, no
+    padding; `response_mask` [B, T] bool, places whose *next* token the policy drew and no tool wrote, N in all;
+    `expert_choices` [M, B, T, K] int64, arbitrary for padding. And of the response tokens, in the order of their
+    places, row by row: `targets` [N] int64, the tokens; `rollout_index` [N] int64, which of the rollouts they are of;
+    `old_logprobs` [N] fp32, the engine's; `nucleus` [N, ceil(V / 8)] uint8, bit-packed.
 
     First-fit decreasing, equal lengths in the given order: the same rollouts always give the same micro-batches. Rows
     are as long as a micro-batch's longest, in whole blocks of `MULTIPLE`. Raises `UsageError` for a rollout that is
@@ -74,7 +60,7 @@ def first_fit_decreasing(lengths: Sequence[int], row_length: int) -> list[list[i
 
 def lay_out(rollouts: Sequence[Rollout], length: int) -> dict[str, NDArray[Any]]:
     """A row of `length` places: `input_ids` and `position_ids` [T] int64, `token_mask` and `response_mask` [T] bool, as
-    in `PackedRollouts`."""
+    in `pack`."""
     input_ids, position_ids = np.zeros((2, length), dtype=np.int64)
     token_mask, response_mask = np.zeros((2, length), dtype=bool)
     start = 0
@@ -90,9 +76,7 @@ def lay_out(rollouts: Sequence[Rollout], length: int) -> dict[str, NDArray[Any]]
     return row | {"token_mask": token_mask, "response_mask": response_mask}
 
 
-def _micro_batch(
-    rollouts: Sequence[Rollout], layout: list[list[int]], row_length: int, num_experts: int
-) -> PackedRollouts:
+def _micro_batch(rollouts: Sequence[Rollout], layout: list[list[int]], row_length: int, num_experts: int) -> MicroBatch:
     order = [index for row in layout for index in row]
     parts = [rollouts[index] for index in order]
     longest = max(sum(rollouts[index].places for index in row) for row in layout)
@@ -113,4 +97,4 @@ def _micro_batch(
         "old_logprobs": np.concatenate([one.logprobs for one in parts])[drawn],
         "nucleus": Nuclei.joined([one.nucleus for one in parts]).unpacked()[drawn],
     }
-    return PackedRollouts(**{name: torch.from_numpy(array) for name, array in arrays.items()})
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}

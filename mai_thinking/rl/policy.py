@@ -25,8 +25,7 @@ from mai_thinking.model.loss import CHUNK_ELEMENTS, head_gradient, logits_produc
 from mai_thinking.rl.engine.nucleus import unpack_bits
 from mai_thinking.rl.nuclei import set_bits
 from mai_thinking.rl.objective import grpo_loss, objective_metrics
-from mai_thinking.rl.packing import PackedRollouts
-from mai_thinking.training.learner import Counts, Learner
+from mai_thinking.training.learner import Counts, Learner, MicroBatch
 
 NARROW = 1 / 128
 """Nuclei of up to this share of the vocabulary are computed token by token on a CPU: for 8 tokens of 4,096 in a
@@ -53,26 +52,26 @@ class PolicyLoss:
         self._advantages = torch.tensor(advantages, dtype=torch.float32)
         self.signal = True  # Whether any advantage of the global batch is not zero, once it has been counted
 
-    def count(self, micro_batches: Sequence[PackedRollouts], learner: Learner) -> Counts:
+    def count(self, micro_batches: Sequence[MicroBatch], learner: Learner) -> Counts:
         """Response tokens, how often each expert was chosen, and whether any advantage says anything."""
-        layers = micro_batches[0].expert_choices.size(0)
+        layers = micro_batches[0]["expert_choices"].size(0)
         counts_ME = torch.zeros(layers, self._num_experts)
         for batch in micro_batches:
-            chosen = batch.expert_choices[:, batch.token_mask].flatten(1)
+            chosen = batch["expert_choices"][:, batch["token_mask"]].flatten(1)
             counts_ME += torch.stack([torch.bincount(row, minlength=self._num_experts) for row in chosen])
-        tokens = sum(batch.targets.numel() for batch in micro_batches)
+        tokens = sum(batch["targets"].numel() for batch in micro_batches)
         sums = torch.tensor([tokens, self._advantages.count_nonzero()], dtype=torch.float32)
         self._response_tokens, unequal = learner.sum(sums.to(learner.device))
         counts_ME = learner.sum(counts_ME.to(learner.device))
-        real = float(counts_ME[0].sum()) / micro_batches[0].expert_choices.size(-1)
+        real = float(counts_ME[0].sum()) / micro_batches[0]["expert_choices"].size(-1)
         self.signal = bool(unequal)
         return Counts(real, counts_ME, self.signal)
 
     def forward(
-        self, micro_batch: PackedRollouts, learner: Learner
+        self, micro_batch: MicroBatch, learner: Learner
     ) -> tuple[torch.Tensor, Routing, dict[str, torch.Tensor]]:
         """The responses' log-probs under the learner's weights, and the objective on them."""
-        batch = micro_batch.to(learner.device)
+        batch = {name: learner.moved(tensor) for name, tensor in micro_batch.items()}
         with learner.accelerator.autocast():
             logprobs_N, routing = response_logprobs(
                 learner.model,
@@ -81,9 +80,9 @@ class PolicyLoss:
                 replay_nucleus=self._rollouts.replay_nucleus,
                 replay_experts=self._rollouts.replay_experts,
             )
-        advantages_N = self._advantages.to(learner.device)[batch.rollout_index]
+        advantages_N = self._advantages.to(learner.device)[batch["rollout_index"]]
         mask_N = torch.ones_like(logprobs_N, dtype=torch.bool)
-        new, old, gains, mask = (part[None] for part in (logprobs_N, batch.old_logprobs, advantages_N, mask_N))
+        new, old, gains, mask = (part[None] for part in (logprobs_N, batch["old_logprobs"], advantages_N, mask_N))
         loss, statistics = grpo_loss(new, old, gains, mask, token_count=self._response_tokens, **self._settings)
         return loss, routing, statistics
 
@@ -94,29 +93,29 @@ class PolicyLoss:
 
 def response_logprobs(
     model: nn.Module,
-    batch: PackedRollouts,
+    batch: MicroBatch,
     *,
     temperature: float,
     replay_nucleus: bool = True,
     replay_experts: bool = True,
 ) -> tuple[torch.Tensor, Routing]:
     """The policy's log-probability of every response token, at the temperature that it was drawn with: [N] fp32, with
-    gradient, in the order of `PackedRollouts.targets`. And the routing's sums over the real tokens, prompts included.
+    gradient, in the order of `targets`. And the routing's sums over the real tokens, prompts included.
 
     `model` is a MaiThinkingForCausalLM or a wrapper of one (DDP, FSDP); the batch is on its device. Only response
     places go through the head.
     """
 
     def head(hidden_BTD: torch.Tensor, weight_VD: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
-        hidden_ND = hidden_BTD[batch.response_mask].to(dtype or weight_VD.dtype)
-        nucleus = batch.nucleus if replay_nucleus else None
-        return token_logprobs(hidden_ND, weight_VD, batch.targets, nucleus, temperature)
+        hidden_ND = hidden_BTD[batch["response_mask"]].to(dtype or weight_VD.dtype)
+        nucleus = batch["nucleus"] if replay_nucleus else None
+        return token_logprobs(hidden_ND, weight_VD, batch["targets"], nucleus, temperature)
 
     output = model(
-        input_ids=batch.input_ids,
-        position_ids=batch.position_ids,
-        token_mask=batch.token_mask,
-        expert_choices=batch.expert_choices if replay_experts else None,
+        input_ids=batch["input_ids"],
+        position_ids=batch["position_ids"],
+        token_mask=batch["token_mask"],
+        expert_choices=batch["expert_choices"] if replay_experts else None,
         head=head,
         use_cache=False,
         output_router_logits=False,

@@ -1,37 +1,9 @@
-"""Which problems are learned from (MAI-Thinking-1 report §3.1.5). Pure logic, no model.
-
-A problem that the policy always or never solves teaches nothing: all its advantages are zero. So a few early rollouts
-decide whether a problem is worth a whole group, and the whole group's pass rate whether it is kept.
-"""
+"""What became of the problems that were begun, and of their rollouts (MAI-Thinking-1 report §3.1.5)."""
 
 from collections import Counter
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
 
-from mai_thinking.config.grpo import SamplingSection
 from mai_thinking.rl.rollout import Group, Rollout
-
-
-class FilterStage(NamedTuple):
-    """Of a problem's way: rollouts are generated until the group has `size`, those of the stage before included; then
-    its pass rate must lie in `bounds`, or the problem is dropped."""
-
-    size: int
-    bounds: tuple[float, float]
-    name: str
-
-    def outcome(self, group: Group) -> str:
-        """Why it is dropped, a name in `DROPPED`; the empty string if it is not."""
-        low, high = self.bounds
-        wrong = "too_hard" if group.pass_rate < low else "too_easy" if group.pass_rate > high else ""
-        return wrong and self.name + wrong
-
-
-def stages(section: SamplingSection) -> list[FilterStage]:
-    """The early rollouts, if they are to decide anything, and the whole group. What passes the last one is kept."""
-    early = [FilterStage(section.early_size, section.early_range, "early_")] if section.early_range else []
-    return [*early, FilterStage(section.full_size, section.final_range or (0.0, 1.0), "")]
-
 
 KEPT = "kept"
 DROPPED = ("early_too_hard", "early_too_easy", "too_hard", "too_easy")

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from mai_thinking.errors import UsageError
-from mai_thinking.rl.rollout_worker import Order, RolloutBatch
+from mai_thinking.rl.rollout_worker import RolloutBatch
 from mai_thinking.rl.worker_pool import START_SECONDS, Worker
 from mai_thinking.rl.worker_process import Answering, NewestWeights, SharedWeights
 
@@ -105,14 +105,14 @@ class _Actor:
         return self._beats
 
     @ray.method(concurrency_group="answers")
-    def answer(self, order: Order, news: int) -> RolloutBatch | str | None:
+    def answer(self, batch: RolloutBatch, news: int) -> RolloutBatch | str | None:
         """The batch, None if it was given up, or what went wrong for good; once it has heard the `news`."""
         try:
             if self._answering is None:  # here, since threads are a matter of each thread
                 self._answering = Answering(*self._given, self._weights, self._beat)
             while self._weights.news < news:
                 time.sleep(0.001)
-            return self._answering.answer(order)
+            return self._answering.answer(batch)
         except Exception as error:
             return f"{type(error).__name__}: {error}"
 
@@ -158,11 +158,11 @@ class RayWorker(Worker):
         self.weights.actors.append(self._actor)
         self.weights.tell(self._actor)
 
-    def ask(self, order: Order) -> None:
-        self.asked.append((order, time.time()))
-        self._answers.append(self._actor.answer.remote(order, self.weights.news[0]))
+    def ask(self, batch: RolloutBatch) -> None:
+        self.asked.append((batch, time.time()))
+        self._answers.append(self._actor.answer.remote(batch, self.weights.news[0]))
 
-    def read(self) -> list[tuple[Order, str | None]]:
+    def read(self) -> list[tuple[RolloutBatch, str | None]]:
         found = []
         try:
             while self._answers and _ready(self._answers[0]):

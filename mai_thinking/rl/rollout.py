@@ -97,3 +97,10 @@ class Group:
     def pass_rate(self) -> float:
         """ρ_q: the share of the rollouts so far that pass; 0 before the first."""
         return sum(rollout.grade.passed for rollout in self.rollouts) / max(1, len(self.rollouts))
+
+    def judge(self, bounds: tuple[float, float], stage: str) -> None:
+        """Drop the problem if the pass rate lies outside of the `bounds` of this stage of the problem filter (§3.1.5):
+        one that is always or never solved has advantages of zero, and teaches nothing."""
+        low, high = bounds
+        wrong = "too_hard" if self.pass_rate < low else "too_easy" if self.pass_rate > high else ""
+        self.outcome = wrong and stage + wrong

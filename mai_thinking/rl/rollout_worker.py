@@ -1,12 +1,13 @@
 """From problems to groups worth learning from: draw, generate, grade, filter and reward.
 
-MAI-Thinking-1 report §3.1. A *batch* is some problems taken together through both stages of the problem filter.
+MAI-Thinking-1 report §3.1. The problems of a batch go together through both stages of the problem filter (§3.1.5).
 """
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from itertools import islice
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -16,7 +17,7 @@ from mai_thinking.data.tokenizer import Encoder
 from mai_thinking.rl.engine import Engine
 from mai_thinking.rl.grading import GradingPool
 from mai_thinking.rl.objective import group_advantages
-from mai_thinking.rl.problem_filter import KEPT, FilterCounts, stages
+from mai_thinking.rl.problem_filter import KEPT, FilterCounts
 from mai_thinking.rl.rewards import reward_group
 from mai_thinking.rl.rollout import Group, Rollout
 from mai_thinking.rl.tasks import Grade, Problem, TaskSampler
@@ -24,38 +25,39 @@ from mai_thinking.rl.template import Template
 from mai_thinking.rl.traces import Trace, trace_rows
 
 
-@dataclass(frozen=True)
-class Order:
-    """A batch of problems to be answered: as many as fill the engine's slots with early rollouts."""
+@dataclass(unsafe_hash=True)
+class RolloutBatch:
+    """Some problems, as many as fill the engine's slots with early rollouts: first asked for, then answered. What asks
+    for the same is the same batch."""
 
-    number: int  # Of the batch in the run
+    number: int  # In the run
     first: int  # Number of its first problem; the others of this rank follow at a distance of the number of ranks
     max_length: int
     penalise_length: bool
-    version: int | None = None  # Of the weights that alone may answer it; None: whichever are the newest
+    only: int | None = None  # The version of the weights that alone may answer it; None: whichever are the newest
 
-
-@dataclass
-class RolloutBatch:
-    """What became of an order."""
-
-    order: Order
-    version: int  # Of the weights at its beginning
-    groups: list[Group]  # Those to learn from
-    counts: FilterCounts
-    traces: list[Trace]  # Of all rollouts
-    switches: list[tuple[int, int]] = field(default_factory=list)
+    # The answer.
+    version: int = field(default=0, compare=False)  # Of the weights at its beginning
+    groups: list[Group] = field(default_factory=list, compare=False)  # Those to learn from
+    counts: FilterCounts = field(default_factory=FilterCounts, compare=False)
+    traces: list[Trace] = field(default_factory=list, compare=False)  # Of all rollouts
+    switches: list[tuple[int, int]] = field(default_factory=list, compare=False)
     """(n, version): newer weights that took over after n decoding steps."""
-    worker: int = 0  # Who made it; −1: the learner
-    began: float = 0.0  # Unix time
-    seconds: float = 0.0  # That it took
-    graded: list[tuple[float, float]] = field(default_factory=list)
+    worker: int = field(default=0, compare=False)  # Who made it; −1: the learner
+    began: float = field(default=0.0, compare=False)  # Unix time
+    seconds: float = field(default=0.0, compare=False)  # That it took
+    graded: list[tuple[float, float]] = field(default_factory=list, compare=False)
     """When its answers were graded: begin in Unix time, seconds."""
+
+    @property
+    def asked(self) -> dict[str, Any]:
+        """Plain values: what is asked for."""
+        return {part.name: getattr(self, part.name) for part in fields(self) if part.compare}
 
 
 class RolloutWorker:
     """An engine with its tasks and graders: asks problems and grades the responses, for the learner and for evaluation.
-    The same order gives the same groups if the weights are the same, whoever answers it."""
+    The same batch has the same groups if the weights are the same, whoever answers it."""
 
     def __init__(
         self,
@@ -69,20 +71,19 @@ class RolloutWorker:
     ) -> None:
         self.config, self.mix, self.engine, self.pool, self.tokenizer = config, mix, engine, pool, tokenizer
         self.template, self.encoder, self.ranks = Template(config.template), Encoder(tokenizer), ranks
-        self.stages = stages(config.sampling)
-        self.problems = max(1, config.rollouts.slots // self.stages[0].size)  # Of a batch
+        self.problems = max(1, config.rollouts.slots // config.sampling.stages[0][0])  # Of a batch
         self._graded: list[tuple[float, float]] = []  # When answers were graded: begin in Unix time, seconds
 
-    def answer(self, order: Order, version: int) -> RolloutBatch:
-        """From weights of `version`."""
+    def answer(self, asked: RolloutBatch, version: int) -> RolloutBatch:
+        """The batch with its answer, from weights of `version`."""
         began, begin = time.time(), time.perf_counter()
         self._graded.clear()
         section = self.config.reward
-        if not order.penalise_length:
+        if not asked.penalise_length:
             section = section.model_copy(update={"w_length": 0.0})
         counts, traces, step = FilterCounts(), [], version * self.config.rollouts.steps_per_update
         checkpoint = f"{self.config.name}/step-{step:08d}"
-        groups = self._generate(order, version)
+        groups = self._generate(asked, version)
         for group in groups:
             reward_group(group, section)
             advantages = group_advantages([rollout.reward for rollout in group.rollouts])
@@ -91,24 +92,24 @@ class RolloutWorker:
             counts.count(group)
             traces += trace_rows(group, step=step, checkpoint=checkpoint, lineage=self.config.init_from)
         kept = [group for group in groups if group.outcome == KEPT]
-        batch = RolloutBatch(order, version, kept, counts, traces, began=began, graded=[*self._graded])
-        batch.seconds = time.perf_counter() - begin
+        batch = replace(asked, version=version, groups=kept, counts=counts, traces=traces, graded=[*self._graded])
+        batch.began, batch.seconds = began, time.perf_counter() - begin
         return batch
 
-    def _generate(self, order: Order, version: int) -> list[Group]:
+    def _generate(self, batch: RolloutBatch, version: int) -> list[Group]:
         """All groups of the batch, decided, through both stages (§3.1.5)."""
-        numbers = range(order.first, order.first + self.problems * self.ranks, self.ranks)
+        numbers = range(batch.first, batch.first + self.problems * self.ranks, self.ranks)
         groups = [Group(number, version) for number in numbers]
-        for stage in self.stages:
+        for size, bounds, stage in self.config.sampling.stages:
             undecided, asked = [group for group in groups if not group.outcome], []
             for group in undecided:
                 first = group.number * self.config.sampling.full_size
-                ids = range(first + len(group.rollouts), first + stage.size)
-                asked += self.ask(self.mix.problem("train", group.number), ids, order.max_length)
+                ids = range(first + len(group.rollouts), first + size)
+                asked += self.ask(self.mix.problem("train", group.number), ids, batch.max_length)
             answered = iter(self.respond(asked) if asked else ())
             for group in undecided:
-                group.rollouts += islice(answered, stage.size - len(group.rollouts))
-                group.outcome = stage.outcome(group)
+                group.rollouts += islice(answered, size - len(group.rollouts))
+                group.judge(bounds, stage)
         for group in groups:
             group.outcome = group.outcome or KEPT
         return groups

@@ -1,14 +1,13 @@
 """What an asynchronous RL run must remember to be the same run again: which batch was begun and which arrived when,
 and the batches that arrived, until a checkpoint has what was learned from them.
 
-    rollouts/schedule-00000.jsonl               orders and arrivals of rank 0, a line each, in their order
+    rollouts/schedule-00000.jsonl               beginnings and arrivals of rank 0, a line each, in their order
     rollouts/batch-00000012-rank-00000.safetensors
 """
 
 import json
 from collections import deque
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from safetensors import SafetensorError
 from mai_thinking.config.storage import atomic_file
 from mai_thinking.rl.buffer import pack_group, unpack_group
 from mai_thinking.rl.problem_filter import FilterCounts
-from mai_thinking.rl.rollout_worker import Order, RolloutBatch
+from mai_thinking.rl.rollout_worker import RolloutBatch
 from mai_thinking.rl.traces import Trace
 from mai_thinking.training.metrics import Record, read_records
 from mai_thinking.training.state import read_tree, write_tree
@@ -46,29 +45,26 @@ class Spool:
         """Raises OSError."""
         self.folder.mkdir(parents=True, exist_ok=True)
         tree = vars(batch) | {
-            "order": asdict(batch.order),
             "groups": [pack_group(group) for group in batch.groups],
             "counts": dict(batch.counts),
             "traces": [_converted(trace, torch.tensor) for trace in batch.traces],
         }
-        with atomic_file(self.path(batch.order.number), durable=True) as path:
+        with atomic_file(self.path(batch.number), durable=True) as path:
             write_tree(path, tree)
 
-    def read(self, order: Order) -> RolloutBatch | None:
-        """The answer to the order; None if there is none, a damaged one, or that to an earlier order of this number."""
+    def read(self, asked: RolloutBatch) -> RolloutBatch | None:
+        """The batch with its answer; None if there is none, a damaged one, or that of an earlier one of this number."""
         try:
-            tree = read_tree(self.path(order.number))
+            tree = read_tree(self.path(asked.number))
         except (OSError, ValueError, SafetensorError):
             return None
-        if tree["order"] != asdict(order):
-            return None
         parts = {
-            "order": order,
             "groups": [unpack_group(group) for group in tree["groups"]],
             "counts": FilterCounts(**tree["counts"]),
             "traces": [_converted(trace, torch.Tensor.numpy) for trace in tree["traces"]],
         }
-        return RolloutBatch(**tree | parts)
+        found = RolloutBatch(**tree | parts)
+        return found if found == asked else None
 
     def discard(self, number: int) -> None:
         """Of a batch that nobody needs again."""
@@ -81,11 +77,11 @@ class Spool:
 
 
 class Schedule:
-    """One rank's orders and arrivals, in their order, as records:
+    """One rank's batches, in the order in which they are begun and arrive, as records:
 
-    {"version": …, "order": …} when an order is begun, and {"version": …, "arrived": its number, "weights": [[n, the
-    weights' version that it was written with after n decoding steps], …], …} when its batch is taken in; `version` is
-    that of the learner's weights then.
+    {"version": …, "begun": what is asked for} when a batch is begun, and {"version": …, "arrived": its number,
+    "weights": [[n, the weights' version that it was written with after n decoding steps], …], …} when it is taken in;
+    `version` is that of the learner's weights then.
     """
 
     def __init__(self, path: Path) -> None:
@@ -109,15 +105,15 @@ class Schedule:
             return None
         return self._recorded.popleft()
 
-    def add_order(self, version: int, order: Order) -> None:
-        """It is about to be begun."""
-        self._append({"version": version, "order": asdict(order)})
+    def add_begun(self, version: int, batch: RolloutBatch) -> None:
+        """It is about to be."""
+        self._append({"version": version, "begun": batch.asked})
 
     def add_arrival(self, version: int, batch: RolloutBatch) -> None:
         """It is about to be learned from."""
         record: Record = {
             "version": version,
-            "arrived": batch.order.number,
+            "arrived": batch.number,
             "weights": [[0, batch.version], *batch.switches],
             "worker": batch.worker,
             "began": round(batch.began, 3),

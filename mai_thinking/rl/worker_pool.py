@@ -1,8 +1,8 @@
-"""Rollout workers, as processes on this machine or elsewhere (`rl.ray_worker`): hands out orders, and sees to it that
-each is answered.
+"""Rollout workers, as processes on this machine or elsewhere (`rl.ray_worker`): hands out batches, and sees to it
+that each is answered.
 
-A worker that dies, or does not move for `hang_seconds`, is started again, and its orders go to whoever is free. One
-that dies again and again rests, longer each time, and is tried with one order before it is trusted again. What a killed
+A worker that dies, or does not move for `hang_seconds`, is started again, and its batches go to whoever is free. One
+that dies again and again rests, longer each time, and is tried with one batch before it is trusted again. What a killed
 worker may still have had to say is not listened to: its connection went with it.
 """
 
@@ -19,10 +19,10 @@ from typing import Any
 import torch.multiprocessing
 
 from mai_thinking.errors import RunError
-from mai_thinking.rl.rollout_worker import Order, RolloutBatch
+from mai_thinking.rl.rollout_worker import RolloutBatch
 from mai_thinking.rl.worker_process import WorkerSetup, work
 
-HANG_SECONDS = 120.0  # A worker with an order that does not move for so long is hung
+HANG_SECONDS = 120.0  # A worker with a batch that does not move for so long is hung
 START_SECONDS = 180.0  # More that it has at its start, for imports and the model
 _DEATHS = 3  # In a row, before a worker rests
 _REST_SECONDS = 5.0  # The first time; twice as long each time
@@ -42,35 +42,35 @@ class WorkerPool(AbstractContextManager["WorkerPool"]):
         self.weights, self.spool = setup.weights, setup.spool
         self.deaths = 0  # Of all workers so far
         self._workers = workers
-        self._waiting: deque[Order] = deque()
-        self._begun: dict[Order, bool] = {}  # and whether it is answered
+        self._waiting: deque[RolloutBatch] = deque()
+        self._begun: dict[RolloutBatch, bool] = {}  # and whether it is answered
         self._taken: list[tuple[float, float]] = []  # begin and end of batches since the last `idle_share`
         self._told = time.time()
         for worker in workers:
             worker.start()
 
-    def begin(self, order: Order) -> None:
+    def begin(self, batch: RolloutBatch) -> None:
         """Have it answered, unless that is under way or, by an earlier process of the run, done."""
-        if order in self._begun:
+        if batch in self._begun:
             return
-        self._begun[order] = self.spool.read(order) is not None
-        if not self._begun[order]:
-            self._waiting.append(order)
+        self._begun[batch] = self.spool.read(batch) is not None
+        if not self._begun[batch]:
+            self._waiting.append(batch)
             self._hand_out()
 
-    def withdraw(self) -> Order | None:
-        """An order that no worker has been sent, if there is one: the caller answers it."""
+    def withdraw(self) -> RolloutBatch | None:
+        """A batch that no worker has been sent, if there is one: the caller answers it."""
         if not self._waiting:
             return None
-        order = self._waiting.pop()
-        del self._begun[order]
-        return order
+        batch = self._waiting.pop()
+        del self._begun[batch]
+        return batch
 
-    def take(self, order: Order) -> RolloutBatch | None:
+    def take(self, begun: RolloutBatch) -> RolloutBatch | None:
         """Its answer, if it is there."""
-        batch = self.spool.read(order) if self._begun.get(order, True) else None
+        batch = self.spool.read(begun) if self._begun.get(begun, True) else None
         if batch is not None:
-            self._begun.pop(order, None)
+            self._begun.pop(begun, None)
             end = batch.began + batch.seconds
             self._taken.append((batch.began, end))
             if 0 <= batch.worker < self.count:
@@ -83,10 +83,10 @@ class WorkerPool(AbstractContextManager["WorkerPool"]):
         self.spool.discard(number)
 
     def give_up(self) -> None:
-        """All orders that are not answered: they are for weights that are to be retracted."""
+        """All that is not answered: it is for weights that are to be retracted."""
         self.weights.retract()
-        for order in self._begun:
-            self.spool.discard(order.number)
+        for batch in self._begun:
+            self.spool.discard(batch.number)
         self._waiting.clear()
         self._begun.clear()
 
@@ -129,11 +129,11 @@ class WorkerPool(AbstractContextManager["WorkerPool"]):
         else:
             time.sleep(timeout)  # all rest
         for worker in living:
-            for order, problem in worker.read():
+            for batch, problem in worker.read():
                 if problem is not None:
                     raise RunError(f"a rollout worker cannot go on: {problem}")
-                if order in self._begun:
-                    self._begun[order] = True
+                if batch in self._begun:
+                    self._begun[batch] = True
         now = time.monotonic()
         for worker in living:
             # A worker that had nothing to do has not moved either.
@@ -148,8 +148,8 @@ class WorkerPool(AbstractContextManager["WorkerPool"]):
         self._hand_out()
 
     def _bury(self, worker: "Worker", how: str) -> None:
-        """Its orders are the next to be handed out."""
-        self._waiting.extendleft(order for order, _ in reversed(worker.asked) if order in self._begun)
+        """Its batches are the next to be handed out."""
+        self._waiting.extendleft(batch for batch, _ in reversed(worker.asked) if batch in self._begun)
         worker.deaths += bool(worker.asked) or worker.ended
         worker.end()
         self.deaths += 1
@@ -161,7 +161,7 @@ class WorkerPool(AbstractContextManager["WorkerPool"]):
             raise RunError("all rollout workers die, one start after the other; their last words are above")
 
     def _hand_out(self) -> None:
-        """One order each, then a second, so that nobody waits for this process; but one at a time to whoever died."""
+        """One batch each, then a second, so that nobody waits for this process; but one at a time to whoever died."""
         for most in (1, 2):
             for worker in self._workers:
                 room = worker.ready and len(worker.asked) < (1 if worker.deaths else most)
@@ -175,7 +175,7 @@ class Worker(ABC):
 
     number: int
     setup: WorkerSetup
-    asked: deque[tuple[Order, float]] = field(default_factory=deque)  # and when, in Unix time
+    asked: deque[tuple[RolloutBatch, float]] = field(default_factory=deque)  # and when, in Unix time
     deaths: int = 0  # in a row, without an answer
     rests_until: float = 0.0
     free_since: float = 0.0  # Unix time of its last answer that was taken
@@ -201,12 +201,12 @@ class Worker(ABC):
         """Returns at once."""
 
     @abstractmethod
-    def ask(self, order: Order) -> None:
+    def ask(self, batch: RolloutBatch) -> None:
         """Answer this one too."""
 
     @abstractmethod
-    def read(self) -> list[tuple[Order, str | None]]:
-        """Orders that are dealt with, and what went wrong. Sets `ended`."""
+    def read(self) -> list[tuple[RolloutBatch, str | None]]:
+        """RolloutBatchs that are dealt with, and what went wrong. Sets `ended`."""
 
     @abstractmethod
     def end(self) -> None:
@@ -249,14 +249,14 @@ class ProcessWorker(Worker):
         its_end.close()
         self.ended = False
 
-    def ask(self, order: Order) -> None:
-        self.asked.append((order, time.time()))
+    def ask(self, batch: RolloutBatch) -> None:
+        self.asked.append((batch, time.time()))
         try:
-            self.connection.send(order)
+            self.connection.send(batch)
         except OSError:
             self.ended = True
 
-    def read(self) -> list[tuple[Order, str | None]]:
+    def read(self) -> list[tuple[RolloutBatch, str | None]]:
         found = []
         try:
             while self.connection.poll():

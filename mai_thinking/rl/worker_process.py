@@ -1,6 +1,6 @@
-"""A rollout worker as a process of its own: an engine with graders, which answers the orders that it is sent.
+"""A rollout worker as a process of its own: an engine with graders, which answers the batches that it is sent.
 
-It takes newer weights between two decoding steps, without stopping what it decodes, unless the order is for one version
+It takes newer weights between two decoding steps, without stopping what it decodes, unless the batch is for one version
 alone: that is given up when the weights are no longer that version's.
 """
 
@@ -23,7 +23,7 @@ from mai_thinking.data.tokenizer import load_tokenizer
 from mai_thinking.rl.engine import Engine
 from mai_thinking.rl.grading import GradingPool
 from mai_thinking.rl.policy_model import check_lengths, make_engine, policy_config, policy_model
-from mai_thinking.rl.rollout_worker import Order, RolloutBatch, RolloutWorker
+from mai_thinking.rl.rollout_worker import RolloutBatch, RolloutWorker
 from mai_thinking.rl.schedule import Spool
 from mai_thinking.rl.tasks import TaskSampler
 from mai_thinking.training.process import keep_freed_memory
@@ -101,11 +101,11 @@ class WorkerSetup:
 
 
 class GivenUp(BaseException):
-    """The weights that an order is for are gone. No error: no generation is tried again for it."""
+    """The weights that a batch is for are gone. No error: no generation is tried again for it."""
 
 
 class Answering(AbstractContextManager["Answering"]):
-    """An engine with graders, which answers orders from weights that change while it does."""
+    """An engine with graders, which answers batches from weights that change while it does."""
 
     def __init__(
         self, fields: dict[str, Any], ranks: int, threads: int, weights: NewestWeights, beat: Callable[[], None]
@@ -125,11 +125,11 @@ class Answering(AbstractContextManager["Answering"]):
         self._pool = GradingPool(config.tasks, **config.grading.model_dump())
         self._worker = RolloutWorker(config, mix, engine, self._pool, tokenizer, ranks=ranks)
 
-    def answer(self, order: Order) -> RolloutBatch | None:
-        """The batch; None if the weights that it is for are gone."""
+    def answer(self, asked: RolloutBatch) -> RolloutBatch | None:
+        """The batch with its answer; None if the weights that it is for are gone."""
         try:
-            self._weights.begin(order)
-            batch = self._worker.answer(order, self._weights.version)
+            self._weights.begin(asked)
+            batch = self._worker.answer(asked, self._weights.version)
             batch.switches = self._weights.switches
             self._weights.check()
         except GivenUp:
@@ -142,7 +142,7 @@ class Answering(AbstractContextManager["Answering"]):
 
 
 def work(setup: WorkerSetup, worker: int, connection: Connection) -> None:
-    """Answer orders until the other end closes. For each sends its number and None, or what went wrong for good."""
+    """Answer batches until the other end closes. For each sends its number and None, or what went wrong for good."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # they are for the trainer, which ends this one
         signal.signal(number, signal.SIG_IGN)
     parent = os.getppid()
@@ -157,36 +157,36 @@ def work(setup: WorkerSetup, worker: int, connection: Connection) -> None:
     with Answering(setup.config, setup.ranks, setup.threads, setup.weights, beat) as answering:
         while True:
             try:
-                order = connection.recv()
+                asked = connection.recv()
             except (EOFError, OSError):  # nobody is there any more
                 return
             outcome = None
             try:
-                if batch := answering.answer(order):
+                if batch := answering.answer(asked):
                     batch.worker = worker
                     setup.spool.write(batch)
             except Exception as error:
                 outcome = f"{type(error).__name__}: {error}"
-            connection.send((order, outcome))
+            connection.send((asked, outcome))
 
 
 class _Weights:
-    """The engine's, and which they were in the course of an order."""
+    """The engine's, and which they were in the course of a batch."""
 
     engine: Engine
 
     def __init__(self, shared: NewestWeights, beat: Callable[[], None]) -> None:
         self.shared, self.beat = shared, beat
         self.version = -1
-        self.order: Order | None = None
+        self.batch: RolloutBatch | None = None
         self.steps = 0
         self.switches: list[tuple[int, int]] = []
 
-    def begin(self, order: Order) -> None:
-        """Have the order's weights, or the newest."""
-        self.order, self.steps, self.switches = order, 0, []
+    def begin(self, batch: RolloutBatch) -> None:
+        """Have the batch's weights, or the newest."""
+        self.batch, self.steps, self.switches = batch, 0, []
         self.beat()
-        while self.version < 0 or (order.version is not None and self.version != order.version):
+        while self.version < 0 or (batch.only is not None and self.version != batch.only):
             self.check()
             self._load()
         if self.shared.version not in (None, self.version):
@@ -202,8 +202,8 @@ class _Weights:
             self.switches.append((self.steps, self.version))
 
     def check(self) -> None:
-        """GivenUp if nobody wants the order's answer any more."""
-        if self.order is not None and self.order.version not in (None, self.shared.version):
+        """GivenUp if nobody wants the batch any more."""
+        if self.batch is not None and self.batch.only not in (None, self.shared.version):
             raise GivenUp
 
     def _load(self) -> None:

@@ -68,7 +68,7 @@ class Loss(Protocol):
 
 MicroBatch = dict[str, Tensor]
 """[B, T] int64 `input_ids`, `labels` (next tokens, -100 for none) and `position_ids`; and, where there is padding,
-[B, T] bool `token_mask` that is false there."""
+[B, T] bool `token_mask` that is false there. Of RL: see `rl.packing.pack`."""
 
 
 class TextLoss:

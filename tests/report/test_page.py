@@ -182,7 +182,7 @@ def test_who_did_what_in_the_last_updates(tmp_path: Path) -> None:
     (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     begin = 1003 + 2 * 12  # of step 13, the first of the last six updates
     batches = [(0, 2, -50, 20), (0, 3, -5, 7), (2, 4, 3, 4), (-1, 4, 30, 100)]  # worker, version, begin, seconds
-    lines = [{"version": 0, "order": {"number": 0}}, {"version": 0, "arrived": 9, "weights": [[0, 0]]}]  # one without
+    lines = [{"version": 0, "begun": {"number": 0}}, {"version": 0, "arrived": 9, "weights": [[0, 0]]}]  # one without
     lines += [
         {"version": 5, "arrived": 0, "weights": [[0, version], [3, version + 1]], "worker": worker,
          "began": begin + start, "seconds": seconds, "graded": [[1.5, 0.25], [seconds - 0.5, 0.5]]}

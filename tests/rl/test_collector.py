@@ -1,5 +1,6 @@
 """The collector's loop alone, with batches made by hand."""
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -10,7 +11,6 @@ from mai_thinking.config.grpo import GrpoConfig
 from mai_thinking.config.loading import load_config
 from mai_thinking.rl.collector import Collector
 from mai_thinking.rl.metrics import stale_metrics
-from mai_thinking.rl.problem_filter import FilterCounts
 from mai_thinking.rl.rollout import Group
 from mai_thinking.rl.rollout_worker import RolloutBatch
 
@@ -25,9 +25,9 @@ class ByHand(Collector):
     def next(self, wanted: int) -> RolloutBatch | None:
         if not wanted:
             return None
-        order = self.draw()
-        groups = [Group(order.first, version, "kept") for version in self.batches.pop(0)]
-        return RolloutBatch(order, min((group.version for group in groups), default=0), groups, FilterCounts(), [])
+        batch = self.draw()
+        groups = [Group(batch.first, version, "kept") for version in self.batches.pop(0)]
+        return replace(batch, groups=groups)
 
 
 def test_what_is_too_old_is_not_learned_from() -> None:
@@ -40,7 +40,7 @@ def test_what_is_too_old_is_not_learned_from() -> None:
     stale, _ = collector.fill(2, version=3, max_length=8, penalise_length=True, hopeless=lambda counts: False)
     assert [group.version for group in stale] == [1, 1, 0]
     assert len(collector.batches) == 1
-    assert [group.version for group in collector.buffer.take(2)] == [2, 3]
+    assert [group.version for group in collector.take(2)] == [2, 3]
 
 
 def test_what_is_dropped_is_told_with_its_difficulty_and_length() -> None:

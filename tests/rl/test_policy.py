@@ -71,7 +71,7 @@ def gradients(
     for indices in numbered:
         for batch in pack([rollouts[i] for i in indices], row_length=96, rows=rows, num_experts=12):
             logprobs_N, routing = response_logprobs(model, batch, temperature=0.9)
-            order = [torch.tensor(indices)[batch.rollout_index] == i for i in range(len(rollouts))]
+            order = [torch.tensor(indices)[batch["rollout_index"]] == i for i in range(len(rollouts))]
             objective = sum((logprobs_N[own] * weights[i]).sum() for i, own in enumerate(order) if own.any())
             # Linear in the probabilities with shares that do not depend on the cut.
             shares = torch.arange(36.0).view(3, 12)
@@ -93,13 +93,15 @@ def test_replayed_experts_are_used_and_weighed_by_the_router() -> None:
     model = tiny_model()
     (batch,) = pack(some_rollouts(model), row_length=200, rows=1, num_experts=12)
     replayed_N, routing = response_logprobs(model, batch, temperature=0.9)
-    counts = torch.stack([batch.expert_choices[m][batch.token_mask].flatten().bincount(minlength=12) for m in range(3)])
+    counts = torch.stack(
+        [batch["expert_choices"][m][batch["token_mask"]].flatten().bincount(minlength=12) for m in range(3)]
+    )
     assert torch.equal(routing.counts_E, counts.float())
     replayed_N.sum().backward()
     routers = [layer.feed_forward.router.weight.grad for layer in model.model.layers[1::2]]
     assert all(gradient.abs().max() > 0 for gradient in routers)
-    others = batch.expert_choices.add(1).remainder(12)
-    batch = batch.__class__(**(vars(batch) | {"expert_choices": others}))
+    others = batch["expert_choices"].add(1).remainder(12)
+    batch = batch | {"expert_choices": others}
     shifted_N, _ = response_logprobs(model, batch, temperature=0.9)
     assert (shifted_N - replayed_N).abs().max() > 1e-2
 

@@ -5,7 +5,7 @@ import pytest
 from pydantic import ValidationError
 
 from mai_thinking.config.grpo import SamplingSection
-from mai_thinking.rl.problem_filter import FilterCounts, stages
+from mai_thinking.rl.problem_filter import FilterCounts
 from mai_thinking.rl.rollout import Group, Rollout
 from mai_thinking.rl.tasks import Grade
 
@@ -19,10 +19,10 @@ def rollouts(passed: int, size: int) -> list[Rollout]:
 def course(section: SamplingSection, *passed: int) -> Group:
     """A problem of which so many of each stage's rollouts pass."""
     group = Group(0, 0)
-    for stage, count in zip(stages(section), passed, strict=False):
+    for (size, bounds, stage), count in zip(section.stages, passed, strict=False):
         if not group.outcome:
-            group.rollouts += rollouts(count, stage.size - len(group.rollouts))
-            group.outcome = stage.outcome(group)
+            group.rollouts += rollouts(count, size - len(group.rollouts))
+            group.judge(bounds, stage)
     return group
 
 
@@ -58,8 +58,8 @@ def test_the_ends_of_a_range_belong_to_it(passed):
 def test_either_filter_can_be_off():
     group = course(SamplingSection(early_range=None), 0)
     assert (group.outcome, len(group.rollouts)) == ("too_hard", 128)
-    (only,) = stages(SamplingSection(early_range=None, group_size_means="more"))
-    assert only.size == 144
+    ((size, _, _),) = SamplingSection(early_range=None, group_size_means="more").stages
+    assert size == 144
     assert course(SamplingSection(final_range=None), 1, 0).outcome == ""
     assert course(SamplingSection(early_range=None, final_range=None), 128).outcome == ""
 

@@ -45,34 +45,34 @@ def test_first_fit_decreasing() -> None:
 def test_a_row_by_hand() -> None:
     first, second = rollout(4, 3, 1), rollout(2, 5, 2)
     (batch,) = pack([first, second], row_length=70, rows=2, num_experts=12)
-    assert batch.input_ids.shape == (1, 64)
-    assert batch.input_ids[0, :12].tolist() == [
+    assert batch["input_ids"].shape == (1, 64)
+    assert batch["input_ids"][0, :12].tolist() == [
         *first.prompt_ids,
         *first.response_ids[:2],
         *second.prompt_ids,
         *second.response_ids[:4],
     ]
-    assert batch.position_ids[0, :14].tolist() == [0, 1, 2, 3, 4, 5, 0, 1, 2, 3, 4, 5, 0, 1]
-    assert batch.token_mask[0].nonzero().squeeze(1).tolist() == list(range(12))
-    assert batch.response_mask[0].nonzero().squeeze(1).tolist() == [3, 4, 5, 7, 8, 9, 10, 11]
-    assert batch.targets.tolist() == [*first.response_ids, *second.response_ids]
-    assert batch.rollout_index.tolist() == [0] * 3 + [1] * 5
-    assert batch.old_logprobs.tolist() == [*first.logprobs, *second.logprobs]
-    assert np.array_equal(batch.expert_choices[:, 0, :6], first.experts)
-    assert np.array_equal(batch.expert_choices[:, 0, 6:12], second.experts)
-    assert batch.nucleus.shape == (8, 13)
+    assert batch["position_ids"][0, :14].tolist() == [0, 1, 2, 3, 4, 5, 0, 1, 2, 3, 4, 5, 0, 1]
+    assert batch["token_mask"][0].nonzero().squeeze(1).tolist() == list(range(12))
+    assert batch["response_mask"][0].nonzero().squeeze(1).tolist() == [3, 4, 5, 7, 8, 9, 10, 11]
+    assert batch["targets"].tolist() == [*first.response_ids, *second.response_ids]
+    assert batch["rollout_index"].tolist() == [0] * 3 + [1] * 5
+    assert batch["old_logprobs"].tolist() == [*first.logprobs, *second.logprobs]
+    assert np.array_equal(batch["expert_choices"][:, 0, :6], first.experts)
+    assert np.array_equal(batch["expert_choices"][:, 0, 6:12], second.experts)
+    assert batch["nucleus"].shape == (8, 13)
 
 
 def test_every_response_token_is_in_one_place() -> None:
     rollouts = [rollout(1 + seed % 5, 1 + seed * 7 % 40, seed) for seed in range(30)]
     batches = pack(rollouts, row_length=64, rows=3, num_experts=12)
-    assert all(len(batch.input_ids) <= 3 for batch in batches)
-    index = torch.cat([batch.rollout_index for batch in batches])
-    targets = torch.cat([batch.targets for batch in batches])
+    assert all(len(batch["input_ids"]) <= 3 for batch in batches)
+    index = torch.cat([batch["rollout_index"] for batch in batches])
+    targets = torch.cat([batch["targets"] for batch in batches])
     for number, one in enumerate(rollouts):
         assert targets[index == number].tolist() == one.response_ids.tolist()
     again = pack(rollouts, row_length=64, rows=3, num_experts=12)
-    assert all(torch.equal(a.input_ids, b.input_ids) for a, b in zip(batches, again, strict=True))
+    assert all(torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(batches, again, strict=True))
 
 
 def test_padding_disturbs_nobody_and_is_not_counted() -> None:
@@ -80,8 +80,8 @@ def test_padding_disturbs_nobody_and_is_not_counted() -> None:
     model = tiny_model()
     (padded,) = pack([rollout(4, 9, 1)], row_length=64, rows=1, num_experts=12)
     (exact,) = pack([rollout(4, 9, 1)], row_length=12, rows=1, num_experts=12)
-    assert padded.input_ids.shape == (1, 64)
-    assert exact.input_ids.shape == (1, 12)
+    assert padded["input_ids"].shape == (1, 64)
+    assert exact["input_ids"].shape == (1, 12)
     with torch.no_grad():
         (padded_N, routing), (exact_N, exact_routing) = (
             response_logprobs(model, batch, temperature=1.0) for batch in (padded, exact)

@@ -93,7 +93,7 @@ def test_observations_carry_no_gradient() -> None:
     model = tiny_model()
     rollouts = acted(model, count=3)
     (batch,) = pack(rollouts, row_length=96, rows=3, num_experts=model.config.num_experts)
-    assert batch.targets.numel() == sum(int((~rollout.observed).sum()) for rollout in rollouts)
+    assert batch["targets"].numel() == sum(int((~rollout.observed).sum()) for rollout in rollouts)
 
     def gradient(loss: torch.Tensor) -> torch.Tensor:
         model.zero_grad()
@@ -120,7 +120,7 @@ def test_the_learner_agrees_with_the_engine_on_the_own_tokens() -> None:
     for batch in pack(rollouts, row_length=96, rows=3, num_experts=model.config.num_experts):
         with torch.no_grad():
             logprobs_N, _ = response_logprobs(model, batch, temperature=0.8)
-        assert (logprobs_N - batch.old_logprobs).abs().max() < 1e-4
+        assert (logprobs_N - batch["old_logprobs"]).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,23 +20,23 @@ from mai_thinking.errors import RunError
 from mai_thinking.rl import worker_pool
 from mai_thinking.rl.asynchronous import InTurn
 from mai_thinking.rl.problem_filter import FilterCounts
-from mai_thinking.rl.rollout_worker import Order, RolloutBatch
+from mai_thinking.rl.rollout_worker import RolloutBatch
 from mai_thinking.rl.schedule import Spool
 from mai_thinking.rl.worker_pool import ProcessWorker, WorkerPool
 from mai_thinking.rl.worker_process import SharedWeights, WorkerSetup
 
 
 def faulty(setup: WorkerSetup, worker: int, connection: Connection) -> None:
-    """Answers each order with a batch that says who made it, unless `config` has a fault for its number: `kill`,
+    """Answers each batch, saying who made it, unless `config` has a fault for its number: `kill`,
     `stop` or `slow`, once; `always_dies`, every time; `fails`, which cannot be helped."""
     while True:
         try:
-            order = connection.recv()
+            batch = connection.recv()
         except (EOFError, OSError):
             return
         setup.beats[worker] = time.monotonic()
-        fault = setup.config.get(str(order.number), setup.config.get("every"))
-        mark = Path(setup.config["marks"]) / f"{order.number}-{fault}"
+        fault = setup.config.get(str(batch.number), setup.config.get("every"))
+        mark = Path(setup.config["marks"]) / f"{batch.number}-{fault}"
         if fault == "always_dies" or (fault and not mark.exists()):
             mark.touch()
             if fault == "slow":
@@ -43,10 +44,9 @@ def faulty(setup: WorkerSetup, worker: int, connection: Connection) -> None:
             elif fault != "fails":
                 os.kill(os.getpid(), signal.SIGSTOP if fault == "stop" else signal.SIGKILL)
         if fault != "fails":
-            setup.spool.write(
-                RolloutBatch(order, order.version or 0, [], FilterCounts(kept=order.number), [], worker=worker)
-            )
-        connection.send((order, "no room" if fault == "fails" else None))
+            counts = FilterCounts(kept=batch.number)
+            setup.spool.write(replace(batch, version=batch.only or 0, counts=counts, worker=worker))
+        connection.send((batch, "no room" if fault == "fails" else None))
 
 
 @pytest.fixture
@@ -66,29 +66,29 @@ def pool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     return make
 
 
-def orders(count: int, version: int | None = None) -> list[Order]:
-    return [Order(number, 4 * number, 8, True, version) for number in range(count)]
+def batches(count: int, only: int | None = None) -> list[RolloutBatch]:
+    return [RolloutBatch(number, 4 * number, 8, True, only) for number in range(count)]
 
 
-def answer(pool: WorkerPool, asked: list[Order]) -> dict[int, int]:
+def answer(pool: WorkerPool, asked: list[RolloutBatch]) -> dict[int, int]:
     """Have them all answered; number → how often an answer was there to take."""
-    for order in asked:
-        pool.begin(order)
+    for batch in asked:
+        pool.begin(batch)
     taken: dict[int, int] = {}
     deadline = time.monotonic() + 180
     while len(taken) < len(asked):
         assert time.monotonic() < deadline, f"answered: {sorted(taken)}"
         pool.wait(lambda: None)
-        for order in [order for order in asked if order.number not in taken]:
-            if batch := pool.take(order):
-                assert batch.counts["kept"] == order.number
-                taken[order.number] = taken.get(order.number, 0) + 1
+        for begun in [begun for begun in asked if begun.number not in taken]:
+            if batch := pool.take(begun):
+                assert batch.counts["kept"] == batch.number
+                taken[batch.number] = taken.get(batch.number, 0) + 1
     return taken
 
 
 def test_what_a_dead_or_hung_worker_was_asked_others_answer(pool: Any, capfd: pytest.CaptureFixture[str]) -> None:
     with pool({"1": "kill", "4": "stop", "6": "kill"}) as workers:
-        assert answer(workers, orders(8)) == dict.fromkeys(range(8), 1)
+        assert answer(workers, batches(8)) == dict.fromkeys(range(8), 1)
         assert workers.deaths == 3
     told = capfd.readouterr().err
     assert told.count("died; others answer for it") == 2
@@ -98,10 +98,10 @@ def test_what_a_dead_or_hung_worker_was_asked_others_answer(pool: Any, capfd: py
 def test_a_worker_that_had_nothing_to_do_is_not_hung(pool: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """It last moved a thousand seconds before it is asked."""
     with pool({}, count=1) as workers:
-        answer(workers, orders(1))
+        answer(workers, batches(1))
         later = SimpleNamespace(time=time.time, monotonic=lambda: time.monotonic() + 1000)
         monkeypatch.setattr(worker_pool, "time", later)
-        workers.begin(orders(2)[1])
+        workers.begin(batches(2)[1])
         workers.poll()
         assert workers.deaths == 0
 
@@ -111,20 +111,20 @@ def test_workers_that_only_die_end_the_run(pool: Any, monkeypatch: pytest.Monkey
     """After some rest in between."""
     monkeypatch.setattr(worker_pool, "_REST_SECONDS", 0.001)
     with pool({"every": "always_dies"}, count=1) as workers, pytest.raises(RunError, match="all rollout workers die"):
-        answer(workers, orders(1))
+        answer(workers, batches(1))
     assert workers.deaths == 8
 
 
 def test_what_no_worker_can_do_ends_the_run_at_once(pool: Any) -> None:
     with pool({"2": "fails"}, count=1) as workers, pytest.raises(RunError, match="cannot go on: no room"):
-        answer(workers, orders(4))
+        answer(workers, batches(4))
     assert workers.deaths == 0
 
 
 def test_an_answer_that_was_given_up_is_not_believed(pool: Any) -> None:
     """It comes when its number has been drawn again, for newer weights."""
     with pool({"0": "slow"}, count=1) as workers:
-        (old,), (new,) = orders(1, version=1), orders(1, version=2)
+        (old,), (new,) = batches(1, only=1), batches(1, only=2)
         workers.begin(old)
         time.sleep(0.5)
         workers.give_up()
@@ -135,13 +135,13 @@ def test_an_answer_that_was_given_up_is_not_believed(pool: Any) -> None:
 
 def test_what_arrived_before_a_crash_is_not_made_again(pool: Any, tmp_path: Path) -> None:
     """Unless it is damaged."""
-    for order in orders(2):
-        Spool(tmp_path, 0).write(RolloutBatch(order, 0, [], FilterCounts(kept=order.number), [], worker=77))
+    for batch in batches(2):
+        Spool(tmp_path, 0).write(replace(batch, counts=FilterCounts(kept=batch.number), worker=77))
     damaged = Spool(tmp_path, 0).path(1)
     damaged.write_bytes(damaged.read_bytes()[:40])
     with pool({}, count=1) as workers:
-        answer(workers, orders(2))
-        assert [workers.spool.read(order).worker == 77 for order in orders(2)] == [True, False]
+        answer(workers, batches(2))
+        assert [workers.spool.read(batch).worker == 77 for batch in batches(2)] == [True, False]
 
 
 def test_the_idle_share_is_of_the_time_of_all_workers(pool: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,11 +157,10 @@ def test_the_idle_share_is_of_the_time_of_all_workers(pool: Any, monkeypatch: py
     monkeypatch.setattr(worker_pool, "time", SimpleNamespace(time=lambda: clock.now, monotonic=time.monotonic))
     monkeypatch.setattr(ProcessWorker, "start", start)
     with pool({}) as workers:
-        asked = orders(7)
+        asked = batches(7)
 
         def answered(worker: int, number: int, began: float, seconds: float) -> None:
-            batch = RolloutBatch(asked[number], 0, [], FilterCounts(), [], worker=worker, began=began, seconds=seconds)
-            workers.spool.write(batch)
+            workers.spool.write(replace(asked[number], worker=worker, began=began, seconds=seconds))
             ends[worker].send((asked[number], None))
 
         def share(*numbers: int, at: float) -> float:
@@ -173,7 +172,7 @@ def test_the_idle_share_is_of_the_time_of_all_workers(pool: Any, monkeypatch: py
         for number in range(3):  # 0 and then 2 for one worker, 1 for the other
             workers.begin(asked[number])
         answered(0, 0, 100, 6)
-        assert share(0, at=110) == 0  # both are at work, one at its second order
+        assert share(0, at=110) == 0  # both are at work, one at its second batch
         answered(0, 2, 106, 8)
         assert share(2, at=120) == pytest.approx(6 / 20)  # from 114 on one has nothing to do
         workers.begin(asked[3])
@@ -206,4 +205,4 @@ def test_a_filling_that_was_broken_off_is_drawn_again(pool: Any, monkeypatch: py
         monkeypatch.setattr(workers, "wait", waiting)
         batch = collector.next(1)
         assert batch is not None
-        assert (batch.order.number, batch.order.first, batch.order.version) == (begun.number, begun.first, 2)
+        assert (batch.number, batch.first, batch.only) == (begun.number, begun.first, 2)

@@ -130,7 +130,7 @@ def largest_difference(
     for batch in pack(made, row_length=96, rows=3, num_experts=model.config.num_experts):
         with torch.no_grad():
             logprobs_N, _ = response_logprobs(model, batch, temperature=temperature, **replays)
-        worst = max(worst, float((logprobs_N - batch.old_logprobs).abs().max()))
+        worst = max(worst, float((logprobs_N - batch["old_logprobs"]).abs().max()))
     return worst
 
 
