@@ -6,7 +6,6 @@ text alone. A record joins those that `--out` has already. `--tried` are the pai
 results/two-cores/trial.py left: their gains stand in a table of their own.
 """
 
-import ast
 import hashlib
 import json
 import math
@@ -21,7 +20,7 @@ from typing import Any
 from mai_thinking.config.base import Count
 from mai_thinking.config.command import Parser, exit_with, option
 
-BITS, PROMPT, MEMORY, GROUP = "bits_per_byte/", "def", 2**30, 20_000
+BITS, MEMORY, GROUP = "bits_per_byte/", 2**30, 20_000
 
 
 def main() -> None:
@@ -52,6 +51,8 @@ def measure(
     from mai_thinking.bench.machine import describe
     from mai_thinking.experiments.climb_run import commits_of
     from mai_thinking.report.reading import Run
+    from mai_thinking.training.model_files import load_model_and_tokenizer
+    from mai_thinking.training.sampling import share_parsed
 
     runs = [Run(folder) for folder in folders]
     ends = [run.evaluations[-1] for run in runs]
@@ -69,7 +70,9 @@ def measure(
         "curve": {end["step"]: end["bits_per_byte"] for end in runs[0].evaluations},
         "bits_per_byte": {name.removeprefix(BITS): fmean(end[name] for end in ends) for name in names},
         "eq3": fmean(end["normalised"] for end in ends) if "normalised" in ends[0] else None,
-        "parsed": fmean(share_parsed(folder / "final", samples) for folder in folders),
+        "parsed": fmean(
+            share_parsed(*load_model_and_tokenizer(folder / "final"), samples=samples, tokens=100) for folder in folders
+        ),
         "yardsticks": same[0] if same else yardsticks(read, held_out, orders),
         "read": digest,
         "commits": commits_of(folders),
@@ -143,34 +146,6 @@ def in_a_fork(work: Callable[[], int]) -> int:
         result = int(answer.read())
     os.waitpid(child, 0)
     return result
-
-
-def share_parsed(model_folder: Path, samples: int) -> float:
-    """How many of so many functions, written from `def` at temperature 0.8 and ended before the next line that is not
-    indented, Python's parser takes."""
-    import torch
-
-    from mai_thinking.data.tokenizer import Encoder
-    from mai_thinking.training.model_files import load_model_and_tokenizer
-
-    model, tokenizer = load_model_and_tokenizer(model_folder)
-    prompt = torch.tensor([Encoder(tokenizer).encode_prompt(PROMPT)])
-    torch.manual_seed(0)
-    written = model.eval().generate(
-        prompt, max_new_tokens=100, do_sample=True, temperature=0.8, top_p=0.95, num_return_sequences=samples
-    )
-    return fmean(parses(tokenizer.decode(row, skip_special_tokens=True)) for row in written)
-
-
-def parses(text: str) -> bool:
-    """Whether the first block of `text` is Python; a last line that may not be whole is left out."""
-    first, *others = text.split("\n")[:-1] or [text]
-    end = next((i for i, line in enumerate(others) if line.strip() and not line[0].isspace()), len(others))
-    try:
-        ast.parse("\n".join([first, *others[:end]]) + "\n")
-    except (SyntaxError, ValueError):
-        return False
-    return True
 
 
 def compare(path: Path) -> list[dict[str, Any]]:

@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
-from record import compare, parses
+from record import compare
+
+from mai_thinking.training.sampling import parses
 
 
 def line(name: str, tokens: int, seed: int, weighted: float, seconds: float) -> str:

@@ -15,7 +15,8 @@ class EvaluationSection(Section):
     every: Count = 200
     """Steps from one evaluation to the next."""
     max_bytes: Count | None = 100_000
-    """Per category at the intervals, whole documents; the last evaluation always reads all that is held out."""
+    """Per category at the intervals, whole documents, and less where that would take more than a twentieth of the
+    time; the last evaluation always reads all that is held out."""
     batch_size: Count = 16
     """Windows at once."""
     reference: str | None = None
@@ -25,7 +26,7 @@ class EvaluationSection(Section):
     """At the end, find the share of tokens of NLL < 0.01 in so much of each source's training text, and in as much that
     is held out."""
     sample_prompts: tuple[str, ...] = ("def ", "The ", "import ")
-    """Continued at the end of the run, so that one sees what was learned."""
+    """Continued at the end of the run, so that one sees what was learned; in turn also now and then while it runs."""
     sample_tokens: Count = 80
 
 

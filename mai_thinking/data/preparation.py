@@ -82,6 +82,7 @@ def prepare(config: DataSection, *, sample: float = 1, log: _Log = lambda line: 
             if folder.exists():
                 log(f"prepared data in {folder} is damaged ({damage}); making it again")
                 shutil.rmtree(folder)
+            log(f"data: preparing {len(config.sources)} sources, once; they are kept in {shown(cache)}")
             for left_over in cache.glob(f".{key}.*"):
                 shutil.rmtree(left_over)
             with atomic_folder(folder) as temporary:

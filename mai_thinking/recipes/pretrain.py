@@ -4,6 +4,8 @@ Mid-training is the same with `init_from`, another context and another mixture.
 """
 
 import functools
+import itertools
+import textwrap
 from typing import Any
 
 from mai_thinking.config.pretraining import PretrainConfig
@@ -13,11 +15,12 @@ from mai_thinking.data.mixture import mixture_markdown
 from mai_thinking.training.context import RunContext
 from mai_thinking.training.evaluation import HeldOutEvaluation, compressors
 from mai_thinking.training.learner import Learner, TextLoss
+from mai_thinking.training.ledger import EVALUATION
 from mai_thinking.training.metrics import MetricsLog
 from mai_thinking.training.model_files import build_model, fill_model, model_config, starting_point
 from mai_thinking.training.parallel import divides
 from mai_thinking.training.plan import plan_text
-from mai_thinking.training.sampling import sample_text
+from mai_thinking.training.sampling import Glance, sample_text, share_parsed
 from mai_thinking.training.trainer import Recipe, Step, run_recipe
 
 
@@ -42,6 +45,12 @@ def make_loader(config: PretrainConfig, data: PreparedData, rank: int = 0, ranks
         world_size=ranks,
         seed=config.seed,
     )
+
+
+FUNCTIONS, FUNCTION_TOKENS = 32, 48
+"""So many functions a model writes at an evaluation, of which the share is told that parses."""
+WRITTEN = 4
+"""Trained tokens that take no less time than one that is written, in nano on a CPU."""
 
 
 class PretrainRecipe(Recipe):
@@ -72,6 +81,7 @@ class PretrainRecipe(Recipe):
         self.evaluate_every = config.evaluation.every
         self.held_out = HeldOutEvaluation(self.data, config, context, self.learner)
         self._documents: MetricsLog | None = None
+        self._glance, self._prompts = Glance(), itertools.cycle(config.evaluation.sample_prompts)
 
     def describe(self) -> str:
         """What it costs, and what it reads how often."""
@@ -99,8 +109,29 @@ class PretrainRecipe(Recipe):
         if metrics is not None:
             bits = [(name.rpartition("/")[2], metrics[name]) for name in metrics if name.startswith("bits_per_byte/")]
             told = ", ".join(f"{category} {value:.3f}" for category, value in bits)
-            self.context.log(f"step {step}: held-out bits per byte {told}; weighted {metrics['bits_per_byte']:.3f}")
+            told = f"step {step}: held-out bits per byte {told}; weighted {metrics['bits_per_byte']:.3f}"
+            between = self.config.evaluation.every * self.config.batch.tokens_per_step
+            if self.data.held_out.get("code") and (last or 0.01 * between >= WRITTEN * FUNCTIONS * FUNCTION_TOKENS):
+                with self.context.ledger.span(EVALUATION):
+                    parsed = share_parsed(
+                        self.learner.unwrap(), self.tokenizer, samples=FUNCTIONS, tokens=FUNCTION_TOKENS
+                    )
+                metrics["parsed"] = parsed
+                told += f"; {round(parsed * FUNCTIONS)} of {FUNCTIONS} functions that it wrote parse"
+            self.context.log(told)
         return metrics
+
+    def show(self, step: int) -> None:
+        """Step, loss, time left, and how the model goes on from the next of the sample prompts. Rank 0 alone can do
+        that where it has the whole model."""
+        silent = self.context.rank or self.learner.divided or not self.config.evaluation.sample_prompts
+        if silent or not self._glance.due():
+            return
+        prompt = next(self._prompts)
+        with self._glance.looking(), self.context.ledger.span(EVALUATION):
+            text = sample_text(self.learner.unwrap(), self.tokenizer, prompt, tokens=40, seed=step)
+        line = f"step {step}/{self.config.steps}  {self.context.line.text}"
+        self.context.log(f"{line}; it writes\n{textwrap.indent(prompt + text, '  │ ', lambda _: True)}")
 
     def report(self) -> None:
         """For the page of results: plan, mixture, what `gzip -9` and `xz -9e` make of the held-out text, and what the

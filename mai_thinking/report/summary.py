@@ -67,6 +67,9 @@ def add_run(page: Document, run: Run) -> None:
         first, final = run.steps[0]["loss"], run.steps[-1]["loss"]
         page.facts["loss"] = {"first": first, "last": final}
         page.add(f"Loss {first:.4f} at the first step, {final:.4f} at the last.")
+    if run.evaluations and "parsed" in run.evaluations[-1]:
+        page.facts["parsed"] = run.evaluations[-1]["parsed"]
+        page.add(f"Of the functions that it writes, {page.facts['parsed']:.0%} parse.")
     page.add_figures(figures_of(run))
     if told := stories(run.samples):
         page.add(*told, heading="The same problem, from the first evaluation to the last")

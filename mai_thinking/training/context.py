@@ -49,7 +49,10 @@ class ProgressLine:
     def __init__(self, steps: int, every: float, *, show: bool) -> None:
         self.steps, self.every, self.show = steps, every, show
         self.console = Console(file=sys.stdout, highlight=False, markup=False, emoji=False, soft_wrap=True)
+        self.text = ""
+        """Loss, speed and time left after the last step."""
         self._recent: deque[tuple[float, int, int]] = deque(maxlen=50)
+        self._first: tuple[float, int] | None = None
         self._last_print = 0.0
         self._bar: Progress | None = None
         if show and self.console.is_terminal:
@@ -68,9 +71,10 @@ class ProgressLine:
         """After step `step`, which brought the run to `tokens` tokens."""
         now = time.monotonic()
         self._recent.append((now, step, tokens))
+        self._first = self._first or (now, step)
         if not self.show:
             return
-        text = f"loss {loss:.4f}  {self._rate()}  {note}".rstrip()
+        self.text = text = f"loss {loss:.4f}  {self._rate()}  {note}".rstrip()
         if self._bar is not None:
             self._bar.update(self._task, completed=step, text=text)
         elif now - self._last_print >= self.every or step == self.steps:
@@ -78,12 +82,16 @@ class ProgressLine:
             self.console.print(f"step {step}/{self.steps}  {text}")
 
     def _rate(self) -> str:
-        first, last = self._recent[0], self._recent[-1]
-        seconds, steps = last[0] - first[0], last[1] - first[1]
-        if seconds <= 0 or steps <= 0:
+        """Tokens a second of late, and the time left as all steps but the first took it, with what lay between them."""
+        (begin, first), (recent, _, before), (now, step, tokens) = (
+            self._first or (0, 0),
+            self._recent[0],
+            self._recent[-1],
+        )
+        if now <= recent or step <= first:
             return ""
-        left = timedelta(seconds=round((self.steps - last[1]) * seconds / steps))
-        return f"{(last[2] - first[2]) / seconds:,.0f} tokens/s  {left} left"
+        left = timedelta(seconds=round((self.steps - step) * (now - begin) / (step - first)))
+        return f"{(tokens - before) / (now - recent):,.0f} tokens/s  {left} left"
 
     def log(self, text: str) -> None:
         """Print a line of its own, above the bar."""

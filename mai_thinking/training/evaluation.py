@@ -43,6 +43,11 @@ CATEGORY_WEIGHTS = {"code": 0.5, "stem": 0.175, "maths": 0.175, "general": 0.1, 
 MEMORISED = 0.01
 """Nats: the report's bound of a token that is known by heart (§2.6)."""
 
+SHARE, SMALLEST = 0.04, 4096
+BYTES_PER_TRAINED_TOKEN = 5
+"""Held-out bytes that take no longer than one trained token: a forward pass is less than a third of a step, windows
+that overlap read a token twice, and a token has three bytes at least."""
+
 
 class Likelihood(NamedTuple):
     """How well text was predicted: Σ −log p over the predicted tokens, their number, the bytes of the same text in
@@ -267,6 +272,13 @@ def evaluate_files(
     return "\n".join(lines)
 
 
+def affordable(tokens: int, categories: int) -> int:
+    """Bytes of each category that an evaluation may read after so many trained `tokens`: those that take at most
+    `SHARE` of what these took, but never less than a page or two. By count, not by the clock, so that a run reads the
+    same wherever it runs, and however often it is interrupted."""
+    return max(SMALLEST, int(SHARE * tokens * BYTES_PER_TRAINED_TOKEN / max(1, categories)))
+
+
 class HeldOutEvaluation:
     """What `evaluation:` in a pre-training config asks for: resumable, shared by the ranks."""
 
@@ -279,9 +291,12 @@ class HeldOutEvaluation:
             self.reference = Reference.read(Path(section.reference).expanduser())
 
     def evaluate(self, step: int, *, last: bool) -> dict[str, Any] | None:
-        """Each rank its share of the documents: of the first `max_bytes`, at the end of all. That takes long enough to
-        be struck by a fault or asked to stop (None), and goes on with the set where it was."""
-        limit = None if last else self.section.max_bytes
+        """Each rank its share of the documents: of the first `max_bytes`, or of what is `affordable`; at the end of
+        all. That takes long enough to be struck by a fault or asked to stop (None), and goes on with the set where it
+        was."""
+        between = self.section.every * self.config.batch.tokens_per_step
+        most = affordable(between, sum(map(bool, self.data.held_out.values())))
+        limit = None if last else min(most, self.section.max_bytes or most)
         known = self._evaluated(step) if last else {}
         by_category = self._sets(by_set=last and self.reference is not None)
         results: dict[str, dict[str, Likelihood]] = {category: {} for category in by_category}

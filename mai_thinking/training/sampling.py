@@ -1,7 +1,12 @@
 """Text from a model, for people to look at."""
 
+import ast
 import io
 import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -11,6 +16,39 @@ from transformers.generation.streamers import BaseStreamer
 from mai_thinking.data.tokenizer import Encoder
 from mai_thinking.errors import UsageError
 from mai_thinking.model import MaiThinkingForCausalLM
+
+GLANCES = 0.05
+"""Share of the training time that looking at the model may take."""
+
+
+class Glance:
+    """When to look at what a model writes while it learns: after some ten seconds, then each time it has trained for
+    twice as long, and later where looking would take more than `GLANCES` of the time. A clock decides, so nothing that
+    a run computes or records may depend on it."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        """Time counts from the first question whether to look."""
+        self._clock = clock
+        self._begin: float | None = None
+        self._spent, self._at, self._cost = 0.0, 0.0, 0.5  # seconds; the first look has no cost yet to go by
+
+    def due(self) -> bool:
+        """Whether to look now."""
+        return self._trained() >= max(2 * self._at, (self._spent + self._cost) / GLANCES)
+
+    @contextmanager
+    def looking(self) -> Iterator[None]:
+        """Around the look."""
+        self._at, begin = self._trained(), self._clock()
+        yield
+        self._cost = self._clock() - begin
+        self._spent += self._cost
+
+    def _trained(self) -> float:
+        now = self._clock()
+        if self._begin is None:
+            self._begin = now
+        return now - self._begin - self._spent
 
 
 def sample_text(
@@ -27,7 +65,6 @@ def sample_text(
     """Continue `prompt` (without returning it) by up to `tokens` tokens. The same seed gives the same text; global
     random generators are left as they were. `temperature` 0 takes the likeliest token each time."""
     ids = Encoder(tokenizer).encode_prompt(prompt)
-    inputs = torch.tensor([ids], device=model.device)
     greedy = temperature == 0
     settings = GenerationConfig(
         max_new_tokens=tokens,
@@ -38,6 +75,14 @@ def sample_text(
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
+    output = _generate(model, ids, settings, seed=seed, streamer=streamer)
+    return tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True)
+
+
+def _generate(
+    model: MaiThinkingForCausalLM, ids: list[int], settings: GenerationConfig, *, seed: int, **more: Any
+) -> Any:
+    """`generate` behind the prompt `ids`; mode and global generators are left as they were."""
     was_training = model.training
     model.eval()
     devices = [model.device] if model.device.type == "cuda" else []
@@ -45,10 +90,39 @@ def sample_text(
         # A compilation for each length of the cache would take longer than the text.
         with torch.random.fork_rng(devices=devices), torch.compiler.set_stance("force_eager"):
             torch.manual_seed(seed)
-            output = model.generate(inputs, generation_config=settings, streamer=streamer)
+            return model.generate(torch.tensor([ids], device=model.device), generation_config=settings, **more)
     finally:
         model.train(was_training)
-    return tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True)
+
+
+def share_parsed(
+    model: MaiThinkingForCausalLM, tokenizer: PreTrainedTokenizerBase, *, samples: int, tokens: int
+) -> float:
+    """How many of so many functions, written from `def` at temperature 0.8 and ended before the next line that is not
+    indented, Python's parser takes. The same model gives the same share."""
+    prompt = Encoder(tokenizer).encode_prompt("def")
+    settings = GenerationConfig(
+        max_new_tokens=tokens,
+        do_sample=True,
+        temperature=0.8,
+        top_p=0.95,
+        num_return_sequences=samples,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    written = _generate(model, prompt, settings, seed=0)
+    return fmean(parses(tokenizer.decode(row, skip_special_tokens=True)) for row in written)
+
+
+def parses(text: str) -> bool:
+    """Whether the first block of `text` is Python; a last line that may not be whole is left out."""
+    first, *others = text.split("\n")[:-1] or [text]
+    end = next((i for i, line in enumerate(others) if line.strip() and not line[0].isspace()), len(others))
+    try:
+        ast.parse("\n".join([first, *others[:end]]) + "\n")
+    except (SyntaxError, ValueError):
+        return False
+    return True
 
 
 def stream_text(model: MaiThinkingForCausalLM, tokenizer: PreTrainedTokenizerBase, prompt: str, **settings: Any) -> str:

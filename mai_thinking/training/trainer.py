@@ -108,6 +108,9 @@ class Recipe(ABC):
         """Metrics on what was held out; `last` at the end of the run. None if it was asked to stop. Collective."""
         return {}
 
+    def show(self, step: int) -> None:  # noqa: B027 - most have nothing
+        """Let people see, now and then, what the model does by now; nothing may depend on it. After each step."""
+
     @abstractmethod
     def report(self) -> None:
         """Write, on rank 0, what the run has to show, when all traces are written. Collective."""
@@ -207,6 +210,7 @@ class Trainer:
         if self._jit is not None:
             self._jit.completed(self.step)
         self.context.line.update(self.step, self.tokens, done.metrics["loss"], done.note)
+        self.recipe.show(self.step)
 
     def save(self, *, synchronous: bool = False) -> float:
         """Save a checkpoint; the seconds for which that held up the run. Collective."""
