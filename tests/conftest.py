@@ -44,3 +44,9 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     """What needs a GPU is skipped where there is none."""
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs a GPU")
+
+
+@pytest.fixture
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is promised to the bit holds on a CPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

@@ -19,8 +19,8 @@ from mai_thinking.training.checkpoint_storage import step_folder, visible_steps
 from mai_thinking.training.metrics import read_metrics
 
 Figures = dict[str, Any]
-GRACE = 20.0
-"""Seconds that a part has to save after its time is up."""
+GRACE = 60.0
+"""Seconds kept for a part to save when its time is up; half of them are its own."""
 
 
 class Part(NamedTuple):
@@ -98,7 +98,8 @@ def _run_part(part: Part, seconds: float, out: Path) -> tuple[str, Figures]:
                 # First asked to end, so that it saves.
                 limited = ["timeout", f"--kill-after={GRACE / 2}", str(left), sys.executable, *command]
                 if (code := subprocess.run(limited, stdout=output, stderr=subprocess.STDOUT).returncode) != 0:
-                    state = "ended: its time was up" if code in (124, 137) else f"failed: exit code {code}"
+                    # `timeout` ends itself by the signal that it sent.
+                    state = "ended: its time was up" if code in (124, 137, -9) else f"failed: exit code {code}"
                     break
         except Exception as error:
             state = f"failed: {type(error).__name__}: {error}"

@@ -20,9 +20,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from mai_thinking.config.storage import atomic_file
-from mai_thinking.errors import RunError, one_line
+from mai_thinking.errors import one_line
 from mai_thinking.rl.rewards import TERMS
 from mai_thinking.rl.rollout import Group, Rollout
+from mai_thinking.training.metrics import not_reproduced
 
 FOLDER = "traces"  # Below a run's folder
 _PART = re.compile(r"(?:batch|wave)-(\d{8,})-rank-(\d{5,})\.parquet")
@@ -78,10 +79,6 @@ def trace_rows(group: Group, *, step: int, checkpoint: str, lineage: str) -> lis
     return [run | {name: value(one, group) for name, (_, value) in _COLUMNS.items()} for one in group.rollouts]
 
 
-class NotReproducedError(RunError):
-    """A batch generated again gave other rollouts than the first time: the run is not deterministic."""
-
-
 class TraceStore:
     """Appends `rank`'s batches to `folder`, and reads those of all ranks."""
 
@@ -91,7 +88,7 @@ class TraceStore:
 
     def append(self, batch: int, traces: Sequence[Trace]) -> bool:
         """Write this rank's part of `batch`, on the disk when this returns; or, if it is there already, compare. →
-        whether it was written. NotReproducedError if what is there is something else; OSError, with nothing left
+        whether it was written. `not_reproduced` if what is there is something else; OSError, with nothing left
         behind, if it cannot be written."""
         table = pa.Table.from_pylist(list(traces), schema=SCHEMA)
         name = f"-{batch:08d}-rank-{self.rank:05d}.parquet"
@@ -108,11 +105,11 @@ class TraceStore:
                 if not changed:
                     return False
                 step = f"step {traces[0]['step']}, " if traces else ""
-                raise NotReproducedError(
+                not_reproduced(
                     f"{step}batch {batch} of rank {self.rank}, generated again after a restart, gave other values of "
-                    f"{', '.join(changed[:3])} than {self.folder} has: the run is not deterministic, or its config, "
-                    "code, data, machine or number of ranks changed"
+                    f"{', '.join(changed[:3])} than {self.folder} has"
                 )
+                return False
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with atomic_file(path, durable=True) as temporary:

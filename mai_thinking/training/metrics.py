@@ -17,7 +17,18 @@ Record = dict[str, Any]
 
 
 class NotReproducedError(RunError):
-    """A step computed again gave another result than the first time: the run is not deterministic."""
+    """What was computed again gave another result than the first time: the run is not deterministic."""
+
+
+def not_reproduced(what: str) -> None:
+    """Raise `NotReproducedError`. On a GPU, where a gradient's norm has come out otherwise in its last bit, it is only
+    told: what was recorded first stays."""
+    import torch  # not for readers of metrics
+
+    message = f"{what}: the run is not deterministic, or its config, code, data, machine or number of ranks changed"
+    if not torch.cuda.is_available():
+        raise NotReproducedError(message)
+    print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
 class MetricsLog:
@@ -67,10 +78,9 @@ class MetricsLog:
             if self.tolerance and isinstance(old, int | float) and isinstance(new, int | float):
                 close = math.isclose(old, new, rel_tol=self.tolerance)
             if not close and json.dumps(old) != json.dumps(new):  # NaN is itself
-                raise NotReproducedError(
+                not_reproduced(
                     f"step {again['step']}, computed again after a restart, gave {name} {_spell(new)} where "
-                    f"{self.path} has {_spell(old)}: the run is not deterministic, or its config, code, data or "
-                    "machine changed"
+                    f"{self.path} has {_spell(old)}"
                 )
 
 

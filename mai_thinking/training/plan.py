@@ -22,7 +22,7 @@ WEIGHT, GRADIENT, MOMENTS = 4, 4, 8
 """Bytes per parameter: fp32 weights, fp32 gradients, AdamW's two fp32 moments (REPORT §1: fp32 always)."""
 PEAK = 989e12
 """FLOP/s of a card's dense bf16 products, by its data sheet."""
-MEASURED = 0.380 * 799e12
+MEASURED = 0.409 * 766e12
 """FLOP/s of a step of L12 on one card (results/bench)."""
 WITHIN, BETWEEN = 450e9, 50e9
 """Bytes/s a card sends to others of its node (NVLink 4), and to other nodes (400 Gb/s)."""
@@ -67,7 +67,9 @@ def memory_per_rank(architecture: MaiThinkingConfig, execution: ExecutionSection
         working = cast * experts + (cast + GRADIENT) * of_layer
     else:
         working = 2 * experts if cast == 2 else 0.0
-    per_layer = _activations_per_token(architecture, cast, divided=execution.expert_parallel > 1)
+    per_layer = _activations_per_token(
+        architecture, cast, divided=execution.expert_parallel > 1, compiled=execution.compile
+    )
     kept = work.tokens * sum(per_layer)
     if execution.activation_checkpointing:
         heads = GRADIENT * architecture.vocab_size * architecture.hidden_size * (work.step_tokens / work.tokens)
@@ -83,12 +85,17 @@ def memory_per_rank(architecture: MaiThinkingConfig, execution: ExecutionSection
     }
 
 
-def _activations_per_token(architecture: MaiThinkingConfig, compute_bytes: int, *, divided: bool) -> list[float]:
-    """Bytes that each layer keeps for one token; `divided`: with experts on other ranks."""
+def _activations_per_token(
+    architecture: MaiThinkingConfig, compute_bytes: int, *, divided: bool, compiled: bool
+) -> list[float]:
+    """Bytes that each layer keeps for one token; `divided`: with experts on other ranks. `compiled`, what sublayers,
+    queries and keys were before their norms is kept as it came and not in fp32."""
     c = architecture
     queries, keys = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
-    norms = 4 * 4 * c.hidden_size  # fp32 inputs of the four norms
-    attention = compute_bytes * (2 * c.hidden_size + queries) + 4 * 2 * (queries + keys) + compute_bytes * 2 * keys
+    # Inputs of the four norms, of which two are the fp32 residual stream; of queries' and keys' norms, and of RoPE.
+    norms = (2 * 4 + 2 * (compute_bytes if compiled else 4)) * c.hidden_size
+    turned = (compute_bytes if compiled else 4 * 2) * (queries + keys)
+    attention = compute_bytes * (2 * c.hidden_size + queries) + turned + compute_bytes * 2 * keys
     dense = compute_bytes * (2 * c.hidden_size + 4 * c.intermediate_size)
     # Gate and up, and in fp32 the output (`model.experts`, `grouped_experts`); rows that have travelled are kept where
     # they arrive, there and back.

@@ -19,7 +19,8 @@ from rich.console import Console
 
 from mai_thinking.errors import UsageError
 from mai_thinking.rl.trace_report import choose, report_traces, show
-from mai_thinking.rl.traces import SCHEMA, NotReproducedError, Trace, TraceStore
+from mai_thinking.rl.traces import SCHEMA, Trace, TraceStore
+from mai_thinking.training.metrics import NotReproducedError
 
 ROOT = Path(__file__).parents[2]
 
@@ -121,6 +122,7 @@ def test_a_batch_generated_again_is_compared_and_not_written_twice(tmp_path):
     assert store.read().num_rows == 8
 
 
+@pytest.mark.usefixtures("no_gpu")
 @pytest.mark.parametrize(
     "change",
     [
@@ -143,6 +145,7 @@ def test_one_different_value_is_named(tmp_path, change):
     assert store.read().num_rows == 1
 
 
+@pytest.mark.usefixtures("no_gpu")
 def test_the_same_bytes_cut_elsewhere_are_different(tmp_path):
     store = TraceStore(tmp_path)
     store.append(0, [trace(1, response="ab", response_ids=[1, 2]), trace(2, response="c", response_ids=[3])])

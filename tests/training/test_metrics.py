@@ -25,6 +25,7 @@ def test_a_step_computed_again_is_compared_and_not_written_twice(tmp_path):
     assert read_records(path)[1]["seconds"] == 0.1
 
 
+@pytest.mark.usefixtures("no_gpu")
 @pytest.mark.parametrize("field", ["loss", "grad_norm"])
 def test_the_last_bit_counts(tmp_path, field):
     log = MetricsLog(tmp_path / "metrics.jsonl")
@@ -36,6 +37,17 @@ def test_the_last_bit_counts(tmp_path, field):
     MetricsLog(tmp_path / "metrics.jsonl", tolerance=1e-9).append(again)
 
 
+def test_on_a_gpu_the_last_bit_is_told(tmp_path, monkeypatch, capsys):
+    """There a run that is struck must be able to go on."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    log.append(record(7))
+    assert not log.append(record(7, 0.25))
+    assert "warning: step 7, computed again after a restart, gave loss 0.25" in capsys.readouterr().err
+    assert [entry["loss"] for entry in read_records(tmp_path / "metrics.jsonl")] == [record(7)["loss"]]
+
+
+@pytest.mark.usefixtures("no_gpu")
 def test_evaluations_are_records_of_their_own(tmp_path):
     log = MetricsLog(tmp_path / "metrics.jsonl")
     log.append(record(7))

@@ -110,11 +110,23 @@ def test_a_step_of_one_card_is_what_was_measured() -> None:
     flops = config.flops_per_token(4096)
     alone = step_seconds(config, ExecutionSection(), Work(1, 65536, 65536, 2), flops)
     assert (alone["rows"], alone["waiting"]) == (0, 0)
-    assert 65536 * flops / alone["compute"] / PEAK == pytest.approx(0.38 * 799 / 989)
+    assert 65536 * flops / alone["compute"] / PEAK == pytest.approx(0.409 * 766 / 989)
     eight, many = Work(8, 65536, 65536, 2), Work(64, 1024, 1024, 2)
     divided = ExecutionSection(expert_parallel=8)
     assert 0 < step_seconds(config, divided, eight, flops)["rows"] < alone["compute"]
     assert step_seconds(config, ExecutionSection(parallel="fsdp"), many, flops)["waiting"] > alone["compute"] / 64
+
+
+@pytest.mark.parametrize(("rows", "measured"), [(16, 106), (24, 128)])
+def test_the_memory_of_one_card_is_what_was_measured(rows: int, measured: float) -> None:
+    """L12 on an H200: the most that PyTorch had allocated in a step (results/card), GiB."""
+    config = load_config(
+        PretrainConfig,
+        ROOT / "configs" / "L12.yaml",
+        [f"batch.{key}" for key in (f"micro_batch_size={rows}", f"global_batch_size={6 * rows}")],
+    )
+    held = memory_per_rank(MaiThinkingConfig.ladder(12, vocab_size=2**15), config.execution, work_of(config, 1))
+    assert sum(held.values()) / 2**30 == pytest.approx(measured, rel=0.05)
 
 
 def test_the_page_says_what_dry_runs_say() -> None:
