@@ -1,11 +1,11 @@
 """What a run does not learn from, counted, so that nothing is dropped in silence."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from mai_thinking.config.table import Table
-from mai_thinking.data.documents import Document
+from mai_thinking.data.documents import Documents
 
 _EXAMPLES = 3
 """Documents of a rule that are shown."""
@@ -50,34 +50,30 @@ class Tally:
         """Count documents, `size` bytes together, under `rule`."""
         _add(self.dropped, rule, size, documents)
 
-    def drop_document(self, rule: str, document: Document, like: tuple[str, Document] | None = None) -> None:
-        """Count one document, and keep its beginning if it is among the first. `like`: the source and the document that
-        it repeats."""
-        self.drop(rule, document.size)
+    def drop_documents(
+        self, rule: str, documents: Documents, like: Documents | None = None, names: Sequence[str] = ()
+    ) -> None:
+        """Count documents, and keep the beginnings of the first. `like`: the one that each repeats, of sources that
+        have these `names`."""
+        if not len(documents):
+            return
+        self.drop(rule, documents.size, len(documents))
         shown = self.examples.setdefault(rule, [])
-        if len(shown) < _EXAMPLES:
-            copied = [f"{like[0]}/{like[1].id}"] if like else []
-            shown.append([document.id, document.text[:_BEGINNING], *copied])
-        if like:
-            _add(self.overlaps, like[0], document.size)
+        for place in range(min(_EXAMPLES - len(shown), len(documents))):
+            copied = [f"{names[like.records['source'][place]]}/{like[place].id}"] if like is not None else []
+            shown.append([documents[place].id, documents[place].text[:_BEGINNING], *copied])
+        for source in dict.fromkeys(like.records["source"].tolist()) if like is not None else ():
+            theirs = documents[like.records["source"] == source] if like is not None else documents
+            _add(self.overlaps, names[source], theirs.size, len(theirs))
 
-    def shorten(self, rule: str, size: int) -> None:
-        """Count a document that `size` bytes are cut out of."""
-        _add(self.cut, rule, size)
+    def shorten(self, rule: str, size: int, documents: int) -> None:
+        """Count documents that `size` bytes together are cut out of."""
+        if documents:
+            _add(self.cut, rule, size, documents)
 
-    def label(self, label: str, size: int) -> None:
-        """Count a document, `size` bytes, under a label."""
-        _add(self.labels, label, size)
-
-    def sift(self, documents: Iterable[Document], verdicts: Iterable[str | None]) -> list[Document]:
-        """The documents on which the verdict is None; the others are counted under the rule that it names."""
-        kept = []
-        for document, rule in zip(documents, verdicts, strict=True):
-            if rule is None:
-                kept.append(document)
-            else:
-                self.drop_document(rule, document)
-        return kept
+    def label(self, label: str, documents: Documents) -> None:
+        """Count documents under a label."""
+        _add(self.labels, label, documents.size, len(documents))
 
     def stages(self) -> dict[str, list[int]]:
         """Stage → documents and bytes that it dropped, or cut out."""
@@ -100,11 +96,6 @@ class Tally:
         return f"none of its {self.read[0]} documents is left" + (
             f"; `{rule}` dropped {self.dropped[rule][0]} of them" if rule else ""
         )
-
-
-def count(documents: Sequence[Document]) -> list[int]:
-    """[documents, bytes]"""
-    return [len(documents), sum(document.size for document in documents)]
 
 
 def _add(counts: dict[str, list[int]], name: str, size: int, documents: int = 1) -> None:

@@ -1,21 +1,22 @@
 """The stages of cleaning, in order. MAI-Thinking-1 report §2.4.3. Each rule has the name of its config key."""
 
-import time
 import zlib
-from collections.abc import Callable, Mapping, Sequence, Set
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Set
+from functools import partial
 
 import numpy as np
 
 from mai_thinking.config.data import BoilerplateSection, CleaningSection, QualitySection
 from mai_thinking.data.accounting import Tally
 from mai_thinking.data.boilerplate import without_boilerplate
-from mai_thinking.data.documents import Document
+from mai_thinking.data.documents import Documents
 from mai_thinking.data.duplicates import Places, exact_duplicates, near_duplicates, templated
 from mai_thinking.data.semantic import semantic_duplicates
+from mai_thinking.data.words import WordHashes
+from mai_thinking.data.work import Arrays, Parts, Work
 
-Finder = Callable[[Sequence[Document]], Places]
-"""Says of each document the place of the earlier one that it repeats, or its own."""
+Stage = Callable[[Documents], Documents]
+"""From the documents to those that are left; what became of the others is counted."""
 
 
 def quality_fault(text: str, quality: QualitySection) -> str | None:
@@ -36,102 +37,110 @@ def quality_fault(text: str, quality: QualitySection) -> str | None:
 
 _LETTERS = np.array([chr(byte).isalpha() or byte >= 128 for byte in range(256)])
 _WHITE_SPACE = np.array([chr(byte).isspace() and byte < 128 for byte in range(256)])
+_FAULTS = ("min_bytes", "min_alphabetic", "max_line", "max_compression")
 
 
-_BY_SOURCE = dict[str, list[Document]]
-
-
-class Clean(NamedTuple):
-    """What `clean` gives."""
-
-    documents: dict[str, list[Document]]
-    seconds: dict[str, float]
-    """By stage, in the order in which they ran."""
-
-
-def clean(
-    sources: Mapping[str, list[Document]],
-    procedural: Set[str],
-    code: Set[str],
-    cleaning: CleaningSection,
-    tallies: Mapping[str, Tally],
-) -> Clean:
-    """Apply the stages that are switched on to each source's documents. What stands in two sources stays in the one
-    that ranks higher in `drop_order`.
+class Cleaning:
+    """The stages that are switched on, in order. What stands in two sources stays in the one that ranks higher in
+    `drop_order`: so are the documents ordered.
 
     Procedural text is deduplicated by its exact text alone: exercises from one template are alike by design, and short
     or full of digits where they should be. `code` names the sources in which only comments can be boilerplate.
     """
-    ranked = [*cleaning.drop_order, *(name for name in sources if name not in cleaning.drop_order)]
-    kept = {name: sources[name] for name in ranked if name in sources}
-    seconds: dict[str, float] = {}
 
-    def run(rule: str, stage: Callable[[_BY_SOURCE], _BY_SOURCE], names: Set[str]) -> None:
-        begin = time.perf_counter()
-        kept.update(stage({name: found for name, found in kept.items() if name in names}))
-        seconds[rule] = round(time.perf_counter() - begin, 2)
+    def __init__(
+        self,
+        cleaning: CleaningSection,
+        tallies: Mapping[str, Tally],
+        procedural: Set[int],
+        code: Set[int],
+        work: Work,
+    ) -> None:
+        """`tallies`: of all sources, in their order; `procedural`, `code`: the places of such ones in it."""
+        self._cleaning, self._work = cleaning, work
+        self._names, self._tallies = list(tallies), list(tallies.values())
+        self._procedural, self._code = procedural, code
 
-    everywhere, natural = set(kept), set(kept) - procedural
-    if (boilerplate := cleaning.boilerplate) is not None:
-        run("boilerplate", lambda found: _cut(found, code, boilerplate, tallies), natural)
-    if cleaning.exact_duplicates:
-        run("exact_duplicates", lambda found: _drop("exact_duplicates", exact_duplicates, found, tallies), everywhere)
-    run("quality", lambda found: _keep_good(found, cleaning.quality, tallies), natural)
-    for rule, finder in _finders(cleaning).items():
-        run(rule, lambda found, rule=rule, finder=finder: _drop(rule, finder, found, tallies), natural)  # type: ignore
-    return Clean({name: kept[name] for name in sources}, seconds)
+    def stages(self) -> dict[str, Stage]:
+        """By the names of their keys, and `words`, which the later ones need."""
+        cleaning, work = self._cleaning, self._work
+        found: dict[str, Stage] = {}
+        if (boilerplate := cleaning.boilerplate) is not None:
+            found["boilerplate"] = partial(self._natural, lambda some: self._cut(some, boilerplate))
+        if cleaning.exact_duplicates:
+            found["exact_duplicates"] = self._dropping("exact_duplicates", exact_duplicates)
+        found["quality"] = partial(self._natural, self._keep_good)
+        found["words"] = lambda documents: with_words(documents, work)
+        finders: dict[str, Callable[[Documents], Places]] = {}
+        if cleaning.near_duplicates is not None:
+            finders["near_duplicates"] = lambda some: near_duplicates(some, cleaning, work)
+        if (templates := cleaning.templates) is not None:
+            finders["templates"] = lambda some: templated(some, templates, cleaning.minhash_permutations, work)
+        if (semantic := cleaning.semantic) is not None:
+            finders["semantic"] = lambda some: semantic_duplicates(some, semantic, work)
+        return found | {name: partial(self._natural, self._dropping(name, finder)) for name, finder in finders.items()}
+
+    def count_changes(self, rule: str, documents: Documents, parts: Parts) -> Documents:
+        """What a stage that has `rewritten` the documents leaves of them."""
+        new = Documents(documents.folder, parts.all("records")) if len(documents) else documents
+        gone = parts.all("gone").astype(np.bool_)
+        cut = np.where(gone, 0, documents.records["size"].astype(np.int64) - new.records["size"])
+        for source, tally in enumerate(self._tallies):
+            mine = documents.records["source"] == source
+            tally.shorten(rule, int(cut[mine].sum()), int((mine & (cut > 0)).sum()))
+            tally.drop_documents(rule, documents[mine & gone])
+        return new[~gone]
+
+    def _natural(self, stage: Stage, documents: Documents) -> Documents:
+        """Apply a stage to what is not procedural."""
+        others = np.isin(documents.records["source"], list(self._procedural))
+        records = np.concatenate([stage(documents[~others]).records, documents[others].records])
+        return Documents(documents.folder, records[np.argsort(records["rank"], kind="stable")])
+
+    def _dropping(self, rule: str, finder: Callable[[Documents], Places]) -> Stage:
+        def drop(documents: Documents) -> Documents:
+            twins = finder(documents)
+            dropped = twins != np.arange(len(documents))
+            for source, tally in enumerate(self._tallies):
+                mine = np.flatnonzero(dropped & (documents.records["source"] == source))
+                tally.drop_documents(rule, documents[mine], documents[twins[mine]], self._names)
+            return documents[~dropped]
+
+        return drop
+
+    def _keep_good(self, documents: Documents) -> Documents:
+        faults = self._work.each("quality", partial(_faults, self._cleaning.quality), documents).all("faults")
+        for source, tally in enumerate(self._tallies):
+            mine = documents.records["source"] == source
+            for number in dict.fromkeys(faults[mine & (faults > 0)].tolist()):
+                tally.drop_documents(_FAULTS[int(number) - 1], documents[mine & (faults == number)])
+        return documents[faults == 0]
+
+    def _cut(self, documents: Documents, section: BoilerplateSection) -> Documents:
+        parts = without_boilerplate(documents, self._code, section, self._work)
+        return self.count_changes("boilerplate", documents, parts)
 
 
-def _finders(cleaning: CleaningSection) -> dict[str, Finder]:
-    """The stages after the quality filters that drop what resembles an earlier document."""
-    found: dict[str, Finder] = {}
-    if cleaning.near_duplicates is not None:
-        found["near_duplicates"] = lambda documents: near_duplicates(documents, cleaning)
-    if (templates := cleaning.templates) is not None:
-        found["templates"] = lambda documents: templated(documents, templates, cleaning.minhash_permutations)
-    if (semantic := cleaning.semantic) is not None:
-        found["semantic"] = lambda documents: semantic_duplicates(documents, semantic)
-    return found
+def _faults(quality: QualitySection, shard: int, documents: Documents) -> Arrays:
+    """0 for a good one; 1 + the place of the rule that it breaks."""
+    found = (quality_fault(text, quality) for text in documents.texts())
+    return {"faults": np.array([0 if name is None else 1 + _FAULTS.index(name) for name in found], dtype=np.uint8)}
 
 
-def _drop(
-    rule: str, finder: Finder, sources: Mapping[str, list[Document]], tallies: Mapping[str, Tally]
-) -> dict[str, list[Document]]:
-    """What `finder` keeps, each source told whose documents its own repeat."""
-    names = [name for name, documents in sources.items() for _ in documents]
-    documents = [document for found in sources.values() for document in found]
-    kept: dict[str, list[Document]] = {name: [] for name in sources}
-    for place, twin in enumerate(finder(documents).tolist()):
-        name, document = names[place], documents[place]
-        if twin == place:
-            kept[name].append(document)
-        else:
-            tallies[name].drop_document(rule, document, like=(names[twin], documents[twin]))
-    return kept
+def with_words(documents: Documents, work: Work) -> Documents:
+    """The same documents, the hashes of their words written down."""
+    records = documents.records.copy()
+    records["words"] = work.each("words", _write_words, documents).all("words")
+    for shard in np.unique(records["shard"]):
+        mine = records["shard"] == shard
+        records["first_word"][mine] = np.cumsum(records["words"][mine], dtype=np.int64) - records["words"][mine]
+    return Documents(documents.folder, records)
 
 
-def _keep_good(
-    sources: Mapping[str, list[Document]], quality: QualitySection, tallies: Mapping[str, Tally]
-) -> dict[str, list[Document]]:
-    return {
-        name: tallies[name].sift(documents, (quality_fault(document.text, quality) for document in documents))
-        for name, documents in sources.items()
-    }
-
-
-def _cut(
-    sources: Mapping[str, list[Document]], code: Set[str], section: BoilerplateSection, tallies: Mapping[str, Tally]
-) -> dict[str, list[Document]]:
-    """Documents without boilerplate; those of which nothing is left are dropped."""
-    documents = [(name, document) for name, found in sources.items() for document in found]
-    texts = without_boilerplate([d for _, d in documents], [name in code for name, _ in documents], section)
-    kept: dict[str, list[Document]] = {name: [] for name in sources}
-    for (name, document), text in zip(documents, texts, strict=True):
-        if text is None:
-            kept[name].append(document)
-        elif text.strip():
-            kept[name].append(document.with_text(text))
-            tallies[name].shorten("boilerplate", document.size - kept[name][-1].size)
-        else:
-            tallies[name].drop_document("boilerplate", document)
-    return kept
+def _write_words(shard: int, documents: Documents) -> Arrays:
+    words, counts = WordHashes(), list[int]()
+    with (documents.folder / f"{shard}.words").open("wb") as file:
+        for hashes in map(words.of, documents.texts()):
+            file.write(hashes.tobytes())
+            counts.append(len(hashes))
+    return {"words": np.array(counts, dtype=np.uint32)}

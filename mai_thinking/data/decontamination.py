@@ -14,9 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mai_thinking.config.data import CleaningSection
+from mai_thinking.data.documents import DECONTAMINATED, Documents, rewritten
 from mai_thinking.data.fuzzy import FuzzyIndex
 from mai_thinking.data.jsonl import read_json, read_jsonl, read_text
-from mai_thinking.data.words import Hashes, WordHashes, ngram_hashes, words_of
+from mai_thinking.data.words import Hashes, SortedHashes, WordHashes, ngram_hashes, words_of
+from mai_thinking.data.work import Arrays
 
 SHORTEST = 8
 """Words of the shortest text that is looked for, as GPT-3's paper has it: fewer stand in innocent text by chance."""
@@ -31,6 +33,7 @@ class OverlapIndex:
     def __init__(self, runs: Mapping[str, Hashes], fuzzy: FuzzyIndex | None = None) -> None:
         """`runs`: by number of words (as text), the sorted hashes of the runs of this length."""
         self.runs, self.fuzzy = runs, fuzzy
+        self._known = {int(length): SortedHashes(hashes) for length, hashes in runs.items()}
         self._words = WordHashes()
 
     @classmethod
@@ -75,13 +78,12 @@ class OverlapIndex:
         runs = groupby(found, key=lambda pair: pair[0])
         return cls({str(length): np.unique(np.concatenate([part for _, part in parts])) for length, parts in runs})
 
-    def overlap(self, text: str) -> NDArray[np.bool_]:
-        """For each word of `text` [words], whether it lies in a run that is also held out."""
-        words = self._words.of(text)
+    def overlap(self, words: Hashes) -> NDArray[np.bool_]:
+        """For each of a text's hashed words [words], whether it lies in a run that is also held out."""
         covered = np.zeros(len(words), dtype=np.bool_)
-        for length, known in self.runs.items():
-            for start in np.flatnonzero(_contains(known, ngram_hashes(words, int(length)))):
-                covered[start : start + int(length)] = True
+        for length, known in self._known.items():
+            for start in np.flatnonzero(known.contains(ngram_hashes(words, length))):
+                covered[start : start + length] = True
         return covered | self.fuzzy.overlap(words) if self.fuzzy else covered
 
     def clean(self, text: str) -> str | None:
@@ -92,7 +94,7 @@ class OverlapIndex:
         neighbours may complete a new run, so this repeats until nothing is found.
         """
         original = 0
-        while (covered := self.overlap(text)).any():
+        while (covered := self.overlap(self._words.of(text))).any():
             original = original or len(covered)
             lines = text.splitlines(keepends=True)
             ends = np.cumsum([len(words_of(line)) for line in lines])
@@ -103,9 +105,15 @@ class OverlapIndex:
         return text
 
 
-def _contains(sorted_hashes: Hashes, hashes: Hashes) -> NDArray[np.bool_]:
-    places = np.minimum(np.searchsorted(sorted_hashes, hashes), len(sorted_hashes) - 1)
-    return sorted_hashes[places] == hashes
+def decontaminated(overlap: OverlapIndex, shard: int, documents: Documents) -> Arrays:
+    """What `rewritten` says of the documents of a shard."""
+
+    def changes() -> Iterator[tuple[int, str | None]]:
+        for place, words in enumerate(documents.words()):
+            if overlap.overlap(words).any():
+                yield place, overlap.clean(documents[place].text)
+
+    return rewritten(documents, changes(), DECONTAMINATED + shard)
 
 
 # --------------------------------------------------------------------------------------------------------- benchmarks

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mai_thinking.config.data import FuzzySection
-from mai_thinking.data.words import Hashes, ngram_hashes
+from mai_thinking.data.words import Hashes, SortedHashes, ngram_hashes
 
 _SHIFTS = 2
 """So many words may have been put in or left out on the way."""
@@ -35,7 +35,7 @@ class FuzzyIndex:
             inside &= words[i : i + len(seeds)] != 0
         places = np.flatnonzero(inside)
         order = np.argsort(seeds[places], kind="stable")
-        self._places, self._seeds = places[order], seeds[places][order]
+        self._places, self._seeds = places[order], SortedHashes(seeds[places][order])
         ends = np.append(starts, len(words))
         after = np.searchsorted(ends, self._places)
         before = np.where(after > 0, ends[after - 1], -1)
@@ -73,8 +73,7 @@ class FuzzyIndex:
     def _hits(self, words: Hashes) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Places in `words` with a seed, and its rows in the index; of a passage that goes on, every eighth."""
         seeds = ngram_hashes(words, self.seed)
-        first = np.searchsorted(self._seeds, seeds)
-        counts = np.searchsorted(self._seeds, seeds, side="right") - first
+        first, counts = self._seeds.places(seeds)
         counts[counts > _COMMON] = 0
         here = np.repeat(np.arange(len(seeds)), counts)
         row = np.arange(len(here)) - np.repeat(np.cumsum(counts) - counts, counts) + np.repeat(first, counts)

@@ -3,18 +3,23 @@
 Logistic regression over hashed words and pairs of words: about what fastText does, on a library that is at hand.
 """
 
-import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from mai_thinking.data.decontamination import read_benchmark
 from mai_thinking.data.features import hashed_features
 from mai_thinking.data.jsonl import shown
+from mai_thinking.data.words import WordHashes
 from mai_thinking.errors import UsageError
 
 _BATCH = 2048
-_features = functools.partial(hashed_features, longest=2, bits=18)
+
+
+def _features(texts: Iterable[str]) -> Any:
+    words = WordHashes()
+    return hashed_features(map(words.of, texts), longest=2, bits=18)
 
 
 def read_examples(labels: Mapping[str, Mapping[str, str]]) -> dict[str, dict[str, list[str]]]:

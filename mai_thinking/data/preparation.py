@@ -14,6 +14,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +22,15 @@ import numpy as np
 import tokenizers
 import xxhash
 from filelock import FileLock
+from numpy.typing import NDArray
 
 from mai_thinking.config.data import DataSection, SourceSection
 from mai_thinking.config.storage import atomic_folder, checksum
-from mai_thinking.data.accounting import LeftOut, Tally, count
+from mai_thinking.data.accounting import LeftOut, Tally
 from mai_thinking.data.card import CARD, card
-from mai_thinking.data.cleaning import clean
-from mai_thinking.data.decontamination import SHORTEST, OverlapIndex, read_benchmark
-from mai_thinking.data.documents import Document, TextStore, until, within
+from mai_thinking.data.cleaning import Cleaning, Stage
+from mai_thinking.data.decontamination import SHORTEST, OverlapIndex, decontaminated, read_benchmark
+from mai_thinking.data.documents import Document, Documents, Writer, joined, until
 from mai_thinking.data.embedded import embedded_fingerprint, has_tests, read_embedded
 from mai_thinking.data.jsonl import shown
 from mai_thinking.data.labels import Labeller, read_examples
@@ -36,15 +38,16 @@ from mai_thinking.data.prepared import (
     OVERLAP,
     TOKENIZER,
     PreparedData,
-    PreparedSource,
     find_damage,
     save_held_out,
+    save_source,
     write_manifest,
 )
 from mai_thinking.data.readers import Cursor, Reader, open_reader
 from mai_thinking.data.streaming import StreamCleaner
 from mai_thinking.data.tokenizer import Encoder, architecture_folder, check_lossless, load_tokenizer, train_tokenizer
 from mai_thinking.data.words import words_of
+from mai_thinking.data.work import Arrays, Work
 from mai_thinking.errors import UsageError
 
 FORMAT = 3
@@ -83,18 +86,30 @@ def prepare(config: DataSection, *, sample: float = 1, log: _Log = lambda line: 
                 log(f"prepared data in {folder} is damaged ({damage}); making it again")
                 shutil.rmtree(folder)
             log(f"data: preparing {len(config.sources)} sources, once; they are kept in {shown(cache)}")
-            for left_over in cache.glob(f".{key}.*"):
-                shutil.rmtree(left_over)
-            with atomic_folder(folder) as temporary:
-                _Preparation(config, readers, benchmarks, examples, sample, log).build(temporary, key)
+            if (work := cache / f".{key}.work").exists():
+                log(f"going on with the preparation that was interrupted; remove {work} to begin anew")
+            _remove(set(cache.glob(f".{key}.*")) - {work})
+            try:
+                with atomic_folder(folder) as temporary:
+                    _Preparation(config, readers, benchmarks, examples, sample, work, log).build(temporary, key)
+            except UsageError:
+                _remove({work})  # which other input cannot use
+                raise
+        _remove(set(cache.glob(f".{key}.*")))
     data = PreparedData(folder, config, passed_over)
     for row in data.left_out:
         log(f"data: {row}")
     return data
 
 
+def _remove(folders: set[Path]) -> None:
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 class _Preparation:
-    """One preparation: its documents, its counts, its clock."""
+    """One preparation: its documents, its counts, its clock. What it has done lies in a folder after every stage: the
+    records of the documents that are left, and the counts. So a killed one goes on with the stage that it was in."""
 
     def __init__(
         self,
@@ -103,34 +118,33 @@ class _Preparation:
         benchmarks: dict[str, list[list[str]]],
         examples: dict[str, dict[str, list[str]]],
         sample: float,
+        work: Path,
         log: _Log,
     ) -> None:
         self.config, self.readers, self.benchmarks, self.sample, self.log = config, readers, benchmarks, sample, log
-        self.labellers = {name: Labeller(texts) for name, texts in examples.items()}
-        self.tallies = {source.name: Tally() for source in config.sources}
+        self.examples, self.work = examples, Work(work)
+        self.names = [source.name for source in config.sources]
+        self.tallies = {name: Tally() for name in self.names}
         self.seconds: dict[str, float] = {}
         self.starts: dict[str, Cursor | None] = {}
 
     def build(self, folder: Path, key: str) -> None:
         """All phases, in order, into the empty `folder`."""
-        self.store = TextStore(folder / "texts")
-        with self._phase("reading"):
-            documents = {s.name: self._load(s) for s in self.config.sources if not s.streaming}
-        with self._phase("cleaning"):
-            procedural = {s.name for s in self.config.sources if s.provenance == "procedural"}
-            code = {s.name for s in self.config.sources if s.category == "code"}
-            cleaned = clean(documents, procedural, code, self.config.cleaning, self.tallies)
-            documents = self._any_left(cleaned.documents)
-        self.seconds |= {f"cleaning: {stage}": seconds for stage, seconds in cleaned.seconds.items()}
+        documents = Documents(self.work.texts)
+        for name in _ranked(self.config):
+            documents = self._stage(f"reading: {name}", partial(self._read, name), documents)
+        documents = documents.sharded()
+        for rule, stage in self._cleaning().stages().items():
+            documents = self._stage(f"cleaning: {rule}", stage, documents)
+        self._check_any_left(documents)
         with self._phase("holding out"):
             held_out, documents = self._hold_out(documents)
             save_held_out(folder, _by_category(self.config, held_out))
-        with self._phase("decontaminating"):
-            overlap = self._overlap_index(held_out)
-            if overlap is not None:
-                overlap.save(folder / OVERLAP)
-                left = {name: self._decontaminate(name, found, overlap) for name, found in documents.items()}
-                documents = self._any_left(left)
+        overlap = self._overlap_index(held_out)
+        if overlap is not None:
+            overlap.save(folder / OVERLAP)
+            documents = self._stage("decontaminating", partial(self._decontaminate, overlap), documents)
+            self._check_any_left(documents)
         with self._phase("training the tokenizer"):
             section = self.config.tokenizer
             if section.path is not None:
@@ -140,7 +154,7 @@ class _Preparation:
             tokenizer.save_pretrained(folder / TOKENIZER)
         with self._phase("encoding"):
             encoder = Encoder(tokenizer)
-            tokens = {name: self._encode(folder, name, found, encoder) for name, found in documents.items()}
+            tokens = self._encode(folder, documents, encoder)
         manifest = self._manifest(key, tokens, held_out, encoder.vocab_size)
         (folder / CARD).write_text(card(manifest), encoding="utf-8", newline="\n")
         write_manifest(folder, manifest)
@@ -149,79 +163,115 @@ class _Preparation:
     def _phase(self, name: str) -> Iterator[None]:
         begin = time.perf_counter()
         yield
-        self.seconds[name] = round(time.perf_counter() - begin, 2)
-        self.log(f"data: {name} took {self.seconds[name]:.1f} s")
+        self._took(name, time.perf_counter() - begin)
 
-    def _load(self, source: SourceSection) -> list[Document]:
-        """All of a source's documents, or those that `max_bytes` leaves."""
-        tally = self.tallies[source.name]
+    def _took(self, name: str, seconds: float) -> None:
+        """A stage's time is part of its phase's."""
+        phase = name.partition(":")[0]
+        for part in dict.fromkeys((phase, name)):
+            self.seconds[part] = round(self.seconds.get(part, 0) + seconds, 2)
+        self.log(f"data: {name} took {seconds:.1f} s")
+
+    def _stage(self, name: str, stage: Stage, documents: Documents) -> Documents:
+        """What `stage` leaves of the documents; from the folder, where a killed preparation has done it."""
+        folder = self.work.folder / name.replace(": ", "-")
+        if not folder.exists():
+            with self._phase(name):
+                documents = stage(documents)
+            with atomic_folder(folder) as temporary:
+                np.save(temporary / "records.npy", documents.records)
+                tallies = {source: asdict(tally) for source, tally in self.tallies.items()}
+                (temporary / "counts.json").write_text(json.dumps([tallies, self.seconds]))
+            self.work.forget_parts()
+            return documents
+        tallies, self.seconds = json.loads((folder / "counts.json").read_text())
+        for source, tally in tallies.items():
+            vars(self.tallies[source]).update(tally)  # stages know them
+        return Documents(self.work.texts, np.load(folder / "records.npy"))
+
+    def _read(self, name: str, before: Documents) -> Documents:
+        """With all of a source's documents, or those that `max_bytes` leaves."""
+        number = self.names.index(name)
+        source, tally = self.config.sources[number], self.tallies[name]
         if source.kind == "embedded":
             texts = until(read_embedded(source), source.max_bytes if source.endless else None)
         else:
-            texts = self._read(source)
-        kept = map(self.store.keep, texts)
-        found = [document for document in kept if document.fingerprint < self.sample * 2**64]
-        documents, size = count(found)
+            texts = self._read_files(source)
+        writer = Writer(self.work.texts, number, number)
+        for document in texts:
+            writer.add(document, self.sample)
+        found = writer.close()
+        documents, size = found.counted
         tally.read = [documents + tally.dropped.get("null", [0])[0], size]
         found = self._wanted(source, found)
-        if source.max_bytes is None:
-            return found
-        documents, size = count(found)
-        chosen = within(sorted(found, key=lambda document: document.fingerprint), source.max_bytes)
-        if source.endless:
-            tally.read = count(chosen)
-        elif len(chosen) < documents:
-            tally.drop("max_bytes", size - count(chosen)[1], documents - len(chosen))
-        return chosen
+        if source.max_bytes is not None:
+            ordered = found.by_fingerprint()
+            chosen = ordered[ordered.within(source.max_bytes)]
+            if source.endless:
+                tally.read = chosen.counted
+            elif len(chosen) < len(found):
+                tally.drop("max_bytes", found.size - chosen.size, len(found) - len(chosen))
+            found = chosen
+        return joined([before, found], self.work.texts)
 
-    def _read(self, source: SourceSection) -> Iterator[Document]:
+    def _read_files(self, source: SourceSection) -> Iterator[Document]:
         for id, text, _ in self.readers[source.name].read():
             if text is None:
                 self.tallies[source.name].drop("null", 0)
             else:
                 yield Document(id, text)
 
-    def _wanted(self, source: SourceSection, found: list[Document]) -> list[Document]:
+    def _wanted(self, source: SourceSection, found: Documents) -> Documents:
         """Label the documents, and leave those whose labels the source does not want."""
         tally = self.tallies[source.name]
-        wanted = [True] * len(found)
-        for name, labeller in self.labellers.items():
-            for place, label in enumerate(labeller.labels(document.text for document in found)):
-                tally.label(f"{name}: {label}", found[place].size)
-                wanted[place] &= source.labels.get(name, label) == label
-        return tally.sift(found, (None if good else "labels" for good in wanted))
+        wanted = np.ones(len(found), dtype=np.bool_)
+        for name, texts in self.examples.items():
+            labels = np.array(list(Labeller(texts).labels(found.texts())))
+            for label in dict.fromkeys(labels.tolist()):
+                tally.label(f"{name}: {label}", found[labels == label])
+            if name in source.labels:
+                wanted &= labels == source.labels[name]
+        tally.drop_documents("labels", found[~wanted])
+        return found[wanted]
 
-    def _any_left(self, documents: _BY_SOURCE) -> _BY_SOURCE:
-        for name, found in documents.items():
-            if not found:
-                worst = self.tallies[name].worst()
-                raise UsageError(f"source {name!r}: {worst}; relax it under `data.cleaning`, or name another source")
-        return documents
+    def _cleaning(self) -> Cleaning:
+        sources = self.config.sources
+        procedural = {place for place, source in enumerate(sources) if source.provenance == "procedural"}
+        code = {place for place, source in enumerate(sources) if source.category == "code"}
+        return Cleaning(self.config.cleaning, self.tallies, procedural, code, self.work)
 
-    def _hold_out(self, documents: _BY_SOURCE) -> tuple[_BY_SOURCE, _BY_SOURCE]:
-        """Split each source into (held out, training) by the hash of the text; streams by their head."""
+    def _check_any_left(self, documents: Documents) -> None:
+        for number, source in enumerate(self.config.sources):
+            if not source.streaming and not len(documents.of(number)):
+                problem = f"source {source.name!r}: {self.tallies[source.name].worst()}"
+                raise UsageError(f"{problem}; relax it under `data.cleaning`, or name another source")
+
+    def _hold_out(self, documents: Documents) -> tuple[_BY_SOURCE, Documents]:
+        """Set (held out, training) apart in each source by the hash of the text; streams by their head."""
         held_out: _BY_SOURCE = {}
-        training: _BY_SOURCE = {}
-        for source in self.config.sources:
-            name = source.name
+        training = np.ones(len(documents), dtype=np.bool_)
+        for number, source in enumerate(self.config.sources):
+            held_out[source.name] = []
             if source.streaming:
-                held_out[name], self.starts[name] = self._head_of_stream(source)
-            else:
-                held_out[name] = self._choose(source, documents[name]) if source.held_out else []
-                chosen = {document.id for document in held_out[name]}
-                training[name] = [document for document in documents[name] if document.id not in chosen]
-        return held_out, training
+                held_out[source.name], self.starts[source.name] = self._head_of_stream(source)
+            elif source.held_out:
+                mine = np.flatnonzero(documents.records["source"] == number)
+                chosen = mine[self._choose(source, documents[mine])]
+                held_out[source.name] = list(documents[chosen])
+                training[chosen] = False
+        return held_out, documents[training]
 
-    def _choose(self, source: SourceSection, found: list[Document]) -> list[Document]:
+    def _choose(self, source: SourceSection, found: Documents) -> NDArray[np.int64]:
+        """The places of what is held out."""
         if len(found) < 2:
             raise UsageError(
                 f"source {source.name!r}: only one document is left after cleaning, so none can be held out; "
                 "split it into several, or set the source's `held_out: false`"
             )
         section = self.config.held_out
-        budget = min(section.max_bytes, int(section.fraction * count(found)[1]))
-        ordered = sorted(found, key=lambda document: document.fingerprint)
-        return within(ordered, budget) or [min(ordered, key=lambda document: document.size)]
+        order = np.argsort(found.records["fingerprint"], kind="stable")
+        chosen = found[order].within(min(section.max_bytes, int(section.fraction * found.size)))
+        return order[chosen] if len(chosen) else np.array([found.records["size"].argmin()])
 
     def _head_of_stream(self, source: SourceSection) -> tuple[list[Document], Cursor | None]:
         """The first good documents up to the budget, and where the stream goes on."""
@@ -247,19 +297,11 @@ class _Preparation:
         texts += [text for records in self.benchmarks.values() for record in records for text in record]
         return OverlapIndex.of(self.config.cleaning, texts)
 
-    def _decontaminate(self, name: str, found: list[Document], overlap: OverlapIndex) -> list[Document]:
-        kept, tally = [], self.tallies[name]
-        for document in found:
-            text = overlap.clean(document.text)
-            if text is None:
-                tally.drop_document("decontamination", document)
-                continue
-            kept.append(document if len(text) == len(document.text) else document.with_text(text))
-            if kept[-1] is not document:
-                tally.shorten("decontamination", document.size - kept[-1].size)
-        return kept
+    def _decontaminate(self, overlap: OverlapIndex, documents: Documents) -> Documents:
+        parts = self.work.each("decontamination", partial(decontaminated, overlap), documents)
+        return self._cleaning().count_changes("decontamination", documents, parts)
 
-    def _tokenizer_texts(self, documents: _BY_SOURCE, overlap: OverlapIndex | None) -> Iterator[str]:
+    def _tokenizer_texts(self, documents: Documents, overlap: OverlapIndex | None) -> Iterator[str]:
         """Training text in the mixture's proportions, from each source in the order of the texts' hashes."""
         total = sum(source.weight for source in self.config.sources)
         for source in self.config.sources:
@@ -270,32 +312,29 @@ class _Preparation:
                 cleaned = ((id, cleaner.clean(text)) for id, text, _ in stream)
                 chosen = until((Document(id, text) for id, text in cleaned if text is not None), budget)
             else:
-                chosen = until(sorted(documents[source.name], key=lambda document: document.fingerprint), budget)
+                chosen = until(documents.of(self.names.index(source.name)).by_fingerprint(), budget)
             yield from (document.text for document in chosen)
 
-    def _encode(self, folder: Path, name: str, found: list[Document], encoder: Encoder) -> int:
-        """Write a source's tokens; how many they are."""
-        dtype = np.uint16 if encoder.vocab_size <= 2**16 else np.uint32
-        sizes = []
-        with tempfile.TemporaryFile(dir=folder) as file:
-            for start in range(0, len(found), _ENCODE_BATCH):
-                batch = encoder.encode_documents([document.text for document in found[start : start + _ENCODE_BATCH]])
-                for tokens in batch:
-                    tokens.astype(dtype).tofile(file)
-                    sizes.append(len(tokens))
-            offsets = np.cumsum([0, *sizes], dtype=np.int64)
-            file.flush()
-            tokens = np.memmap(file, dtype=dtype, mode="r")
-            PreparedSource(tokens, offsets, [document.id for document in found]).save(folder, name)
-        self.tallies[name].kept = count(found)
-        return int(offsets[-1])
+    def _encode(self, folder: Path, documents: Documents, encoder: Encoder) -> dict[str, int]:
+        """Write each source's tokens; how many they are."""
+        counts = {}
+        for number, source in enumerate(self.config.sources):
+            if source.streaming:
+                continue
+            found = documents.of(number)
+            parts = self.work.each(f"tokens {number}", partial(_tokens, encoder), found)
+            offsets = np.append(0, np.cumsum(parts.all("sizes"), dtype=np.int64))
+            save_source(folder, source.name, parts.each("tokens"), offsets, (document.id for document in found))
+            self.tallies[source.name].kept = found.counted
+            counts[source.name] = int(offsets[-1])
+        return counts
 
     def _manifest(self, key: str, tokens: dict[str, int], held_out: _BY_SOURCE, vocab_size: int) -> dict[str, Any]:
         sources = {
             source.name: {
                 **source.model_dump(mode="json", exclude={"name"}),
                 "counts": asdict(self.tallies[source.name]),
-                "held_out": count(held_out[source.name]),
+                "held_out": [len(held_out[source.name]), sum(document.size for document in held_out[source.name])],
                 "tokens": tokens.get(source.name),
                 "stream_start": self.starts.get(source.name),
                 "stream_content": self.readers[source.name].fingerprint(times=False) if source.streaming else None,
@@ -305,6 +344,24 @@ class _Preparation:
         benchmarks = {Path(path).name: len(records) for path, records in self.benchmarks.items()}
         facts = {"key": key, "sources": sources, "benchmarks": benchmarks, "vocab_size": vocab_size}
         return {**facts, "cleaning": self.config.cleaning.model_dump(mode="json"), "seconds": self.seconds}
+
+
+def _ranked(config: DataSection) -> list[str]:
+    """The sources that are prepared, the highest rank first."""
+    names = [source.name for source in config.sources if not source.streaming]
+    order = config.cleaning.drop_order
+    return [*(name for name in order if name in names), *(name for name in names if name not in order)]
+
+
+def _tokens(encoder: Encoder, shard: int, documents: Documents) -> Arrays:
+    """The tokens of a shard's documents, one after the other, and how many each has."""
+    dtype = np.uint16 if encoder.vocab_size <= 2**16 else np.uint32
+    tokens, sizes = [], list[int]()
+    for start in range(0, len(documents), _ENCODE_BATCH):
+        for one in encoder.encode_documents(list(documents[start : start + _ENCODE_BATCH].texts())):
+            tokens.append(one.astype(dtype))
+            sizes.append(len(one))
+    return {"tokens": np.concatenate(tokens), "sizes": np.array(sizes, dtype=np.int64)}
 
 
 def _too_short(benchmarks: dict[str, list[list[str]]], n: int | None) -> list[LeftOut]:

@@ -1,7 +1,7 @@
 """What preparation leaves on disk, and how it is read back."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -37,12 +37,6 @@ class PreparedSource:
     """[documents + 1] where each document begins."""
     ids: list[str]
     """[documents] their names."""
-
-    def save(self, folder: Path, name: str) -> None:
-        """Write three files."""
-        np.save(folder / f"{name}.tokens.npy", self.tokens)
-        np.save(folder / f"{name}.offsets.npy", self.offsets)
-        (folder / f"{name}.ids.json").write_text(json.dumps(self.ids), encoding="utf-8")
 
     @classmethod
     def load(cls, folder: Path, name: str) -> "PreparedSource":
@@ -140,6 +134,20 @@ class PreparedData:
             counts = {"unique_tokens": unique, "training_tokens": tokens, "share": source.weight / total}
             rows.append({"source": source.name, **row, **counts, "epochs": tokens / unique if unique else None})
         return rows
+
+
+def save_source(
+    folder: Path, name: str, tokens: Iterable[NDArray[Any]], offsets: NDArray[np.int64], ids: Iterable[str]
+) -> None:
+    """Write three files. `tokens`: in pieces, one after the other, as many as `offsets` say."""
+    with (folder / f"{name}.tokens.npy").open("wb") as file:
+        for place, piece in enumerate(tokens):
+            if place == 0:
+                header = {"descr": piece.dtype.str, "fortran_order": False, "shape": (int(offsets[-1]),)}
+                np.lib.format.write_array_header_1_0(file, header)
+            file.write(piece.tobytes())
+    np.save(folder / f"{name}.offsets.npy", offsets)
+    (folder / f"{name}.ids.json").write_text(json.dumps(list(ids)), encoding="utf-8")
 
 
 def save_held_out(folder: Path, held_out: Mapping[str, list[Document]]) -> None:

@@ -7,74 +7,101 @@ documents that lie close together a few representatives are kept.
 """
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mai_thinking.config.data import SemanticSection
-from mai_thinking.data.documents import Document
+from mai_thinking.data.documents import Documents
 from mai_thinking.data.duplicates import Places
 from mai_thinking.data.features import hashed_features
+from mai_thinking.data.work import Arrays, Parts, Work
 
 _SAMPLE = 8192
 """So many documents, evenly spread, decide on the weights and the singular vectors."""
+_CLUSTERED = 131_072
+"""So many decide on the clusters' means."""
 _BATCH = 2048
 _CLUSTER = 512
 """Documents of a cluster, on average."""
 _NEAREST = 2
 """Clusters that a document is compared in, since two that are close may lie on either side of a border."""
-_features = functools.partial(hashed_features, longest=1, bits=16)
 
 
-def semantic_duplicates(documents: Sequence[Document], section: SemanticSection) -> Places:
+def semantic_duplicates(documents: Documents, section: SemanticSection, work: Work) -> Places:
     """For each document the place of an earlier representative that says the same; its own for representatives."""
-    from sklearn.feature_extraction.text import TfidfTransformer
-
-    places = np.arange(len(documents))
+    twins = np.arange(len(documents))
     if len(documents) < 2:
-        return places
-    sample = documents[:: -(-len(documents) // _SAMPLE)]
-    rarity = TfidfTransformer().fit(_features([document.text for document in sample]))
-
-    def weighted(some: Sequence[Document]) -> Any:
-        """Unit vectors, sparse."""
-        return rarity.transform(_features([document.text for document in some]))
-
-    twins = places.copy()
-    for members in _clusters(_embeddings(documents, weighted, weighted(sample), section.dimensions)):
-        vectors = weighted([documents[place] for place in members])
+        return twins
+    table = work.once("embedding.npz", functools.partial(_fit, _spread(documents, _SAMPLE), section.dimensions))
+    with np.load(table) as file:
+        rarity = file["rarity"]
+    for members in _clusters(work.each("embeddings", functools.partial(_embeddings, table), documents), len(documents)):
+        vectors = _weighted(documents[members], rarity)
         for start in range(0, len(members), _CLUSTER):  # some clusters are far larger than others
             closeness = (vectors[start : start + _CLUSTER] @ vectors[: start + _CLUSTER].T).toarray()
-            for row, place in enumerate(members[start : start + _CLUSTER], start):
-                earlier = members[:row]
-                close = earlier[(twins[earlier] == earlier) & (closeness[row - start, :row] >= section.similarity)]
-                if twins[place] == place and len(close) >= section.representatives:
-                    twins[place] = close[0]
+            close = np.tril(closeness >= section.similarity, start - 1)
+            for row in np.flatnonzero(close.any(axis=1)):
+                place, like = members[start + row], members[np.flatnonzero(close[row])]
+                like = like[twins[like] == like]
+                if twins[place] == place and len(like) >= section.representatives:
+                    twins[place] = like[0]
     return twins
 
 
-def _embeddings(documents: Sequence[Document], weighted: Any, sample: Any, dimensions: int) -> NDArray[np.float32]:
-    """Unit vectors [documents, dimensions]; zero for one without words."""
+def _spread(found: Any, count: int) -> Any:
+    """At most so many, evenly spread."""
+    return found[:: -(-len(found) // count)]
+
+
+def _weighted(documents: Documents, rarity: NDArray[np.float32]) -> Any:
+    """Unit vectors [documents, words], sparse."""
+    from sklearn.preprocessing import normalize
+
+    features = hashed_features(documents.words(), longest=1, bits=16)
+    features.data *= rarity[features.indices]
+    return normalize(features, copy=False)
+
+
+def _fit(sample: Documents, dimensions: int, path: Path) -> None:
+    """The words' rarity, and the singular vectors of a sample."""
     from sklearn.decomposition import TruncatedSVD
+    from sklearn.feature_extraction.text import TfidfTransformer
 
-    svd = TruncatedSVD(min(dimensions, sample.shape[0] - 1), n_iter=2, random_state=0).fit(sample)
+    rarity = TfidfTransformer().fit(hashed_features(sample.words(), longest=1, bits=16)).idf_.astype(np.float32)
+    svd = TruncatedSVD(min(dimensions, len(sample) - 1), n_iter=2, random_state=0).fit(_weighted(sample, rarity))
+    with path.open("wb") as file:
+        np.savez(file, allow_pickle=False, rarity=rarity, vectors=svd.components_.T.astype(np.float32))
+
+
+def _embeddings(table: Path, shard: int, documents: Documents) -> Arrays:
+    """Unit vectors [documents, dimensions]; zero for one without words."""
+    with np.load(table) as file:
+        rarity, directions = file["rarity"], file["vectors"]
     batches = (documents[start : start + _BATCH] for start in range(0, len(documents), _BATCH))
-    vectors = np.concatenate([svd.transform(weighted(batch)) for batch in batches]).astype(np.float32)
-    unit: NDArray[np.float32] = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-9)
-    return unit
+    vectors = np.concatenate([_weighted(batch, rarity) @ directions for batch in batches])
+    return {"vectors": vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), np.float32(1e-9))}
 
 
-def _clusters(vectors: NDArray[np.float32]) -> Iterator[NDArray[np.int64]]:
+def _clusters(embeddings: Parts, count: int) -> Iterator[NDArray[np.int64]]:
     """The places of each cluster's members, in order; those near a border are in two."""
     from sklearn.cluster import MiniBatchKMeans
 
-    count = -(-len(vectors) // _CLUSTER)
-    means = MiniBatchKMeans(count, n_init=1, random_state=0, batch_size=_BATCH).fit(vectors).cluster_centers_
+    step, first, some = -(-count // _CLUSTERED), 0, []
+    for vectors in embeddings.each("vectors"):
+        some.append(vectors[-first % step :: step])
+        first += len(vectors)
+    clusters = -(-count // _CLUSTER)
+    means = MiniBatchKMeans(clusters, n_init=1, random_state=0, batch_size=_BATCH)
+    centres = means.fit(np.concatenate(some)).cluster_centers_
     nearest = np.concatenate([
-        np.argsort(-(vectors[start : start + _BATCH] @ means.T), axis=1, kind="stable")[:, :_NEAREST]
+        np.argsort(-(vectors[start : start + _BATCH] @ centres.T), axis=1, kind="stable")[:, :_NEAREST].astype(np.int32)
+        for vectors in embeddings.each("vectors")
         for start in range(0, len(vectors), _BATCH)
     ])  # fmt: skip
-    for label in range(count):
-        yield np.flatnonzero((nearest == label).any(axis=1))
+    order = np.argsort(nearest, axis=None, kind="stable")
+    ends = np.cumsum(np.bincount(nearest.ravel(), minlength=clusters))
+    yield from np.split(order // nearest.shape[1], ends[:-1])

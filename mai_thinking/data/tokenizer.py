@@ -1,6 +1,9 @@
 """Byte-level BPE: training, reuse, and encoding of text that may contain anything."""
 
+import json
+import re
 from collections.abc import Iterable, Sequence
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +25,16 @@ _PATTERN = (
     r"[^\s\p{L}\p{M}\p{N}]?[\p{L}\p{M}]+| ?[\p{L}\p{M}]+|\p{N}"
     r"| ?[^\s\p{L}\p{M}\p{N}]+(?:\n *(?! ))?|\s+(?!\S)|\s+"
 )
+
+# `_PATTERN` for ASCII text, where Python's `re` gives the same words.
+_ASCII_WORD = re.compile(
+    r"[^\t-\r A-Za-z0-9]?[A-Za-z]+| ?[A-Za-z]+|[0-9]"
+    r"| ?[^\t-\r A-Za-z0-9]+(?:\n *(?! ))?|[\t-\r ]+(?![^\t-\r ])|[\t-\r ]+"
+)
+_LINE = re.compile(r"(?<=[!-~]\n)(?=[!-~])")
+"""Between two lines that no word of `_PATTERN` holds parts of, and that see nothing of each other."""
+_REMEMBERED, _LONG = 200_000, 32
+"""So many words' ids are kept; none of a word of more characters, which hardly comes again."""
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
@@ -101,6 +114,7 @@ class Encoder:
         self._backend.encode_special_tokens = True
         self._backend.no_truncation()
         self._backend.no_padding()
+        self._cuts_as_ours, self._known = _cuts_as_ours(self._backend), dict[str, list[int]]()
 
     def encode(self, text: str) -> list[int]:
         """The ids of `text`, without any special token. UsageError for half a surrogate pair, which is no text."""
@@ -115,6 +129,39 @@ class Encoder:
         return [self.end_of_text, *self.encode(text)]
 
     def encode_documents(self, texts: Sequence[str]) -> list[NDArray[np.int64]]:
-        """`encode_prompt` of each, as arrays, on all cores."""
-        encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [np.array([self.end_of_text, *encoding.ids], dtype=np.int64) for encoding in encodings]
+        """`encode_prompt` of each, as arrays. For a tokenizer of ours, ASCII text is cut into words here, whose ids are
+        remembered: several times as fast as the library, which does the rest on all cores."""
+        pieces = [self._cut(text) for text in texts]
+        new = list(set(chain.from_iterable(pieces)) - self._known.keys())
+        encodings = self._backend.encode_batch_fast(new, add_special_tokens=False)
+        self._known.update(zip(new, (encoding.ids for encoding in encodings), strict=True))
+        ids = (chain.from_iterable(map(self._known.__getitem__, cut)) for cut in pieces)
+        found = [np.fromiter(chain((self.end_of_text,), one), dtype=np.int64) for one in ids]
+        for piece in new:
+            if len(piece) > _LONG:
+                del self._known[piece]
+        if len(self._known) > _REMEMBERED:
+            self._known.clear()
+        return found
+
+    def _cut(self, text: str) -> list[str]:
+        """Pieces that are encoded by themselves."""
+        if not self._cuts_as_ours:
+            return [text]
+        if text.isascii():
+            return _ASCII_WORD.findall(text)
+        lines = ([line] if not line.isascii() else _ASCII_WORD.findall(line) for line in _LINE.split(text))
+        return list(chain.from_iterable(lines))
+
+
+def _cuts_as_ours(backend: Tokenizer) -> bool:
+    tree = json.loads(backend.to_str())
+    steps = (tree["pre_tokenizer"] or {}).get("pretokenizers", [{}])
+    plain = (
+        tree["normalizer"] is None
+        and tree["model"]["type"] == "BPE"
+        and all(t["special"] for t in tree["added_tokens"])
+    )
+    return (
+        plain and steps[0].get("pattern") == {"Regex": _PATTERN} and [one["type"] for one in steps[1:]] == ["ByteLevel"]
+    )

@@ -18,6 +18,8 @@ _WORD = re.compile(rf"(?=\w)[{_UNSPACED}]|[^\W{_UNSPACED}]+")
 _ASCII_WORD = re.compile(r"\w+")
 MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 SHIFT = np.uint64(29)
+_REMEMBERED = 1_000_000
+"""Words whose hashes are kept; there is no end of words in a large corpus."""
 
 
 class _Unmarked(dict[int, int | None]):
@@ -43,6 +45,8 @@ class WordHashes(dict[str, int]):
     """Word → 64-bit hash, whatever its case; a dictionary, because words repeat and hashing each once is faster."""
 
     def __missing__(self, word: str) -> int:
+        if len(self) >= _REMEMBERED:
+            self.clear()
         value = self[word] = xxhash.xxh3_64_intdigest(word.casefold().encode())
         return value
 
@@ -63,23 +67,52 @@ def ngram_hashes(words: Hashes, n: int) -> Hashes:
     return hashes
 
 
+class SortedHashes:
+    """Hashes that others are looked up in; most are seen not to be there without a search."""
+
+    def __init__(self, hashes: Hashes) -> None:
+        """`hashes`: in order; one may be there more than once."""
+        self._hashes = hashes
+        self._maybe = np.zeros(1 << min(max(len(hashes).bit_length() + 3, 12), 26), dtype=np.bool_)
+        self._shift = np.uint64(65 - len(self._maybe).bit_length())
+        self._maybe[hashes >> self._shift] = True
+
+    def contains(self, hashes: Hashes) -> NDArray[np.bool_]:
+        """Whether each [hashes] is there."""
+        return self.places(hashes)[1] > 0
+
+    def places(self, hashes: Hashes) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Of each [hashes] the first place, and how often it is there."""
+        first, counts = np.zeros((2, len(hashes)), dtype=np.int64)
+        some = np.flatnonzero(self._maybe[hashes >> self._shift])
+        first[some] = np.searchsorted(self._hashes, hashes[some])
+        counts[some] = np.searchsorted(self._hashes, hashes[some], side="right") - first[some]
+        return first, counts
+
+
 class RunCounts:
     """In how many documents a run of words, or a line, stands, up to 255: a table of a byte each, found by their hash.
 
     At most 2²⁸ bytes, whatever there is to count; two that share one are counted together.
     """
 
-    def __init__(self, expected: int) -> None:
-        """`expected`: about how many different ones there will be."""
-        bits = min(max(expected.bit_length() + 1, 16), 28)
-        self._shift = np.uint64(64 - bits)
-        self._counts = np.zeros(1 << bits, dtype=np.uint8)
+    def __init__(self, table: NDArray[np.uint8]) -> None:
+        self.table = table
+        self._shift = np.uint64(65 - len(table).bit_length())
 
-    def add(self, hashes: Hashes) -> None:
-        """Those of one document, each once."""
-        places = hashes >> self._shift
-        self._counts[places] += self._counts[places] < 255
+    @classmethod
+    def expecting(cls, count: int) -> "RunCounts":
+        """For about so many different ones."""
+        return cls(np.zeros(1 << min(max(count.bit_length() + 1, 16), 28), dtype=np.uint8))
+
+    def slots(self, hashes: Hashes) -> Hashes:
+        """Where each is counted."""
+        return hashes >> self._shift
+
+    def add(self, slots: Hashes, times: NDArray[np.int64]) -> None:
+        """Count each slot, which is there once, so many times."""
+        self.table[slots] = np.minimum(self.table[slots] + times, 255)
 
     def of(self, hashes: Hashes) -> NDArray[np.uint8]:
         """The counts [hashes]."""
-        return self._counts[hashes >> self._shift]
+        return self.table[self.slots(hashes)]

@@ -20,10 +20,12 @@ from loguru import logger
 from measure_speed import texts
 
 from mai_thinking.config.data import CleaningSection
-from mai_thinking.data.documents import Document, TextStore
+from mai_thinking.data.cleaning import with_words
+from mai_thinking.data.documents import Document, Writer
 from mai_thinking.data.duplicates import near_duplicates
 from mai_thinking.data.jsonl import read_jsonl
 from mai_thinking.data.words import words_of
+from mai_thinking.data.work import Work
 
 
 class Words:
@@ -34,9 +36,12 @@ class Words:
 
 def ours(source: Path, folder: Path) -> int:
     """Documents kept."""
-    store = TextStore(folder / "texts")
-    documents = [store.keep(Document(str(line.number), line.value["text"])) for line in read_jsonl(source)]
-    twins = near_duplicates(documents, CleaningSection(near_duplicates=0.8))
+    work = Work(folder / "work", processes=1)
+    writer = Writer(work.texts, 0)
+    for line in read_jsonl(source):
+        writer.add(Document(str(line.number), line.value["text"]))
+    documents = with_words(writer.close().sharded(), work)
+    twins = near_duplicates(documents, CleaningSection(near_duplicates=0.8), work)
     kept = [document for place, document in enumerate(documents) if twins[place] == place]
     with (folder / "kept.jsonl").open("w") as file:
         file.writelines(json.dumps({"text": document.text}) + "\n" for document in kept)

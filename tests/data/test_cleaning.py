@@ -2,6 +2,7 @@
 
 import json
 import random
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,27 +14,44 @@ from planted import similarity
 
 from conftest import Corpus, source
 from mai_thinking.config.data import BoilerplateSection, DataSection, FuzzySection, SemanticSection, TemplatesSection
-from mai_thinking.data import PreparedData, prepare, semantic
+from mai_thinking.data import PreparedData, documents, prepare, semantic
 from mai_thinking.data.boilerplate import without_boilerplate
 from mai_thinking.data.card import card
-from mai_thinking.data.documents import Document, TextStore
+from mai_thinking.data.cleaning import with_words
+from mai_thinking.data.documents import Document, Documents, Writer, rewritten
 from mai_thinking.data.duplicates import near_duplicates, templated
 from mai_thinking.data.fuzzy import FuzzyIndex
 from mai_thinking.data.semantic import semantic_duplicates
 from mai_thinking.data.words import WordHashes
+from mai_thinking.data.work import Work
 from mai_thinking.errors import UsageError
 from mai_thinking.report.corpus import corpus_page
 
 Make = Callable[..., DataSection]
 
 
-def named(texts: list[str]) -> list[Document]:
-    return [Document(str(place), text) for place, text in enumerate(texts)]
+class Stored:
+    """Documents in files, and the work on them."""
+
+    def __init__(self, folder: Path, texts: list[str]) -> None:
+        self.work = Work(Path(tempfile.mkdtemp(dir=folder)), processes=1)
+        writer = Writer(self.work.texts, 0)
+        for place, text in enumerate(texts):
+            writer.add(Document(str(place), text))
+        self.documents = with_words(writer.close().sharded(), self.work)
 
 
-def cleaned(texts: list[str], code: bool, section: BoilerplateSection) -> list[str]:
-    cut = without_boilerplate(named(texts), [code] * len(texts), section)
-    return [before if after is None else after for before, after in zip(texts, cut, strict=True)]
+def cleaned(folder: Path, texts: list[str], code: bool, section: BoilerplateSection) -> list[str]:
+    stored = Stored(folder, texts)
+    parts = without_boilerplate(stored.documents, {0} if code else set(), section, stored.work)
+    assert not parts.all("gone").any()
+    return list(Documents(stored.work.texts, parts.all("records")).texts())
+
+
+@pytest.fixture(params=[32_000_000, 500], ids=["one shard", "many shards"])
+def shard(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever shards the documents lie in, a stage finds the same."""
+    monkeypatch.setattr(documents, "_SHARD", request.param)
 
 
 def dropped(prepared: PreparedData, name: str) -> dict[str, int]:
@@ -51,6 +69,7 @@ def test_planted_faults_are_found_and_clean_documents_stay(tmp_path: Path) -> No
     assert harmed(found)["all"] <= 0.01
 
 
+@pytest.mark.usefixtures("shard")
 def test_near_duplicates_are_those_of_comparing_all_pairs(corpus: Corpus) -> None:
     """Against Jaccard similarities counted here: the first that is alike is named, and it is itself kept."""
     originals = corpus.documents(30)
@@ -60,7 +79,8 @@ def test_near_duplicates_are_those_of_comparing_all_pairs(corpus: Corpus) -> Non
         for changed in (1, len(words) // 3, len(words) // 2):
             texts.append(" ".join(["new", *words[changed:]]))
     cleaning = DataSection.model_validate({"cleaning": {"near_duplicates": 0.7, "minhash_permutations": 512}}).cleaning
-    twins = near_duplicates(named(texts), cleaning)
+    stored = Stored(corpus.folder, texts)
+    twins = near_duplicates(stored.documents, cleaning, stored.work)
     kept: list[int] = []
     for place, text in enumerate(texts):
         values = {other: similarity(texts[other], text) for other in kept}
@@ -72,67 +92,73 @@ def test_near_duplicates_are_those_of_comparing_all_pairs(corpus: Corpus) -> Non
         kept += [] if alike else [place]
 
 
-def test_a_text_without_words_is_nobodys_duplicate() -> None:
+def test_a_text_without_words_is_nobodys_duplicate(tmp_path: Path) -> None:
     cleaning = DataSection().cleaning
-    assert near_duplicates(named(["", "...", "", "a b"]), cleaning).tolist() == [0, 1, 2, 3]
-    assert near_duplicates([], cleaning).tolist() == []
-    assert templated(named(["", "..."]), TemplatesSection(), 128).tolist() == [0, 1]
-    assert semantic_duplicates(named([""]), SemanticSection()).tolist() == [0]
-    assert semantic_duplicates(named(["", "", "a b c", "d e f"]), SemanticSection()).tolist() == [0, 1, 2, 3]
+    words, none, dots = (Stored(tmp_path, texts) for texts in (["", "...", "", "a b"], [], ["", "..."]))
+    assert near_duplicates(words.documents, cleaning, words.work).tolist() == [0, 1, 2, 3]
+    assert near_duplicates(none.documents, cleaning, none.work).tolist() == []
+    assert templated(dots.documents, TemplatesSection(), 128, dots.work).tolist() == [0, 1]
+    for texts in ([""], ["", "", "a b c", "d e f"]):
+        stored = Stored(tmp_path, texts)
+        assert semantic_duplicates(stored.documents, SemanticSection(), stored.work).tolist() == [*range(len(texts))]
 
 
-def test_boilerplate_is_counted_in_documents_and_one_of_a_repeated_line_stays() -> None:
+@pytest.mark.usefixtures("shard")
+def test_boilerplate_is_counted_in_documents_and_one_of_a_repeated_line_stays(tmp_path: Path) -> None:
     section = BoilerplateSection(min_words=3, across=2, within=2)
     everywhere, often, few = "all rights reserved here\n", "read this page again\n", "two words\n"
     texts = [f"{everywhere}text number {i}\n{few}{often * (4 if i == 0 else 2)}end {i}\n" for i in range(3)]
-    cut = cleaned(texts, False, section)
+    cut = cleaned(tmp_path, texts, False, section)
     # `often` stands in three documents too.
     assert cut == [f"text number {i}\n{few}end {i}\n" for i in range(3)]
-    cut = cleaned(texts[:2], False, section)
+    cut = cleaned(tmp_path, texts[:2], False, section)
     assert cut == [texts[0].replace(often * 4, often), texts[1]]
 
 
-def test_a_line_of_more_documents_than_a_byte_can_count_is_still_everywhere() -> None:
+def test_a_line_of_more_documents_than_a_byte_can_count_is_still_everywhere(tmp_path: Path) -> None:
     texts = [f"the same line again\nand number {i}\n" for i in range(270)]
-    assert cleaned(texts, False, BoilerplateSection(min_words=4)) == [text.split("\n", 1)[1] for text in texts]
+    assert cleaned(tmp_path, texts, False, BoilerplateSection(min_words=4)) == [
+        text.split("\n", 1)[1] for text in texts
+    ]
 
 
-def test_a_stored_text_is_read_back_whole_and_leaves_no_file(tmp_path: Path) -> None:
-    store = TextStore(tmp_path / "texts")
-    documents = named(["", "naïve Ω 漢字 𝄞", "plain", "\r\nlines\r"])
-    stored = [store.keep(document) for document in documents]
-    assert stored == documents
-    for one, other in zip(stored, documents, strict=True):
-        assert (one.size, one.fingerprint) == (other.size, other.fingerprint)
-    assert stored[1].with_text("é").text == "é"
-    assert stored[2].text == "plain"
-    assert list(tmp_path.iterdir()) == []
+def test_a_stored_text_is_read_back_whole(tmp_path: Path) -> None:
+    texts = ["", "naïve Ω 漢字 𝄞", "plain", "\r\nlines\r"]
+    stored = Stored(tmp_path, texts).documents
+    assert list(stored) == [Document(str(place), text) for place, text in enumerate(texts)]
+    assert stored.records["size"].tolist() == [document.size for document in stored]
+    assert stored.records["fingerprint"].tolist() == [document.fingerprint for document in stored]
+    changed = Documents(stored.folder, rewritten(stored, [(1, "é"), (2, None)], 1)["records"])
+    assert list(changed.texts()) == ["", "é", "plain", "\r\nlines\r"]
+    assert list(stored[np.array([3, 1])].texts()) == [texts[3], texts[1]]
 
 
-def test_of_a_program_only_comments_are_cut() -> None:
+def test_of_a_program_only_comments_are_cut(tmp_path: Path) -> None:
     section = BoilerplateSection(min_words=3, across=1, within=9)
     texts = [f"# the same licence notice\nfrom here import everything\nx = {i}\n" for i in range(3)]
-    cut = cleaned(texts, True, section)
+    cut = cleaned(tmp_path, texts, True, section)
     assert cut == [text.split("\n", 1)[1] for text in texts]
-    assert cleaned(texts, False, section) == [f"x = {i}\n" for i in range(3)]
+    assert cleaned(tmp_path, texts, False, section) == [f"x = {i}\n" for i in range(3)]
 
 
 def test_a_cluster_is_compared_whole_however_large_it_is(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
     """The last document repeats the first, in another order, far behind it."""
     texts = corpus.documents(40)
-    documents = named([*texts, " ".join(reversed(texts[0].split()))])
+    texts += [" ".join(reversed(texts[0].split()))]
     for size in (512, 3):
         monkeypatch.setattr(semantic, "_CLUSTER", size)
         monkeypatch.setattr(semantic, "_NEAREST", 100)
-        assert semantic_duplicates(documents, SemanticSection()).tolist() == [*range(40), 0]
+        stored = Stored(corpus.folder, texts)
+        assert semantic_duplicates(stored.documents, SemanticSection(), stored.work).tolist() == [*range(40), 0]
 
 
 def test_few_representatives_of_what_says_the_same_stay(corpus: Corpus) -> None:
     base = corpus.document(100).split()
     shuffled = [" ".join(random.Random(seed).sample(base, len(base))) for seed in range(5)]
-    documents = named([*shuffled, *corpus.documents(30)])
+    stored = Stored(corpus.folder, [*shuffled, *corpus.documents(30)])
     for representatives in (1, 3):
-        twins = semantic_duplicates(documents, SemanticSection(representatives=representatives))
+        section = SemanticSection(representatives=representatives)
+        twins = semantic_duplicates(stored.documents, section, stored.work)
         own = twins == np.arange(len(twins))
         assert own[:5].sum() == representatives
         assert own[5:].all()

@@ -242,10 +242,14 @@ def test_a_full_disk_is_told(
         raise problem
 
     config = section(source("a", corpus.jsonl("a.jsonl", corpus.documents(40))))
-    monkeypatch.setattr(np, "save", fail)
-    with pytest.raises(UsageError, match=r"no space left on the disk for .*cache; free some and rerun"):
-        prepare(config)
-    assert not [path for path in (tmp_path / "cache").iterdir() if path.is_dir()]
+    with monkeypatch.context() as patch:
+        patch.setattr(np, "save", fail)
+        with pytest.raises(UsageError, match=r"no space left on the disk for .*cache; free some and rerun"):
+            prepare(config)
+    said: list[str] = []
+    prepared = prepare(config, log=said.append)
+    assert "going on with the preparation that was interrupted" in " ".join(said)
+    assert [path for path in (tmp_path / "cache").iterdir() if path.is_dir()] == [prepared.folder]
 
 
 @pytest.mark.parametrize(

@@ -45,6 +45,17 @@ def test_any_text_survives_and_has_no_boundary(two_sources: PreparedData) -> Non
     assert [document.tolist() for document in batch] == [two_sources.encoder.encode_prompt(text) for text in SAMPLES]
 
 
+def test_words_that_are_cut_here_are_those_of_the_library() -> None:
+    """All white space and control characters of ASCII, and others between, where a word may reach over a line's end."""
+    generator = random.Random(2)
+    alphabet = [*map(chr, range(128)), *" \n" * 30, *"ab1.)\t" * 12, *"é\u0301中\u00a0\u2028\x85²" * 2]
+    texts = ["".join(generator.choices(alphabet, k=80)) for _ in range(3000)]
+    encoder = Encoder(train_tokenizer(texts, 1500))
+    for start in range(0, len(texts), 50):
+        found = encoder.encode_documents(texts[start : start + 50])
+        assert [one.tolist() for one in found] == [encoder.encode_prompt(text) for text in texts[start : start + 50]]
+
+
 def test_a_saved_tokenizer_is_the_same(two_sources: PreparedData, tmp_path: Path) -> None:
     two_sources.tokenizer.save_pretrained(tmp_path / "final")
     loaded = AutoTokenizer.from_pretrained(tmp_path / "final")

@@ -1,0 +1,115 @@
+"""A preparation that can be killed: what it has finished lies in a folder, and is not done again.
+
+A stage that looks at each document by itself is a task for every shard of some ten megabytes, done by as many processes
+as there are cores; what a task finds is a file of arrays. A stage that compares documents reads these files, and no
+text. The shards depend on the documents alone, so that any number of processes, killed at any time, gives the same.
+"""
+
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mai_thinking.config.storage import atomic_file
+from mai_thinking.data.documents import Documents, close_files
+
+Arrays = Mapping[str, NDArray[Any]]
+Task = Callable[[int, Documents], Arrays]
+"""From a shard's number and its documents to what is to be known of them. A function of a module, or a partial of one,
+for other processes to find."""
+_FEW = 3
+"""So few shards are done before other processes have started."""
+
+
+class Parts:
+    """What a task found, shard by shard."""
+
+    def __init__(self, paths: Mapping[int, Path]) -> None:
+        """`paths`: shard → file."""
+        self._paths = paths
+
+    @property
+    def names(self) -> list[str]:
+        """Of the arrays."""
+        for path in self._paths.values():
+            with np.load(path) as file:
+                return list(file.files)
+        return []
+
+    def of(self, shard: int) -> Arrays:
+        """One shard's."""
+        with np.load(self._paths[shard]) as file:
+            return dict(file)
+
+    def each(self, name: str) -> Iterator[NDArray[Any]]:
+        """One array of each shard, in order."""
+        for path in self._paths.values():
+            with np.load(path) as file:
+                yield file[name]
+
+    def all(self, name: str) -> NDArray[Any]:
+        """One array of all shards."""
+        found = list(self.each(name))
+        return np.concatenate(found) if found else np.zeros(0)
+
+
+class Work:
+    """The folder of one preparation, and the processes that it has."""
+
+    def __init__(self, folder: Path, processes: int | None = None) -> None:
+        """`processes`: as many as there are cores, unless it is given."""
+        self.folder, self.texts = folder, folder / "texts"
+        self._processes = processes or len(os.sched_getaffinity(0))
+        self._parts = list[Path]()
+        self._pool: ProcessPoolExecutor | None = None
+        close_files()
+        self.texts.mkdir(parents=True, exist_ok=True)
+
+    def once(self, name: str, make: Callable[[Path], None]) -> Path:
+        """The file that `make` writes, unless it is there."""
+        path = self.folder / name
+        if not path.exists():
+            with atomic_file(path) as temporary:
+                make(temporary)
+        return path
+
+    def each(self, name: str, task: Task, documents: Documents) -> Parts:
+        """What `task` finds in each shard of the documents, kept under `name`."""
+        folder = self.folder / name
+        folder.mkdir(exist_ok=True)
+        self._parts.append(folder)
+        shards = documents.shards()
+        paths = {number: folder / f"{number}.npz" for number in shards}
+        while missing := [number for number, path in paths.items() if not path.exists()]:
+            if len(missing) <= _FEW or self._processes == 1:
+                for number in missing:
+                    _do(task, number, shards[number], paths[number])
+                break
+            try:
+                self._pool = self._pool or ProcessPoolExecutor(self._processes, get_context("spawn"))
+                for future in [self._pool.submit(_do, task, n, shards[n], paths[n]) for n in missing]:
+                    future.result()
+            except BrokenProcessPool:  # a worker was killed: its shard is done again, unless nothing at all was done
+                self._pool = None
+                if not any(paths[number].exists() for number in missing):
+                    raise
+        return Parts(paths)
+
+    def forget_parts(self) -> None:
+        """When a stage is done."""
+        for folder in self._parts:
+            shutil.rmtree(folder)
+        self._parts.clear()
+
+
+def _do(task: Task, number: int, documents: Documents, path: Path) -> None:
+    found = task(number, documents)
+    with atomic_file(path) as temporary, temporary.open("wb") as file:
+        np.savez(file, allow_pickle=False, **found)

@@ -1,0 +1,118 @@
+"""A preparation that is killed goes on: the same bytes, whenever it was killed, by however many processes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from conftest import Corpus, source
+from mai_thinking.data import documents
+from mai_thinking.data.documents import Document, Documents, Writer
+from mai_thinking.data.work import Arrays, Work
+
+EVERYTHING = {"boilerplate": {"across": 3}, "templates": {}, "semantic": {}, "fuzzy_decontamination": {}}
+
+
+def bytes_of(shard: int, found: Documents) -> Arrays:
+    return {"sizes": found.records["size"], "of": np.full(len(found), os.getpid())}
+
+
+def die_once(marker: Path, shard: int, found: Documents) -> Arrays:
+    """In the third shard, as if memory had run out."""
+    if shard == 2 and not marker.exists():
+        marker.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return bytes_of(shard, found)
+
+
+def stored(work: Work, texts: list[str]) -> Documents:
+    writer = Writer(work.texts, 0)
+    for place, text in enumerate(texts):
+        writer.add(Document(str(place), text))
+    return writer.close().sharded()
+
+
+def test_a_killed_worker_costs_its_shard_alone(corpus: Corpus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(documents, "_SHARD", 1000)
+    work = Work(tmp_path / "work", processes=2)
+    found = stored(work, corpus.documents(30))
+    assert len(found.shards()) > 4
+    parts = work.each("sizes", partial(die_once, tmp_path / "marker"), found)
+    assert (tmp_path / "marker").exists()
+    assert parts.all("sizes").tolist() == found.records["size"].tolist()
+    assert os.getpid() not in parts.all("of")[: len(found.shards()[0])]
+    path = next((tmp_path / "work" / "sizes").glob("0.npz"))
+    before = path.stat().st_mtime_ns
+    work.each("sizes", bytes_of, found)
+    assert path.stat().st_mtime_ns == before
+
+
+KILLED = """
+import json, os, signal, sys
+from pathlib import Path
+import sklearn.cluster, sklearn.decomposition, sklearn.feature_extraction.text
+from mai_thinking.config.data import DataSection
+from mai_thinking.data import documents, prepare
+
+documents._SHARD = 16000
+config, kills, replace = json.loads(sys.argv[1]), 0, os.replace
+
+
+def attempt(kill):
+    left = [1 + kill % 2]
+    def replace_or_die(*paths):
+        left[0] -= 1
+        if left[0] == 0 and kill % 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        replace(*paths)
+        if left[0] == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+    if kill >= 0:
+        os.replace = replace_or_die
+    prepare(DataSection.model_validate(config))
+    os._exit(0)
+
+
+for kill in [*range(int(sys.argv[2])), -1]:
+    child = os.fork() or attempt(kill)
+    status = os.waitpid(child, 0)[1]
+    kills += os.WIFSIGNALED(status)
+    if status == 0:
+        break
+print(kills, os.waitstatus_to_exitcode(status))
+"""
+"""Kills itself in turn behind the first file that it finishes, and before it finishes the second."""
+
+
+def test_a_preparation_killed_at_every_step_gives_the_same_bytes(corpus: Corpus, tmp_path: Path) -> None:
+    texts = corpus.documents(60)
+    texts += [f"{corpus.document(40)}\nthe same line in many of them\n" for _ in range(6)] + texts[:3]
+    benchmark = tmp_path / "benchmark.json"
+    benchmark.write_text(json.dumps([texts[9].split("\n")[0] + " " + texts[9].split("\n")[1]]))
+    sources = [source("a", corpus.jsonl("a.jsonl", texts)), source("b", corpus.jsonl("b.jsonl", corpus.documents(30)))]
+    outcomes = []
+    for kills in (0, 300):
+        tree = {"sources": sources, "tokenizer": {"vocab_size": 400}, "cache_dir": str(tmp_path / f"cache {kills}")}
+        tree["cleaning"] = {**EVERYTHING, "benchmarks": [str(benchmark)], "drop_order": ["b"]}
+        command = [sys.executable, "-c", KILLED, json.dumps(tree), str(kills)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+        (folder,) = (path for path in (tmp_path / f"cache {kills}").iterdir() if path.is_dir())  # no work is left
+        files = {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        manifest = json.loads(files.pop(Path("manifest.json")))
+        assert manifest.pop("seconds")
+        outcomes.append((files, manifest))
+        assert done[1] == "0"
+        assert int(done[0]) == 0 if not kills else 10 < int(done[0]) < kills
+    (files, manifest), (others, other) = outcomes
+    assert {name for name in files | others if files.get(name) != others.get(name)} == set()
+    assert manifest == other
+    counts = manifest["sources"]["a"]["counts"]
+    assert counts["dropped"]["exact_duplicates"][0] == 3
+    assert counts["cut"]["boilerplate"][0] == 6
+    assert counts["cut"]["decontamination"][0] >= 1
