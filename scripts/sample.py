@@ -1,6 +1,6 @@
-"""Talk to a model: `python scripts/sample.py [MODEL] [--prompt TEXT | --question TEXT]`. Without either, an interactive
-session. A question is asked in the frame of the model's RL run (or of the exercises), and thought and answer are told
-apart.
+"""Talk to a model: `python scripts/sample.py [MODEL] [--prompt TEXT | --question TEXT | --serve [PORT]]`. Without any,
+an interactive session; with `--serve`, a page for a browser on this machine. A question is asked in the frame of the
+model's RL run (or of the exercises), and thought and answer are told apart.
 
 MODEL is a Hugging Face folder, a run's folder (default: runs/nano) or a run's `checkpoints/step-…`.
 Text streams as it is written.
@@ -16,6 +16,7 @@ def main() -> None:
     parser.add_argument("model", nargs="?", default="runs/nano", help="a model folder, a run's folder or a checkpoint")
     parser.add_argument("--prompt", help="continue this text and stop")
     parser.add_argument("--question", help="ask this and stop, as an RL run asks it")
+    parser.add_argument("--serve", type=option(Whole), nargs="?", const=8000, metavar="PORT", help="default: 8000")
     parser.add_argument("--tokens", type=option(Count), default=200, help="at most so many new tokens")
     parser.add_argument(
         "--temperature", type=option(EvaluationTemperature), default=0.8, help="0 takes the likeliest token each time"
@@ -34,7 +35,12 @@ def main() -> None:
         "top_p": options.top_p,
         "seed": options.seed,
     }
-    if options.question is not None:
+    if options.serve is not None:
+        from mai_thinking.rl.chat import Chat, serve
+        from mai_thinking.rl.template import template_of
+
+        serve(Chat(model, tokenizer, template_of(options.model), **settings), options.serve)
+    elif options.question is not None:
         from mai_thinking.rl.ask import ask
         from mai_thinking.rl.template import template_of
 

@@ -56,7 +56,7 @@ def test_contents(wheel: Path) -> None:
         (entries,) = (name for name in archive.namelist() if name.endswith("entry_points.txt"))
         assert "mai-thinking = mai_thinking.__main__:main" in archive.read(entries).decode()
     shipped = [*ROOT.glob("configs/**/*.yaml"), *ROOT.glob("scripts/*.py")]
-    modules = [*ROOT.glob("mai_thinking/**/*.py"), *ROOT.glob("mai_thinking/report/page.css")]
+    modules = [path for kind in ("py", "css", "html") for path in ROOT.glob(f"mai_thinking/**/*.{kind}")]
     expected = {f"mai_thinking/{path.relative_to(ROOT).as_posix()}" for path in shipped}
     expected |= {path.relative_to(ROOT).as_posix() for path in modules}
     assert names == expected

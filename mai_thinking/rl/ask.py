@@ -19,10 +19,13 @@ def ask(
     """Ask `question` in the frame of `template`; `settings` as for `sample_text`. → Text for a terminal, with a verdict
     if the question is of a family that the project can solve."""
     response = sample_text(model, tokenizer, template.prompt(question), **settings)  # type: ignore[arg-type]
-    thought, answer = template.parse(response)
-    reference, verdict = solve(question), ""
-    if reference is not None:
-        right = answer is not None and same_text(reference, answer)
-        verdict = "  (right)" if right else "  (wrong)"
-    shown = "none was given" if answer is None else answer
-    return f"thought  {thought.strip() or 'none'}\nanswer   {shown}{verdict}"
+    thought, answer, right = judged(template, question, response)
+    verdict = "" if right is None else "  (right)" if right else "  (wrong)"
+    return f"thought  {thought or 'none'}\nanswer   {'none was given' if answer is None else answer}{verdict}"
+
+
+def judged(template: Template, question: str, response: str) -> tuple[str, str | None, bool | None]:
+    """Thought, answer (None: none was given), and whether it is right (None: nobody here can solve the question)."""
+    (thought, answer), reference = template.parse(response), solve(question)
+    right = None if reference is None else answer is not None and same_text(reference, answer)
+    return thought.strip(), answer, right
