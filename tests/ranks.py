@@ -1,11 +1,15 @@
-"""Runs a function as several gloo ranks on this machine, each forked from a process that has imported the library."""
+"""Runs functions as several gloo ranks on this machine, and scripts, in processes that are forked from one that has
+imported the library: a fresh Python takes six seconds of a core for that."""
 
 import multiprocessing
 import os
 import socket
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+
+from mai_thinking.launch.worker import run_script
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["ranks", "mai_thinking.recipes.grpo", "mai_thinking.recipes.pretrain"])
@@ -60,3 +64,22 @@ def _rank_main(rank: int, world: int, port: int, pipe: Any, function: Callable[.
     except BaseException:
         answer = False, traceback.format_exc()
     pipe.send(answer)
+
+
+def start_script(script: Path, *arguments: str, output: Path, **environment: str) -> Any:
+    """The process of a script of ours with one thread; what it says goes to the file `output`, a new one. It ends with
+    its last word, or with the server that it is forked from."""
+    output.touch()
+    process = CONTEXT.Process(target=_script_main, args=(str(script), list(arguments), environment, str(output)))
+    process.start()
+    return process
+
+
+def _script_main(script: str, arguments: list[str], environment: dict[str, str], output: str) -> None:
+    import torch
+
+    file = os.open(output, os.O_WRONLY | os.O_APPEND)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    torch.set_num_threads(1)
+    run_script(script, arguments, environment)

@@ -30,6 +30,7 @@ from mai_thinking.report.summary import write_report, write_summary
 from mai_thinking.rl.collapse import Collapse, CollapseDetector
 from mai_thinking.training.metrics import read_records
 from mai_thinking.training.model_files import load_model
+from ranks import start_script
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -251,36 +252,36 @@ def test_processes_share_a_climb_and_take_over_from_a_dead_one(climbed: Path, ma
     second = config.stages[1].model_copy(update={"name": "second"})
     config = config.model_copy(update={"stages": (*config.stages[:2], second)})
     save_config(config, tmp_path / "shared.yaml")
-    command = [sys.executable, str(ROOT / "scripts" / "climb.py"), str(tmp_path / "shared.yaml")]
-    processes: list[subprocess.Popen[str]] = []
+    processes: list[Any] = []
 
-    def start(name: str) -> tuple[subprocess.Popen[str], Path]:
-        with (tmp_path / name).open("w") as output:
-            processes.append(subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, text=True))
-        return processes[-1], tmp_path / name
+    def start(name: str) -> tuple[Any, Path]:
+        script, output = ROOT / "scripts" / "climb.py", tmp_path / name
+        processes.append(start_script(script, str(tmp_path / "shared.yaml"), output=output))
+        return processes[-1], output
 
     try:
         held, said_by_held = start("held.txt")
         wait_for("── stage first", said_by_held)
-        held.send_signal(signal.SIGSTOP)
+        os.kill(held.pid, signal.SIGSTOP)
         other, said_by_other = start("other.txt")
         wait_for("waiting for other processes, which run first", said_by_other)
         assert states(ClimbPlan(config))["second"] == "finished"
         assert states(ClimbPlan(config))["first"] != "finished"
-        other.send_signal(signal.SIGTERM)
-        assert other.wait(60) == 75, said_by_other.read_text()
+        other.terminate()
+        other.join(60)
+        assert other.exitcode == 75, said_by_other.read_text()
     finally:
         for process in processes:
             process.kill()
-            process.wait()
+            process.join()
     assert "── stage second" not in said_by_held.read_text()
     assert run_climb(config) == 0
     assert set(states(ClimbPlan(config)).values()) == {"finished"}
     assert trace(tmp_path / "x")["first"] == trace(climbed)["first"]
 
 
-def collapse_at(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
-    """Every RL run of more than `steps` steps collapses at its step 3; what came before step 2 was good."""
+def collapse(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every RL run that gets as far collapses at its step 3; what came before step 2 was good."""
     update = CollapseDetector.update
 
     def collapsing(self: CollapseDetector, record: Any) -> Collapse | None:
@@ -295,12 +296,21 @@ def collapse_at(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
 RESET = f"reset={{config: {CONFIGS / 'tiny-distill.yaml'}, set: {{steps: 2}}}}"
 
 
-def test_a_collapse_is_answered(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`first` has four steps and collapses at the third; `first-on` and `last` have two."""
-    collapse_at(monkeypatch, 3)
-    config = make(tmp_path / "x", RESET)
+def test_a_collapse_is_answered_and_rolled_back(
+    climbed: Path, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`first` has four steps and collapses at the third, with checkpoints of the second and of the end. `first-on` goes
+    on with the two that are left at another rate; `last` goes back to the checkpoint, with that rate."""
+    collapse(monkeypatch)
+    rate = {"optimizer.learning_rate": 1e-3}
+    back = {"init_from": None, "rollback_of": "first", "set": {"steps": 2, "evaluation.every": 100} | rate}
+    changes = [f"reset.set_on={json.dumps(rate)}", *(f"stages.3.{key}={json.dumps(back[key])}" for key in back)]
+    config = make(tmp_path / "x", RESET, f"reset.set.init_from={climbed}/self/final", *changes)
+    before = ClimbPlan(config).stages[-1]
+    assert (before.state, before.parents) == ("to do", (tmp_path / "x" / "first" / "checkpoints",))
     assert run_climb(config, report=write_report) == 0
     plan = ClimbPlan(config)
+    assert not plan.ready
     assert [stage.name for stage in plan.stages] == ["pretrain", "first", "first-reset", "first-on", "self", "last"]
     assert states(plan)["first"] == "collapsed"
     first, reset, on, distilled = (stage.config for stage in plan.stages[1:5])
@@ -308,46 +318,20 @@ def test_a_collapse_is_answered(make: Make, tmp_path: Path, monkeypatch: pytest.
     assert isinstance(reset, DistillConfig)
     assert isinstance(on, GrpoConfig)
     assert isinstance(distilled, DistillConfig)
-    assert reset.init_from == first.init_from
+    assert reset.init_from == str(climbed / "self" / "final")
+    assert ClimbPlan(make(tmp_path / "x", RESET, *changes)).stages[2].config.init_from == first.init_from
     assert [(source.run, source.steps) for source in reset.traces] == [(str(first.folder), (0, 2))]
     assert (on.init_from, on.steps) == (str(reset.folder / "final"), 2)
+    assert on.optimizer.learning_rate == 1e-3 != first.optimizer.learning_rate
     assert distilled.traces[0].run == str(on.folder)
+    last, checkpoint = plan.stages[-1], tmp_path / "x" / "first" / "checkpoints" / "step-00000002"
+    assert last.parents == (checkpoint,)
+    assert require_own(last.folder.final, allow_third_party=False).parents[0].id == read_lineage(checkpoint).id
     page = (tmp_path / "x" / "report" / "summary.md").read_text()
     assert "**first** collapsed after step 3: solved" in page
     assert "answers the collapse of first" in plan.text()
-    assert run_climb(config) == 0
-
-
-def test_a_collapse_is_rolled_back_beside_its_answer(
-    climbed: Path, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """`first` collapses at its third step, with checkpoints of the second and of the end; nothing does at another rate,
-    which the stage that goes on has, and the one that goes back."""
-    collapse_at(monkeypatch, 3)
-    rate = {"optimizer.learning_rate": 1e-3}
-    back = {"init_from": None, "rollback_of": "first", "set": {"steps": 2, "evaluation.every": 100} | rate}
-    config = make(
-        tmp_path / "x",
-        RESET,
-        f"reset.set_on={json.dumps(rate)}",
-        f"reset.set.init_from={climbed}/self/final",
-        *(f"stages.3.{key}={json.dumps(value)}" for key, value in back.items()),
-    )
-    before = ClimbPlan(config).stages[-1]
-    assert (before.state, before.parents) == ("to do", (tmp_path / "x" / "first" / "checkpoints",))
-    assert run_climb(config) == 0
-    plan = ClimbPlan(config)
-    assert not plan.ready
-    first, on, last = (next(s for s in plan.stages if s.name == name) for name in ("first", "first-on", "last"))
-    assert isinstance(first.config, GrpoConfig)
-    assert isinstance(on.config, GrpoConfig)
-    assert on.config.optimizer.learning_rate == 1e-3 != first.config.optimizer.learning_rate
-    reset = next(stage for stage in plan.stages if stage.name == "first-reset")
-    assert reset.config.init_from == str(climbed / "self" / "final")
-    checkpoint = tmp_path / "x" / "first" / "checkpoints" / "step-00000002"
-    assert last.parents == (checkpoint,)
     assert "first (step-00000002)" in plan.text()
-    assert require_own(last.folder.final, allow_third_party=False).parents[0].id == read_lineage(checkpoint).id
+    assert run_climb(config) == 0
 
 
 def test_what_did_not_collapse_is_not_rolled_back(climbed: Path, make: Make) -> None:
@@ -356,7 +340,7 @@ def test_what_did_not_collapse_is_not_rolled_back(climbed: Path, make: Make) -> 
 
 
 def test_a_collapse_too_many_ends_the_climb(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    collapse_at(monkeypatch, 3)
+    collapse(monkeypatch)
     config = make(tmp_path / "x")
     for _ in range(2):
         with pytest.raises(RunError, match=r"stage first: collapsed after step 3.*Set `reset`"):

@@ -4,8 +4,6 @@ import json
 import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 import time
 import zlib
 from collections.abc import Callable
@@ -28,6 +26,7 @@ from mai_thinking.experiments.scaling.points import Point
 from mai_thinking.report.ladder import write_report
 from mai_thinking.training.metrics import read_records
 from mai_thinking.training.model_files import build_model, model_config
+from ranks import start_script
 
 ROOT = Path(__file__).parents[2]
 LADDERS = ROOT / "configs" / "ladders"
@@ -313,18 +312,18 @@ def test_killed_and_started_again_it_spends_nothing_twice(tmp_path: Path, capsys
     overrides = ["rungs=[1, 2]", "seeds=[0]", "run.checkpoint.every=5", f"output_dir={tmp_path / 'ladder'}"]
     overrides.append(f"run.data.cache_dir={tmp_path / 'cache'}")
     ladder = load_config(LadderConfig, LADDERS / "tiny.yaml", overrides)
-    command = [sys.executable, str(ROOT / "scripts" / "ladder.py"), str(LADDERS / "tiny.yaml"), *overrides]
     third = ladder.folder / "runs" / "fast-L2-s0"
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    script, said = ROOT / "scripts" / "ladder.py", tmp_path / "said"
+    process = start_script(script, str(LADDERS / "tiny.yaml"), *overrides, output=said)
     deadline = time.monotonic() + 200
     try:
-        while not list((third / "checkpoints").glob("step-*")) and process.poll() is None:
+        while not list((third / "checkpoints").glob("step-*")) and process.is_alive():
             assert time.monotonic() < deadline
             time.sleep(0.01)
     finally:
         process.kill()
-    output = process.communicate()[0]
-    assert finished(ladder) == ["fast-L1-s0", "slow-L1-s0"], output
+        process.join()
+    assert finished(ladder) == ["fast-L1-s0", "slow-L1-s0"], said.read_text()
     before = {name: (ladder.folder / "runs" / name / "events.jsonl").read_bytes() for name in finished(ladder)}
 
     planned = {run.name: run for run in plan_runs(ladder)}

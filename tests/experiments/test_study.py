@@ -1,6 +1,7 @@
 """Studies: arms and seeds as stages of one climb, what fits, a tiny one run twice, the table of made-up records."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -75,24 +76,6 @@ def test_what_does_not_fit_is_refused(make: Make, tmp_path: Path, override: str,
     assert "\n" not in str(caught.value)
 
 
-def test_it_runs_once_and_leaves_its_page(make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    config = make(tmp_path / "x", "seeds=[3]")
-    for _ in range(2):
-        assert run_climb(config.as_climb(), report=lambda plan: write_report(config, plan)) == 0
-    assert capsys.readouterr().out.count("── stage") == 5
-    page = (tmp_path / "x" / "report" / "summary.md").read_text()
-    assert "2 arms, seeds 3" in page
-    assert (tmp_path / "x" / "report" / "arms.png").stat().st_size > 5_000
-    # What the page says is what the stages wrote down.
-    records = [
-        json.loads(line) for line in (tmp_path / "x" / "late-climb-3" / "metrics.jsonl").read_text().splitlines()
-    ]
-    first, last = (records[i] for i in (0, -1))
-    late, _ = table(config, measure(config, ClimbPlan(config.as_climb()))).records()
-    assert (late["pass@1 at first"], late["pass@1 at last"]) == (first["pass@1"], last["pass@1"])
-    assert late["pass@2 at last"] == last["pass@2"]
-
-
 @pytest.fixture
 def collapsing(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     """`collapsing(stage)`: that stage collapses at its first step."""
@@ -114,14 +97,31 @@ def collapsing(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     return collapse
 
 
-def test_an_arm_that_starves_is_an_outcome(
+def test_it_runs_once_and_leaves_its_page(
     make: Make, tmp_path: Path, collapsing: Callable[[str], None], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    collapsing("late-climb-3")
+    """Then an arm of it is run again, and starves: an outcome like any other."""
     config = make(tmp_path / "x", "seeds=[3]")
     for _ in range(2):
         assert run_climb(config.as_climb(), report=lambda plan: write_report(config, plan)) == 0
     assert capsys.readouterr().out.count("── stage") == 5
+    page = (tmp_path / "x" / "report" / "summary.md").read_text()
+    assert "2 arms, seeds 3" in page
+    assert (tmp_path / "x" / "report" / "arms.png").stat().st_size > 5_000
+    # What the page says is what the stages wrote down.
+    records = [
+        json.loads(line) for line in (tmp_path / "x" / "late-climb-3" / "metrics.jsonl").read_text().splitlines()
+    ]
+    first, last = (records[i] for i in (0, -1))
+    late, _ = table(config, measure(config, ClimbPlan(config.as_climb()))).records()
+    assert (late["pass@1 at first"], late["pass@1 at last"]) == (first["pass@1"], last["pass@1"])
+    assert late["pass@2 at last"] == last["pass@2"]
+
+    shutil.rmtree(tmp_path / "x" / "late-climb-3")
+    collapsing("late-climb-3")
+    for _ in range(2):
+        assert run_climb(config.as_climb(), report=lambda plan: write_report(config, plan)) == 0
+    assert capsys.readouterr().out.count("── stage") == 1
     assert evaluated(tmp_path / "x" / "late-climb-3") == [0, 1]
     assert evaluated(tmp_path / "x" / "no-dropout-climb-3") == [0, 2]
     page = (tmp_path / "x" / "report" / "summary.md").read_text()

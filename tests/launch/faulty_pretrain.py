@@ -1,9 +1,8 @@
 """scripts/pretrain.py with faults at exact places of exact steps, each once in the life of a run's folder.
 
-`FAULTS` in the environment is a JSON list of {"step", "place", "rank", "how"}; `OMIT` names a part of the state that
-checkpoints leave out. Places: `between` (two micro-batches), `update` (gradients are there, weights not yet changed),
-`save` (half of the checkpoint's files are written). How: `kill`, `hang`, `tear` (cut the newest checkpoint, die), or
-`dawdle` (go on three seconds later).
+`FAULTS` in the environment is a JSON list of {"step", "place", "rank", "how"}. Places: `between` (two micro-batches),
+`update` (gradients are there, weights not yet changed), `save` (half of the checkpoint's files are written). How:
+`kill`, `hang`, `tear` (cut the newest checkpoint, die), or `dawdle` (go on three seconds later).
 """
 
 import json
@@ -68,8 +67,5 @@ patch(Trainer, "take_step", at_step)
 patch(TextLoss, "forward", at_forward)
 patch(learner, "clip_gradients", lambda *_: strike("update", now["step"]))
 patch(CheckpointWriter, "write_file", at_write)
-if omitted := os.environ.get("OMIT"):
-    state = Trainer.state
-    Trainer.state = lambda run: {name: value for name, value in state(run).items() if name != omitted}  # type: ignore[method-assign]
 
 runpy.run_path(str(Path(__file__).parents[2] / "scripts" / "pretrain.py"), run_name="__main__")

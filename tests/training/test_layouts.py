@@ -1,6 +1,7 @@
 """Whole runs in every layout of ranks: from fresh weights over evaluation and checkpoints to the model folder, they are
 one process's; and a checkpoint goes on in another layout on another number of ranks."""
 
+import functools
 import os
 import shutil
 from collections.abc import Callable
@@ -57,11 +58,23 @@ def alone(tmp_path_factory: pytest.TempPathFactory, tiny_config: Make) -> Path:
     return run
 
 
+@pytest.fixture(scope="module")
+def divided(tmp_path_factory: pytest.TempPathFactory, tiny_config: Make) -> Callable[[str], Path]:
+    """`divided(layout)`: a run's folder."""
+
+    @functools.cache
+    def run(layout: str) -> Path:
+        ranks, told = LAYOUTS[layout]
+        folder = tmp_path_factory.mktemp(layout) / "run"
+        assert run_ranks(ranks, as_rank, tiny_config(folder, *SAME, *told)) == [0] * ranks
+        return folder
+
+    return run
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_run_is_that_of_one_process(alone: Path, tiny_config: Make, tmp_path: Path, layout: str) -> None:
-    ranks, told = LAYOUTS[layout]
-    run = tmp_path / "run"
-    assert run_ranks(ranks, as_rank, tiny_config(run, *SAME, *told)) == [0] * ranks
+def test_a_run_is_that_of_one_process(alone: Path, divided: Callable[[str], Path], layout: str) -> None:
+    run = divided(layout)
     expected = curve(alone)
     assert len(expected) == 4 * 3 + 2
     assert curve(run) == pytest.approx(expected, abs=1e-5)
@@ -70,10 +83,12 @@ def test_a_run_is_that_of_one_process(alone: Path, tiny_config: Make, tmp_path: 
         assert (run / "final" / name).read_text() == (alone / "final" / name).read_text()
 
 
-def test_expert_parallel_and_fsdp_go_on_in_another_layout(alone: Path, tiny_config: Make, tmp_path: Path) -> None:
+def test_expert_parallel_and_fsdp_go_on_in_another_layout(
+    alone: Path, divided: Callable[[str], Path], tiny_config: Make, tmp_path: Path
+) -> None:
     """From the checkpoint of step 2, that four ranks wrote: on two, and on one."""
     first = tmp_path / "four"
-    run_ranks(4, as_rank, tiny_config(first, *SAME, FSDP, f"{EP}=2"))
+    shutil.copytree(divided("expert_parallel_fsdp"), first)
     shutil.rmtree(first / "final")
     shutil.rmtree(first / "checkpoints" / "step-00000004")
     (first / "evaluations.jsonl").unlink()
