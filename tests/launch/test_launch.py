@@ -62,7 +62,8 @@ def test_a_crash_loop_ends_with_the_first_traceback(tmp_path: Path) -> None:
     output, _ = (process := start(tmp_path, "crash=3", options=options)).communicate(timeout=120)
     assert process.returncode == 1, output
     assert "giving up: 2 restarts in a row reached no new step" in output
-    assert 1 <= output.count("ValueError: crash asked for at step 3\n") <= 2
+    # Not at each failure, and at the end once more.
+    assert 1 <= output.count("ValueError: crash asked for at step 3\n") <= output.count("; restarting from") + 1
     assert_gone(workers_in(output))
 
 

@@ -1,5 +1,6 @@
 """The trace store: whole parts or none, each once; what readers see; `scripts/traces.py`."""
 
+import contextlib
 import io
 import json
 import os
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +23,7 @@ from mai_thinking.errors import UsageError
 from mai_thinking.rl.trace_report import choose, report_traces, show
 from mai_thinking.rl.traces import SCHEMA, Trace, TraceStore
 from mai_thinking.training.metrics import NotReproducedError
+from ranks import CONTEXT
 
 ROOT = Path(__file__).parents[2]
 
@@ -196,31 +199,34 @@ def test_a_full_disk_leaves_nothing(tmp_path):
     assert store.append(1, [trace(1)])
 
 
-WRITER = """
-import sys
-sys.path[:0] = {paths}
-from test_traces import trace
-from mai_thinking.rl.traces import TraceStore
-store = TraceStore(sys.argv[1])
-for batch in range(100_000):
-    store.append(batch, [trace(number, step=batch) for number in range(50)])
-    print(batch, flush=True)
-"""
+def write_on(folder: Path, sending: Connection | None = None) -> None:
+    """Batch after batch; each one's number is sent when `append` has returned."""
+    store = TraceStore(folder)
+    for batch in range(100_000):
+        store.append(batch, [trace(number, step=batch) for number in range(50)])
+        if sending:
+            sending.send(batch)
+
+
+def write_until_the_disk_is_asked(folder: Path) -> None:
+    os.fsync = lambda file: (os.ftruncate(file, 500), os.kill(os.getpid(), signal.SIGKILL))
+    write_on(folder)
 
 
 def test_kill_leaves_whole_parts_and_the_run_goes_on(tmp_path, capsys):
-    program = WRITER.format(paths=[str(Path(__file__).parent), str(ROOT)])
     delays, reported = random.Random(0), -1
     for _ in range(4):
-        process = subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.PIPE, text=True)
-        assert process.stdout is not None
-        process.stdout.readline()
+        receiving, sending = CONTEXT.Pipe(duplex=False)
+        process = CONTEXT.Process(target=write_on, args=(tmp_path, sending), daemon=True)
+        process.start()
+        sending.close()
+        receiving.poll(60)
         time.sleep(delays.uniform(0, 0.2))
-        os.kill(process.pid, signal.SIGKILL)
-        lines = process.stdout.read().split("\n")[:-1]  # a last line without its end was not written whole
-        process.wait()
-        process.stdout.close()
-        reported = max(reported, *map(int, lines)) if lines else reported
+        process.kill()
+        process.join()
+        with contextlib.suppress(EOFError):
+            while True:
+                reported = max(reported, receiving.recv())
         table = TraceStore(tmp_path).read(columns=["step"])
         batches, counts = np.unique(table["step"].to_numpy(), return_counts=True)
         assert capsys.readouterr().err == ""
@@ -231,9 +237,10 @@ def test_kill_leaves_whole_parts_and_the_run_goes_on(tmp_path, capsys):
 
 
 def test_killed_before_the_bytes_are_on_the_disk(tmp_path, capsys):
-    program = WRITER.format(paths=[str(Path(__file__).parent), str(ROOT)])
-    dying = "import os\nos.fsync = lambda file: (os.ftruncate(file, 500), os.kill(os.getpid(), 9))\n" + program
-    assert subprocess.run([sys.executable, "-c", dying, str(tmp_path)]).returncode == -signal.SIGKILL
+    process = CONTEXT.Process(target=write_until_the_disk_is_asked, args=(tmp_path,), daemon=True)
+    process.start()
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
     assert len(list(tmp_path.iterdir())) == 1
     store = TraceStore(tmp_path)
     assert store.read().num_rows == 0
