@@ -9,10 +9,10 @@ from pydantic import Field, field_validator, model_validator
 
 from mai_thinking.config.base import Coefficient, Name, Pattern, Seconds, Section, Weight
 
-SerialFamily = Literal["tally", "running", "cups", "chain", "repeat", "numbers", "sums", "map", "wording"]
+SerialFamily = Literal["tally", "running", "cups", "chain", "repeat", "numbers", "long-sum", "map", "wording"]
 """The families of `mai_thinking.data.serial`, whose problems need a step of work for each item; `repeat` and `numbers`
-need none. The steps of `sums` and `map` are calls of a tool; the items of `numbers` and `sums` are digits. `wording`
-asks for a form: a language, and a mark between the words."""
+need none. The steps of `long-sum` and `map` are calls of a tool; the items of `numbers` and `long-sum` are digits.
+`wording` asks for a form: a language, and a mark between the words."""
 
 Family = Literal["sum", "difference", "largest", "count", "position", "sort", "next"]
 """The procedural families of `mai_thinking.rl.tasks.procedural`, beside the serial ones."""

@@ -6,7 +6,7 @@ so that a step can look its item up in the question; names are letters, which ar
 
 Who only guesses is right in at most one of ten cases, whatever the size; under the cups in one of five.
 
-The steps of `sums` and `map` are calls of a tool (MAI-Thinking-1 report §3.3, App. D): sums that are too long for the
+The steps of `long-sum` and `map` are calls of a tool (MAI-Thinking-1 report §3.3, App. D): sums too long for the
 head, and a hidden map that is asked step by step. A hidden map is a function of its number: nothing in the question
 says where it leads, so that only who asks can know.
 
@@ -192,7 +192,7 @@ def _repeat(rng: random.Random, size: int) -> SerialProblem:
     return SerialProblem(f"Repeat {', '.join(items)}.", (), ", ".join(items))
 
 
-def _sums(rng: random.Random, size: int) -> SerialProblem:
+def _long_sum(rng: random.Random, size: int) -> SerialProblem:
     """The sum of two numbers of `size` digits, by one call."""
     a, b = _terms(rng, size)
     return SerialProblem(f"What is {a} + {b}?", (), str(a + b), [(f"calculator {a} + {b}", str(a + b))])
@@ -259,7 +259,7 @@ _DRAWS: dict[SerialFamily, Callable[[random.Random, int], SerialProblem]] = {
     "chain": _chain,
     "repeat": _repeat,
     "numbers": _numbers,
-    "sums": _sums,
+    "long-sum": _long_sum,
     "map": _map,
     "wording": _wording,
 }

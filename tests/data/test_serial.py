@@ -14,7 +14,7 @@ from mai_thinking.data.serial import map_of, serial_exercises, serial_problem
 from mai_thinking.data.serial import solve as library_solve
 from mai_thinking.rl.language import foreign_words
 
-ACTING = ("sums", "map")
+ACTING = ("long-sum", "map")
 HERE = {"English": "here", "French": "voici", "German": "hier", "Spanish": "aquí"}
 MARKS = {"commas": ", ", "dashes": " - ", "slashes": " / "}
 
