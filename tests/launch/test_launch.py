@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -42,15 +43,26 @@ def test_it_runs_to_the_end(tmp_path: Path) -> None:
     assert_gone(workers_in(output))
 
 
-def test_under_torchrun_the_ranks_find_each_other(tmp_path: Path) -> None:
-    """Without our launcher, as on several machines."""
-    repository = HERE.parents[1]
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
-    changes = (f"output_dir={tmp_path / 'run'}", "steps=4", "schedule.warmup_steps=1")
-    command = [sys.executable, *torchrun, "scripts/pretrain.py", "configs/tiny.yaml", *changes]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    ended = subprocess.run(command, cwd=repository, env=environment, capture_output=True, text=True, timeout=200)
-    assert ended.returncode == 0, ended.stdout + ended.stderr
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_under_torchrun_the_ranks_find_each_other(nodes: int, tmp_path: Path) -> None:
+    """Without our launcher, as on several machines: two ranks of one, or one each of two."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    place = [f"--nnodes={nodes}", f"--nproc-per-node={2 // nodes}", "--master-addr=127.0.0.1", f"--master-port={port}"]
+    script = ["scripts/pretrain.py", "configs/tiny.yaml", f"output_dir={tmp_path / 'run'}"]
+    script += ["steps=4", "schedule.warmup_steps=1"]
+    launchers = [
+        subprocess.Popen(
+            [sys.executable, "-m", "torch.distributed.run", *place, f"--node-rank={node}", *script],
+            cwd=HERE.parents[1], env=os.environ | {"OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for node in range(nodes)
+    ]  # fmt: skip
+    for launcher in launchers:
+        output, _ = launcher.communicate(timeout=200)
+        assert launcher.returncode == 0, output
     (newest,) = (tmp_path / "run" / "checkpoints").glob("step-00000004")
     assert read_manifest(newest)["world_size"] == 2
     steps = [record["step"] for record in read_records(tmp_path / "run" / "metrics.jsonl") if "kind" not in record]
