@@ -13,7 +13,7 @@ from mai_thinking.data import Loader, PreparedData, prepare
 from mai_thinking.data.accounting import left_out_table
 from mai_thinking.data.mixture import mixture_markdown
 from mai_thinking.training.context import RunContext
-from mai_thinking.training.evaluation import HeldOutEvaluation, compressors
+from mai_thinking.training.evaluation import BYTES_PER_TRAINED_TOKEN, HeldOutEvaluation, compressors
 from mai_thinking.training.learner import Learner, TextLoss
 from mai_thinking.training.ledger import EVALUATION
 from mai_thinking.training.metrics import MetricsLog
@@ -79,6 +79,8 @@ class PretrainRecipe(Recipe):
         if divided and not context.resuming:
             fill_model(self.learner.unwrap(), config)
         self.evaluate_every = config.evaluation.every
+        size = sum(document.size for documents in self.data.held_out.values() for document in documents)
+        context.line.after_last = size / BYTES_PER_TRAINED_TOKEN / config.batch.tokens_per_step
         self.held_out = HeldOutEvaluation(self.data, config, context, self.learner)
         self._documents: MetricsLog | None = None
         self._glance, self._prompts = Glance(), itertools.cycle(config.evaluation.sample_prompts)

@@ -51,6 +51,8 @@ class ProgressLine:
         self.console = Console(file=sys.stdout, highlight=False, markup=False, emoji=False, soft_wrap=True)
         self.text = ""
         """Loss, speed and time left after the last step."""
+        self.after_last = 0.0
+        """Steps that take as long as what comes when the last one is done."""
         self._recent: deque[tuple[float, int, int]] = deque(maxlen=50)
         self._first: tuple[float, int] | None = None
         self._last_print = 0.0
@@ -90,7 +92,7 @@ class ProgressLine:
         )
         if now <= recent or step <= first:
             return ""
-        left = timedelta(seconds=round((self.steps - step) * (now - begin) / (step - first)))
+        left = timedelta(seconds=round((self.steps - step + self.after_last) * (now - begin) / (step - first)))
         return f"{(tokens - before) / (now - recent):,.0f} tokens/s  {left} left"
 
     def log(self, text: str) -> None:

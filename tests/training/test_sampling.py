@@ -35,7 +35,8 @@ def test_looks_come_soon_and_take_no_more_than_their_share(cost: float, most: in
 def test_the_time_left_counts_all_that_lies_between_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
     monkeypatch.setattr("time.monotonic", lambda: now)
-    line = ProgressLine(1000, 10.0, show=True)
+    line = ProgressLine(990, 10.0, show=True)
+    line.after_last = 10  # the last evaluation
     for step in range(1, 401):
         now += 20 if step == 1 else 0.5  # what is made once, at the first
         now += 30 if step == 395 else 0  # an evaluation
