@@ -71,7 +71,7 @@ class GrpoRecipe(Recipe):
         self.worker = RolloutWorker(config, mix, engine, pool, self.tokenizer, ranks=ranks)
         self.traces = context.folder.path / FOLDER
         self.collector = make_collector(self.worker, TraceStore(self.traces, rank), context)
-        self.held_out = HeldOut(mix, config.evaluation, rank=rank, ranks=ranks, device=context.device)
+        self.held_out = HeldOut(mix, config.evaluation, context)
         self.evaluate_every = config.evaluation.every
         section = config.objective
         self.entropy_control = EntropyController(
@@ -97,11 +97,10 @@ class GrpoRecipe(Recipe):
         return {"collapse": self.detector.state_dict(), "tasks": self.task_contents}
 
     def load_progress(self, progress: dict[str, Any]) -> None:
-        """Older checkpoints have neither. UsageError if the tasks are not those that the run began with."""
-        setup.check_same_tasks(progress.get("tasks"), self.task_contents, self.config.tasks)
-        if history := progress.get("collapse"):
-            self.detector.load_state_dict(history)
-            self._end_if_collapsed()
+        """UsageError if the tasks are not those that the run began with."""
+        setup.check_same_tasks(progress["tasks"], self.task_contents, self.config.tasks)
+        self.detector.load_state_dict(progress["collapse"])
+        self._end_if_collapsed()
 
     def step(self, step: int) -> Step | None:
         """One gradient step; before the first of each `steps_per_update` the buffer is filled."""

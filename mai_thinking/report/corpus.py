@@ -5,7 +5,7 @@ import numpy as np
 from mai_thinking.config.table import Cell, Table
 from mai_thinking.data import PreparedData
 from mai_thinking.data.accounting import Tally
-from mai_thinking.data.card import CARD, card
+from mai_thinking.data.card import CARD
 from mai_thinking.report.document import Document
 from mai_thinking.report.figures import Figure, Panel, Series
 
@@ -21,8 +21,7 @@ def corpus_page(data: PreparedData) -> Document:
     page.add_table("stages", _stages(tallies), "Documents and bytes")
     page.add_table("seconds", _seconds(manifest["seconds"], sum(tally.read[1] for tally in tallies.values())), "Time")
     page.add_figures([_lengths(data)])
-    path = data.folder / CARD  # not there in what was prepared before there were cards
-    page.add(path.read_text(encoding="utf-8") if path.exists() else card(manifest))
+    page.add((data.folder / CARD).read_text(encoding="utf-8"))
     return page
 
 

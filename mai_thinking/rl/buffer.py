@@ -36,7 +36,6 @@ def pack_group(group: Group) -> dict[str, Any]:
 def unpack_group(state: dict[str, Any]) -> Group:
     """The group of `pack_group`."""
     lengths, prompt = state["lengths"], state["prompt"]
-    state = {"observed": torch.zeros(sum(lengths), dtype=torch.bool), **state}  # of before there were tools
     arrays: dict[str, Any] = {name: np.split(state[name].numpy(), np.cumsum(lengths)[:-1]) for name in _ARRAYS}
     arrays["nucleus"] = Nuclei.from_state(state["nucleus"]).split(lengths)
     places = np.cumsum([len(prompt) + length - 1 for length in lengths])[:-1]

@@ -196,10 +196,7 @@ class CollapseDetector:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from `state_dict()`. A state of another form, from before scores of signs were added up, is left:
-        history begins anew."""
-        if "filling" not in state.get("solved", {}):
-            return
+        """Go on from `state_dict()`."""
         self._solved.load_state_dict(state["solved"])
         for name, sign in self._signs.items():
             sign.load_state_dict(state["signs"][name])

@@ -69,17 +69,8 @@ def answers(config: GrpoConfig, model: str, tasks: Sequence[str], problems: int)
 class HeldOut:
     """The held-out problems of a run's tasks. Each rank answers its share."""
 
-    def __init__(
-        self,
-        mix: TaskSampler,
-        section: ClimbEvaluationSection,
-        *,
-        rank: int,
-        ranks: int,
-        device: torch.device | None = None,
-    ) -> None:
-        """`device` is where the ranks meet."""
-        self.section, self.rank, self.ranks, self._device = section, rank, ranks, device
+    def __init__(self, mix: TaskSampler, section: ClimbEvaluationSection, context: RunContext) -> None:
+        self.section, self.rank, self.ranks, self._device = section, context.rank, context.ranks, context.device
         self.problems = [problem for family in mix.families for problem in mix.held_out(family, section.problems)]
 
     def evaluate(self, worker: RolloutWorker, max_length: int) -> tuple[dict[str, Any], list[Rollout]]:

@@ -75,10 +75,8 @@ class Nuclei:
         return {name: torch.from_numpy(getattr(self, name)) for name in _PARTS}
 
     @classmethod
-    def from_state(cls, state: Any) -> "Nuclei":
-        """From `state_dict()`, or from bits, as which earlier versions saved all."""
-        if isinstance(state, torch.Tensor):
-            return cls.of(state.numpy())
+    def from_state(cls, state: dict[str, Any]) -> "Nuclei":
+        """From `state_dict()`."""
         return cls(*(state[name].numpy() for name in _PARTS))
 
 

@@ -133,11 +133,9 @@ def task_contents(tasks: Sequence[TaskSection]) -> list[str | None]:
     return [hash_file(Path(task.path)).sha256 if task.path else None for task in tasks]
 
 
-def check_same_tasks(
-    before: Sequence[str | None] | None, now: Sequence[str | None], tasks: Sequence[TaskSection]
-) -> None:
+def check_same_tasks(before: Sequence[str | None], now: Sequence[str | None], tasks: Sequence[TaskSection]) -> None:
     """UsageError if a task's file is another than when the run began, by `task_contents` then and now."""
-    for old, new, task in zip(now if before is None else before, now, tasks, strict=True):
+    for old, new, task in zip(before, now, tasks, strict=True):
         if old != new:
             raise UsageError(
                 f"tasks: {task.path} has changed since this run began; restore it, or start under another name"

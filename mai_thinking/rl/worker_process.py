@@ -20,7 +20,6 @@ from transformers.utils import logging
 
 from mai_thinking.config.grpo import GrpoConfig
 from mai_thinking.data.tokenizer import load_tokenizer
-from mai_thinking.rl.engine import Engine
 from mai_thinking.rl.grading import GradingPool
 from mai_thinking.rl.policy_model import check_lengths, make_engine, policy_config, policy_model
 from mai_thinking.rl.rollout_worker import RolloutBatch, RolloutWorker
@@ -119,26 +118,55 @@ class Answering(AbstractContextManager["Answering"]):
         mix = TaskSampler(config.tasks, config.seed)
         check_lengths(config, mix)
         model, _ = policy_model(config, policy_config(config))
-        self._weights = _Weights(weights, beat)
-        engine = make_engine(model, config, tokenizer, "no", self._weights.between_tokens)
-        self._weights.engine = engine
+        self._engine = make_engine(model, config, tokenizer, "no", self._between_tokens)
         self._pool = GradingPool(config.tasks, **config.grading.model_dump())
-        self._worker = RolloutWorker(config, mix, engine, self._pool, tokenizer, ranks=ranks)
+        self._worker = RolloutWorker(config, mix, self._engine, self._pool, tokenizer, ranks=ranks)
+        self._newest, self._beat, self._version = weights, beat, -1
+        self._only: int | None = None  # As the batch says
+        self._steps, self._switches = 0, list[tuple[int, int]]()
 
     def answer(self, asked: RolloutBatch) -> RolloutBatch | None:
         """The batch with its answer; None if the weights that it is for are gone."""
+        self._only, self._steps, self._switches = asked.only, 0, []
+        self._beat()
         try:
-            self._weights.begin(asked)
-            batch = self._worker.answer(asked, self._weights.version)
-            batch.switches = self._weights.switches
-            self._weights.check()
+            while self._version < 0 or self._only not in (None, self._version):
+                self._check()
+                self._load()
+            if self._newest.version not in (None, self._version):
+                self._load()
+            batch = self._worker.answer(asked, self._version)
+            batch.switches = self._switches
+            self._check()
         except GivenUp:
             return None
-        self._weights.beat()
+        self._beat()
         return batch
 
     def __exit__(self, *error: object) -> None:
         self._pool.close()
+
+    def _between_tokens(self) -> None:
+        """Take newer weights, if there are any."""
+        self._beat()
+        self._check()
+        self._steps += 1
+        if self._newest.version not in (None, self._version):
+            self._load()
+            self._switches.append((self._steps, self._version))
+
+    def _check(self) -> None:
+        """GivenUp if nobody wants the batch any more."""
+        if self._only not in (None, self._newest.version):
+            raise GivenUp
+
+    def _load(self) -> None:
+        """The newest, whole."""
+        while (version := self._newest.read(self._engine.load_parameters)) is None:
+            self._beat()
+            self._check()
+            time.sleep(_PAUSE)
+        self._version = version
 
 
 def work(setup: WorkerSetup, worker: int, connection: Connection) -> None:
@@ -168,48 +196,3 @@ def work(setup: WorkerSetup, worker: int, connection: Connection) -> None:
             except Exception as error:
                 outcome = f"{type(error).__name__}: {error}"
             connection.send((asked, outcome))
-
-
-class _Weights:
-    """The engine's, and which they were in the course of a batch."""
-
-    engine: Engine
-
-    def __init__(self, shared: NewestWeights, beat: Callable[[], None]) -> None:
-        self.shared, self.beat = shared, beat
-        self.version = -1
-        self.batch: RolloutBatch | None = None
-        self.steps = 0
-        self.switches: list[tuple[int, int]] = []
-
-    def begin(self, batch: RolloutBatch) -> None:
-        """Have the batch's weights, or the newest."""
-        self.batch, self.steps, self.switches = batch, 0, []
-        self.beat()
-        while self.version < 0 or (batch.only is not None and self.version != batch.only):
-            self.check()
-            self._load()
-        if self.shared.version not in (None, self.version):
-            self._load()
-
-    def between_tokens(self) -> None:
-        """Take newer weights, if there are any."""
-        self.beat()
-        self.check()
-        self.steps += 1
-        if self.shared.version not in (None, self.version):
-            self._load()
-            self.switches.append((self.steps, self.version))
-
-    def check(self) -> None:
-        """GivenUp if nobody wants the batch any more."""
-        if self.batch is not None and self.batch.only not in (None, self.shared.version):
-            raise GivenUp
-
-    def _load(self) -> None:
-        """The newest, whole."""
-        while (version := self.shared.read(self.engine.load_parameters)) is None:
-            self.beat()
-            self.check()
-            time.sleep(_PAUSE)
-        self.version = version

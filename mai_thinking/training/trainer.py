@@ -102,7 +102,7 @@ class Recipe(ABC):
         return {}
 
     def load_progress(self, progress: dict[str, Any]) -> None:  # noqa: B027 - most have none
-        """Go on from `progress()`; what is missing is from before it was kept."""
+        """Go on from `progress()`."""
 
     def evaluate(self, step: int, *, last: bool) -> dict[str, Any] | None:
         """Metrics on what was held out; `last` at the end of the run. None if it was asked to stop. Collective."""

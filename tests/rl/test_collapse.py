@@ -12,14 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from damaged_grpo import AT, damaged_step
 from simulated_climbs import KINDS, SimulatedClimb
 
 from mai_thinking.config.grpo import CollapseSection, GrpoConfig
 from mai_thinking.config.loading import load_config, save_config
 from mai_thinking.provenance.lineage import require_own
-from mai_thinking.recipes.grpo import GrpoRecipe, grpo
+from mai_thinking.recipes.grpo import grpo
 from mai_thinking.rl.collapse import COLLAPSE, Collapse, CollapseDetector, is_repetitive
 from mai_thinking.rl.problem_filter import FilterCounts
 from mai_thinking.rl.traces import FOLDER
@@ -376,25 +375,3 @@ def test_all_ranks_come_to_the_verdict_and_the_launcher_passes_it_on(
     ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=250)
     assert ended.returncode == 3, ended.stdout + ended.stderr
     assert json.loads((tmp_path / "run" / COLLAPSE).read_text())["step"] == steps_of(tmp_path / "run") == AT - 1
-
-
-def test_a_run_from_before_the_detector_goes_on(
-    make: Callable[..., GrpoConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Neither its config nor its checkpoints know of one."""
-    take_step = Trainer.take_step
-
-    def with_signal(self: Trainer) -> None:
-        os.kill(os.getpid(), signal.SIGTERM)
-        take_step(self)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(GrpoRecipe, "progress", lambda self: {})
-        patch.setattr(Trainer, "take_step", with_signal)
-        assert grpo(make(tmp_path / "run", "steps=2")) == 75
-    path = tmp_path / "run" / "config.yaml"
-    config = yaml.safe_load(path.read_text())
-    del config["collapse"]
-    path.write_text(yaml.safe_dump(config))
-    assert grpo(make(tmp_path / "run", "steps=2")) == 0
-    assert steps_of(tmp_path / "run") == 2

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import numpy as np
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -48,11 +47,6 @@ def test_few_take_little_and_many_no_more_than_their_bits() -> None:
     one_wide = Nuclei.of(np.packbits(mask, axis=1, bitorder="little"))
     assert one_wide.sizes[0] == WIDE
     assert room(one_wide) == 100 * 4 + 99 * 4 * 8 + 25_003
-
-
-def test_earlier_versions_saved_bits() -> None:
-    before = np.array([[0b101, 0], [0xFF, 0xFF]], dtype=np.uint8)
-    np.testing.assert_array_equal(Nuclei.from_state(torch.from_numpy(before)).unpacked(), before)
 
 
 def test_a_checkpoint_holds_them_where_there_is_no_id(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 from random import Random
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -70,7 +71,8 @@ def evaluated(tiny_run: Path) -> tuple[dict[str, Any], Reckoner]:
     engine = Reckoner(tokenizer)
     config = load_config(GrpoConfig, ROOT / "configs" / "tiny-grpo.yaml", ["template={preset: exercise}"])
     mix = TaskSampler([TALLY], 0)
-    held_out = HeldOut(mix, ClimbEvaluationSection(problems=12, samples=2), rank=0, ranks=1)
+    alone: Any = SimpleNamespace(rank=0, ranks=1, device=None)
+    held_out = HeldOut(mix, ClimbEvaluationSection(problems=12, samples=2), alone)
     worker = RolloutWorker(config, mix, engine, Grader(), tokenizer, ranks=1)  # type: ignore[arg-type]
     metrics, samples = held_out.evaluate(worker, 200)
     assert len(samples) == 12

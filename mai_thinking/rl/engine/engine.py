@@ -26,7 +26,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from mai_thinking.errors import RunError, UsageError
+from mai_thinking.errors import RunError
 from mai_thinking.model import MaiThinkingForCausalLM
 from mai_thinking.model.latent_moe import Experts
 from mai_thinking.rl.engine.decode_backends import BACKENDS, Backend, NotFiniteError, Sampler, padded_keys
@@ -146,11 +146,6 @@ class BatchedEngine:
         heartbeat: Callable[[], None] = lambda: None,
         tools: Tools | None = None,
     ) -> None:
-        if slots < 1 or temperature < 0.0 or not 0.0 < top_p <= 1.0:
-            raise UsageError(
-                f"rollouts: slots {slots}, temperature {temperature}, top_p {top_p}; "
-                "they must be at least 1, at least 0, and in (0, 1]"
-            )
         self.heartbeat, self.tools = heartbeat, tools
         self.slots, self.temperature, self.seed, self.end_of_text = slots, temperature, seed, end_of_text
         self.model = inference_copy(model, dtype).to(device or model.device)
@@ -184,9 +179,8 @@ class BatchedEngine:
         """The rollouts with their responses; see `Engine.generate`.
 
         A generation that fails, by an exception or by logits that are not finite, is tried again, without what had
-        finished before. Raises `RunError` after `ATTEMPTS`, and `UsageError` for a rollout that nobody could generate.
+        finished before. Raises `RunError` after `ATTEMPTS`.
         """
-        _check(asked)
         temperature = self.temperature if temperature is None else temperature
         done: dict[int, Rollout] = {}
         for _ in range(ATTEMPTS):
@@ -343,15 +337,3 @@ def inference_copy(model: MaiThinkingForCausalLM, dtype: torch.dtype | None) -> 
             if isinstance(module, nn.Linear | Experts):
                 module.to(dtype)
     return made
-
-
-def _check(asked: Sequence[Rollout]) -> None:
-    ids = [one.id for one in asked]
-    if len(set(ids)) < len(ids):
-        raise UsageError("rollouts: two have the same id; ids must be unique in a run")
-    for one in asked:
-        if not one.prompt_ids or one.max_new_tokens < 1:
-            raise UsageError(
-                f"rollouts: rollout {one.id} has {len(one.prompt_ids)} prompt tokens and max_new_tokens "
-                f"{one.max_new_tokens}; both must be at least 1"
-            )

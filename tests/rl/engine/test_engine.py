@@ -10,7 +10,7 @@ from transformers import GenerationConfig
 
 import mai_thinking.rl.engine.decode_backends as backends_module
 import mai_thinking.rl.engine.engine as engine_module
-from mai_thinking.errors import RunError, UsageError
+from mai_thinking.errors import RunError
 from mai_thinking.model import MaiThinkingForCausalLM
 from mai_thinking.rl.engine import BatchedEngine
 from mai_thinking.rl.packing import pack
@@ -224,13 +224,5 @@ def test_a_generation_that_keeps_failing_is_an_error(
     assert "\n" not in str(raised.value)
 
 
-def test_bad_requests_and_settings_name_themselves() -> None:
-    model = tiny_model()
-    for bad in (Rollout(7, [], 5), Rollout(7, [3], 0)):
-        with pytest.raises(UsageError, match="rollout 7"):
-            engine(model).generate([bad])
-    with pytest.raises(UsageError, match="same id"):
-        engine(model).generate([Rollout(7, [3], 5), Rollout(7, [4], 5)])
-    assert engine(model).generate([]) == []
-    with pytest.raises(UsageError, match=r"top_p 1\.5"):
-        engine(model, top_p=1.5)
+def test_nothing_asked_is_nothing_answered() -> None:
+    assert engine(tiny_model()).generate([]) == []
