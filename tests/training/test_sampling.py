@@ -1,5 +1,6 @@
 """Looking at a model while it learns: how soon, how often, what it costs, and that it changes nothing."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,10 @@ import pytest
 from mai_thinking.config.loading import load_config
 from mai_thinking.config.pretraining import PretrainConfig
 from mai_thinking.recipes.pretrain import pretrain
+from mai_thinking.report import conclude
 from mai_thinking.training.context import ProgressLine
 from mai_thinking.training.evaluation import SHARE, SMALLEST, affordable
+from mai_thinking.training.metrics import read_records
 from mai_thinking.training.sampling import GLANCES, Glance
 
 NANO = Path(__file__).parents[2] / "configs" / "nano.yaml"
@@ -69,3 +72,20 @@ def test_an_evaluation_reads_what_it_can_afford() -> None:
     assert affordable(1, 4) == SMALLEST
     # At least a forward pass over three bytes a token, each read twice: 2/3 of what a step takes.
     assert 4 * affordable(between, 4) / 3 * 2 / 3 < 1.2 * SHARE * between
+
+
+def test_a_run_on_code_tells_how_much_of_what_it_writes_parses(
+    tiny_config: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = [f"def f{n}(x):\n    return x + {n}\n\n\n" * 5 for n in range(200)]
+    (tmp_path / "code.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    source = f"{{name: mine, kind: jsonl, path: {tmp_path / 'code.jsonl'}, category: code, licence: MIT"
+    data = [f"data.sources=[{source}, provenance: human, weight: 1}}]", "data.cleaning.near_duplicates=null"]
+    config = tiny_config(tmp_path / "run", *data, "steps=40", "evaluation.every=20", "evaluation.sample_prompts=[]")
+    assert conclude(pretrain(config), config.folder) == 0
+    first, last = (r for r in read_records(tmp_path / "run" / "metrics.jsonl") if r.get("kind") == "evaluation")
+    assert "parsed" not in first  # so short an interval pays for no such sample
+    assert 0 < last["parsed"] <= 1
+    told = f"{round(32 * last['parsed'])} of 32 functions that it wrote parse"
+    assert told in capsys.readouterr().out
+    assert json.loads((tmp_path / "run" / "report" / "summary.json").read_text())["parsed"] == last["parsed"]
