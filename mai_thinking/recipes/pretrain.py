@@ -83,7 +83,9 @@ class PretrainRecipe(Recipe):
         context.line.after_last = size / BYTES_PER_TRAINED_TOKEN / config.batch.tokens_per_step
         self.held_out = HeldOutEvaluation(self.data, config, context, self.learner)
         self._documents: MetricsLog | None = None
-        self._glance, self._prompts = Glance(), itertools.cycle(config.evaluation.sample_prompts)
+        # A run that goes on has been seen; one that is killed every minute must not look at itself every minute.
+        self._glance = Glance(600 if context.resuming else 10)
+        self._prompts = itertools.cycle(config.evaluation.sample_prompts)
 
     def describe(self) -> str:
         """What it costs, and what it reads how often."""

@@ -22,19 +22,19 @@ GLANCES = 0.05
 
 
 class Glance:
-    """When to look at what a model writes while it learns: after some ten seconds, then each time it has trained for
+    """When to look at what a model writes while it learns: after `first` seconds, then each time it has trained for
     twice as long, and later where looking would take more than `GLANCES` of the time. A clock decides, so nothing that
     a run computes or records may depend on it."""
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, first: float, clock: Callable[[], float] = time.monotonic) -> None:
         """Time counts from the first question whether to look."""
-        self._clock = clock
+        self._first, self._clock = first, clock
         self._begin: float | None = None
         self._spent, self._at, self._cost = 0.0, 0.0, 0.5  # seconds; the first look has no cost yet to go by
 
     def due(self) -> bool:
         """Whether to look now."""
-        return self._trained() >= max(2 * self._at, (self._spent + self._cost) / GLANCES)
+        return self._trained() >= max(self._first, 2 * self._at, (self._spent + self._cost) / GLANCES)
 
     @contextmanager
     def looking(self) -> Iterator[None]:

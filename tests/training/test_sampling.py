@@ -19,18 +19,18 @@ from mai_thinking.training.sampling import GLANCES, Glance
 NANO = Path(__file__).parents[2] / "configs" / "nano.yaml"
 
 
-@pytest.mark.parametrize(("cost", "most"), [(0.4, 12), (3.0, 9), (60.0, 4)])
-def test_looks_come_soon_and_take_no_more_than_their_share(cost: float, most: int) -> None:
+@pytest.mark.parametrize(("first", "cost", "most"), [(10, 0.4, 12), (10, 3.0, 9), (10, 60.0, 4), (600, 0.4, 4)])
+def test_looks_come_soon_and_take_no_more_than_their_share(first: float, cost: float, most: int) -> None:
     """Two hours of steps of half a second; only the first look is made without knowing what it costs."""
     now, looks = 0.0, []
-    glance = Glance(lambda: now)
+    glance = Glance(first, lambda: now)
     while now < 7200:
         if glance.due():
             looks.append(now)
             with glance.looking():
                 now += cost
         now += 0.5
-    assert looks[0] == 10
+    assert looks[0] == first
     assert 3 <= len(looks) <= most
     assert all(cost * (i + 1) <= GLANCES * (at - cost * i) for i, at in enumerate(looks) if i)
 
