@@ -76,8 +76,8 @@ class Documents(Sequence[Document]):
         """The document at a place; of a slice, a mask or places, `Documents`."""
         if not isinstance(place, int | np.integer):
             return Documents(self.folder, self.records[place])
-        file, start, id, size = (int(self.records[name][place]) for name in ("file", "start", "id", "size"))
-        content = os.pread(_opened(self.folder / f"{file}.texts").fileno(), id + size, start)
+        _, _, _, file, start, id, size, *_ = self.records[place].item()
+        content = os.pread(_opened(self.folder, f"{file}.texts"), id + size, start)
         return Document(content[:id].decode(), content[id:].decode())
 
     def texts(self) -> Iterator[str]:
@@ -87,7 +87,7 @@ class Documents(Sequence[Document]):
     def words(self) -> Iterator[NDArray[np.uint64]]:
         """Each one's hashed words, in order, once `Words` has written them down."""
         for shard, first, count in self.records[["shard", "first_word", "words"]].tolist():
-            content = os.pread(_opened(self.folder / f"{shard}.words").fileno(), 8 * count, 8 * first)
+            content = os.pread(_opened(self.folder, f"{shard}.words"), 8 * count, 8 * first)
             yield np.frombuffer(content, dtype=np.uint64)
 
     @property
@@ -136,13 +136,17 @@ class Documents(Sequence[Document]):
 
 
 @functools.lru_cache(maxsize=128)
-def _opened(path: Path) -> BinaryIO:
-    return path.open("rb", buffering=0)
+def _file(folder: Path, name: str) -> BinaryIO:
+    return (folder / name).open("rb", buffering=0)
+
+
+def _opened(folder: Path, name: str) -> int:
+    return _file(folder, name).fileno()
 
 
 def close_files() -> None:
     """Before their folder is written anew."""
-    _opened.cache_clear()
+    _file.cache_clear()
 
 
 class Writer:
