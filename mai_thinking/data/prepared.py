@@ -147,7 +147,10 @@ def save_source(
                 np.lib.format.write_array_header_1_0(file, header)
             file.write(piece.tobytes())
     np.save(folder / f"{name}.offsets.npy", offsets)
-    (folder / f"{name}.ids.json").write_text(json.dumps(list(ids)), encoding="utf-8")
+    with (folder / f"{name}.ids.json").open("w", encoding="utf-8") as text:
+        text.write("[")
+        text.writelines(f"{', ' if place else ''}{json.dumps(id)}" for place, id in enumerate(ids))
+        text.write("]")
 
 
 def save_held_out(folder: Path, held_out: Mapping[str, list[Document]]) -> None:
