@@ -40,7 +40,7 @@ def near_duplicates(documents: Documents, cleaning: CleaningSection, work: Work)
     assert cleaning.near_duplicates is not None
     rows = _band_rows(cleaning.near_duplicates, cleaning.minhash_permutations)
     task = partial(_shingle_signatures, cleaning.minhash_shingle, cleaning.minhash_permutations, rows)
-    return _alike(work.each("near_duplicates", task, documents), cleaning.near_duplicates)
+    return _alike(work.each("near_duplicates", task, documents), cleaning.near_duplicates, work.folder)
 
 
 def templated(documents: Documents, section: TemplatesSection, permutations: int, work: Work) -> Places:
@@ -56,7 +56,7 @@ def templated(documents: Documents, section: TemplatesSection, permutations: int
 
     table = work.once("run_counts.npy", count)
     task = partial(_frame_signatures, table, section, permutations, _band_rows(section.similarity, permutations))
-    return _alike(work.each("templates", task, documents), section.similarity)
+    return _alike(work.each("templates", task, documents), section.similarity, work.folder)
 
 
 # --------------------------------------------------------------------------------------------------- shard by shard
@@ -113,14 +113,14 @@ def _signatures(sets: Iterator[Hashes], permutations: int, rows: int) -> Arrays:
 # ------------------------------------------------------------------------------------------------------ all together
 
 
-def _alike(parts: Parts, threshold: float) -> Places:
+def _alike(parts: Parts, threshold: float, folder: Path) -> Places:
     """For each set the place of the first earlier one, itself new, with an estimated Jaccard similarity of at least
     `threshold`; its own if there is none, or it is empty."""
     wanted = np.flatnonzero(~parts.all("empty").astype(np.bool_))
     twins = np.arange(len(parts.all("empty")))
     owners, groups = _shared_bands(parts, wanted)
     places, starts = np.unique(owners, return_index=True)
-    with tempfile.TemporaryFile() as file:
+    with tempfile.TemporaryFile(dir=folder) as file:
         signatures = _chosen(parts, places, file)
         newest = np.full(int(groups.max(initial=-1)) + 1, -1)
         """Group → the last one in it that is new, by its row in `groups`; the one before that is in `before`."""

@@ -15,11 +15,11 @@ def hashed_features(texts: Iterable[Hashes], *, longest: int, bits: int) -> Any:
     from scipy.sparse import csr_matrix  # half a second, and only for those who ask
 
     shift = np.uint64(64 - bits)
-    columns, values, sizes = [np.zeros(0, np.int64)], [np.zeros(0, np.float32)], [0]
+    columns, values, sizes = [np.zeros(0, np.int32)], [np.zeros(0, np.float32)], [0]
     for words in texts:
         runs = np.concatenate([ngram_hashes(words, n) for n in range(1, longest + 1)]) >> shift
         column, count = np.unique(runs, return_counts=True)
-        columns.append(column.astype(np.int64))
+        columns.append(column.astype(np.int32))
         values.append(1 + np.log(count, dtype=np.float32))
         sizes.append(len(column))
     shape = (len(sizes) - 1, 1 << bits)

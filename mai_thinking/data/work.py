@@ -66,7 +66,8 @@ class Work:
     def __init__(self, folder: Path, processes: int | None = None) -> None:
         """`processes`: as many as there are cores, unless it is given."""
         self.folder, self.texts = folder, folder / "texts"
-        self._processes = processes or len(os.sched_getaffinity(0))
+        here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        self._processes = processes or here
         self._parts = list[Path]()
         self._pool: ProcessPoolExecutor | None = None
         close_files()

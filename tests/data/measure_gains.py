@@ -29,12 +29,11 @@ OFF: dict[str, Any] = {"exact_duplicates": False, "near_duplicates": None}
 COPIES: dict[str, Any] = {"exact_duplicates": True, "near_duplicates": 0.7}
 ARMS = {
     "nothing": OFF,
-    "exact and near copies": COPIES,
     "everything": {**COPIES, "boilerplate": {}, "templates": {}, "semantic": {}},
 }
 SEEDS = (0, 1, 2)
 CATEGORIES = {"general": ("manuals", "docstrings"), "code": ("stdlib",)}
-STEPS, CONTEXT, ROWS = 120, 256, 8
+STEPS, CONTEXT, ROWS = 100, 256, 8
 MODEL = {
     "hidden_size": 64, "num_hidden_layers": 6, "intermediate_size": 128, "num_attention_heads": 2,
     "num_key_value_heads": 1, "head_dim": 32, "sliding_window": 64, "num_experts": 32, "num_experts_per_tok": 4,
@@ -88,10 +87,10 @@ def written(folder: Path) -> dict[str, list[str]]:
         cut = len(pages) // 5
         apart[category], rest = pages[:cut], pages[cut:]
         training += rest
-        lines = (json.dumps({"text": text}) + "\n" for text in dirtied(rest, category))
-        (folder / f"{category}.jsonl").write_text("".join(lines))
-    (folder / "apart.json").write_text(json.dumps(apart))
+        if not (path := folder / f"{category}.jsonl").exists():  # what is prepared is known by its files' times
+            path.write_text("".join(json.dumps({"text": text}) + "\n" for text in dirtied(rest, category)))
     if not (folder / "tokenizer").exists():
+        (folder / "apart.json").write_text(json.dumps(apart))
         train_tokenizer(training, 2048).save_pretrained(folder / "tokenizer")
     return apart
 
@@ -100,11 +99,16 @@ def config_of(arm: str, seed: int, folder: Path) -> PretrainConfig:
     """One run. All have one tokenizer, so that they differ in the text alone."""
     sources = [
         {"name": category, "kind": "jsonl", "path": str(folder / f"{category}.jsonl"), "category": category,
-         "licence": "mixed", "provenance": "human", "weight": 1, "held_out": False}
+         "licence": "mixed", "provenance": "human", "weight": 1}
         for category in CATEGORIES
     ]  # fmt: skip
     cleaning = {**ARMS[arm], "benchmarks": [str(folder / "apart.json")]}
-    data = {"sources": sources, "cleaning": cleaning, "tokenizer": {"path": str(folder / "tokenizer")}}
+    data = {
+        "sources": sources,
+        "held_out": {"max_bytes": 2000},
+        "cleaning": cleaning,
+        "tokenizer": {"path": str(folder / "tokenizer")},
+    }
     name = f"{arm.replace(' ', '-')}-{seed}"
     return PretrainConfig.model_validate({
         "name": name, "output_dir": str(folder / name), "seed": seed, "steps": STEPS, "model": MODEL,
