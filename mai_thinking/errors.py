@@ -1,4 +1,5 @@
-"""The exceptions whose message is all that a user needs; whatever else is raised is a bug, with its traceback."""
+"""The exceptions whose message is all that a user needs; whatever else is raised is a bug, with its traceback. And what
+makes text of others fit to be shown."""
 
 
 class UsageError(Exception):
@@ -25,3 +26,8 @@ class RunError(Exception):
 def one_line(error: BaseException) -> str:
     """The beginning of another library's message, for one of ours."""
     return " ".join(str(error).split())[:200]
+
+
+def printable(text: str) -> str:
+    """`text` with control and direction characters spelled out; line ends stay."""
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)

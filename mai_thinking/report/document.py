@@ -13,8 +13,8 @@ from rich.console import Console
 
 from mai_thinking.config.storage import atomic_file
 from mai_thinking.config.table import Table
+from mai_thinking.errors import printable
 from mai_thinking.report.figures import MISSING, Figure, draw, save
-from mai_thinking.rl.trace_report import printable
 
 
 class Document:

@@ -10,14 +10,14 @@ import yaml
 
 from mai_thinking.config.storage import atomic_file
 from mai_thinking.config.table import Cell, Table
-from mai_thinking.errors import UsageError
+from mai_thinking.errors import UsageError, printable
 from mai_thinking.report.document import Document, fenced
 from mai_thinking.report.goodput import figure, summary, table_of
 from mai_thinking.report.lineage import as_recorded
 from mai_thinking.report.reading import Climb, Run, read
 from mai_thinking.report.summary import add_run, climb_page
 from mai_thinking.rl.rewards import TERMS
-from mai_thinking.rl.trace_report import parts_of, printable
+from mai_thinking.rl.trace_report import parts_of
 
 _FRAME = """<!doctype html>
 <html lang="en">

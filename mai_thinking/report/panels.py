@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from mai_thinking.errors import printable
 from mai_thinking.report.figures import PALETTE, Figure, HeatMap, Panel, Series, condensed, shade
 from mai_thinking.report.reading import RL, Climb, Run
 from mai_thinking.report.timeline import timeline
-from mai_thinking.rl.trace_report import printable
 from mai_thinking.training.metrics import Record
 
 PASS, BITS = "pass@1/", "bits_per_byte/"

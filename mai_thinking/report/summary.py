@@ -9,12 +9,12 @@ from typing import Any
 
 from mai_thinking.config.grpo import SamplingSection
 from mai_thinking.config.table import Cell, Interval, Table
+from mai_thinking.errors import printable
 from mai_thinking.experiments.plan import ClimbPlan
 from mai_thinking.report.document import Document, fenced, printed
 from mai_thinking.report.lineage import report as report_lineage
 from mai_thinking.report.panels import BITS, PASS, best_of, figures_of, over_stages, parts_of
 from mai_thinking.report.reading import RL, Climb, Run
-from mai_thinking.rl.trace_report import printable
 from mai_thinking.training.metrics import Record
 
 

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.text import Text
 
 from mai_thinking.config.names import nearest_name
-from mai_thinking.errors import UsageError
+from mai_thinking.errors import UsageError, printable
 from mai_thinking.rl.rewards import TERMS
 from mai_thinking.rl.traces import FOLDER, SCHEMA, Trace, TraceStore
 
@@ -92,8 +92,3 @@ def _nothing(store: TraceStore, step: int | None, task: str | None) -> str:
     steps = sorted({row["step"] for row in keys.to_pylist() if task in (None, row["task"])})
     near = min(steps, key=lambda at: abs(at - (step or 0)))
     return f"{store.folder}: has no traces{of_task} at step {step}, but from {steps[0]} to {steps[-1]}; take {near}"
-
-
-def printable(text: str) -> str:
-    """`text` with control and direction characters spelled out; line ends stay."""
-    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)

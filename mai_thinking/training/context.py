@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from mai_thinking.config.run import TrainingConfig
+from mai_thinking.errors import printable
 from mai_thinking.training.checkpoint_storage import visible_steps
 from mai_thinking.training.heartbeat import Heartbeat
 from mai_thinking.training.ledger import GoodputLedger
@@ -96,9 +97,9 @@ class ProgressLine:
         return f"{(tokens - before) / (now - recent):,.0f} tokens/s  {left} left"
 
     def log(self, text: str) -> None:
-        """Print a line of its own, above the bar."""
+        """Print a line of its own, above the bar; what a model wrote in it cannot steer the terminal."""
         if self.show:
-            self.console.print(text)
+            self.console.print(printable(text))
 
 
 class RunContext:

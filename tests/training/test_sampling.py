@@ -49,6 +49,11 @@ def test_the_time_left_counts_all_that_lies_between_steps(monkeypatch: pytest.Mo
     assert f"{49 * 100 / (49 * 0.5 + 30):,.0f} tokens/s" in line.text
 
 
+def test_what_a_model_writes_cannot_steer_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    ProgressLine(1, 10.0, show=True).log("a\x1b[2Jb\r\n  c")
+    assert capsys.readouterr().out == "a\\x1b[2Jb\\r\n  c\n"
+
+
 def test_looking_at_every_step_changes_no_bit(
     tiny_config: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
