@@ -244,7 +244,8 @@ def main(out: Path, sizes: list[str]) -> None:
         name = f"{kind or 'speed'}-{int(argument):04}" if argument.isdigit() else kind
         found[name] = json.loads(_output([sys.executable, script, argument]).splitlines()[-1])
     found = found or {"faults": measure_faults()}
-    command = f"PYTHONPATH=. python tests/data/measure_cleaning.py {' '.join(sys.argv[1:])}"
+    said = (re.sub(":.*/.*", ":RUNS", argument) for argument in sys.argv[1:])
+    command = f"PYTHONPATH=. python tests/data/measure_cleaning.py {' '.join(said)}"
     made = {"command": command, "commit": commit, "seed": SEED, **describe()}
     for name, part in found.items():
         (out / f"part-{name}.json").write_text(json.dumps({"found": part, "made": made}, indent=1) + "\n")
