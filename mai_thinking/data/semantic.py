@@ -104,4 +104,4 @@ def _clusters(embeddings: Parts, count: int) -> Iterator[NDArray[np.int64]]:
     ])  # fmt: skip
     order = np.argsort(nearest, axis=None, kind="stable")
     ends = np.cumsum(np.bincount(nearest.ravel(), minlength=clusters))
-    yield from np.split(order // nearest.shape[1], ends[:-1])
+    yield from filter(len, np.split(order // nearest.shape[1], ends[:-1]))  # some have no members

@@ -152,6 +152,13 @@ def test_a_cluster_is_compared_whole_however_large_it_is(corpus: Corpus, monkeyp
         assert semantic_duplicates(stored.documents, SemanticSection(), stored.work).tolist() == [*range(40), 0]
 
 
+def test_a_cluster_may_be_empty(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of copies of one text, which all lie nearest to the same two of four."""
+    monkeypatch.setattr(semantic, "_CLUSTER", 3)
+    stored = Stored(corpus.folder, [corpus.document()] * 12)
+    assert semantic_duplicates(stored.documents, SemanticSection(), stored.work).tolist() == [0] * 12
+
+
 def test_few_representatives_of_what_says_the_same_stay(corpus: Corpus) -> None:
     base = corpus.document(100).split()
     shuffled = [" ".join(random.Random(seed).sample(base, len(base))) for seed in range(5)]
