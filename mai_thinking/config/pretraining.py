@@ -46,8 +46,10 @@ class PretrainConfig(TextTrainingConfig):
     evaluation: EvaluationSection = EvaluationSection()
 
     @model_validator(mode="after")
-    def _check_provenance(self) -> Self:
+    def _check_sources(self) -> Self:
         """Pre-training takes human and procedural text only (§2.4)."""
+        if not any(source.held_out for source in self.data.sources):
+            raise ValueError("data.sources: nothing is held out to be evaluated on; remove one's `held_out: false`")
         for source in self.data.sources:
             if source.provenance == "own-model":
                 raise ValueError(

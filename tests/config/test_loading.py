@@ -99,6 +99,7 @@ def test_a_mistake_gets_one_line(small: Path, override: str, message: str) -> No
         ({"licence": None}, "licence"),
         ({"licence": ""}, "licence"),
         ({"kind": "embedded", "path": "stdlibs"}, "did you mean 'stdlib'"),
+        ({"held_out": False}, "nothing is held out to be evaluated on"),
     ],
 )
 def test_sources_say_where_they_come_from(small: Path, changes: dict[str, str | None], message: str) -> None:
