@@ -7,6 +7,7 @@ from functools import partial
 import numpy as np
 
 from mai_thinking.config.data import BoilerplateSection, CleaningSection, QualitySection
+from mai_thinking.config.storage import atomic_file
 from mai_thinking.data.accounting import Tally
 from mai_thinking.data.boilerplate import without_boilerplate
 from mai_thinking.data.documents import Documents
@@ -139,7 +140,7 @@ def with_words(documents: Documents, work: Work) -> Documents:
 
 def _write_words(shard: int, documents: Documents) -> Arrays:
     words, counts = WordHashes(), list[int]()
-    with (documents.folder / f"{shard}.words").open("wb") as file:
+    with atomic_file(documents.folder / f"{shard}.words") as temporary, temporary.open("wb") as file:
         for hashes in map(words.of, documents.texts()):
             file.write(hashes.tobytes())
             counts.append(len(hashes))

@@ -85,7 +85,7 @@ class Documents(Sequence[Document]):
         return (document.text for document in self)
 
     def words(self) -> Iterator[NDArray[np.uint64]]:
-        """Each one's hashed words, in order, once `Words` has written them down."""
+        """Each one's hashed words, in order, once `with_words` has written them down."""
         for shard, first, count in self.records[["shard", "first_word", "words"]].tolist():
             content = os.pread(_opened(self.folder, f"{shard}.words"), 8 * count, 8 * first)
             yield np.frombuffer(content, dtype=np.uint64)

@@ -109,9 +109,9 @@ class RunCounts:
         """Where each is counted."""
         return hashes >> self._shift
 
-    def add(self, slots: Hashes, times: NDArray[np.int64]) -> None:
+    def add(self, slots: Hashes, times: NDArray[np.integer]) -> None:
         """Count each slot, which is there once, so many times."""
-        self.table[slots] = np.minimum(self.table[slots] + times, 255)
+        self.table[slots] = np.minimum(self.table[slots] + times.astype(np.int64), 255)
 
     def of(self, hashes: Hashes) -> NDArray[np.uint8]:
         """The counts [hashes]."""

@@ -1,16 +1,18 @@
 """A preparation that can be killed: what it has finished lies in a folder, and is not done again.
 
-A stage that looks at each document by itself is a task for every shard of some ten megabytes, done by as many processes
+A stage that looks at each document by itself is a task for every shard of 32 MB, done by as many processes
 as there are cores; what a task finds is a file of arrays. A stage that compares documents reads these files, and no
 text. The shards depend on the documents alone, so that any number of processes, killed at any time, gives the same.
 """
 
 import os
 import shutil
+import signal
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any
 
@@ -94,13 +96,18 @@ class Work:
                     _do(task, number, shards[number], paths[number])
                 break
             try:
-                self._pool = self._pool or ProcessPoolExecutor(self._processes, get_context("spawn"))
+                spawn = get_context("spawn")
+                self._pool = self._pool or ProcessPoolExecutor(self._processes, spawn, _end_with_parent)
                 for future in [self._pool.submit(_do, task, n, shards[n], paths[n]) for n in missing]:
                     future.result()
             except BrokenProcessPool:  # a worker was killed: its shard is done again, unless nothing at all was done
                 self._pool = None
                 if not any(paths[number].exists() for number in missing):
                     raise
+            except BaseException:  # Ctrl-C should not wait for all that is queued
+                if self._pool is not None:
+                    self._pool.shutdown(wait=False, cancel_futures=True)
+                raise
         return Parts(paths)
 
     def forget_parts(self) -> None:
@@ -108,6 +115,18 @@ class Work:
         for folder in self._parts:
             shutil.rmtree(folder)
         self._parts.clear()
+
+
+def _end_with_parent() -> None:
+    """What a worker left behind wrote would come between a resumed preparation and its files."""
+
+    def wait() -> None:
+        if (parent := parent_process()) is not None:
+            parent.join()
+            os._exit(1)
+
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # or Ctrl-C would only end the shard, and the next one begin
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _do(task: Task, number: int, documents: Documents, path: Path) -> None:

@@ -1,6 +1,7 @@
 """A page to talk to a model: `scripts/sample.py MODEL --serve`. For this machine alone; text streams, thoughts fold."""
 
 import json
+import sys
 import threading
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -100,7 +101,9 @@ class _Server(ThreadingHTTPServer):
     daemon_threads = True
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Somebody who hangs up is no error."""
+        """Somebody who hangs up is no error; all else is told on the terminal."""
+        if not isinstance(sys.exception(), ConnectionError | TimeoutError):
+            super().handle_error(request, client_address)
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -126,10 +129,10 @@ class _Handler(BaseHTTPRequestHandler):
     def _asked(self) -> tuple[str, bool] | None:
         """Text and whether it is a question; None if the request is refused, which has been told then."""
         length = self.headers.get("Content-Length", "")
-        self.close_connection = True  # unless all of the body has been read
+        self.close_connection = True  # all of the body may not have been read
         if self.path != "/" or not length.isascii() or not length.isdigit():
             self.send_error(404 if self.path != "/" else 411)
-        elif int(length[:9]) > _LARGEST:
+        elif len(length) > 9 or int(length) > _LARGEST:
             self.send_error(413)
         else:
             try:

@@ -206,7 +206,7 @@ class Worker(ABC):
 
     @abstractmethod
     def read(self) -> list[tuple[RolloutBatch, str | None]]:
-        """RolloutBatchs that are dealt with, and what went wrong. Sets `ended`."""
+        """Batches that are dealt with, and what went wrong. Sets `ended`."""
 
     @abstractmethod
     def end(self) -> None:

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from functools import partial
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import pytest
 from conftest import Corpus, source
 from mai_thinking.data import documents
 from mai_thinking.data.documents import Document, Documents, Writer
+from mai_thinking.data.words import RunCounts
 from mai_thinking.data.work import Arrays, Work
 
 EVERYTHING = {"boilerplate": {"across": 3}, "templates": {}, "semantic": {}, "fuzzy_decontamination": {}}
@@ -51,6 +53,54 @@ def test_a_killed_worker_costs_its_shard_alone(corpus: Corpus, tmp_path: Path, m
     before = path.stat().st_mtime_ns
     work.each("sizes", bytes_of, found)
     assert path.stat().st_mtime_ns == before
+
+
+def loiter(marker: Path, shard: int, found: Documents) -> Arrays:
+    (marker / str(os.getpid())).touch()
+    time.sleep(600)
+    return {}
+
+
+LEFT = """
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from test_work import loiter, stored
+from mai_thinking.data import documents
+from mai_thinking.data.work import Work
+if __name__ == "__main__":
+    documents._SHARD = 100
+    work = Work(Path(sys.argv[1]) / "work", processes=2)
+    work.each("none", partial(loiter, Path(sys.argv[1])), stored(work, ["some text " * 9] * 12))
+"""
+
+
+@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT])
+def test_workers_end_with_the_preparation(tmp_path: Path, sent: signal.Signals) -> None:
+    """What they wrote later would come between the next one and its files; and Ctrl-C waits for nothing queued."""
+    places = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1]), *sys.path])
+    main = subprocess.Popen([sys.executable, "-c", LEFT, str(tmp_path)], env=os.environ | {"PYTHONPATH": places})
+    workers: list[int] = []
+    end = time.monotonic() + 120
+    while len(workers) < 2 and time.monotonic() < end:
+        workers = [int(path.name) for path in tmp_path.iterdir() if path.name.isdigit()]
+        time.sleep(0.05)
+    assert len(workers) == 2
+    main.send_signal(sent)
+    if sent == signal.SIGINT:
+        os.kill(workers[0], signal.SIGINT)  # the terminal's goes to all
+        os.kill(workers[1], signal.SIGINT)
+    main.wait(60)
+    while any(Path(f"/proc/{pid}").exists() for pid in workers) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
+
+
+def test_a_count_stays_at_the_most_that_it_can_be() -> None:
+    counts = RunCounts(np.array([250, 0], dtype=np.uint8))
+    counts.add(np.array([0, 1], dtype=np.uint64), np.array([10, 3], dtype=np.uint8))
+    assert counts.table.tolist() == [255, 3]
 
 
 KILLED = """
