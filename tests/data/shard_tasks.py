@@ -1,0 +1,36 @@
+"""Tasks of a preparation's workers, which import them from here: a test wants the `conftest` of its own folder."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+
+from mai_thinking.data.documents import Document, Documents, Writer
+from mai_thinking.data.work import Arrays, Work
+
+
+def bytes_of(shard: int, found: Documents) -> Arrays:
+    return {"sizes": found.records["size"], "of": np.full(len(found), os.getpid())}
+
+
+def die_once(marker: Path, shard: int, found: Documents) -> Arrays:
+    """In the third shard, as if memory had run out."""
+    if shard == 2 and not marker.exists():
+        marker.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return bytes_of(shard, found)
+
+
+def stored(work: Work, texts: list[str]) -> Documents:
+    writer = Writer(work.texts, 0)
+    for place, text in enumerate(texts):
+        writer.add(Document(str(place), text))
+    return writer.close().sharded()
+
+
+def loiter(marker: Path, shard: int, found: Documents) -> Arrays:
+    (marker / str(os.getpid())).touch()
+    time.sleep(600)
+    return {}
