@@ -110,6 +110,35 @@ def ngrams(bits: int, *orders: int) -> Callable[[MaiThinkingForCausalLM], None]:
     return change
 
 
+def sparse_ngrams(bits: int, *orders: int, factor: float = 1.0) -> Callable[[Learner], None]:
+    """The same, of which a step touches the rows that it read."""
+
+    def change(learner: Learner) -> None:
+        model = learner.model
+        tables = [nn.Parameter(torch.zeros(2**bits, model.config.hidden_size)) for _ in orders]
+        adam = torch.optim.SparseAdam(tables, betas=(0.9, 0.99))
+
+        def add(module: nn.Module, inputs: tuple[Tensor], out: Tensor) -> Tensor:
+            before, hashed = inputs[0], inputs[0]
+            for order in range(2, max(orders) + 1):
+                before = F.pad(before, (1, 0))[:, :-1]
+                hashed = (hashed * 1_000_003 + before * 7_919 + 12_345) % 2**32
+                if order in orders:
+                    row = (hashed ^ (hashed >> 15)) * 2_654_435_761 % 2**32 >> (32 - bits)
+                    out = out + F.embedding(row, tables[orders.index(order)], sparse=True)
+            return out
+
+        def step(optimizer: Any, *_: Any) -> None:
+            adam.param_groups[0]["lr"] = factor * optimizer.param_groups[0]["lr"]
+            adam.step()
+            adam.zero_grad()
+
+        model.model.embed_tokens.register_forward_hook(add)
+        learner.optimizer.register_step_pre_hook(step)
+
+    return change
+
+
 def shift(model: MaiThinkingForCausalLM) -> None:
     """Attention reads of each token a learned share of the one before too, channel by channel; none at first."""
 
@@ -221,6 +250,13 @@ TRIED = {
     ),
     "trigrams": Trial(
         "tables of 2^16 pairs and 2^16 triples", model=ngrams(16, 2, 3), learner=fine_tune_rate("ngrams", 0.3)
+    ),
+    "trigrams-sparse": Trial(
+        "the same tables, of which a step changes the rows it read", learner=sparse_ngrams(16, 2, 3)
+    ),
+    "quadgrams-sparse": Trial(
+        "so too, 2^18 pairs, triples and quadruples, at three times the rate",
+        learner=sparse_ngrams(18, 2, 3, 4, factor=3.0),
     ),
     "shift": Trial("attention reads a share of the token before", model=shift),
     "values": Trial("value embeddings", model=value_embeddings, learner=fine_tune_rate("value_table", 0.3)),
