@@ -1,4 +1,4 @@
-"""This page from what three leases of a card left: `python results/card/page.py FOLDER`.
+"""This page from what three turns on a card left: `python results/card/page.py FOLDER`.
 
 In FOLDER: `a` and `b`, which scripts/card.py wrote, beside each other; `w/L6-think-grpo`, the RL run; and what a
 step of L12 printed: `before.txt`, `after.txt` (bench/card.py's side "ours"), `flash-4.txt`.
@@ -32,13 +32,13 @@ def step_rows(name: str, what: list[str]) -> list[dict[str, object]]:
 
 
 FOUND = """\
-A first lease found three faults that no CPU shows. The head asked whether autocast is on where it is switched
+A first turn on a card found three faults that no CPU shows. The head asked whether autocast is on where it is switched
 off, so that it computed in fp32: half of L12's step, and in RL another rounding than the engine's. The
 router's product by bf16 parts lost more than it promised, since matrix units cut their sums off. A test
-asked for the same last token of a nucleus. All are mended, and the second lease's figures are below.
+asked for the same last token of a nucleus. All are mended, and the second turn's figures are below.
 
 - Code c0004aa for the step before, c1c3fba for all else; seed 0; torch 2.11.
-- Utilisation is of the card's own product in the same process, which varies from lease to lease; tokens per
+- Utilisation is of the card's own product in the same process, which varies from turn to turn; tokens per
   second do not.
 - FlashAttention-4 (4.0.0b36, in place of PyTorch's kernel through its operator registry) gives the same
   gradients to 0.3 % of their norm and is worth 1 %; more rows at once are worth nothing. 45 % was asked for.
@@ -48,7 +48,7 @@ asked for the same last token of a nucleus. All are mended, and the second lease
 
 
 def copied(source: Path, target: str) -> None:
-    """Without the lease's folders and other people's warnings."""
+    """Without that machine's folders and other people's warnings."""
     lines = (re.sub(r"/tmp/wb?(?=/|$)", "runs", line) for line in source.read_text().splitlines())
     kept = (line for line in lines if not NOISE.search(line))
     (HERE / target).write_text("\n".join(kept) + "\n")
