@@ -8,8 +8,6 @@ from pathlib import Path
 
 from mai_thinking.config.command import Parser, exit_with
 
-NAMES = ["tests", "step", "base", "climb", "resume", "rollouts"]
-
 
 def main() -> None:
     """Parse, run, write."""
@@ -20,12 +18,15 @@ def main() -> None:
     parser.add_argument(
         "--tiny", action="store_true", help="models that take no time: the same on a CPU, to see it work"
     )
-    parser.add_argument("--parts", nargs="+", choices=NAMES, default=NAMES, help="only these; the folder keeps others")
+    parser.add_argument("--parts", nargs="+", metavar="PART", help="only these; the folder keeps others")
     options = parser.parse_args()
 
     from mai_thinking.experiments.card import parts_of, run_parts
 
-    chosen = [part for part in parts_of(options.work, tiny=options.tiny) if part.name in options.parts]
+    parts = {part.name: part for part in parts_of(options.work, tiny=options.tiny)}
+    if unknown := set(options.parts or ()) - parts.keys():
+        parser.error(f"--parts: no {min(unknown)!r}; there are {', '.join(parts)}")
+    chosen = [part for name, part in parts.items() if name in (options.parts or parts)]
     run_parts(chosen, options.minutes, options.out)
     print(f"{options.out}/summary.md")
 

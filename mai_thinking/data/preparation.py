@@ -14,7 +14,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -225,14 +225,18 @@ class _Preparation:
         """Label the documents, and leave those whose labels the source does not want."""
         tally = self.tallies[source.name]
         wanted = np.ones(len(found), dtype=np.bool_)
-        for name, texts in self.examples.items():
-            labels = np.array(list(Labeller(texts).labels(found.texts())))
+        for name, labeller in self._labellers.items():
+            labels = np.array(list(labeller.labels(found.texts())))
             for label in dict.fromkeys(labels.tolist()):
                 tally.label(f"{name}: {label}", found[labels == label])
             if name in source.labels:
                 wanted &= labels == source.labels[name]
         tally.drop_documents("labels", found[~wanted])
         return found[wanted]
+
+    @cached_property
+    def _labellers(self) -> dict[str, Labeller]:
+        return {name: Labeller(texts) for name, texts in self.examples.items()}
 
     def _cleaning(self) -> Cleaning:
         sources = self.config.sources

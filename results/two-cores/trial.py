@@ -86,6 +86,17 @@ def schedule(shape: Callable[[float], float]) -> Callable[[Learner], None]:
     return change
 
 
+def hashed_rows(ids: Tensor, bits: int, orders: tuple[int, ...]) -> list[Tensor]:
+    """For each order, the row of a table of 2^bits that a token and those before it are hashed to."""
+    before, hashed, rows = ids, ids, []
+    for order in range(2, max(orders) + 1):
+        before = F.pad(before, (1, 0))[:, :-1]
+        hashed = (hashed * 1_000_003 + before * 7_919 + 12_345) % 2**32
+        if order in orders:
+            rows.append((hashed ^ (hashed >> 15)) * 2_654_435_761 % 2**32 >> (32 - bits))
+    return rows
+
+
 def ngrams(bits: int, *orders: int) -> Callable[[MaiThinkingForCausalLM], None]:
     """Tables of 2^bits rows, added to a token's embedding: the row that the last few tokens are hashed to."""
 
@@ -96,14 +107,9 @@ def ngrams(bits: int, *orders: int) -> Callable[[MaiThinkingForCausalLM], None]:
         model.model.add_module("ngrams", tables)
 
         def add(module: nn.Module, inputs: tuple[Tensor], out: Tensor) -> Tensor:
-            before, hashed = inputs[0], inputs[0]
-            for order in range(2, max(orders) + 1):
-                before = F.pad(before, (1, 0))[:, :-1]
-                hashed = (hashed * 1_000_003 + before * 7_919 + 12_345) % 2**32
-                if order in orders:
-                    row = (hashed ^ (hashed >> 15)) * 2_654_435_761 % 2**32 >> (32 - bits)
-                    out = out + tables[orders.index(order)](row)
-            return out
+            return sum(
+                (table(row) for table, row in zip(tables, hashed_rows(inputs[0], bits, orders), strict=True)), out
+            )
 
         model.model.embed_tokens.register_forward_hook(add)
 
@@ -119,14 +125,8 @@ def sparse_ngrams(bits: int, *orders: int, factor: float = 1.0) -> Callable[[Lea
         adam = torch.optim.SparseAdam(tables, betas=(0.9, 0.99))
 
         def add(module: nn.Module, inputs: tuple[Tensor], out: Tensor) -> Tensor:
-            before, hashed = inputs[0], inputs[0]
-            for order in range(2, max(orders) + 1):
-                before = F.pad(before, (1, 0))[:, :-1]
-                hashed = (hashed * 1_000_003 + before * 7_919 + 12_345) % 2**32
-                if order in orders:
-                    row = (hashed ^ (hashed >> 15)) * 2_654_435_761 % 2**32 >> (32 - bits)
-                    out = out + F.embedding(row, tables[orders.index(order)], sparse=True)
-            return out
+            rows = hashed_rows(inputs[0], bits, orders)
+            return sum((F.embedding(row, table, sparse=True) for table, row in zip(tables, rows, strict=True)), out)
 
         def step(optimizer: Any, *_: Any) -> None:
             adam.param_groups[0]["lr"] = factor * optimizer.param_groups[0]["lr"]
