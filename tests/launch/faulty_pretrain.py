@@ -2,7 +2,8 @@
 
 `FAULTS` in the environment is a JSON list of {"step", "place", "rank", "how"}. Places: `between` (two micro-batches),
 `update` (gradients are there, weights not yet changed), `save` (half of the checkpoint's files are written). How:
-`kill`, `hang`, `tear` (cut the newest checkpoint, die), or `dawdle` (go on three seconds later).
+`kill`, `hang`, `tear` (cut the newest checkpoint, die, and take along what others would need to save without this
+rank), or `dawdle` (go on three seconds later).
 """
 
 import json
@@ -16,6 +17,7 @@ from typing import Any
 from mai_thinking.training import learner
 from mai_thinking.training.checkpoint_storage import CheckpointWriter, step_folder, visible_steps
 from mai_thinking.training.learner import TextLoss
+from mai_thinking.training.run_folder import RunFolder
 from mai_thinking.training.trainer import Trainer
 
 FAULTS = json.loads(os.environ.get("FAULTS", "[]"))
@@ -35,6 +37,8 @@ def strike(place: str, step: int) -> None:
                 checkpoints = now["folder"] / "checkpoints"
                 file = step_folder(checkpoints, visible_steps(checkpoints)[-1]) / "rank-00001.safetensors"
                 os.truncate(file, file.stat().st_size // 2)
+                for own in RunFolder(now["folder"]).ranks.glob(f"rank-{RANK:05d}-*"):
+                    own.unlink()
             os.kill(os.getpid(), signal.SIGSTOP if fault["how"] == "hang" else signal.SIGKILL)
 
 

@@ -131,7 +131,8 @@ def test_every_kind_of_fault(undisturbed: dict[str, Any], tmp_path: Path, tiny_c
 def test_where_no_rank_may_save_the_newest_whole_checkpoint_is_taken(
     undisturbed: dict[str, Any], tmp_path: Path, tiny_config: Callable[..., Any]
 ) -> None:
-    """Steps wait for what is saved: no checkpoint is on its way that would be newer than the one that is torn."""
+    """Steps wait for what is saved: no checkpoint is on its way that would be newer than the one that is torn. The
+    rank that is left lacks the other's state, however long it lives."""
     job = Job(tmp_path / "job", tiny_config, "checkpoint.asynchronous=false")
     faults = [fault(3, "between", 0), fault(8, "save", 1), fault(14, "update", 0, "tear")]
     code, output = job.finish(faults, jit_seconds=0)
