@@ -10,6 +10,7 @@ import json
 import os
 import zlib
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, NamedTuple, cast
 
@@ -35,32 +36,40 @@ def read_jsonl(path: Path, *, byte: int = 0, number: int = 0) -> Iterator[Line]:
     Only `\\n` ends a line: U+2028, U+2029 and U+0085 are text, and the `\\r` of Windows is white space. A byte-order
     mark and blank lines are skipped. Raises UsageError with the file, the line and the fix.
     """
-    try:
-        with _open(path) as file:
-            file.seek(byte)
-            for raw in file:
-                start, byte, number = byte, byte + len(raw), number + 1
-                content = raw.removeprefix(_BYTE_ORDER_MARK) if start == 0 else raw
-                if content.strip():
-                    where = f"{shown(path)}, line {number}"
-                    try:
-                        text = content.decode("utf-8")
-                    except UnicodeDecodeError:
-                        raise UsageError(f"{where}: not UTF-8; convert the file") from None
-                    yield Line(number, byte, _parse(text, where, "repair or delete the line"))
-    except _UNREADABLE as error:
-        raise _unreadable(path, error) from None
+    with _opened(path) as file:
+        file.seek(byte)
+        for raw in file:
+            start, byte, number = byte, byte + len(raw), number + 1
+            content = raw.removeprefix(_BYTE_ORDER_MARK) if start == 0 else raw
+            if content.strip():
+                where = f"{shown(path)}, line {number}"
+                try:
+                    text = content.decode("utf-8")
+                except UnicodeDecodeError:
+                    raise UsageError(f"{where}: not UTF-8; convert the file") from None
+                yield Line(number, byte, _parse(text, where, "repair or delete the line"))
 
 
 def read_text(path: Path) -> str:
     """The text of a UTF-8 file with its own line ends, without a byte-order mark; UsageError that says why not."""
+    with _opened(path) as file:
+        content = file.read()
     try:
-        with _open(path) as file:
-            return file.read().decode("utf-8").removeprefix("\ufeff")
+        return content.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         raise UsageError(f"{shown(path)}: not UTF-8 (byte {error.start}); convert it or leave it out") from None
-    except _UNREADABLE as error:
-        raise _unreadable(path, error) from None
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[IO[bytes]]:
+    """The bytes of a file, which may be gzipped; UsageError while it cannot be read."""
+    try:
+        zipped = path.suffix.lower() == ".gz"
+        with cast(IO[bytes], gzip.open(path)) if zipped else path.open("rb") as file:
+            yield file
+    except (OSError, EOFError, zlib.error) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise UsageError(f"{shown(path)}: cannot be read: {reason}") from None
 
 
 def read_json(path: Path) -> Any:
@@ -107,18 +116,6 @@ def text_field(record: Any, field: str, where: str) -> str | None:
 def shown(path: Path | str) -> str:
     """`path` as text; bytes of its name that are not UTF-8 are escaped."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
-
-
-_UNREADABLE = (OSError, EOFError, zlib.error)
-
-
-def _open(path: Path) -> IO[bytes]:
-    return cast(IO[bytes], gzip.open(path)) if path.suffix.lower() == ".gz" else path.open("rb")
-
-
-def _unreadable(path: Path, error: BaseException) -> UsageError:
-    reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-    return UsageError(f"{shown(path)}: cannot be read: {reason}")
 
 
 def nearest(name: str, names: list[str]) -> str:
