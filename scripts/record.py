@@ -3,7 +3,8 @@
 RUNs are finished pre-training runs of one config that differ in their seed. Beside their held-out bits per byte stands
 PPMd that has read the same training text first (extra `record`), and what `xz -9e` and `gzip -9` make of the held-out
 text alone. A record joins those that `--out` has already. `--tried` are the paired trials that
-results/two-cores/trial.py left: their gains stand in a table of their own.
+results/two-cores/trial.py left, `--rivals` what results/two-cores/rivals.py left of other models in the same minutes:
+each is a table of its own.
 """
 
 import hashlib
@@ -31,6 +32,7 @@ def main() -> None:
     parser.add_argument("--orders", type=option(Count), nargs="+", default=[5, 6, 8], help="of PPMd")
     parser.add_argument("--samples", type=option(Count), default=200, help="functions that are written, and parsed")
     parser.add_argument("--tried", type=Path, help="a JSONL file of paired trials")
+    parser.add_argument("--rivals", type=Path, help="a JSONL file of other models, timed and scored")
     options = parser.parse_args()
 
     page = options.out / "summary.json"
@@ -40,16 +42,18 @@ def main() -> None:
         new = measure(options.runs, options.orders, options.samples, list(records.values()))
         records[new["name"]] = new
     tried = compare(options.tried) if options.tried else known.get("tried", [])
-    write(options.out, sorted(records.values(), key=lambda r: -r["weighted"]), tried)
+    rivals = against(options.rivals) if options.rivals else known.get("rivals", [])
+    write(options.out, sorted(records.values(), key=lambda r: -r["weighted"]), tried, rivals)
 
 
 def measure(
     folders: Sequence[Path], orders: Sequence[int], samples: int, known: Sequence[dict[str, Any]]
 ) -> dict[str, Any]:
-    """A record: means over the runs in `folders`. What compressors make of a text that one of the `known` records has
-    read too is taken from there."""
+    """A record: means over the runs in `folders`, the weighted score with Student's 95 % interval. What compressors
+    make of a text that one of the `known` records has read too is taken from there."""
     from mai_thinking.bench.machine import describe
     from mai_thinking.experiments.climb_run import commits_of
+    from mai_thinking.report.comparison import student
     from mai_thinking.report.reading import Run
     from mai_thinking.training.model_files import load_model_and_tokenizer
     from mai_thinking.training.sampling import share_parsed
@@ -60,13 +64,15 @@ def measure(
     read, held_out = texts_of(folders[0])
     digest = hashlib.sha256(read + repr(held_out).encode()).hexdigest()
     same = [record["yardsticks"] for record in known if record["read"] == digest]
+    weighted, low, high = student([end["bits_per_byte"] for end in ends])
     return {
         "name": runs[0].name,
         "seeds": [run.config["seed"] for run in runs],
         "tokens": runs[0].steps[-1]["tokens"],
         "minutes": fmean(run.minutes for run in runs),
         "seconds_per_step": median(step["seconds"] for run in runs for step in run.steps),
-        "weighted": fmean(end["bits_per_byte"] for end in ends),
+        "weighted": weighted,
+        "interval": None if low is None else [low, high],
         "curve": {end["step"]: end["bits_per_byte"] for end in runs[0].evaluations},
         "bits_per_byte": {name.removeprefix(BITS): fmean(end[name] for end in ends) for name in names},
         "eq3": fmean(end["normalised"] for end in ends) if "normalised" in ends[0] else None,
@@ -174,9 +180,34 @@ def compare(path: Path) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: -row["gain"])
 
 
-def write(out: Path, records: Sequence[dict[str, Any]], tried: Sequence[dict[str, Any]]) -> None:
+def against(path: Path) -> list[dict[str, Any]]:
+    """Each model of a JSONL file, means over its seeds. Its minutes are its steps by the time of one, measured by turns
+    with the record's: its own, on a machine that others use, would not compare."""
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    seconds = {line["name"]: line["seconds"] for line in lines if line["kind"] == "time"}
+    groups: dict[tuple[str, int], list[dict[str, Any]]] = defaultdict(list)
+    for line in lines:
+        if line["kind"] == "run":
+            groups[line["what"], line["steps"]].append(line)
+    rows = []
+    for (what, steps), runs in groups.items():
+        step, first = seconds[runs[0]["name"].partition("@")[0]], runs[0]
+        row = {"model": what, "parameters, M": first["parameters"][0] / 1e6, "active, M": first["parameters"][1] / 1e6}
+        row |= {"seconds a step": step, "steps": steps, "tokens, M": first["tokens"] / 1e6}
+        row |= {"minutes": step * steps / 60, "seeds": len(runs), "weighted": fmean(r["weighted"] for r in runs)}
+        rows.append(row | {category: fmean(r["bits"][category] for r in runs) for category in first["bits"]})
+    return sorted(rows, key=lambda row: row["weighted"])
+
+
+def write(
+    out: Path,
+    records: Sequence[dict[str, Any]],
+    tried: Sequence[dict[str, Any]],
+    rivals: Sequence[dict[str, Any]],
+) -> None:
     """summary.md and summary.json."""
-    from mai_thinking.report.document import Document, Table
+    from mai_thinking.config.table import Interval, Table
+    from mai_thinking.report.document import Document
 
     page = Document(out.name)
     if records:
@@ -184,19 +215,28 @@ def write(out: Path, records: Sequence[dict[str, Any]], tried: Sequence[dict[str
         page.facts |= {"best": {key: best[key] for key in ("bits_per_byte", "minutes", "seeds")}, "records": records}
         rows, categories = [], list(best["bits_per_byte"])
         for record in records:
-            told = [record["minutes"], record["tokens"] / 1e6, len(record["seeds"]), record["weighted"]]
+            interval, weighted = record.get("interval"), record["weighted"]
+            told = [record["minutes"], record["tokens"] / 1e6, len(record["seeds"])]
+            told += [Interval(weighted, *interval) if interval else weighted]
             rows.append([record["name"], *told, *record["bits_per_byte"].values(), record["parsed"]])
             rows += [[n, *[None] * 4, *(v[c] for c in categories), None] for n, v in record["yardsticks"].items()]
         columns = ["", "minutes", "tokens, M", "seeds", "weighted", *categories, "parsed"]
         page.add(Table(columns, rows).markdown(), heading="Records: held-out bits per byte")
-        page.add("Below each record: compressors on the same bytes. PPMd has read that run's training text first.")
+        page.add(
+            "Below each record: compressors on the same bytes. PPMd has read that run's training text first. "
+            "In brackets Student's 95 % interval of the mean over seeds."
+        )
         page.add("Weighted bits per byte at a step; before the last one on the first bytes of what is held out:")
         for record in records:
             page.add(f"`{record['name']}`: " + ", ".join(f"{s} {bits:.3f}" for s, bits in record["curve"].items()))
         for record in records:
             machine = ", ".join(f"{key} {value}" for key, value in record["machine"].items())
             page.add(f"`{record['name']}`: commit {', '.join(record['commits'])}; {machine}.")
-    page.facts["tried"] = tried
+    page.facts |= {"tried": tried, "rivals": rivals}
+    if rivals:
+        page.add(
+            Table(list(rivals[0]), [list(row.values()) for row in rivals]).markdown(), heading="In the same minutes"
+        )
     if tried:
         page.add(Table(list(tried[0]), [list(row.values()) for row in tried], 4).markdown(), heading="Tried")
     page.write(out)

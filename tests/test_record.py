@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
-from record import compare
+from record import against, compare, write
 
 from mai_thinking.training.sampling import parses
 
@@ -30,6 +30,31 @@ def test_gains_are_of_pairs_and_a_slower_step_is_charged_for(tmp_path: Path) -> 
     assert row["gain"] == pytest.approx(0.45)
     assert row["low"] < 0.4 < 0.5 < row["high"]
     assert row["at equal time"] == pytest.approx(0.45 - 0.5 * (3.5 - 2.7) / 2)
+
+
+def test_another_model_is_given_the_minutes_that_its_own_step_takes(tmp_path: Path) -> None:
+    """A step of 0.5 s, timed last, 1,200 times: ten minutes, whatever its runs took. Seeds are one row, lengths two."""
+    times = [{"kind": "time", "name": name, "seconds": s} for name, s in (("slow", 9.0), ("slow", 0.5), ("best", 1.0))]
+    runs = [
+        {"kind": "run", "name": name, "what": what, "parameters": [3e6, 1e6], "steps": steps, "tokens": 2048 * steps}
+        | {"seed": seed, "seconds": 7.0, "weighted": weighted, "bits": {"code": weighted}}
+        for name, what, steps, seed, weighted in (
+            ("slow", "slow", 1200, 0, 2.0),
+            ("slow", "slow", 1200, 1, 3.0),
+            ("slow", "slow", 600, 0, 4.0),
+            ("best@2", "best, 2 times its rates", 60, 0, 1.0),
+        )
+    ]
+    path = tmp_path / "rivals.jsonl"
+    path.write_text("\n".join(map(json.dumps, [*times, *runs])))
+    rows = against(path)
+    told = [(row["model"], row["minutes"], row["seeds"], row["weighted"], row["code"]) for row in rows]
+    assert told == [("best, 2 times its rates", 1, 1, 1, 1), ("slow", 10, 2, 2.5, 2.5), ("slow", 5, 1, 4, 4)]
+    write(tmp_path, [], [], rows)
+    assert (
+        "| slow | 3.000 | 1.000 | 0.500 | 1,200 | 2.458 | 10.000 | 2 | 2.500 | 2.500 |"
+        in (tmp_path / "summary.md").read_text()
+    )
 
 
 @pytest.mark.parametrize(
