@@ -1,8 +1,8 @@
 """Checkpoints that cost a step little, are complete when visible, and are checked before they are believed.
 
-Built on torch.distributed.checkpoint (DCP), which plans who writes what, and reads shards back at any number of ranks;
-`checkpoint_storage` puts them on disk. MAI-Thinking-1 report §2.8: copied to host memory in the step, written and
-committed beside the following steps, at most one in flight, the next as soon as that is done.
+torch.distributed.checkpoint (DCP) reads shards back at any number of ranks; `checkpoint_storage` puts them on disk.
+MAI-Thinking-1 report §2.8: copied to host memory in the step, written and committed beside the following steps, at most
+one in flight, the next as soon as that is done.
 """
 
 import errno
@@ -14,17 +14,17 @@ import warnings
 from collections.abc import Callable, Iterable, MutableMapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from mai_thinking.config.run import CheckpointSection
 from mai_thinking.errors import UsageError
@@ -46,6 +46,7 @@ from mai_thinking.training.state import (
     split_tree,
 )
 
+T = TypeVar("T")
 State = MutableMapping[str, Any]
 """name → `ModelState` or `OptimizerState`, which are read in place and may be sharded; or any object with
 `state_dict()` and `load_state_dict(tree)`; or a `PerRank` around one; or a plain tree of tensors and JSON values. Every
@@ -106,15 +107,16 @@ class Checkpointer:
         if step != self.last_saved:
             own = {name: value.state.state_dict() for name, value in state.items() if isinstance(value, PerRank)}
             tensors, documents = _take_apart(state, {self.rank: own})
-            tensors = _own_share(tensors, self.rank, self.world)
-            writer = CheckpointWriter(self.folder, step, self.rank, self.world, documents, self.seal)
+            share, offsets = own_share(tensors, self.rank, self.world)
+            writer = CheckpointWriter(self.folder, step, self.seal)
             if synchronous or not self.section.asynchronous:
                 writer.heartbeat = self.heartbeat  # in the background it would hide that the steps hang
-                _write(tensors, writer, self._writers)
+                self._commit(writer, self._writers, share, offsets, documents)
                 self._committed(step)
             else:
-                copies = self._host.take(tensors)
-                self._write = step, self._thread.submit(_write, copies, writer, self._writers)
+                copies = self._host.take(share)
+                write = self._thread.submit(self._commit, writer, self._writers, copies, offsets, documents)
+                self._write = step, write
         return time.perf_counter() - begin
 
     def save_jit(self, step: int, shared: State, own: Sequence[dict[str, Any]]) -> bool:
@@ -123,10 +125,10 @@ class Checkpointer:
         if self._write is not None:
             wait([self._write[1]], timeout=5)  # its other ranks are gone, which ends it: since then the disk is free
         tensors, documents = _take_apart(shared, dict(enumerate(own)))
-        writer = CheckpointWriter(self.folder, step, 0, self.world, documents, self.seal, jit=True)
+        writer = CheckpointWriter(self.folder, step, self.seal, jit=True)
         if writer.final.exists() or writer.temporary.exists():
             return False
-        _write(tensors, writer, None)
+        self._commit(writer, None, tensors, {}, documents)
         self.last_saved = step
         return True
 
@@ -144,6 +146,21 @@ class Checkpointer:
         finally:
             self._thread.shutdown()
             self._host = HostCopies()
+
+    def _commit(self, writer: CheckpointWriter, group: dist.ProcessGroup | None, *files: Any) -> None:
+        """Write and commit a checkpoint, in this thread or another, with the ranks of `group` or alone. OSError for a
+        full disk, on every rank; RuntimeError for what else goes wrong."""
+        first = group is None or self.rank == 0
+        try:
+            written = _together(lambda: writer.write(self.rank, *files), group)
+            whole = {name: entry for of_rank in written for name, entry in of_rank.items()}
+            _together(lambda: writer.finish(whole, self.world) if first else None, group)
+        except Exception as problem:
+            if first:
+                shutil.rmtree(writer.temporary, ignore_errors=True)
+            if isinstance(problem, OSError) and problem.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise OSError(problem.errno, problem.strerror, str(writer.final)) from None
+            raise RuntimeError(f"the checkpoint of step {writer.step} could not be written") from problem
 
     def _committed(self, step: int) -> None:
         """Remove what is neither among the newest good ones nor to be kept for ever. Damaged ones stay for inspection
@@ -231,20 +248,16 @@ class HostCopies:
         self._buffers: dict[str, Tensor] = {}
 
     def take(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Copies by the same names (of a DTensor, of this rank's shard), valid until the next call."""
+        """Copies by the same names, valid until the next call."""
         before, self._buffers = self._buffers, {}
-        copies: dict[str, Tensor] = {}
         for name, tensor in tensors.items():
-            local = (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
             buffer = before.get(name)
-            if buffer is None or (buffer.shape, buffer.dtype) != (local.shape, local.dtype):
-                buffer = torch.empty(local.shape, dtype=local.dtype, pin_memory=local.is_cuda)
-            self._buffers[name] = copies[name] = buffer.copy_(local, non_blocking=True)
-            if isinstance(tensor, DTensor):  # `from_local` would take it back to the mesh's device
-                copies[name] = DTensor(buffer, tensor._spec, requires_grad=False)
+            if buffer is None or (buffer.shape, buffer.dtype) != (tensor.shape, tensor.dtype):
+                buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+            self._buffers[name] = buffer.copy_(tensor, non_blocking=True)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        return copies
+        return dict(self._buffers)
 
 
 class CheckpointReader:
@@ -300,37 +313,40 @@ class CheckpointReader:
         return self._documents[rank]
 
 
-def _write(tensors: Any, writer: CheckpointWriter, group: dist.ProcessGroup | None) -> None:
-    """Write and commit a checkpoint, in this thread or another. OSError for a full disk, on every rank; RuntimeError
-    for what else goes wrong."""
-    planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+def _together(act: Callable[[], T], group: dist.ProcessGroup | None) -> list[T]:
+    """What `act` returns on each rank of `group`, or here alone. What it raises on one rank, all raise."""
+    mine: tuple[T | None, Exception | None]
     try:
-        dcp.save(tensors, storage_writer=writer, planner=planner, process_group=group, no_dist=writer.jit)
-    except BaseException as problem:  # CheckpointException is no Exception
-        if writer.rank == 0:
-            shutil.rmtree(writer.temporary, ignore_errors=True)
-        causes = problem.failures.values() if isinstance(problem, CheckpointException) else ()
-        for cause, _ in causes:
-            if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise OSError(cause.errno, cause.strerror, str(writer.final)) from None
-        raise RuntimeError(f"the checkpoint of step {writer.step} could not be written") from problem
+        mine = act(), None
+    except Exception as problem:
+        mine = None, problem
+    everyone: list[Any] = [mine]
+    if group is not None:
+        everyone *= dist.get_world_size(group)
+        dist.all_gather_object(everyone, mine, group=group)
+    for _, problem in everyone:
+        if problem is not None:
+            raise problem
+    return [result for result, _ in everyone]
 
 
-def _own_share(tensors: dict[str, Tensor], rank: int, world: int) -> dict[str, Tensor]:
-    """What this rank copies and writes: its own tensors, its shards, and its part of those that all ranks hold alike.
-
-    The largest goes to whoever has least so far. DCP would leave the others out too, but only after they were copied.
-    """
-    mine, bytes_of = {}, [0] * world
-    for name, tensor in sorted(tensors.items(), key=lambda item: (-item[1].nbytes, item[0])):
-        if name.startswith("rank-") or isinstance(tensor, DTensor):
+def own_share(tensors: dict[str, Tensor], rank: int, world: int) -> tuple[dict[str, Tensor], dict[str, Sequence[int]]]:
+    """What this rank copies and writes: its own tensors, its shards, and its part of what several ranks hold alike, of
+    which all take turns, from the largest on. And where its shards begin in the whole tensors."""
+    mine = {name: tensor for name, tensor in tensors.items() if name.startswith("rank-")}
+    offsets: dict[str, Sequence[int]] = {}
+    for turn, name in enumerate(sorted(tensors.keys() - mine, key=lambda name: (-tensors[name].nbytes, name))):
+        tensor = tensors[name]
+        if isinstance(tensor, DTensor):
+            mesh, local = tensor.device_mesh, tensor.to_local()
+            places = zip(mesh.get_coordinate() or (), mesh.shape, tensor.placements, strict=True)
+            is_writer = all(at == turn % size for at, size, placement in places if placement.is_replicate())
+            if is_writer and (local.numel() or not tensor.numel()):
+                _, offsets[name] = compute_local_shape_and_global_offset(tensor.shape, mesh, tensor.placements)
+                mine[name] = local
+        elif turn % world == rank:
             mine[name] = tensor
-            continue
-        writer = bytes_of.index(min(bytes_of))
-        bytes_of[writer] += tensor.nbytes
-        if writer == rank:
-            mine[name] = tensor
-    return mine
+    return mine, offsets
 
 
 def _take_apart(state: State, own: dict[int, dict[str, Any]]) -> tuple[dict[str, Tensor], dict[int, bytes]]:

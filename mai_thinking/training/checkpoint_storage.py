@@ -19,7 +19,7 @@ import mmap
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,10 +28,6 @@ import numpy as np
 import torch
 import xxhash
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
-from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
-from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
-from torch.futures import Future
 
 from mai_thinking.config.storage import checksum, synchronise
 
@@ -108,68 +104,35 @@ def find_damage(path: Path, share: int = 0, shares: int = 1) -> str | None:
     return None
 
 
-class CheckpointWriter(StorageWriter):
-    """Writes one checkpoint for torch.distributed.checkpoint, and commits it.
+class CheckpointWriter:
+    """Writes one checkpoint, each rank its files, and commits it. `seal` is called with the complete folder before it
+    is committed. In a `jit` checkpoint one rank writes for all.
 
-    DCP plans which rank writes which shard and calls the methods in the order of their definition. `documents` are the
-    ranks' JSON files that this rank writes: its own, or in a `jit` checkpoint those of all ranks. `seal` is called on
-    the coordinator with the complete folder, before it is committed. The writing loop spends its time in copies, in
-    xxhash and in system calls, all outside the interpreter's lock: run in a thread, it takes little from a step.
+    The writing loop spends its time in copies, in xxhash and in system calls, all outside the interpreter's lock: run
+    in a thread, it takes little from a step.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        step: int,
-        rank: int,
-        world: int,
-        documents: dict[int, bytes],
-        seal: Callable[[Path], None] | None = None,
-        *,
-        jit: bool = False,
-    ):
-        self.seal = seal
+    def __init__(self, folder: Path, step: int, seal: Callable[[Path], None] | None = None, *, jit: bool = False):
+        self.step, self.seal, self.jit = step, seal, jit
         self.heartbeat: Callable[[], None] = lambda: None
         self.final = step_folder(folder, step)
         self.temporary = self.final.with_name(self.final.name + (".jit.tmp" if jit else ".tmp"))
-        self.step, self.rank, self.world, self.documents, self.jit = step, rank, world, documents, jit
 
-    @classmethod
-    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike) -> bool:
-        return False  # DCP never chooses it on its own
-
-    def reset(self, checkpoint_id: str | os.PathLike | None = None) -> None:
-        pass  # it serves one checkpoint
-
-    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        """On the coordinator, make the temporary folder: DCP's plan is exchanged before anyone writes. FileExistsError
-        if another rank saves just in time already."""
-        if is_coordinator:
-            if self.temporary.exists() and not self.jit:
-                shutil.rmtree(self.temporary)
-            self.temporary.mkdir(parents=True)
-
-    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
-        return plan
-
-    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        return plans  # replicated tensors are already spread over the ranks
-
-    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        """Write and synchronise this rank's files; the results carry their sizes and checksums."""
+    def write(
+        self, rank: int, tensors: dict[str, Tensor], offsets: dict[str, Sequence[int]], documents: dict[int, bytes]
+    ) -> dict[str, Any]:
+        """The files of `rank`: its tensors, of which shards have `offsets` in the whole, and the JSON documents of the
+        ranks that it writes for. → their sizes and checksums. FileExistsError if another rank saves just in time."""
+        self.temporary.mkdir(parents=True, exist_ok=not self.jit)
         blocks: dict[str, Iterable[bytes | memoryview]]
-        blocks = {f"rank-{rank:05d}.json": [document] for rank, document in self.documents.items()}
-        if plan.items:
-            blocks[f"rank-{self.rank:05d}.safetensors"] = _safetensors_blocks(plan, planner)
-        files = {name: self.write_file(name, content) for name, content in blocks.items()}
-        future: Future[list[WriteResult]] = Future()
-        future.set_result([WriteResult(MetadataIndex(name), of["bytes"], (name, of)) for name, of in files.items()])
-        return future
+        blocks = {f"rank-{of:05d}.json": [document] for of, document in documents.items()}
+        if tensors:
+            blocks[f"rank-{rank:05d}.safetensors"] = _safetensors_blocks(tensors, offsets)
+        return {name: self.write_file(name, content) for name, content in blocks.items()}
 
-    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        """On the coordinator, when all ranks have written: the manifest, and the rename that makes it a checkpoint."""
-        files = dict(result.storage_data for of_rank in results for result in of_rank)
-        manifest = {"format": FORMAT, "step": self.step, "world_size": self.world, "files": files}
+    def finish(self, files: dict[str, Any], world: int) -> None:
+        """When all ranks have written: the manifest, and the rename that makes it a checkpoint."""
+        manifest = {"format": FORMAT, "step": self.step, "world_size": world, "files": files}
         self.write_file(MANIFEST, [json.dumps(manifest, indent=1).encode()])
         if self.seal is not None:
             self.seal(self.temporary)
@@ -251,28 +214,24 @@ def _chunks(blocks: Iterable[bytes | memoryview]) -> Iterator[memoryview]:
         yield memory[:filled]
 
 
-def _safetensors_blocks(plan: SavePlan, planner: SavePlanner) -> Iterable[bytes | memoryview]:
+def _safetensors_blocks(tensors: dict[str, Tensor], offsets: dict[str, Sequence[int]]) -> Iterator[bytes | memoryview]:
     """The bytes of a safetensors file: its header, then every tensor. DCP's reader takes each shard's place in the
     whole tensor from the header's `DCP_SHARDING_INFO`."""
     header: dict[str, Any] = {}
-    offsets: dict[str, Any] = {}
     position = 0
     # Widest type first, so that every tensor is aligned to its own type in the file.
-    items: list[tuple[WriteItem, Any]] = [(item, planner.resolve_data(item)) for item in plan.items]
-    items.sort(key=lambda pair: (-pair[1].itemsize, pair[0].index.fqn))
-    for item, tensor in items:
-        assert item.tensor_data is not None
-        name, place = item.index.fqn, [position, position + tensor.nbytes]
+    names = sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))
+    for name in names:
+        tensor, place = tensors[name], [position, position + tensors[name].nbytes]
         header[name] = {"dtype": _TYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": place}
-        offsets[name] = {"saved_offsets": list(item.tensor_data.chunk.offsets)}
         position += tensor.nbytes
-    assert len(header) == len(items), "one rank holds two shards of one tensor"
-    header["__metadata__"] = {"format": "pt", "DCP_VERSION": "1.0", "DCP_SHARDING_INFO": json.dumps(offsets)}
+    begins = {name: {"saved_offsets": list(offsets.get(name, [0] * tensors[name].dim()))} for name in names}
+    header["__metadata__"] = {"format": "pt", "DCP_VERSION": "1.0", "DCP_SHARDING_INFO": json.dumps(begins)}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     yield len(text).to_bytes(8, "little") + text
-    for _, tensor in items:
-        yield _bytes_of(tensor)
+    for name in names:
+        yield _bytes_of(tensors[name])
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:

@@ -43,7 +43,7 @@ def written(monkeypatch) -> list[tuple[int, bool]]:
 
 
 def write_blocks(folder: Path, *, jit: bool = False) -> None:
-    writer = CheckpointWriter(folder, 1, 0, 1, {}, jit=jit)
+    writer = CheckpointWriter(folder, 1, jit=jit)
     writer.temporary.mkdir()
     entry = writer.write_file("file", BLOCKS)
     content = (writer.temporary / "file").read_bytes()
