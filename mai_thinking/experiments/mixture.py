@@ -146,8 +146,8 @@ def _unseen_score(config: MixtureConfig, run: PlannedRun, reference: Reference) 
     if "unseen" not in notes:
         categories = {source.name: source.category for source in config.unseen}
         ratios: dict[str, list[float]] = {}
-        for name, (_, nats) in _losses(config, run, categories).sets.items():
-            ratios.setdefault(categories[name.split("/")[0]], []).append(nats / reference.sets[name][1])
+        for name, loss in _losses(config, run, categories).sets.items():
+            ratios.setdefault(categories[name.split("/")[0]], []).append(loss.nats / reference.sets[name].nats)
         if not ratios:
             raise RunError("unseen: none of these sources has held-out text; give them more")
         notes["unseen"] = weighted_score({category: fmean(values) for category, values in ratios.items()})

@@ -6,19 +6,18 @@ several sets a category. §2.6: what is known by heart.
 
 import functools
 import gzip
-import json
 import lzma
 import math
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
 from itertools import islice, pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
 import xxhash
+from pydantic import BaseModel, ValidationError
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
@@ -75,7 +74,6 @@ Together = Callable[[Iterable[list[Window]], list[Window]], Iterable[list[Window
 """Batches of windows, and one that says nothing, for a rank whose own are done before the others'."""
 
 
-@torch.no_grad()
 def evaluate_texts(
     model: MaiThinkingForCausalLM,
     tokenizer: PreTrainedTokenizerBase,
@@ -83,28 +81,43 @@ def evaluate_texts(
     *,
     context_length: int,
     batch_size: int,
-    heartbeat: Callable[[], None] = lambda: None,
-    count_sure: bool = False,
-    together: Together = lambda batches, _: batches,
+    **more: Any,
 ) -> Likelihood:
     """Likelihood of whole documents, each after an end-of-text token and followed by one.
 
     Windows of `context_length` overlap by half: every token is predicted once, and but for a document's beginning with
-    at least half a context before it. The end of a document is predicted too, as in training. `heartbeat` is called
-    after each batch of windows. `count_sure` fills `Likelihood.sure`. `together` is for ranks that call the model
-    together (`Learner.together`). Leaves the model in the mode it was in and touches no random generator.
+    at least half a context before it. The end of a document is predicted too, as in training. `more` as
+    `evaluate_windows` takes it.
     """
-    encoder, pad = Encoder(tokenizer), functools.partial(pad_sequence, batch_first=True)
+    windows = _windows(texts, Encoder(tokenizer), context_length)
+    found = evaluate_windows(model, windows, batch_size=batch_size, **more)
+    return found._replace(bytes=sum(len(text.encode()) for text in texts))
+
+
+@torch.no_grad()
+def evaluate_windows(
+    model: MaiThinkingForCausalLM,
+    windows: Iterable[Window],
+    *,
+    batch_size: int,
+    heartbeat: Callable[[], None] = lambda: None,
+    count_sure: bool = False,
+    together: Together = lambda batches, _: batches,
+) -> Likelihood:
+    """Likelihood of the windows' targets. `heartbeat` is called after each batch. `count_sure` fills `Likelihood.sure`.
+    `together` is for ranks that call the model together (`Learner.together`). Leaves the model in the mode it was in
+    and touches no random generator."""
+    pad = functools.partial(pad_sequence, batch_first=True)
     was_training = model.training
     model.eval()
     nats = torch.zeros((), dtype=torch.float64)
     tokens = sure = 0
     try:
-        for windows in together(_batched(_windows(texts, encoder, context_length), batch_size), [([0], [-100])]):
+        for batch in together(_batched(windows, batch_size), [([0], [-100])]):
             # On the right: attention is causal, so what stands there does not reach a token.
-            inputs = pad([torch.tensor(part) for part, _ in windows], padding_value=encoder.end_of_text)
-            targets = pad([torch.tensor(part) for _, part in windows], padding_value=-100).to(model.device)
-            head = functools.partial(score_targets, targets, count_sure)
+            inputs = pad([torch.tensor(part) for part, _ in batch], padding_value=model.config.eos_token_id)
+            targets = pad([torch.tensor(part) for _, part in batch], padding_value=-100).to(model.device)
+            head = functools.partial(_score_targets, targets, count_sure)
             scores = model(input_ids=inputs.to(model.device), use_cache=False, head=head).scores.double().cpu()
             nats += scores[0]
             tokens += int((targets != -100).sum())
@@ -112,10 +125,10 @@ def evaluate_texts(
             heartbeat()
     finally:
         model.train(was_training)
-    return Likelihood(float(nats), tokens, sum(len(text.encode()) for text in texts), sure)
+    return Likelihood(float(nats), tokens, 0, sure)
 
 
-def score_targets(
+def _score_targets(
     targets_BT: Tensor, count_sure: bool, hidden_BTD: Tensor, weight_VD: Tensor, dtype: torch.dtype | None
 ) -> Tensor:
     """[2]: −log p summed over the targets that are not -100, and how many are sure; a chunk of logits at a time."""
@@ -172,27 +185,31 @@ def _by_category(name: str, values: Mapping[str, float]) -> dict[str, float]:
     return {f"{name}/{category}": value for category, value in values.items()} | {name: weighted_score(values)}
 
 
-@dataclass(frozen=True)
-class Reference:
-    """The hash of a fixed model's weights, and its nats per byte on held-out sets, each with the hash of its text."""
+class HeldOutLoss(BaseModel):
+    """What a fixed model makes of a held-out set: the hash of its text, and nats per byte."""
+
+    text: str
+    nats: float
+
+
+class Reference(BaseModel):
+    """The hash of a fixed model's weights, and its loss on held-out sets by their names."""
 
     model: str
-    sets: dict[str, tuple[str, float]]
+    sets: dict[str, HeldOutLoss]
 
     @classmethod
-    def read(cls, path: Path) -> "Reference":
+    def read(cls, path: Path) -> Self:
         """`UsageError` for a file that is none."""
         try:
-            tree = json.loads(read_text(path))
-            return cls(tree["model"], {name: (one["text"], one["nats"]) for name, one in tree["sets"].items()})
-        except (ValueError, KeyError, TypeError, AttributeError):
+            return cls.model_validate_json(read_text(path))
+        except ValidationError:
             raise UsageError(f"{shown(path)}: no reference; write one with scripts/evaluate.py --reference") from None
 
     def write(self, path: Path) -> None:
         """As `read` reads it."""
-        sets = {name: {"text": text, "nats": nats} for name, (text, nats) in self.sets.items()}
         with atomic_file(path) as temporary:
-            temporary.write_text(json.dumps({"model": self.model, "sets": sets}, indent=1) + "\n", encoding="utf-8")
+            temporary.write_text(self.model_dump_json(indent=1) + "\n", encoding="utf-8")
 
     def normalised(self, results: Mapping[str, Mapping[str, Likelihood]], texts: Mapping[str, str]) -> dict[str, float]:
         """Eq. 3 of §2.3: `normalised/CATEGORY`, the mean over the category's sets of NLL by that of the reference on
@@ -202,11 +219,11 @@ class Reference:
         for category, sets in results.items():
             ratios = []
             for name, result in sets.items():
-                text, nats = self.sets.get(name, ("", 0.0))
-                if text != texts[name]:
-                    problem = "has other text than the reference has seen" if text else "is not in the reference"
+                known = self.sets.get(name)
+                if known is None or known.text != texts[name]:
+                    problem = "has other text than the reference has seen" if known else "is not in the reference"
                     raise UsageError(f"evaluation.reference: held-out set {name!r} {problem}; write it anew")
-                ratios.append(result.nats / max(1, result.bytes) / nats)
+                ratios.append(result.nats / max(1, result.bytes) / known.nats)
             found[category] = sum(ratios) / len(ratios)
         return _by_category("normalised", found)
 
@@ -234,16 +251,16 @@ def reference_of(
     digest = xxhash.xxh3_64()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode() + tensor.float().cpu().numpy().tobytes())
-    sets: dict[str, tuple[str, float]] = {}
+    sets: dict[str, HeldOutLoss] = {}
+    context = model.config.max_position_embeddings
     for by_name in held_out_sets(data.held_out, data.config.sources).values():
         for name, found in by_name.items():
             if only is not None and name.split("/")[0] not in only:
                 continue
-            context = model.config.max_position_embeddings
             texts = [document.text for document in found]
             result = evaluate_texts(model, tokenizer, texts, context_length=context, batch_size=batch_size)
-            sets[name] = fingerprint(found), result.nats / max(1, result.bytes)
-    return Reference(digest.hexdigest(), sets)
+            sets[name] = HeldOutLoss(text=fingerprint(found), nats=result.nats / max(1, result.bytes))
+    return Reference(model=digest.hexdigest(), sets=sets)
 
 
 def evaluate_files(
@@ -326,7 +343,12 @@ class HeldOutEvaluation:
 
     def _memorised(self, limit: int) -> dict[str, float]:
         """`memorised/SOURCE` and `memorised/held_out`: the share of tokens that the model is sure of."""
-        texts = {name: _training_text(self.data, name, limit) for name in self.data.sources}
+        texts = {
+            name: _first_bytes(
+                (self.data.tokenizer.decode(s.tokens[b + 1 : e].tolist()) for b, e in pairwise(s.offsets)), limit
+            )
+            for name, s in self.data.sources.items()
+        }
         held_out = [document.text for documents in self.data.held_out.values() for document in documents]
         texts["held_out"] = _first_bytes(held_out, limit * len(self.data.sources))
         results = {name: self._likelihood(found, count_sure=True) for name, found in texts.items()}
@@ -355,20 +377,7 @@ class HeldOutEvaluation:
         return {part["kind"]: Likelihood(part["nats"], part["tokens"], part["bytes"]) for part in records}
 
 
-def _training_text(data: PreparedData, name: str, limit: int) -> list[str]:
-    """The first documents of a source's training tokens, of at least `limit` bytes if there are so many."""
-    source = data.sources[name]
-    texts: list[str] = []
-    size = 0
-    for begin, end in pairwise(source.offsets):
-        if size >= limit:
-            break
-        texts.append(data.tokenizer.decode(source.tokens[begin + 1 : end].tolist()))
-        size += len(texts[-1].encode())
-    return texts
-
-
-def _first_bytes(texts: Sequence[str], limit: int | None) -> list[str]:
+def _first_bytes(texts: Iterable[str], limit: int | None) -> list[str]:
     """Whole texts from the front until `limit` bytes are reached; at least one."""
     taken: list[str] = []
     size = 0

@@ -3,18 +3,16 @@
 MAI-Thinking-1 report App. B.
 """
 
-import functools
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from transformers import PreTrainedTokenizerBase
 
 from mai_thinking.data.jsonl import read_text, shown
 from mai_thinking.data.tokenizer import Encoder
 from mai_thinking.errors import UsageError
 from mai_thinking.model import MaiThinkingForCausalLM
-from mai_thinking.training.evaluation import score_targets
+from mai_thinking.training.evaluation import evaluate_windows
 
 GROWTH = 4
 """The longest prefix is so many times the trained length."""
@@ -22,7 +20,6 @@ _MOST = 64
 """Suffixes of a file that are looked at, evenly spread."""
 
 
-@torch.no_grad()
 def suffix_nll(
     model: MaiThinkingForCausalLM, tokens: Sequence[int], *, suffix: int, prefixes: Sequence[int], ends: Sequence[int]
 ) -> dict[int, float]:
@@ -31,19 +28,13 @@ def suffix_nll(
     The predicted tokens are the same whatever the prefix. Every end has room for the longest. Leaves the model in the
     mode that it was in.
     """
-    was_training = model.training
-    model.eval()
     found = {}
     for prefix in prefixes:
-        nats = 0.0
-        for end in ends:
-            window = torch.tensor([tokens[end - suffix - prefix : end]], device=model.device)
-            targets = window[:, 1:].clone()
-            targets[:, : prefix - 1] = -100
-            head = functools.partial(score_targets, targets, False)
-            nats += float(model(input_ids=window[:, :-1], use_cache=False, head=head).scores[0])
-        found[prefix] = nats / (suffix * len(ends))
-    model.train(was_training)
+        windows = [
+            (tokens[end - suffix - prefix : end - 1], [-100] * (prefix - 1) + list(tokens[end - suffix : end]))
+            for end in ends
+        ]
+        found[prefix] = evaluate_windows(model, windows, batch_size=1).nll
     return found
 
 

@@ -81,7 +81,12 @@ def likelihood(nats: float, size: int) -> Likelihood:
 
 
 def test_eq_3_is_the_uniform_mean_of_ratios_then_the_weights(tmp_path: Path) -> None:
-    reference = Reference("abc", {"a": ("1", 2.0), "b": ("2", 4.0), "c": ("3", 1.0)})
+    reference = Reference.model_validate(
+        {
+            "model": "abc",
+            "sets": {"a": {"text": "1", "nats": 2.0}, "b": {"text": "2", "nats": 4.0}, "c": {"text": "3", "nats": 1.0}},
+        }
+    )
     reference.write(tmp_path / "reference.json")
     assert Reference.read(tmp_path / "reference.json") == reference
     # "b" has a hundred times the bytes of "a", and counts no more.
@@ -98,7 +103,9 @@ def test_eq_3_is_the_uniform_mean_of_ratios_then_the_weights(tmp_path: Path) -> 
     [({"a": "1", "b": "9"}, "'b' has other text than the reference has seen"), ({"a": "1", "z": "2"}, "'z' is not in")],
 )
 def test_other_text_is_refused(texts: dict[str, str], message: str) -> None:
-    reference = Reference("abc", {"a": ("1", 2.0), "b": ("2", 4.0)})
+    reference = Reference.model_validate(
+        {"model": "abc", "sets": {"a": {"text": "1", "nats": 2.0}, "b": {"text": "2", "nats": 4.0}}}
+    )
     with pytest.raises(UsageError, match=message):
         reference.normalised({"code": {name: likelihood(1, 1) for name in texts}}, texts)
 
