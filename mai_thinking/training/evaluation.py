@@ -114,8 +114,8 @@ def evaluate_windows(
     tokens = sure = 0
     try:
         for batch in together(_batched(windows, batch_size), [([0], [-100])]):
-            # On the right: attention is causal, so what stands there does not reach a token.
-            inputs = pad([torch.tensor(part) for part, _ in batch], padding_value=model.config.eos_token_id)
+            # With any token, on the right: attention is causal, so what stands there does not reach another.
+            inputs = pad([torch.tensor(part) for part, _ in batch])
             targets = pad([torch.tensor(part) for _, part in batch], padding_value=-100).to(model.device)
             head = functools.partial(_score_targets, targets, count_sure)
             scores = model(input_ids=inputs.to(model.device), use_cache=False, head=head).scores.double().cpu()

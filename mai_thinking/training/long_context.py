@@ -31,7 +31,7 @@ def suffix_nll(
     found = {}
     for prefix in prefixes:
         windows = [
-            (tokens[end - suffix - prefix : end - 1], [-100] * (prefix - 1) + list(tokens[end - suffix : end]))
+            (list(tokens[end - suffix - prefix : end - 1]), [-100] * (prefix - 1) + list(tokens[end - suffix : end]))
             for end in ends
         ]
         found[prefix] = evaluate_windows(model, windows, batch_size=1).nll
