@@ -52,37 +52,36 @@ class Glance:
 
 
 def sample_text(
+    model: MaiThinkingForCausalLM, tokenizer: PreTrainedTokenizerBase, prompt: str, *, tokens: int, **settings: Any
+) -> str:
+    """Continue `prompt` (without returning it) by up to `tokens` tokens; `settings` as `sample_texts` takes them."""
+    return sample_texts(model, tokenizer, prompt, tokens=tokens, **settings)[0]
+
+
+def sample_texts(
     model: MaiThinkingForCausalLM,
     tokenizer: PreTrainedTokenizerBase,
     prompt: str,
     *,
     tokens: int,
+    samples: int = 1,
     temperature: float = 0.8,
     top_p: float = 0.95,
     seed: int = 0,
     streamer: BaseStreamer | None = None,
-) -> str:
-    """Continue `prompt` (without returning it) by up to `tokens` tokens. The same seed gives the same text; global
-    random generators are left as they were. `temperature` 0 takes the likeliest token each time."""
+) -> list[str]:
+    """So many continuations of `prompt` (without it) by up to `tokens` tokens. The same seed gives the same texts; the
+    model's mode and global random generators are left as they were. `temperature` 0 takes the likeliest token each
+    time."""
     ids = Encoder(tokenizer).encode_prompt(prompt)
-    greedy = temperature == 0
+    drawn = {"do_sample": True, "temperature": temperature, "top_p": top_p, "num_return_sequences": samples}
     settings = GenerationConfig(
         max_new_tokens=tokens,
-        do_sample=not greedy,
-        temperature=None if greedy else temperature,
-        top_p=None if greedy else top_p,
         top_k=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
+        **(drawn if temperature else {"do_sample": False, "temperature": None, "top_p": None}),
     )
-    output = _generate(model, ids, settings, seed=seed, streamer=streamer)
-    return tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True)
-
-
-def _generate(
-    model: MaiThinkingForCausalLM, ids: list[int], settings: GenerationConfig, *, seed: int, **more: Any
-) -> Any:
-    """`generate` behind the prompt `ids`; mode and global generators are left as they were."""
     was_training = model.training
     model.eval()
     devices = [model.device] if model.device.type == "cuda" else []
@@ -90,28 +89,19 @@ def _generate(
         # A compilation for each length of the cache would take longer than the text.
         with torch.random.fork_rng(devices=devices), torch.compiler.set_stance("force_eager"):
             torch.manual_seed(seed)
-            return model.generate(torch.tensor([ids], device=model.device), generation_config=settings, **more)
+            start = torch.tensor([ids], device=model.device)
+            output = model.generate(start, generation_config=settings, streamer=streamer)
     finally:
         model.train(was_training)
+    return [tokenizer.decode(row[len(ids) :], skip_special_tokens=True) for row in output]
 
 
 def share_parsed(
     model: MaiThinkingForCausalLM, tokenizer: PreTrainedTokenizerBase, *, samples: int, tokens: int
 ) -> float:
-    """How many of so many functions, written from `def` at temperature 0.8 and ended before the next line that is not
-    indented, Python's parser takes. The same model gives the same share."""
-    prompt = Encoder(tokenizer).encode_prompt("def")
-    settings = GenerationConfig(
-        max_new_tokens=tokens,
-        do_sample=True,
-        temperature=0.8,
-        top_p=0.95,
-        num_return_sequences=samples,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    written = _generate(model, prompt, settings, seed=0)
-    return fmean(parses(tokenizer.decode(row, skip_special_tokens=True)) for row in written)
+    """How many of so many functions, written from `def` and ended before the next line that is not indented, Python's
+    parser takes. The same model gives the same share."""
+    return fmean(parses("def" + text) for text in sample_texts(model, tokenizer, "def", tokens=tokens, samples=samples))
 
 
 def parses(text: str) -> bool:
