@@ -32,6 +32,16 @@ def _check_temperature(temperature: float) -> float:
 
 EvaluationTemperature = Annotated[float, Field(ge=0, le=100), AfterValidator(_check_temperature)]
 """A Temperature, or 0 for greedy."""
+
+
+def _check_order(pair: tuple[float, float]) -> tuple[float, float]:
+    if pair[0] > pair[1]:
+        raise ValueError(f"{list(pair)} is not [least, most]; put the lower one first")
+    return pair
+
+
+ORDERED = AfterValidator(_check_order)
+"""Of a pair: the ends of a range, which belong to it."""
 Probability = Annotated[float, Field(ge=1e-6, le=1)]
 Dropout = Annotated[float, Field(ge=0, lt=1)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]

@@ -3,11 +3,11 @@
 Importable without torch. MAI-Thinking-1 report §2.4.
 """
 
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from mai_thinking.config.base import Section
+from mai_thinking.config.base import ORDERED, Section, Share, Weight
 from mai_thinking.config.names import nearest_name
 from mai_thinking.config.tasks import SerialFamily
 
@@ -20,23 +20,19 @@ EMBEDDED_PARTS = ("package/", "docstrings/")
 """Before the name of any installed package: its modules, or their longer docstrings."""
 
 
+_Items = Annotated[int, Field(ge=1, le=30)]
+
+
 class SerialSection(Section):
     """`serial:` of the embedded corpus `serial`: exercises that need a step of work for each item."""
 
     families: tuple[SerialFamily, ...] = Field(default=("tally", "running", "cups", "chain"), min_length=1)
     """Each as likely as the others."""
-    sizes: tuple[int, int] = (2, 8)
-    """Fewest and most items, from 1 to 30; each number as likely as the others."""
-    p_cot: float = Field(default=1.0, ge=0, le=1)
+    sizes: Annotated[tuple[_Items, _Items], ORDERED] = (2, 8)
+    """Fewest and most items; each number as likely as the others."""
+    p_cot: Share = 1.0
     """Share of the exercises whose working is shown; the others give the bare answer. Of `wording`: share that is
     answered as asked."""
-
-    @field_validator("sizes")
-    @classmethod
-    def _check_sizes(cls, sizes: tuple[int, int]) -> tuple[int, int]:
-        if not 1 <= sizes[0] <= sizes[1] <= 30:
-            raise ValueError(f"`sizes` is [fewest, most], from 1 to 30, not {list(sizes)}")
-        return sizes
 
 
 class SourceSection(Section):
@@ -55,7 +51,7 @@ class SourceSection(Section):
     """An SPDX expression, or words."""
     provenance: Provenance
     """Who wrote the text. `third-party-model` is always refused, `own-model` in pre-training."""
-    weight: float = Field(ge=1e-6, le=1e6)
+    weight: Weight
     """Share of the training tokens, relative to the other sources' weights."""
     text_field: str = "text"
     """The field or column that holds a document's text (JSONL, Parquet, Hub)."""

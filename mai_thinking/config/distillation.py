@@ -2,11 +2,12 @@
 
 import math
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from mai_thinking.config.base import (
+    ORDERED,
     Coefficient,
     Count,
     Dropout,
@@ -34,19 +35,12 @@ class TraceRangeSection(Section):
 
     weight: Weight = 1.0
     """Share of the traces chosen and of those learned from, relative to the other sources' weights (§3.5: 56/11/33)."""
-    steps: tuple[Whole, Whole] | None = None
+    steps: Annotated[tuple[Whole, Whole], ORDERED] | None = None
     """First and last gradient step that the weights behind a trace may have had; null means any. A climb that collapsed
     is answered from traces older than the damage."""
     late: float | None = Field(None, gt=0, le=1)
     """Of the checkpoints in `steps`, the latest share; a small number means the last one alone. Null: a quarter, or all
     where `steps` are given."""
-
-    @field_validator("steps")
-    @classmethod
-    def _check_steps(cls, steps: tuple[int, int] | None) -> tuple[int, int] | None:
-        if steps is not None and steps[0] > steps[1]:
-            raise ValueError(f"{list(steps)} is not [first, last]; put the earlier one first")
-        return steps
 
 
 class TraceSourceSection(TraceRangeSection):

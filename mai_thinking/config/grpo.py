@@ -1,11 +1,12 @@
 """The config of `scripts/grpo.py`: an RL run (MAI-Thinking-1 report §3)."""
 
 import math
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
 from mai_thinking.config.base import (
+    ORDERED,
     Coefficient,
     Count,
     EvaluationTemperature,
@@ -82,22 +83,20 @@ class SamplingSection(Section):
 
     early_size: Count = 16
     """G_early: rollouts of a problem before it is decided whether it is worth a whole group."""
-    early_range: tuple[Share, Share] | None = (0.05, 0.8)
+    early_range: Annotated[tuple[Share, Share], ORDERED] | None = (0.05, 0.8)
     """The pass rates of the early rollouts with which a problem goes on; null asks for the whole group at once."""
     group_size: int = Field(128, ge=2, lt=2**31)
     """G: rollouts in a group."""
     group_size_means: Literal["in-all", "more"] = "in-all"
     """Whether the early rollouts are among the G (§3.1.5) or come before G more (§3.6.2). They are learned from in
     either case, so that `more` gives groups of early_size + group_size."""
-    final_range: tuple[Share, Share] | None = (0.1, 0.8)
+    final_range: Annotated[tuple[Share, Share], ORDERED] | None = (0.1, 0.8)
     """The pass rates with which a whole group is learned from; null keeps every group."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         for name in ("early_range", "final_range"):
             bounds = getattr(self, name)
-            if bounds is not None and bounds[0] > bounds[1]:
-                raise ValueError(f"sampling.{name}: {bounds[0]} is more than {bounds[1]}; put the lower end first")
             size = self.early_size if name == "early_range" else self.full_size
             if bounds is not None and math.floor(bounds[1] * size + 1e-9) < math.ceil(bounds[0] * size - 1e-9):
                 raise ValueError(f"sampling.{name}: no pass rate of {size} rollouts lies in {list(bounds)}; widen it")

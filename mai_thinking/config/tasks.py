@@ -3,11 +3,11 @@
 Importable without torch. MAI-Thinking-1 report §3.1, §3.6.
 """
 
-from typing import Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import Field, field_validator, model_validator
 
-from mai_thinking.config.base import Coefficient, Name, Pattern, Seconds, Section, Weight
+from mai_thinking.config.base import ORDERED, Coefficient, Name, Pattern, Seconds, Section, Weight
 
 SerialFamily = Literal["tally", "running", "cups", "chain", "repeat", "numbers", "long-sum", "map", "wording"]
 """The families of `mai_thinking.data.serial`, whose problems need a step of work for each item; `repeat` and `numbers`
@@ -25,7 +25,8 @@ LISTS: tuple[Family, ...] = ("largest", "count", "position", "sort", "next")
 Combination = Literal["sum", "gate", "lexicographic"]
 """How several graders of one problem become one grade; see `mai_thinking.rl.tasks.base.combine`."""
 
-_Range = tuple[int, int]
+_Digits = Annotated[int, Field(ge=1, le=12)]
+_Items = Annotated[int, Field(ge=1, le=30)]
 
 
 class GraderSection(Section):
@@ -49,9 +50,9 @@ class TaskSection(Section):
     questions and answers, or programs to repair."""
     weight: Weight = 1.0
     """Share of the problems, relative to the other tasks' weights."""
-    digits: _Range | None = None
+    digits: Annotated[tuple[_Digits, _Digits], ORDERED] | None = None
     """Procedural: fewest and most digits of a number, each count as likely as the others; null means 1 to 2."""
-    length: _Range | None = None
+    length: Annotated[tuple[_Items, _Items], ORDERED] | None = None
     """Procedural, with a list, or serial: fewest and most items; null means 3 to 6."""
     dataset: str | None = None
     """reasoning-gym: the data set's name; verifiers: the taskset's."""
@@ -82,12 +83,8 @@ class TaskSection(Section):
         for field, kind in (("dataset", "reasoning-gym"), ("dataset", "verifiers"), ("path", "jsonl")):
             if self.kind == kind and not getattr(self, field):
                 raise ValueError(f"task {self.name!r}: kind {kind!r} needs `{field}`")
-        for field, low, high in (("digits", 1, 12), ("length", 1 if self.kind in SERIAL else 2, 30)):
-            bounds = getattr(self, field)
-            if bounds and not low <= bounds[0] <= bounds[1] <= high:
-                raise ValueError(
-                    f"task {self.name!r}: `{field}` is [fewest, most], from {low} to {high}, not {list(bounds)}"
-                )
+        if self.length and self.length[0] < 2 and self.kind not in SERIAL:
+            raise ValueError(f"task {self.name!r}: `length` begins at 2, not at {self.length[0]}; a list has two items")
         return self
 
 

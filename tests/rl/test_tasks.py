@@ -165,8 +165,8 @@ def test_hostile_answers_are_wrong_and_fast() -> None:
     [
         ({"kind": "summs"}, "kind"),
         ({"kind": "sum", "length": [2, 3]}, "`length` is not for kind 'sum'"),
-        ({"kind": "sum", "digits": [3, 2]}, r"\[fewest, most\]"),
-        ({"kind": "sort", "length": [1, 2]}, "from 2 to 30"),
+        ({"kind": "sum", "digits": [3, 2]}, r"\[least, most\]"),
+        ({"kind": "sort", "length": [1, 2]}, "begins at 2"),
         ({"kind": "jsonl"}, "needs `path`"),
         ({"kind": "reasoning-gym"}, "needs `dataset`"),
         ({"kind": "sum", "graders": [{"pattern": "("}]}, "not a regular expression"),
