@@ -46,6 +46,9 @@ from mai_thinking.training.state import (
     split_tree,
 )
 
+# DCP warns at every load by a single process, which is an ordinary way to use it.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+
 T = TypeVar("T")
 State = MutableMapping[str, Any]
 """name → `ModelState` or `OptimizerState`, which are read in place and may be sharded; or any object with
@@ -83,8 +86,6 @@ class Checkpointer:
         self._agreement = dist.new_group(backend="gloo") if self.world > 1 else None
         self._writers = dist.new_group(backend="gloo") if self.world > 1 else None
         self._host = HostCopies()
-        # DCP warns at every save and load of a single process, which is an ordinary way to use this class.
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
     # ------------------------------------------------------------------------------------------------ saving
 
@@ -324,9 +325,9 @@ def _together(act: Callable[[], T], group: dist.ProcessGroup | None) -> list[T]:
     if group is not None:
         everyone *= dist.get_world_size(group)
         dist.all_gather_object(everyone, mine, group=group)
-    for _, problem in everyone:
-        if problem is not None:
-            raise problem
+    for _, raised in everyone:
+        if raised is not None:
+            raise raised
     return [result for result, _ in everyone]
 
 
