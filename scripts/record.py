@@ -42,8 +42,9 @@ def main() -> None:
         new = measure(options.runs, options.orders, options.samples, list(records.values()))
         records[new["name"]] = new
     tried = compare(options.tried) if options.tried else known.get("tried", [])
-    rivals = against(options.rivals) if options.rivals else known.get("rivals", [])
-    write(options.out, sorted(records.values(), key=lambda r: -r["weighted"]), tried, rivals)
+    rivals = against(options.rivals, list(records.values())) if options.rivals else known.get("rivals", [])
+    mixed = mixtures(options.rivals) if options.rivals else known.get("mixed", [])
+    write(options.out, sorted(records.values(), key=lambda r: -r["weighted"]), tried, rivals, mixed)
 
 
 def measure(
@@ -180,30 +181,50 @@ def compare(path: Path) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: -row["gain"])
 
 
-def against(path: Path) -> list[dict[str, Any]]:
-    """Each model of a JSONL file, means over its seeds. Its minutes are its steps by the time of one, measured by turns
-    with the record's: its own, on a machine that others use, would not compare."""
+def against(path: Path, records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each model of a JSONL file, means over its seeds, and of the `records` those that were timed with it. Minutes are
+    steps by the time of one, measured by turns: those that a run took, on a machine that others use, do not compare."""
     lines = [json.loads(line) for line in path.read_text().splitlines()]
-    seconds = {line["name"]: line["seconds"] for line in lines if line["kind"] == "time"}
-    groups: dict[tuple[str, int], list[dict[str, Any]]] = defaultdict(list)
+    times = {line["name"]: line for line in lines if line["kind"] == "time"}
+    groups: dict[tuple[str, str, int], list[dict[str, Any]]] = defaultdict(list)
     for line in lines:
         if line["kind"] == "run":
-            groups[line["what"], line["steps"]].append(line)
+            groups[line["name"], line["what"], line["tokens"]].append(line)
+    for record in records:
+        if record["name"] in times:
+            same = {"weighted": record["weighted"], "bits": record["bits_per_byte"]}
+            groups[record["name"], record["name"], record["tokens"]] = [same] * len(record["seeds"])
     rows = []
-    for (what, steps), runs in groups.items():
-        step, first = seconds[runs[0]["name"].partition("@")[0]], runs[0]
-        row = {"model": what, "parameters, M": first["parameters"][0] / 1e6, "active, M": first["parameters"][1] / 1e6}
-        row |= {"seconds a step": step, "steps": steps, "tokens, M": first["tokens"] / 1e6}
-        row |= {"minutes": step * steps / 60, "seeds": len(runs), "weighted": fmean(r["weighted"] for r in runs)}
-        rows.append(row | {category: fmean(r["bits"][category] for r in runs) for category in first["bits"]})
+    for (name, what, tokens), runs in groups.items():
+        timed = times[name.partition("@")[0]]
+        step, steps = timed["seconds"], tokens // timed["tokens"]
+        total, active = (count / 1e6 for count in timed["parameters"])
+        row = {"model": what, "parameters, M": total, "active, M": active, "seconds a step": step, "steps": steps}
+        row |= {"tokens, M": tokens / 1e6, "minutes": step * steps / 60, "seeds": len(runs)}
+        row["weighted"] = fmean(run["weighted"] for run in runs)
+        rows.append(row | {category: fmean(run["bits"][category] for run in runs) for category in runs[0]["bits"]})
     return sorted(rows, key=lambda row: row["weighted"])
+
+
+def mixtures(path: Path) -> list[dict[str, Any]]:
+    """What results/two-cores/memory.py left: a run's model, n-grams of the same tokens, and both."""
+    groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for line in map(json.loads, path.read_text().splitlines()):
+        if line["kind"] == "memory":
+            groups[line["what"]].append(line)
+    return [
+        {"model": what, "seeds": len(lines), "weighted": fmean(line["weighted"] for line in lines)}
+        | {category: fmean(line["bits"][category] for line in lines) for category in lines[0]["bits"]}
+        for what, lines in groups.items()
+    ]
 
 
 def write(
     out: Path,
     records: Sequence[dict[str, Any]],
     tried: Sequence[dict[str, Any]],
-    rivals: Sequence[dict[str, Any]],
+    rivals: Sequence[dict[str, Any]] = (),
+    mixed: Sequence[dict[str, Any]] = (),
 ) -> None:
     """summary.md and summary.json."""
     from mai_thinking.config.table import Interval, Table
@@ -232,13 +253,11 @@ def write(
         for record in records:
             machine = ", ".join(f"{key} {value}" for key, value in record["machine"].items())
             page.add(f"`{record['name']}`: commit {', '.join(record['commits'])}; {machine}.")
-    page.facts |= {"tried": tried, "rivals": rivals}
-    if rivals:
-        page.add(
-            Table(list(rivals[0]), [list(row.values()) for row in rivals]).markdown(), heading="In the same minutes"
-        )
-    if tried:
-        page.add(Table(list(tried[0]), [list(row.values()) for row in tried], 4).markdown(), heading="Tried")
+    page.facts |= {"tried": tried, "rivals": rivals, "mixed": mixed}
+    for heading, found, digits in (("In the same minutes", rivals, 3), ("With n-grams", mixed, 3), ("Tried", tried, 4)):
+        if found:
+            rows = [list(row.values()) for row in found]
+            page.add(Table(list(found[0]), rows, digits).markdown(), heading=heading)
     page.write(out)
     print(f"{out}/summary.md")
 

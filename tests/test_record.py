@@ -33,11 +33,15 @@ def test_gains_are_of_pairs_and_a_slower_step_is_charged_for(tmp_path: Path) -> 
 
 
 def test_another_model_is_given_the_minutes_that_its_own_step_takes(tmp_path: Path) -> None:
-    """A step of 0.5 s, timed last, 1,200 times: ten minutes, whatever its runs took. Seeds are one row, lengths two."""
-    times = [{"kind": "time", "name": name, "seconds": s} for name, s in (("slow", 9.0), ("slow", 0.5), ("best", 1.0))]
+    """A step of 0.5 s, timed last, 1,200 times: ten minutes, whatever its runs took. Seeds are one row, lengths two,
+    and the record that was timed beside them is there too."""
+    times = [
+        {"kind": "time", "name": name, "seconds": seconds, "tokens": 2048, "parameters": [3e6, 1e6]}
+        for name, seconds in (("slow", 9.0), ("slow", 0.5), ("best", 1.0), ("record", 2.0))
+    ]
     runs = [
-        {"kind": "run", "name": name, "what": what, "parameters": [3e6, 1e6], "steps": steps, "tokens": 2048 * steps}
-        | {"seed": seed, "seconds": 7.0, "weighted": weighted, "bits": {"code": weighted}}
+        {"kind": "run", "name": name, "what": what, "tokens": 2048 * steps, "seed": seed, "seconds": 7.0}
+        | {"weighted": weighted, "bits": {"code": weighted}}
         for name, what, steps, seed, weighted in (
             ("slow", "slow", 1200, 0, 2.0),
             ("slow", "slow", 1200, 1, 3.0),
@@ -47,14 +51,17 @@ def test_another_model_is_given_the_minutes_that_its_own_step_takes(tmp_path: Pa
     ]
     path = tmp_path / "rivals.jsonl"
     path.write_text("\n".join(map(json.dumps, [*times, *runs])))
-    rows = against(path)
-    told = [(row["model"], row["minutes"], row["seeds"], row["weighted"], row["code"]) for row in rows]
-    assert told == [("best, 2 times its rates", 1, 1, 1, 1), ("slow", 10, 2, 2.5, 2.5), ("slow", 5, 1, 4, 4)]
+    record = {"weighted": 1.5, "bits_per_byte": {"code": 1.5}, "tokens": 2048 * 30, "seeds": [0, 1, 2]}
+    rows = against(path, [{"name": "record", **record}, {"name": "not timed", **record}])
+    assert [(row["model"], row["minutes"], row["seeds"], row["weighted"], row["code"]) for row in rows] == [
+        ("best, 2 times its rates", 1, 1, 1, 1),
+        ("record", 1, 3, 1.5, 1.5),
+        ("slow", 10, 2, 2.5, 2.5),
+        ("slow", 5, 1, 4, 4),
+    ]
     write(tmp_path, [], [], rows)
-    assert (
-        "| slow | 3.000 | 1.000 | 0.500 | 1,200 | 2.458 | 10.000 | 2 | 2.500 | 2.500 |"
-        in (tmp_path / "summary.md").read_text()
-    )
+    page = (tmp_path / "summary.md").read_text()
+    assert "| slow | 3.000 | 1.000 | 0.500 | 1,200 | 2.458 | 10.000 | 2 | 2.500 | 2.500 |" in page
 
 
 @pytest.mark.parametrize(

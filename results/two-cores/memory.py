@@ -4,7 +4,7 @@ Beside the model of a finished RUN stands an n-gram model of the same tokens: in
 Goodman, 1999) over all that the run has read. Both say for each token of what is held out how likely it was, so their
 mixture is a distribution too; one of bytes' probabilities by a token's span would not be. Its weight depends on the
 longest context that the n-gram model has met, and is learned, by expectation-maximisation, on the documents of the
-other half. Writes RUN's line to memory.jsonl.
+other half. Adds lines to rivals.jsonl.
 """
 
 import json
@@ -25,7 +25,7 @@ from mai_thinking.recipes.pretrain import make_loader
 from mai_thinking.training import evaluation
 from mai_thinking.training.model_files import load_model_and_tokenizer
 
-OUT, ORDER = Path(os.environ.get("MEMORY", Path(__file__).parent / "memory.jsonl")), 8
+OUT, ORDER = Path(os.environ.get("RIVALS", Path(__file__).parent / "rivals.jsonl")), 8
 HELD_OUT_BYTES = int(os.environ.get("HELD_OUT_BYTES", 0)) or None
 Array = np.ndarray[Any, Any]
 
@@ -38,11 +38,11 @@ def kneser_ney(read: Array, asked: Array, vocabulary: int, order: int) -> tuple[
     depth = np.zeros(len(asked), dtype=np.int64)
     grams: list[Array] = []  # for each order, which n-gram ends at a position
     for n in range(1, order + 1):
-        before = np.zeros(len(tokens), dtype=np.int64) if n == 1 else np.roll(grams[-1], 1)
+        before = np.zeros(len(tokens), dtype=np.int64) if n == 1 else np.append(0, grams[-1][:-1])
         grams.append(np.unique(before * vocabulary + tokens, return_inverse=True)[1])
     for n in range(1, order + 1):
         gram = grams[n - 1]
-        context = np.zeros(len(tokens), dtype=np.int64) if n == 1 else np.roll(grams[n - 2], 1)
+        context = np.zeros(len(tokens), dtype=np.int64) if n == 1 else np.append(0, grams[n - 2][:-1])
         # Of the highest order how often an n-gram was met; of a lower one behind how many different tokens.
         _, first = np.unique(grams[n][:size] if n < order else np.arange(size), return_index=True)
         counts = np.bincount(gram[first], minlength=gram.max() + 1)
@@ -118,13 +118,14 @@ def main() -> None:
             mixed[this] = weight * mine[this] + (1 - weight) * ngrams[this]
     bits = {
         name: {c: float(-np.log2(found[kind == c]).sum() / sizes[c]) for c in sizes}
-        for name, found in (("the model", mine), (f"n-grams of up to {ORDER} tokens", ngrams), ("both, mixed", mixed))
+        for name, found in ((config.name, mine), (f"n-grams of up to {ORDER} tokens", ngrams), ("both, mixed", mixed))
     }
-    line = {"run": config.name, "seed": config.seed, "order": ORDER, "bits": bits, "machine": describe()}
-    line["weighted"] = {name: evaluation.weighted_score(by) for name, by in bits.items()}
     with OUT.open("a") as file:
-        file.write(json.dumps(line) + "\n")
-    print(json.dumps(line))
+        for name, by in bits.items():
+            line = {"kind": "memory", "what": name, "run": config.name, "seed": config.seed, "bits": by}
+            line |= {"weighted": evaluation.weighted_score(by), "machine": describe()}
+            file.write(json.dumps(line) + "\n")
+            print(json.dumps(line))
 
 
 if __name__ == "__main__":

@@ -225,16 +225,15 @@ def measure(names: list[str], config: PretrainConfig, data: PreparedData) -> Ite
             for name, rival in rivals.items():
                 long = rival.tokens > config.batch.tokens_per_step
                 for index in range(1 if long else BLOCK):
-                    begin, waited = time.thread_time(), loader.wait_seconds
+                    begin = time.thread_time()
                     rival.update(batches, 1)
                     if turn and (index or long):
                         spent[name].append(time.thread_time() - begin)
-                    del waited
     for name, rival in rivals.items():
         found = sorted(spent[name])
         yield {
-            "kind": "time", "name": name, "seconds": median(found), "low": found[len(found) // 4],
-            "high": found[3 * len(found) // 4], "steps": len(found), "tokens": rival.tokens,
+            "kind": "time", "name": name, "parameters": rival.parameters, "tokens": rival.tokens, "steps": len(found),
+            "seconds": median(found), "low": found[len(found) // 4], "high": found[3 * len(found) // 4],
         }  # fmt: skip
 
 
