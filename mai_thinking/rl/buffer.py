@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from mai_thinking.rl.nuclei import Nuclei
+from mai_thinking.errors import UsageError
 from mai_thinking.rl.rollout import Group, Rollout
 from mai_thinking.rl.tasks import WRONG
 
@@ -29,15 +29,17 @@ def pack_group(group: Group) -> dict[str, Any]:
         "lengths": [len(rollout.response_ids) for rollout in rollouts],
         **plain,
         **{name: torch.from_numpy(array) for name, array in (arrays | {"experts": experts}).items()},
-        "nucleus": Nuclei.joined([rollout.nucleus for rollout in rollouts]).state_dict(),
+        "nuclei": [[torch.from_numpy(np.array(bytearray(part))) for part in rollout.nuclei] for rollout in rollouts],
     }
 
 
 def unpack_group(state: dict[str, Any]) -> Group:
-    """The group of `pack_group`."""
+    """The group of `pack_group`. UsageError if an earlier version wrote it."""
+    if "nuclei" not in state:
+        raise UsageError("the rollouts that wait in this run are of an earlier version; start it under another name")
     lengths, prompt = state["lengths"], state["prompt"]
     arrays: dict[str, Any] = {name: np.split(state[name].numpy(), np.cumsum(lengths)[:-1]) for name in _ARRAYS}
-    arrays["nucleus"] = Nuclei.from_state(state["nucleus"]).split(lengths)
+    arrays["nuclei"] = [tuple(part.numpy().tobytes() for part in parts) for parts in state["nuclei"]]
     places = np.cumsum([len(prompt) + length - 1 for length in lengths])[:-1]
     arrays["experts"] = np.split(state["experts"].numpy().astype(np.uint16), places, axis=1)
     rollouts = [

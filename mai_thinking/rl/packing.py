@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from mai_thinking.errors import UsageError
-from mai_thinking.rl.nuclei import Nuclei
+from mai_thinking.rl.nuclei import bits_of
 from mai_thinking.rl.rollout import Rollout
 from mai_thinking.training.learner import MicroBatch
 
@@ -95,6 +95,6 @@ def _micro_batch(rollouts: Sequence[Rollout], layout: list[list[int]], row_lengt
         "targets": np.concatenate([one.response_ids for one in parts])[drawn],
         "rollout_index": np.repeat(order, [len(one.response_ids) for one in parts])[drawn],
         "old_logprobs": np.concatenate([one.logprobs for one in parts])[drawn],
-        "nucleus": Nuclei.joined([one.nucleus for one in parts]).unpacked()[drawn],
+        "nucleus": bits_of([part for one in parts for part in one.nuclei], len(drawn))[drawn],
     }
     return {name: torch.from_numpy(array) for name, array in arrays.items()}

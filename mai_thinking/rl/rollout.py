@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from mai_thinking.rl.nuclei import Nuclei
 from mai_thinking.rl.tasks import WRONG, Grade, Problem
 
 
@@ -29,7 +28,7 @@ class Rollout:
     """[n]: tokens that a tool wrote. They are context: no gradient, no log-probability (0), no nucleus (none)."""
     logprobs: NDArray[np.float32] = field(default_factory=lambda: np.empty(0, dtype=np.float32))
     """[n], under the distribution drawn from: with temperature, renormalised over the nucleus."""
-    nucleus: Nuclei = field(default_factory=Nuclei.none)  # Of n tokens: those that could have been drawn in their place
+    nuclei: tuple[bytes, ...] = ()  # Of n tokens, by `nuclei.shrink`: those that could have been drawn in their place
     experts: NDArray[np.uint16] = field(default_factory=lambda: np.empty((0, 0, 0), dtype=np.uint16))
     """[M, P + n − 1, K], of every token that went through the model: all but the response's last."""
     finished: bool = False  # Whether it ended by itself, rather than at `max_new_tokens`

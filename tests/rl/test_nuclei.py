@@ -1,20 +1,20 @@
-"""Nuclei that wait for their replay come back bit for bit, in the room that their ids take."""
-
-from pathlib import Path
+"""Nuclei that wait for their replay come back bit for bit, in the room that their ids would take."""
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mai_thinking.config.run import CheckpointSection
-from mai_thinking.rl.nuclei import WIDE, Nuclei
-from mai_thinking.training.checkpoint import Checkpointer
+from mai_thinking.errors import UsageError
+from mai_thinking.rl.buffer import pack_group, unpack_group
+from mai_thinking.rl.nuclei import bits_of, shrink
+from mai_thinking.rl.rollout import Group, Rollout
 
 
 @st.composite
 def bits(draw: st.DrawFn, vocab: int = 203) -> np.ndarray:
     """Some nuclei of a few tokens, some of nearly all."""
-    sizes = draw(st.lists(st.sampled_from([0, 1, 2, 6, 7, 40, vocab]), max_size=6))
+    sizes = draw(st.lists(st.sampled_from([0, 1, 2, 6, 7, 40, vocab]), min_size=1, max_size=6))
     generator = np.random.default_rng(draw(st.integers(0, 99)))
     mask = np.zeros((len(sizes), vocab), dtype=bool)
     for row, size in zip(mask, sizes, strict=True):
@@ -22,39 +22,41 @@ def bits(draw: st.DrawFn, vocab: int = 203) -> np.ndarray:
     return np.packbits(mask, axis=1, bitorder="little")
 
 
+def rollout_of(parts: list[np.ndarray]) -> Rollout:
+    count = sum(map(len, parts))
+    return Rollout(
+        0,
+        [1],
+        9,
+        response_ids=np.zeros(count, dtype=np.int64),
+        logprobs=np.zeros(count, dtype=np.float32),
+        nuclei=tuple(map(shrink, parts)),
+        experts=np.zeros((1, count, 1), dtype=np.uint16),
+    )
+
+
 @settings(deadline=None, max_examples=40)
-@given(st.lists(bits(), min_size=1, max_size=4))
-def test_what_goes_in_comes_out(parts: list[np.ndarray]) -> None:
-    whole = Nuclei.joined([Nuclei.of(part) for part in parts])
-    kept = Nuclei.from_state(whole.state_dict())
-    if len(kept):
-        np.testing.assert_array_equal(kept.unpacked(), np.concatenate(parts))
-    for part, back in zip(parts, kept.split([len(part) for part in parts]), strict=True):
-        assert len(back) == len(part)
-        np.testing.assert_array_equal(back.unpacked()[: len(part)], part)
+@given(st.lists(st.lists(bits(), min_size=1, max_size=3), min_size=1, max_size=3))
+def test_what_goes_in_comes_out(rollouts: list[list[np.ndarray]]) -> None:
+    """Also of a group that was in a checkpoint."""
+    kept = unpack_group(pack_group(Group(0, 0, "kept", [rollout_of(parts) for parts in rollouts])))
+    for rollout, parts in zip(kept.rollouts, rollouts, strict=True):
+        back = bits_of(rollout.nuclei, len(rollout.response_ids))
+        np.testing.assert_array_equal(back, np.concatenate(parts))
 
 
-def room(nuclei: Nuclei) -> int:
-    return nuclei.sizes.nbytes + nuclei.ids.nbytes + nuclei.bits.nbytes
-
-
-def test_few_take_little_and_many_no_more_than_their_bits() -> None:
+@pytest.mark.parametrize(("tokens", "most"), [(8, 32), (40, 160), (200_019, 25_003)])
+def test_they_take_no_more_room_than_ids_or_bits(tokens: int, most: int) -> None:
     """A report-sized vocabulary: eight ids are 32 bytes, where bits are 25,003."""
-    mask = np.zeros((100, 200_019), dtype=bool)
-    mask[:, 7 * np.arange(8)] = True
-    assert room(Nuclei.of(np.packbits(mask, axis=1, bitorder="little"))) == 100 * (4 * 8 + 4)
-    mask[0] = True
-    one_wide = Nuclei.of(np.packbits(mask, axis=1, bitorder="little"))
-    assert one_wide.sizes[0] == WIDE
-    assert room(one_wide) == 100 * 4 + 99 * 4 * 8 + 25_003
+    mask = np.zeros((64, 200_019), dtype=bool)
+    generator = np.random.default_rng(0)
+    for row in mask:
+        row[generator.permutation(mask.shape[1])[:tokens]] = True
+    assert len(shrink(np.packbits(mask, axis=1, bitorder="little"))) <= 64 * most
 
 
-def test_a_checkpoint_holds_them_where_there_is_no_id(tmp_path: Path) -> None:
-    wide = Nuclei.of(np.full((3, 26), 0xFF, dtype=np.uint8))
-    assert not len(wide.ids)
-    writer = Checkpointer(tmp_path, CheckpointSection())
-    writer.save(1, {"nuclei": wide.state_dict()}, synchronous=True)
-    writer.close()
-    state = {"nuclei": Nuclei.none().state_dict()}
-    assert Checkpointer(tmp_path, CheckpointSection()).load_latest(state) == 1
-    assert Nuclei.from_state(state["nuclei"]) == wide
+def test_rollouts_of_an_earlier_version_are_refused() -> None:
+    state = pack_group(Group(0, 0, "kept", [rollout_of([np.ones((2, 4), dtype=np.uint8)])]))
+    state["nucleus"] = state.pop("nuclei")
+    with pytest.raises(UsageError, match="earlier version; start it under another name"):
+        unpack_group(state)

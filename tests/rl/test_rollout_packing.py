@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from mai_thinking.errors import UsageError
-from mai_thinking.rl.nuclei import Nuclei
+from mai_thinking.rl.nuclei import shrink
 from mai_thinking.rl.packing import first_fit_decreasing, pack
 from mai_thinking.rl.policy import response_logprobs
 from mai_thinking.rl.rollout import Rollout
@@ -23,7 +23,7 @@ def rollout(prompt: int, response: int, seed: int = 0, *, vocab_size: int = 97, 
         prompt_ids=rng.integers(2, vocab_size, prompt).tolist(),
         response_ids=rng.integers(2, vocab_size, response),
         logprobs=rng.random(response, dtype=np.float32),
-        nucleus=Nuclei.of(np.full((response, -(-vocab_size // 8)), 255, dtype=np.uint8)),
+        nuclei=(shrink(np.full((response, -(-vocab_size // 8)), 255, dtype=np.uint8)),),
         experts=chosen.astype(np.uint16),
         finished=True,
     )

@@ -21,6 +21,7 @@ from mai_thinking.data.serial import map_of, serial_problem
 from mai_thinking.data.tokenizer import train_tokenizer
 from mai_thinking.errors import UsageError
 from mai_thinking.rl.engine import BatchedEngine
+from mai_thinking.rl.nuclei import bits_of
 from mai_thinking.rl.packing import pack
 from mai_thinking.rl.policy import response_logprobs
 from mai_thinking.rl.rollout import Rollout
@@ -77,8 +78,9 @@ def test_each_step_goes_on_from_a_strict_prefix(backend: str) -> None:
         assert rollout.response_ids[3:6].tolist() == [7, 8, 9]
         assert rollout.response_ids[9:12].tolist() == [7, 8, 10]
         assert not rollout.logprobs[~own].any()
-        assert not rollout.nucleus.unpacked()[~own].any()
-        assert rollout.nucleus.unpacked()[own].any(axis=1).all()
+        bits = bits_of(rollout.nuclei, len(own))
+        assert not bits[~own].any()
+        assert bits[own].any(axis=1).all()
         for _, end in rollout.observations[:2]:
             context = [*rollout.prompt_ids, *rollout.response_ids[:end].tolist()]
             afresh = BatchedEngine(model, slots=1, temperature=0.8, top_p=0.9, seed=5, end_of_text=None)

@@ -32,7 +32,7 @@ from mai_thinking.model.latent_moe import Experts
 from mai_thinking.rl.engine.decode_backends import BACKENDS, Backend, NotFiniteError, Sampler, padded_keys
 from mai_thinking.rl.engine.kv_cache import SLOT_ATTENTION, Prompt, SlotCache, prefill
 from mai_thinking.rl.engine.nucleus import uniforms
-from mai_thinking.rl.nuclei import Nuclei
+from mai_thinking.rl.nuclei import shrink
 from mai_thinking.rl.rollout import Rollout
 
 ATTEMPTS = 3  # How often a generation that fails is tried
@@ -80,7 +80,7 @@ class _Running:
     logprobs: list[float] = field(default_factory=list)
     nucleus: list[NDArray[np.uint8]] = field(default_factory=list)
     """Of the newest tokens; `nuclei` of those before them."""
-    nuclei: list[Nuclei] = field(default_factory=list)
+    nuclei: list[bytes] = field(default_factory=list)
     experts: list[NDArray[np.uint16]] = field(default_factory=list)
     observations: list[tuple[int, int]] = field(default_factory=list)
     """Begin and end of each among the tokens, those to come included."""
@@ -114,7 +114,7 @@ class _Running:
             response_ids=np.array(self.tokens, dtype=np.int64),
             observed=observed,
             logprobs=np.array(self.logprobs, dtype=np.float32),
-            nucleus=Nuclei.joined([*self.nuclei, Nuclei.of(np.stack(self.nucleus))]),
+            nuclei=(*self.nuclei, shrink(np.stack(self.nucleus))),
             experts=np.concatenate([self.prompt.experts_MPK, *experts_MnK], axis=1),
             finished=finished,
         )
@@ -276,7 +276,7 @@ class BatchedEngine:
             one.tokens.append(token)
             one.logprobs.append(logprob)
             if len(one.nucleus) == NUCLEI_AT_ONCE:
-                one.nuclei.append(Nuclei.of(np.stack(one.nucleus)))
+                one.nuclei.append(shrink(np.stack(one.nucleus)))
                 one.nucleus.clear()
             one.nucleus.append(nucleus)
 

@@ -47,7 +47,7 @@ def engine(model: MaiThinkingForCausalLM, **changes: Any) -> BatchedEngine:
 
 
 def same(one: Rollout, other: Rollout, tolerance: float) -> bool:
-    parts = ("response_ids", "nucleus", "experts")
+    parts = ("response_ids", "nuclei", "experts")
     return (
         one.id == other.id
         and one.finished == other.finished

@@ -13,6 +13,7 @@ import mai_thinking.rl.engine.engine as engine_module
 from mai_thinking.errors import RunError
 from mai_thinking.model import MaiThinkingForCausalLM
 from mai_thinking.rl.engine import BatchedEngine
+from mai_thinking.rl.nuclei import bits_of
 from mai_thinking.rl.packing import pack
 from mai_thinking.rl.policy import response_logprobs
 from mai_thinking.rl.rollout import Rollout
@@ -40,7 +41,7 @@ def same(one: Rollout, other: Rollout) -> bool:
         one.id == other.id
         and one.finished == other.finished
         and all(
-            np.array_equal(getattr(one, part), getattr(other, part)) for part in ("response_ids", "nucleus", "experts")
+            np.array_equal(getattr(one, part), getattr(other, part)) for part in ("response_ids", "nuclei", "experts")
         )
     )
 
@@ -98,7 +99,7 @@ def test_shapes_and_contents() -> None:
         assert 1 <= n <= request.max_new_tokens
         assert rollout.prompt_ids == request.prompt_ids
         assert rollout.logprobs.shape == (n,)
-        bits = rollout.nucleus.unpacked()
+        bits = bits_of(rollout.nuclei, len(rollout.response_ids))
         assert bits.shape == (n, 13)
         assert rollout.experts.shape == (3, len(request.prompt_ids) + n - 1, 3)
         assert rollout.experts.dtype == np.uint16
