@@ -5,32 +5,38 @@ has `SHORTEST` words. Case, accents, punctuation, line ends and invisible charac
 script that is written without spaces counts as a word.
 """
 
+import math
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mai_thinking.config.data import CleaningSection
+from mai_thinking.config.data import CleaningSection, FuzzySection
 from mai_thinking.data.documents import DECONTAMINATED, Documents, rewritten
-from mai_thinking.data.fuzzy import FuzzyIndex
 from mai_thinking.data.jsonl import read_json, read_jsonl, read_text
 from mai_thinking.data.words import Hashes, SortedHashes, WordHashes, ngram_hashes, words_of
 from mai_thinking.data.work import Arrays
 
 SHORTEST = 8
 """Words of the shortest text that is looked for, as GPT-3's paper has it: fewer stand in innocent text by chance."""
-_FUZZY = "fuzzy"
 MAX_OVERLAP = 0.5
 """A document that loses more than this share of its words to decontamination is dropped whole."""
+_FUZZY = "fuzzy"
+_SHIFTS = 2
+"""So many words may have been put in or left out on the way."""
+_COMMON = 32
+"""A seed that stands in the held-out text more often is no evidence: `for i in range`."""
+_CHUNK = 4096
+"""Seeds whose surroundings are compared at once."""
 
 
 class OverlapIndex:
     """What must not be trained on, and what to do with text that contains it."""
 
-    def __init__(self, runs: Mapping[str, Hashes], fuzzy: FuzzyIndex | None = None) -> None:
+    def __init__(self, runs: Mapping[str, Hashes], fuzzy: "FuzzyIndex | None") -> None:
         """`runs`: by number of words (as text), the sorted hashes of the runs of this length."""
         self.runs, self.fuzzy = runs, fuzzy
         self._known = {int(length): SortedHashes(hashes) for length, hashes in runs.items()}
@@ -38,16 +44,19 @@ class OverlapIndex:
 
     @classmethod
     def of(cls, cleaning: CleaningSection, texts: Iterable[str]) -> "OverlapIndex | None":
-        """What `cleaning` looks for of `texts`; None if that is nothing."""
+        """What `cleaning` looks for of `texts`; None if that is nothing. All runs of `decontamination_ngram` words,
+        the whole of shorter texts, nothing of those below `SHORTEST`."""
         n, section, words = cleaning.decontamination_ngram, cleaning.fuzzy_decontamination, WordHashes()
         if n is None and section is None:
             return None
-        texts = list(texts)
-        index = cls({}) if n is None else cls.build(n, texts)
-        if section is not None:
-            hashed = [found for text in texts if len(found := words.of(text)) >= SHORTEST]
-            index.fuzzy = FuzzyIndex(FuzzyIndex.joined(hashed), section)
-        return index
+        hashed = [words.of(text) for text in texts]
+        found: defaultdict[int, list[Hashes]] = defaultdict(list)
+        for text in hashed if n is not None else ():
+            if len(text) >= min(n, SHORTEST):
+                found[min(n, len(text))].append(ngram_hashes(text, min(n, len(text))))
+        runs = {str(length): np.unique(np.concatenate(parts)) for length, parts in sorted(found.items())}
+        long = [text for text in hashed if len(text) >= SHORTEST]
+        return cls(runs, FuzzyIndex(FuzzyIndex.joined(long), section) if section is not None else None)
 
     def save(self, path: Path) -> None:
         """As `load` reads it."""
@@ -56,27 +65,13 @@ class OverlapIndex:
 
     @classmethod
     def load(cls, path: Path, cleaning: CleaningSection) -> "OverlapIndex | None":
-        """What was saved for the same `cleaning`; None if it looks for nothing."""
-        if cleaning.decontamination_ngram is None and cleaning.fuzzy_decontamination is None:
+        """What was saved for the same `cleaning`; None if nothing was."""
+        if not path.exists():
             return None
         with np.load(path) as file:
             runs = dict(file)
         words, section = runs.pop(_FUZZY, None), cleaning.fuzzy_decontamination
         return cls(runs, FuzzyIndex(words, section) if section is not None and words is not None else None)
-
-    @classmethod
-    def build(cls, n: int, texts: Iterable[str]) -> "OverlapIndex":
-        """All runs of `n` words in `texts`; the whole of shorter ones; nothing of those below `SHORTEST`."""
-        words = WordHashes()
-        found: list[tuple[int, Hashes]] = []
-        for text in texts:
-            hashed = words.of(text)
-            length = min(n, len(hashed))
-            if length >= min(n, SHORTEST):
-                found.append((length, ngram_hashes(hashed, length)))
-        found.sort(key=lambda pair: pair[0])
-        runs = groupby(found, key=lambda pair: pair[0])
-        return cls({str(length): np.unique(np.concatenate([part for _, part in parts])) for length, parts in runs})
 
     def overlap(self, words: Hashes) -> NDArray[np.bool_]:
         """For each of a text's hashed words [words], whether it lies in a run that is also held out."""
@@ -114,6 +109,77 @@ def decontaminated(overlap: OverlapIndex, shard: int, documents: Documents) -> A
                 yield place, overlap.clean(documents[place].text)
 
     return rewritten(documents, changes(), DECONTAMINATED + shard)
+
+
+class FuzzyIndex:
+    """Finds text that shares most of a run of words with a held-out text, though some were changed: the held-out texts
+    as one sequence of words, and where each seed stands in it.
+
+    A run of `n` words of which a share `s` is kept has `ceil(s n / (n − s n + 1))` in a row that are: 4 of 20 at 80 %.
+    Such seeds are looked up; around each the words are compared, a few places more or less.
+    """
+
+    def __init__(self, words: Hashes, section: FuzzySection) -> None:
+        """`words`: the texts' hashed words, as `joined` makes them."""
+        n = section.ngram
+        self.words, self.section = words, section
+        self.seed = max(2, math.ceil(section.share * n / (n - section.share * n + 1)))
+        seeds = ngram_hashes(words, self.seed)
+        inside = np.ones(len(seeds), dtype=np.bool_)
+        for i in range(self.seed):
+            inside &= words[i : i + len(seeds)] != 0
+        places = np.flatnonzero(inside)
+        order = np.argsort(seeds[places], kind="stable")
+        self._places, self._seeds = places[order], SortedHashes(seeds[places][order])
+        ends = np.append(np.flatnonzero(words == 0), len(words))
+        after = np.searchsorted(ends, self._places)  # never the first, which opens the first text
+        length = np.minimum(ends[after] - ends[after - 1] - 1, n)
+        self._needed = np.ceil(section.share * length - 1e-9).astype(np.int64)
+        """By seed: so many words of a run must be the text's; fewer where the whole text is shorter."""
+
+    @staticmethod
+    def joined(texts: list[Hashes]) -> Hashes:
+        """One after the other, with a zero, which is no word, before each."""
+        zero = np.zeros(1, dtype=np.uint64)
+        return np.concatenate([part for text in texts for part in (zero, text)] or [zero])
+
+    def overlap(self, words: Hashes) -> NDArray[np.bool_]:
+        """For each word [words], whether it lies in a run that is held out but for a few changes."""
+        covered = np.zeros(len(words), dtype=np.bool_)
+        n = self.section.ngram
+        here, row = self._hits(words)
+        reach = np.arange(-(n - self.seed), n)
+        for a in range(0, len(here), _CHUNK):
+            at, rows = here[a : a + _CHUNK, None] + reach, row[a : a + _CHUNK]
+            theirs = self._places[rows][:, None] + reach
+            mine = _taken(words, at)
+            same = np.zeros(at.shape, dtype=np.bool_)
+            for shift in range(-_SHIFTS, _SHIFTS + 1):
+                same |= mine == _taken(self.words, theirs + shift)
+            same &= mine != 0
+            sums = np.cumsum(np.pad(same, ((0, 0), (1, 0))), axis=1)
+            runs = sums[:, n:] - sums[:, :-n] >= self._needed[rows][:, None]
+            for start in range(runs.shape[1]):
+                found = at[runs[:, start], start : start + n][same[runs[:, start], start : start + n]]
+                covered[found] = True
+        return covered
+
+    def _hits(self, words: Hashes) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Places in `words` with a seed, and its rows in the index; of a passage that goes on, every eighth."""
+        seeds = ngram_hashes(words, self.seed)
+        first, counts = self._seeds.places(seeds)
+        counts[counts > _COMMON] = 0
+        here = np.repeat(np.arange(len(seeds)), counts)
+        row = np.arange(len(here)) - np.repeat(np.cumsum(counts) - counts, counts) + np.repeat(first, counts)
+        goes_on = _taken(words, here - 1) == self.words[self._places[row] - 1]
+        wanted = ~goes_on | (here % 8 == 0)
+        return here[wanted], row[wanted]
+
+
+def _taken(words: Hashes, at: NDArray[np.int64]) -> Hashes:
+    """`words[at]`, and zero outside."""
+    inside = (at >= 0) & (at < len(words))
+    return np.where(inside, words[np.clip(at, 0, max(len(words) - 1, 0))], np.uint64(0))
 
 
 # --------------------------------------------------------------------------------------------------------- benchmarks

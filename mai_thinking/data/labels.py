@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from mai_thinking.data.decontamination import read_benchmark
-from mai_thinking.data.features import hashed_features
 from mai_thinking.data.jsonl import shown
-from mai_thinking.data.words import WordHashes
+from mai_thinking.data.words import WordHashes, hashed_features
 from mai_thinking.errors import UsageError
 
 _BATCH = 2048

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from mai_thinking.config.data import SemanticSection
 from mai_thinking.data.documents import Documents
 from mai_thinking.data.duplicates import Places
-from mai_thinking.data.features import hashed_features
+from mai_thinking.data.words import hashed_features
 from mai_thinking.data.work import Arrays, Parts, Work
 
 _SAMPLE = 8192

@@ -18,9 +18,9 @@ from mai_thinking.data import PreparedData, documents, prepare, semantic
 from mai_thinking.data.boilerplate import without_boilerplate
 from mai_thinking.data.card import card
 from mai_thinking.data.cleaning import with_words
+from mai_thinking.data.decontamination import FuzzyIndex
 from mai_thinking.data.documents import Document, Documents, Writer, rewritten
 from mai_thinking.data.duplicates import near_duplicates, templated
-from mai_thinking.data.fuzzy import FuzzyIndex
 from mai_thinking.data.semantic import semantic_duplicates
 from mai_thinking.data.words import WordHashes
 from mai_thinking.data.work import Work

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from mai_thinking.config.data import CleaningSection
 from mai_thinking.data.decontamination import SHORTEST, OverlapIndex, read_benchmark
 from mai_thinking.data.words import words_of
 
@@ -56,12 +57,18 @@ def text_in(script: str, words: int, draw: random.Random) -> str:
     return " ".join("".join(draw.choices(letters, k=draw.randint(3, 8))) for _ in range(words))
 
 
+def index_of(n: int, texts: list[str]) -> OverlapIndex:
+    index = OverlapIndex.of(CleaningSection(decontamination_ngram=n), texts)
+    assert index is not None
+    return index
+
+
 def found_share(script: str, words: int, spell: Callable[[str], str], texts: int = 20) -> float:
     """Share of texts of which not one run of `N` words (or the whole) is left after they were planted and cleaned."""
     draw = random.Random(f"{script} {words}")
     planted = [text_in(script, words, draw) for _ in range(texts)]
     around = [text_in(script, 80, draw) for _ in range(2)]
-    index = OverlapIndex.build(N, planted)
+    index = index_of(N, planted)
     found = 0
     for text in planted:
         cleaned = index.clean(f"{around[0]}\n{spell(text)}\n{around[1]}")
@@ -82,7 +89,7 @@ def test_a_part_of_a_long_text_is_found_and_a_shorter_part_is_not(script: str) -
     text = text_in(script, 40, draw).replace("、", "")
     units = text.split() if " " in text else list(text)
     joint = " " if " " in text else ""
-    index = OverlapIndex.build(N, [text])
+    index = index_of(N, [text])
     around = text_in(script, 80, draw)
     for length, kept in ((N, False), (N - 1, True)):
         part = joint.join(units[7 : 7 + length])
@@ -92,8 +99,8 @@ def test_a_part_of_a_long_text_is_found_and_a_shorter_part_is_not(script: str) -
 def test_texts_of_too_few_words_are_not_looked_for() -> None:
     """Negative control: such a run stands in innocent text by chance."""
     short = " ".join("abcdefg"[: SHORTEST - 1])
-    assert OverlapIndex.build(N, [short]).runs == {}
-    assert OverlapIndex.build(2, ["to be"]).clean("a b c d\nto be or not\n") == "a b c d\n"
+    assert index_of(N, [short]).runs == {}
+    assert index_of(2, ["to be"]).clean("a b c d\nto be or not\n") == "a b c d\n"
 
 
 @pytest.mark.parametrize(
