@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Set
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -20,45 +19,34 @@ def without_boilerplate(documents: Documents, code: Set[int], section: Boilerpla
     """The documents without the lines that stand in more than `across` of them, and without the repetitions of one that
     stands in a document more than `within` times; as `rewritten` tells it. `code`: the sources of which comments alone
     may be cut, since a program without a statement is none."""
-
-    def count(path: Path) -> None:
-        counts = RunCounts.expecting(documents.size // 4)
-        for hashes, ends in zip(lines.each("hashes"), lines.each("ends"), strict=True):
-            owners = np.repeat(np.arange(len(ends), dtype=np.uint64), np.diff(ends, prepend=0))
-            slots, known = counts.slots(hashes), hashes != 0
-            bits = np.uint64(len(counts.table).bit_length())
-            once = np.unique((owners[known] << bits) | slots[known]) & np.uint64(len(counts.table) - 1)
-            counts.add(*np.unique(once, return_counts=True))
-        with path.open("wb") as file:
-            np.save(file, counts.table)
-
-    lines = work.each("lines", partial(_lines, section.min_words, code), documents)
-    table = work.once("line_counts.npy", count)
+    counts = RunCounts.expecting(documents.size // 4)
+    lines = work.each("lines", partial(_lines, section.min_words, code, len(counts.table)), documents)
+    table = work.once("line_counts.npy", partial(counts.save_sum, lines))
     return work.each("boilerplate", partial(_cut, table, lines, section), documents)
 
 
-def _lines(min_words: int, code: Set[int], shard: int, documents: Documents) -> Arrays:
+def _lines(min_words: int, code: Set[int], size: int, shard: int, documents: Documents) -> Arrays:
     """A hash of each line [lines], but for the white space around it; 0 for one that is never cut. Where [documents]
-    those of a document end."""
-    hashes, ends = list[int](), list[int]()
+    those of a document end. The counts of a table of `size`."""
+    found = []
     for text, source in zip(documents.texts(), documents.records["source"], strict=True):
-        for bare in map(str.strip, text.splitlines()):
-            long = len(bare) >= min_words and (source not in code or bare.startswith(_COMMENT))
-            hashes.append(xxhash.xxh3_64_intdigest(bare.encode()) if long else 0)
-        ends.append(len(hashes))
-    return {"hashes": np.array(hashes, dtype=np.uint64), "ends": np.array(ends, dtype=np.int64)}
+        lines = [line.strip() for line in text.splitlines()]
+        long = [len(line) >= min_words and (source not in code or line.startswith(_COMMENT)) for line in lines]
+        marked = zip(lines, long, strict=True)
+        hashes = [xxhash.xxh3_64_intdigest(line.encode()) if may_go else 0 for line, may_go in marked]
+        found.append(np.array(hashes, dtype=np.uint64))
+    counts = RunCounts.empty(size).in_documents(hashes[hashes != 0] for hashes in found)
+    return {"hashes": np.concatenate(found), "ends": np.cumsum([*map(len, found)], dtype=np.int64), **counts}
 
 
 def _cut(table: Path, lines: Parts, section: BoilerplateSection, shard: int, documents: Documents) -> Arrays:
     counts, found = RunCounts(np.load(table, mmap_mode="r")), lines.of(shard)
-    everywhere = (counts.of(found["hashes"]) > section.across) & (found["hashes"] != 0)
 
     def changed() -> Iterator[tuple[int, str | None]]:
-        for place, (begin, end) in enumerate(pairwise([0, *found["ends"].tolist()])):
-            hashes, cut = found["hashes"][begin:end], everywhere[begin:end].copy()
-            _, first, same = np.unique(hashes, return_index=True, return_inverse=True)
-            often = (np.bincount(same)[same] > section.within) & (hashes != 0) if len(hashes) else cut
-            cut |= often & (first[same] != np.arange(len(hashes)))
+        for place, hashes in enumerate(np.split(found["hashes"], found["ends"][:-1])):
+            _, first, same, times = np.unique(hashes, return_index=True, return_inverse=True, return_counts=True)
+            repeated = (times[same] > section.within) & (first[same] != np.arange(len(hashes)))
+            cut = ((counts.of(hashes) > section.across) | repeated) & (hashes != 0)
             if not cut.any():
                 continue
             text = documents[place].text.splitlines(keepends=True)

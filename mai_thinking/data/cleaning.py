@@ -1,7 +1,8 @@
 """The stages of cleaning, in order. MAI-Thinking-1 report §2.4.3. Each rule has the name of its config key."""
 
 import zlib
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Iterator, Mapping, Set
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -41,84 +42,81 @@ _WHITE_SPACE = np.array([chr(byte).isspace() and byte < 128 for byte in range(25
 _FAULTS = ("min_bytes", "min_alphabetic", "max_line", "max_compression")
 
 
+@dataclass(frozen=True)
 class Cleaning:
     """The stages that are switched on, in order. What stands in two sources stays in the one that ranks higher in
     `drop_order`: so are the documents ordered.
 
     Procedural text is deduplicated by its exact text alone: exercises from one template are alike by design, and short
-    or full of digits where they should be. `code` names the sources in which only comments can be boilerplate.
+    or full of digits where they should be. In sources of code only comments can be boilerplate.
     """
 
-    def __init__(
-        self,
-        cleaning: CleaningSection,
-        tallies: Mapping[str, Tally],
-        procedural: Set[int],
-        code: Set[int],
-        work: Work,
-    ) -> None:
-        """`tallies`: of all sources, in their order; `procedural`, `code`: the places of such ones in it."""
-        self._cleaning, self._work = cleaning, work
-        self._names, self._tallies = list(tallies), list(tallies.values())
-        self._procedural, self._code = procedural, code
+    cleaning: CleaningSection
+    tallies: Mapping[str, Tally]
+    """Of all sources, in their order."""
+    procedural: Set[int]
+    code: Set[int]
+    """The places of such ones in it."""
+    work: Work
 
     def stages(self) -> dict[str, Stage]:
         """By the names of their keys, and `words`, which the later ones need."""
-        cleaning, work = self._cleaning, self._work
+        cleaning, work = self.cleaning, self.work
         found: dict[str, Stage] = {}
         if (boilerplate := cleaning.boilerplate) is not None:
-            found["boilerplate"] = partial(self._natural, lambda some: self._cut(some, boilerplate))
+            found["boilerplate"] = partial(self._natural, partial(self._cut, boilerplate))
         if cleaning.exact_duplicates:
-            found["exact_duplicates"] = self._dropping("exact_duplicates", exact_duplicates)
+            found["exact_duplicates"] = partial(self._drop, "exact_duplicates", exact_duplicates)
         found["quality"] = partial(self._natural, self._keep_good)
-        found["words"] = lambda documents: with_words(documents, work)
+        found["words"] = partial(with_words, work=work)
         finders: dict[str, Callable[[Documents], Places]] = {}
         if cleaning.near_duplicates is not None:
-            finders["near_duplicates"] = lambda some: near_duplicates(some, cleaning, work)
+            finders["near_duplicates"] = partial(near_duplicates, cleaning=cleaning, work=work)
         if (templates := cleaning.templates) is not None:
-            finders["templates"] = lambda some: templated(some, templates, cleaning.minhash_permutations, work)
+            permutations = cleaning.minhash_permutations
+            finders["templates"] = partial(templated, section=templates, permutations=permutations, work=work)
         if (semantic := cleaning.semantic) is not None:
-            finders["semantic"] = lambda some: semantic_duplicates(some, semantic, work)
-        return found | {name: partial(self._natural, self._dropping(name, finder)) for name, finder in finders.items()}
+            finders["semantic"] = partial(semantic_duplicates, section=semantic, work=work)
+        return found | {name: partial(self._natural, partial(self._drop, name, finders[name])) for name in finders}
 
     def count_changes(self, rule: str, documents: Documents, parts: Parts) -> Documents:
         """What a stage that has `rewritten` the documents leaves of them."""
         new = Documents(documents.folder, parts.all("records")) if len(documents) else documents
         gone = parts.all("gone").astype(np.bool_)
         cut = np.where(gone, 0, documents.records["size"].astype(np.int64) - new.records["size"])
-        for source, tally in enumerate(self._tallies):
-            mine = documents.records["source"] == source
-            tally.shorten(rule, int(cut[mine].sum()), int((mine & (cut > 0)).sum()))
-            tally.drop_documents(rule, documents[mine & gone])
+        for tally, mine in self._by_source(documents):
+            tally.shorten(rule, int(cut[mine].sum()), int(np.count_nonzero(cut[mine])))
+            tally.drop_documents(rule, documents[mine[gone[mine]]])
         return new[~gone]
+
+    def _by_source(self, documents: Documents) -> Iterator[tuple[Tally, Places]]:
+        """Each source's tally, and the places of its documents."""
+        for source, tally in enumerate(self.tallies.values()):
+            yield tally, np.flatnonzero(documents.records["source"] == source)
 
     def _natural(self, stage: Stage, documents: Documents) -> Documents:
         """Apply a stage to what is not procedural."""
-        others = np.isin(documents.records["source"], list(self._procedural))
+        others = np.isin(documents.records["source"], list(self.procedural))
         records = np.concatenate([stage(documents[~others]).records, documents[others].records])
         return Documents(documents.folder, records[np.argsort(records["rank"], kind="stable")])
 
-    def _dropping(self, rule: str, finder: Callable[[Documents], Places]) -> Stage:
-        def drop(documents: Documents) -> Documents:
-            twins = finder(documents)
-            dropped = twins != np.arange(len(documents))
-            for source, tally in enumerate(self._tallies):
-                mine = np.flatnonzero(dropped & (documents.records["source"] == source))
-                tally.drop_documents(rule, documents[mine], documents[twins[mine]], self._names)
-            return documents[~dropped]
-
-        return drop
+    def _drop(self, rule: str, finder: Callable[[Documents], Places], documents: Documents) -> Documents:
+        twins = finder(documents)
+        dropped = twins != np.arange(len(documents))
+        for tally, mine in self._by_source(documents):
+            gone = mine[dropped[mine]]
+            tally.drop_documents(rule, documents[gone], documents[twins[gone]], list(self.tallies))
+        return documents[~dropped]
 
     def _keep_good(self, documents: Documents) -> Documents:
-        faults = self._work.each("quality", partial(_faults, self._cleaning.quality), documents).all("faults")
-        for source, tally in enumerate(self._tallies):
-            mine = documents.records["source"] == source
-            for number in dict.fromkeys(faults[mine & (faults > 0)].tolist()):
-                tally.drop_documents(_FAULTS[int(number) - 1], documents[mine & (faults == number)])
+        faults = self.work.each("quality", partial(_faults, self.cleaning.quality), documents).all("faults")
+        for tally, mine in self._by_source(documents):
+            for fault in dict.fromkeys(faults[mine[faults[mine] > 0]].tolist()):
+                tally.drop_documents(_FAULTS[int(fault) - 1], documents[mine[faults[mine] == fault]])
         return documents[faults == 0]
 
-    def _cut(self, documents: Documents, section: BoilerplateSection) -> Documents:
-        parts = without_boilerplate(documents, self._code, section, self._work)
+    def _cut(self, section: BoilerplateSection, documents: Documents) -> Documents:
+        parts = without_boilerplate(documents, self.code, section, self.work)
         return self.count_changes("boilerplate", documents, parts)
 
 

@@ -5,10 +5,12 @@ its own place. What is to be known of each by itself is found shard by shard; th
 """
 
 import tempfile
+from collections import defaultdict
 from collections.abc import Iterator
 from functools import partial
-from itertools import islice, pairwise
+from itertools import islice
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +18,7 @@ from rensa import RMinHash
 
 from mai_thinking.config.data import CleaningSection, TemplatesSection
 from mai_thinking.data.documents import Documents
-from mai_thinking.data.words import MULTIPLIER, SHIFT, Hashes, RunCounts, ngram_hashes
+from mai_thinking.data.words import Hashes, RunCounts, ngram_hashes
 from mai_thinking.data.work import Arrays, Parts, Work
 
 Places = NDArray[np.int64]
@@ -45,16 +47,9 @@ def near_duplicates(documents: Documents, cleaning: CleaningSection, work: Work)
 
 def templated(documents: Documents, section: TemplatesSection, permutations: int, work: Work) -> Places:
     """MinHash over a page's frequent runs of `_RUN` words, in any order: what fills a template makes rare ones."""
-
-    def count(path: Path) -> None:
-        counts = RunCounts.expecting(documents.size // 6)
-        parts = work.each("runs", partial(_runs, len(counts.table)), documents)
-        for slots, times in zip(parts.each("slots"), parts.each("times"), strict=True):
-            counts.add(slots, times)
-        with path.open("wb") as file:
-            np.save(file, counts.table)
-
-    table = work.once("run_counts.npy", count)
+    counts = RunCounts.expecting(documents.size // 6)
+    runs = work.each("runs", partial(_runs, len(counts.table)), documents)
+    table = work.once("run_counts.npy", partial(counts.save_sum, runs))
     task = partial(_frame_signatures, table, section, permutations, _band_rows(section.similarity, permutations))
     return _alike(work.each("templates", task, documents), section.similarity, work.folder)
 
@@ -68,11 +63,7 @@ def _shingle_signatures(length: int, permutations: int, rows: int, shard: int, d
 
 
 def _runs(size: int, shard: int, documents: Documents) -> Arrays:
-    """In how many documents of the shard each slot of a table of `size` has a run."""
-    counts = RunCounts(np.zeros(size, dtype=np.uint8))
-    runs = [np.unique(counts.slots(ngram_hashes(words, _RUN))).astype(np.uint32) for words in documents.words()]
-    slots, times = np.unique(np.concatenate(runs), return_counts=True)
-    return {"slots": slots, "times": np.minimum(times, 255).astype(np.uint8)}
+    return RunCounts.empty(size).in_documents(ngram_hashes(words, _RUN) for words in documents.words())
 
 
 def _frame_signatures(
@@ -90,7 +81,7 @@ def _frame_signatures(
 
 def _signatures(sets: Iterator[Hashes], permutations: int, rows: int) -> Arrays:
     """MinHash signatures [sets, permutations], which sets [sets] are empty, and a hash [sets] of every `rows` numbers
-    of a signature."""
+    of a signature: chance collisions are candidates, no more."""
     parts, empty = [np.zeros((0, permutations), dtype=np.uint32)], list[bool]()
     while batch := list(islice(sets, _MINHASH_BATCH)):
         offsets = np.cumsum([0, *map(len, batch)])
@@ -100,14 +91,9 @@ def _signatures(sets: Iterator[Hashes], permutations: int, rows: int) -> Arrays:
         parts.append(np.array(matrix.to_rows(), dtype=np.uint32))
         empty += [len(one) == 0 for one in batch]
     signatures = np.concatenate(parts)
-    bands = {}
-    for start in range(0, permutations, rows):
-        band = np.zeros(len(signatures), dtype=np.uint64)
-        for column in range(start, start + rows):  # chance collisions of 64 bits are candidates, no more
-            band = (band ^ signatures[:, column]) * MULTIPLIER
-            band ^= band >> SHIFT
-        bands[f"band {start}"] = band
-    return {"signatures": signatures, "empty": np.array(empty, dtype=np.bool_), **bands}
+    bands = ngram_hashes(signatures.ravel().astype(np.uint64), rows)[::rows].reshape(len(signatures), -1)
+    by_number = {f"band {number}": band for number, band in enumerate(bands.T)}
+    return {"signatures": signatures, "empty": np.array(empty, dtype=np.bool_), **by_number}
 
 
 # ------------------------------------------------------------------------------------------------------ all together
@@ -116,55 +102,47 @@ def _signatures(sets: Iterator[Hashes], permutations: int, rows: int) -> Arrays:
 def _alike(parts: Parts, threshold: float, folder: Path) -> Places:
     """For each set the place of the first earlier one, itself new, with an estimated Jaccard similarity of at least
     `threshold`; its own if there is none, or it is empty."""
-    wanted = np.flatnonzero(~parts.all("empty").astype(np.bool_))
-    twins = np.arange(len(parts.all("empty")))
-    owners, groups = _shared_bands(parts, wanted)
+    empty = parts.all("empty").astype(np.bool_)
+    twins = np.arange(len(empty))
+    owners, bands = _shared_bands(parts, np.flatnonzero(~empty))
     places, starts = np.unique(owners, return_index=True)
+    having: defaultdict[int, list[int]] = defaultdict(list)
+    """A band's content → the new ones that have it, by their rows of `signatures`."""
     with tempfile.TemporaryFile(dir=folder) as file:
         signatures = _chosen(parts, places, file)
-        newest = np.full(int(groups.max(initial=-1)) + 1, -1)
-        """Group → the last one in it that is new, by its row in `groups`; the one before that is in `before`."""
-        before = np.full(len(groups), -1)
-        row_of = np.repeat(np.arange(len(places)), np.diff([*starts, len(owners)]))
-        for row, (begin, end) in enumerate(pairwise([*starts.tolist(), len(owners)])):
-            found = set[int]()
-            for at in newest[groups[begin:end]].tolist():
-                while at >= 0:
-                    found.add(int(row_of[at]))
-                    at = before[at]
-            candidates = sorted(found)
-            same = (signatures[candidates] == signatures[row]).mean(axis=1) >= threshold if found else np.zeros(0)
-            if same.any():
-                twins[places[row]] = places[candidates[int(same.argmax())]]
+        for row, mine in enumerate(np.split(bands, starts[1:]) if len(places) else ()):
+            candidates = sorted({other for band in mine.tolist() for other in having[band]})
+            same = np.flatnonzero((signatures[candidates] == signatures[row]).mean(axis=1) >= threshold)
+            if len(same):
+                twins[places[row]] = places[candidates[same[0]]]
             else:
-                before[begin:end] = newest[groups[begin:end]]
-                newest[groups[begin:end]] = np.arange(begin, end)
+                for band in mine.tolist():
+                    having[band].append(row)
     return twins
 
 
 def _shared_bands(parts: Parts, wanted: Places) -> tuple[Places, Places]:
     """Pairs (place, number of a band's content) of the `wanted` ones that share it with another, ordered by place."""
-    owners, groups, before = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)], 0
+    owners, bands, before = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)], 0
     for name in (name for name in parts.names if name.startswith("band")):
-        _, group, counts = np.unique(parts.all(name)[wanted], return_inverse=True, return_counts=True)
-        shared = np.flatnonzero(counts[group] > 1)
+        _, band, counts = np.unique(parts.all(name)[wanted], return_inverse=True, return_counts=True)
+        shared = np.flatnonzero(counts[band] > 1)
         owners.append(wanted[shared])
-        groups.append(group[shared] + before)
+        bands.append(band[shared] + before)
         before += len(counts)
     order = np.argsort(np.concatenate(owners), kind="stable")
-    return np.concatenate(owners)[order], np.concatenate(groups)[order]
+    return np.concatenate(owners)[order], np.concatenate(bands)[order]
 
 
-def _chosen(parts: Parts, places: Places, file: object) -> NDArray[np.uint32]:
-    """The signatures at these places, in a file."""
-    first, signatures, filled = 0, np.zeros((0, 1), dtype=np.uint32), 0
-    for these in parts.each("signatures") if len(places) else ():
-        if not filled:
-            signatures = np.memmap(file, np.uint32, "w+", shape=(len(places), these.shape[1]))  # type: ignore
-        mine = these[places[(places >= first) & (places < first + len(these))] - first]
-        signatures[filled : filled + len(mine)] = mine
-        first, filled = first + len(these), filled + len(mine)
-    return signatures
+def _chosen(parts: Parts, places: Places, file: IO[bytes]) -> NDArray[np.uint32]:
+    """The signatures at these places, which are in order, in a file."""
+    first, length = 0, 0
+    for signatures in parts.each("signatures") if len(places) else ():
+        begin, end = np.searchsorted(places, [first, first + len(signatures)])
+        file.write(signatures[places[begin:end] - first].tobytes())
+        first, length = first + len(signatures), signatures.shape[1]
+    file.flush()
+    return np.memmap(file, np.uint32, "r", shape=(len(places), length)) if length else np.zeros((0, 1), np.uint32)
 
 
 def _band_rows(threshold: float, permutations: int) -> int:

@@ -14,7 +14,7 @@ import itertools
 import os
 import sys
 import sysconfig
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import xxhash
@@ -25,9 +25,11 @@ from mai_thinking.data.exercises import exercises
 from mai_thinking.data.serial import serial_exercises
 from mai_thinking.errors import UsageError
 
-_SCIENTIFIC = ("sympy", "mpmath", "numpy")
-_DOCUMENTED = ("networkx", "torch")
-_DOCUMENTED_PARTS = ("networkx", "torch/nn", "torch/optim", "torch/distributions", "torch/_torch_docs.py")
+_PACKAGES = {
+    "scientific": ("sympy", "mpmath", "numpy"),
+    "docstrings": ("networkx", "torch/nn", "torch/optim", "torch/distributions", "torch/_torch_docs.py"),
+}
+"""Packages, or the documented parts of one."""
 _MIN_DOCSTRING = 400
 _ENOUGH = 1000
 """So many exercises show that the rule that makes them has changed."""
@@ -36,12 +38,16 @@ _ELSEWHERE = ("site-packages", "dist-packages", "__pycache__", "pydoc_data")
 
 def read_embedded(source: SourceSection) -> Iterator[Document]:
     """The documents of a source whose path is one of `EMBEDDED_CORPORA` or begins with one of `EMBEDDED_PARTS`."""
-    corpus, _, package = source.path.partition("/")
-    if package:
-        return _docstrings((package,)) if corpus == "docstrings" else _read_files(_package_files((package,)))
-    if corpus == "serial":
-        return serial_exercises(source.serial or SerialSection())
-    return _READERS[corpus]()
+    match source.path.partition("/")[0]:
+        case "serial":
+            return serial_exercises(source.serial or SerialSection())
+        case "exercises":
+            return exercises()
+        case "manuals":
+            return _manuals()
+        case "docstrings":
+            return _docstrings(_read_files(_files(source.path)))
+    return _read_files(_files(source.path))
 
 
 def embedded_fingerprint(source: SourceSection) -> str:
@@ -49,34 +55,37 @@ def embedded_fingerprint(source: SourceSection) -> str:
     if source.endless:
         first = itertools.islice(read_embedded(source), _ENOUGH)
         return xxhash.xxh3_64_hexdigest("\0".join(document.text for document in first).encode())
-    corpus, _, package = source.path.partition("/")
-    if package:
-        sizes = [path.stat().st_size for path, _ in _package_files((package,))]
-        return f"{package} {len(sizes)} {sum(sizes)}"
-    if corpus in ("scientific", "docstrings"):
-        packages = _SCIENTIFIC if corpus == "scientific" else _DOCUMENTED
-        return " ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
-    sizes = [path.stat().st_size for path, _ in _stdlib_files(tests=corpus == "stdlib-tests")]
-    return f"{sys.version} {len(sizes)} {sum(sizes)}"
+    if source.path in _PACKAGES:
+        names = dict.fromkeys(part.split("/")[0] for part in _PACKAGES[source.path])
+        return " ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
+    sizes = [path.stat().st_size for path, _ in _files(source.path)]
+    return f"{source.path.partition('/')[2] or sys.version} {len(sizes)} {sum(sizes)}"
 
 
 def has_tests() -> bool:
     """Whether `stdlib-tests` has documents."""
-    return bool(_stdlib_files(tests=True))
+    return bool(_files("stdlib-tests"))
 
 
-def _stdlib_root() -> Path:
-    root = Path(sysconfig.get_paths()["stdlib"])
-    if not (root / "os.py").is_file():
-        raise UsageError(
-            f"{root}: this Python has no standard library in source form; name other sources in `data.sources`"
-        )
-    return root
-
-
-def _stdlib_files(tests: bool) -> list[tuple[Path, str]]:
-    """The standard library's modules, or its tests: (file, name below the library)."""
-    return [(path, name) for path, name in _modules(_stdlib_root()) if _is_test(name) == tests]
+def _files(source: str) -> list[tuple[Path, str]]:
+    """The modules that a source's path names, and their names below their library: those of the standard library, or
+    its tests; of packages, or parts of them, all but the tests."""
+    corpus, _, package = source.partition("/")
+    if not package and corpus not in _PACKAGES:
+        root = Path(sysconfig.get_paths()["stdlib"])
+        if not (root / "os.py").is_file():
+            raise UsageError(
+                f"{root}: this Python has no standard library in source form; name other sources in `data.sources`"
+            )
+        return [module for module in _modules(root) if _is_test(module[1]) == (corpus == "stdlib-tests")]
+    found: list[tuple[Path, str]] = []
+    for part in (package,) if package else _PACKAGES[corpus]:
+        name = part.split("/")[0]
+        spec = importlib.util.find_spec(name)
+        if spec is None or spec.origin is None:
+            raise UsageError(f"the package {name!r} is missing; `pip install {name}`")
+        found += [one for one in _modules(Path(spec.origin).parent.parent, part) if not _is_test(one[1])]
+    return found
 
 
 @functools.cache
@@ -103,18 +112,6 @@ def _read_files(files: list[tuple[Path, str]]) -> Iterator[Document]:
             yield Document(name, path.read_text(encoding="utf-8"))
         except UnicodeDecodeError:
             continue  # a few of CPython's tests are in other encodings on purpose
-
-
-def _package_files(names: tuple[str, ...]) -> list[tuple[Path, str]]:
-    """Modules of `names`, which are packages or parts of them; without their tests."""
-    found: list[tuple[Path, str]] = []
-    for name in names:
-        package = name.split("/")[0]
-        spec = importlib.util.find_spec(package)
-        if spec is None or spec.origin is None:
-            raise UsageError(f"the package {package!r} is missing; `pip install {package}`")
-        found += [one for one in _modules(Path(spec.origin).parent.parent, name) if not _is_test(one[1])]
-    return found
 
 
 def _manuals() -> Iterator[Document]:
@@ -165,10 +162,9 @@ def _own_doc(value: object) -> str:
     return inspect.cleandoc(doc) if isinstance(doc, str) else ""
 
 
-def _docstrings(parts: tuple[str, ...] = _DOCUMENTED_PARTS) -> Iterator[Document]:
-    """The longer docstrings of each module of packages, by default of networkx and of torch's documented parts, as one
-    page."""
-    for document in _read_files(_package_files(parts)):
+def _docstrings(modules: Iterator[Document]) -> Iterator[Document]:
+    """The longer docstrings of each module, as one page."""
+    for document in modules:
         try:
             tree = ast.parse(document.text)
         except SyntaxError:
@@ -191,13 +187,3 @@ def _docstrings_in(node: ast.Module | ast.ClassDef | ast.FunctionDef) -> Iterato
             text = inspect.cleandoc(max(strings, key=len, default=""))
             if len(text) >= _MIN_DOCSTRING:
                 yield text
-
-
-_READERS: dict[str, Callable[[], Iterator[Document]]] = {
-    "stdlib": lambda: _read_files(_stdlib_files(tests=False)),
-    "stdlib-tests": lambda: _read_files(_stdlib_files(tests=True)),
-    "scientific": lambda: _read_files(_package_files(_SCIENTIFIC)),
-    "manuals": _manuals,
-    "docstrings": _docstrings,
-    "exercises": exercises,
-}

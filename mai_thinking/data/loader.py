@@ -1,12 +1,14 @@
 """Batches for one rank: deterministic, prefetched, and restorable at any step and any number of ranks."""
 
-import json
+import copy
+import functools
 import time
 import weakref
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, NamedTuple, Self
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -29,7 +31,7 @@ class Batch(NamedTuple):
     """For each row, in order, `SOURCE/ID` of the documents in it."""
 
 
-class Loader:
+class Loader(Iterator[Batch], AbstractContextManager["Loader"]):
     """An endless iterator over `Batch`s.
 
     Row n of the run depends on the seed, the mixture and n alone; a global batch is the next `rows_per_step` rows, of
@@ -60,21 +62,20 @@ class Loader:
             )
         share = rows_per_step // world_size
         mine = range(rank * share, (rank + 1) * share)
-        self._rows = _RowMaker(prepared, context_length, seed, rows_per_step, mine, micro_batch_size)
+        self._rows = _RowMaker(prepared, context_length, seed)
+        # The thread knows the rows alone, so that a loader that nobody closes can go.
+        self._make = functools.partial(self._rows.step, rows_per_step, mine, micro_batch_size)
         self._prefetch = prefetch
         self._ahead: deque[Future[tuple[Batch, dict[str, Any]]]] = deque()
-        self._stop_thread: weakref.finalize | None = None
+        self._thread: ThreadPoolExecutor | None = None
         self._state = self._rows.state()
         self.wait_seconds = 0.0
         """Seconds that the last step waited for its data."""
 
-    def __iter__(self) -> Self:
-        return self
-
     def __next__(self) -> Batch:
         begin = time.perf_counter()
         try:
-            step, self._state = self._made_ahead() if self._prefetch else self._rows.step()
+            step, self._state = self._made_ahead() if self._prefetch else self._make()
         except UsageError as error:
             raise DataError(str(error)) from None
         self.wait_seconds = time.perf_counter() - begin
@@ -82,8 +83,7 @@ class Loader:
 
     def state_dict(self) -> dict[str, Any]:
         """Plain JSON that describes the position behind the last step delivered; the same on every rank."""
-        state: dict[str, Any] = json.loads(json.dumps(self._state))
-        return state
+        return copy.deepcopy(self._state)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on behind the step that `state` describes. UsageError if it comes from other data, seed or row length."""
@@ -101,26 +101,22 @@ class Loader:
 
     def close(self) -> None:
         """Stop the thread. Iterating again goes on behind the last step delivered."""
-        if self._stop_thread is not None:
-            self._stop_thread()
-            self._stop_thread = None
+        if self._thread is not None:
+            self._thread.shutdown(cancel_futures=True)
+            self._thread = None
             self._ahead.clear()
             self._rows.restore(self._state)
 
     def _made_ahead(self) -> tuple[Batch, dict[str, Any]]:
         """The next step from the thread, which makes one more for it."""
-        if self._stop_thread is None:
+        if self._thread is None:
             self._thread = ThreadPoolExecutor(1, "data-prefetch")
-            # Also of a loader that is dropped: the thread knows its rows, not the loader.
-            self._stop_thread = weakref.finalize(self, self._thread.shutdown, cancel_futures=True)
+            weakref.finalize(self, self._thread.shutdown, cancel_futures=True)  # also of a loader that is dropped
         while len(self._ahead) <= self._prefetch:
-            self._ahead.append(self._thread.submit(self._rows.step))
+            self._ahead.append(self._thread.submit(self._make))
         made = self._ahead[0].result()  # a second attempt after an error gets the same error
         self._ahead.popleft()
         return made
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
@@ -129,26 +125,11 @@ class Loader:
 class _RowMaker:
     """The run's sequence of rows, and the position in it."""
 
-    def __init__(
-        self,
-        prepared: PreparedData,
-        context_length: int,
-        seed: int,
-        rows_per_step: int,
-        mine: range,
-        micro_batch_size: int,
-    ) -> None:
-        """`mine`: which of a step's rows are this rank's."""
-        self._rows_per_step, self._mine, self._micro_batch_size = rows_per_step, mine, micro_batch_size
+    def __init__(self, prepared: PreparedData, context_length: int, seed: int) -> None:
         self._end_of_text = prepared.encoder.end_of_text
-        self._weights = {source.name: source.weight for source in prepared.config.sources}
-        self._identity = {
-            "data": prepared.content,
-            "weights": self._weights,
-            "seed": seed,
-            "context_length": context_length,
-        }
-        self._mixture = Mixture(self._weights)
+        weights = {source.name: source.weight for source in prepared.config.sources}
+        self._identity = {"data": prepared.content, "weights": weights, "seed": seed, "context_length": context_length}
+        self._mixture = Mixture(weights)
         self._prepared: dict[str, PreparedRows] = {}
         self._streamed: dict[str, StreamedRows] = {}
         for source in prepared.config.sources:
@@ -159,17 +140,17 @@ class _RowMaker:
                 data = prepared.sources[name]
                 self._prepared[name] = PreparedRows(name, data, context_length=context_length, seed=seed)
 
-    def step(self) -> tuple[Batch, dict[str, Any]]:
-        """The next step of this rank, and the state behind it."""
+    def step(self, rows: int, mine: range, micro_batch_size: int) -> tuple[Batch, dict[str, Any]]:
+        """The next step of this rank, which has `mine` of its `rows`, and the state behind it."""
         kept = []
-        for place in range(self._rows_per_step):
+        for place in range(rows):
             name, index = self._mixture.next_source()
             if name in self._streamed:  # in order only: the others' rows are read too
                 row = self._streamed[name].next_row()
-                kept += [row] if place in self._mine else []
-            elif place in self._mine:
+                kept += [row] if place in mine else []
+            elif place in mine:
                 kept.append(self._prepared[name].row(index))
-        pieces = [kept[at : at + self._micro_batch_size] for at in range(0, len(kept), self._micro_batch_size)]
+        pieces = [kept[at : at + micro_batch_size] for at in range(0, len(kept), micro_batch_size)]
         micro_batches = [_collate(piece, self._end_of_text) for piece in pieces]
         return Batch(micro_batches, [row.document_ids for row in kept]), self.state()
 
@@ -184,7 +165,6 @@ class _RowMaker:
                     f"the checkpoint's data position has {key} {state.get(key)!r}, this run {value!r}; "
                     "restore what the checkpoint had, or start a new run from its weights"
                 )
-        self._mixture = Mixture(self._weights)
         self._mixture.rows.update(state["rows"])
         for name, rows in self._streamed.items():
             rows.restore(state["streams"][name])
@@ -192,10 +172,9 @@ class _RowMaker:
 
 def _collate(rows: list[Row], end_of_text: int) -> dict[str, Tensor]:
     tokens_BT1 = np.stack([row.tokens for row in rows])
-    input_ids_BT = np.ascontiguousarray(tokens_BT1[:, :-1])
-    position_ids_BT = np.stack([positions(input_ids_T, end_of_text) for input_ids_T in input_ids_BT])
-    return {
-        "input_ids": torch.from_numpy(input_ids_BT),
-        "labels": torch.from_numpy(np.ascontiguousarray(tokens_BT1[:, 1:])),
-        "position_ids": torch.from_numpy(position_ids_BT),
+    arrays = {
+        "input_ids": tokens_BT1[:, :-1],
+        "labels": tokens_BT1[:, 1:],
+        "position_ids": np.stack([positions(tokens_T1[:-1], end_of_text) for tokens_T1 in tokens_BT1]),
     }
+    return {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}

@@ -26,8 +26,7 @@ from numpy.typing import NDArray
 
 from mai_thinking.config.data import DataSection, SourceSection
 from mai_thinking.config.storage import atomic_folder, checksum
-from mai_thinking.data.accounting import LeftOut, Tally
-from mai_thinking.data.card import CARD, card
+from mai_thinking.data.accounting import CARD, LeftOut, Tally, card
 from mai_thinking.data.cleaning import Cleaning, Stage
 from mai_thinking.data.decontamination import SHORTEST, OverlapIndex, decontaminated, read_benchmark
 from mai_thinking.data.documents import Document, Documents, Writer, joined, until

@@ -3,7 +3,8 @@
 import re
 import unicodedata
 from collections.abc import Iterable
-from typing import Any
+from pathlib import Path
+from typing import Any, Self
 
 import numpy as np
 import xxhash
@@ -18,8 +19,8 @@ _UNSPACED = (
 )
 _WORD = re.compile(rf"(?=\w)[{_UNSPACED}]|[^\W{_UNSPACED}]+")
 _ASCII_WORD = re.compile(r"\w+")
-MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
-SHIFT = np.uint64(29)
+_MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
+_SHIFT = np.uint64(29)
 _REMEMBERED = 1_000_000
 """Words whose hashes are kept; there is no end of words in a large corpus."""
 
@@ -63,9 +64,9 @@ def ngram_hashes(words: Hashes, n: int) -> Hashes:
     hashes = np.zeros(max(len(words) - n + 1, 0), dtype=np.uint64)
     if len(hashes):
         for i in range(n):
-            hashes *= MULTIPLIER
+            hashes *= _MULTIPLIER
             hashes ^= words[i : i + len(hashes)]
-            hashes ^= hashes >> SHIFT
+            hashes ^= hashes >> _SHIFT
     return hashes
 
 
@@ -121,18 +122,32 @@ class RunCounts:
         self._shift = np.uint64(65 - len(table).bit_length())
 
     @classmethod
-    def expecting(cls, count: int) -> "RunCounts":
+    def empty(cls, size: int) -> Self:
+        """Nothing counted, in a table of this size."""
+        return cls(np.zeros(size, dtype=np.uint8))
+
+    @classmethod
+    def expecting(cls, count: int) -> Self:
         """For about so many different ones."""
-        return cls(np.zeros(1 << min(max(count.bit_length() + 1, 16), 28), dtype=np.uint8))
+        return cls.empty(1 << min(max(count.bit_length() + 1, 16), 28))
 
-    def slots(self, hashes: Hashes) -> Hashes:
-        """Where each is counted."""
-        return hashes >> self._shift
+    def in_documents(self, documents: Iterable[Hashes]) -> dict[str, NDArray[np.unsignedinteger]]:
+        """`slots` where something of these documents is counted, and `times`, in how many of them it stands."""
+        found = [np.unique(hashes >> self._shift).astype(np.uint32) for hashes in documents]
+        slots, times = np.unique(np.concatenate(found), return_counts=True)
+        return {"slots": slots, "times": np.minimum(times, 255).astype(np.uint8)}
 
-    def add(self, slots: Hashes, times: NDArray[np.integer]) -> None:
+    def add(self, slots: NDArray[np.unsignedinteger], times: NDArray[np.integer]) -> None:
         """Count each slot, which is there once, so many times."""
         self.table[slots] = np.minimum(self.table[slots] + times.astype(np.int64), 255)
 
+    def save_sum(self, parts: Any, path: Path) -> None:
+        """Add what `in_documents` gave for each shard (`Parts`), and write the table."""
+        for slots, times in zip(parts.each("slots"), parts.each("times"), strict=True):
+            self.add(slots, times)
+        with path.open("wb") as file:
+            np.save(file, self.table)
+
     def of(self, hashes: Hashes) -> NDArray[np.uint8]:
         """The counts [hashes]."""
-        return self.table[self.slots(hashes)]
+        return self.table[hashes >> self._shift]

@@ -4,8 +4,7 @@ import numpy as np
 
 from mai_thinking.config.table import Cell, Table
 from mai_thinking.data import PreparedData
-from mai_thinking.data.accounting import Tally
-from mai_thinking.data.card import CARD
+from mai_thinking.data.accounting import CARD, Tally
 from mai_thinking.report.document import Document
 from mai_thinking.report.figures import Figure, Panel, Series
 

@@ -15,8 +15,8 @@ from planted import similarity
 from conftest import Corpus, source
 from mai_thinking.config.data import BoilerplateSection, DataSection, FuzzySection, SemanticSection, TemplatesSection
 from mai_thinking.data import PreparedData, documents, prepare, semantic
+from mai_thinking.data.accounting import card
 from mai_thinking.data.boilerplate import without_boilerplate
-from mai_thinking.data.card import card
 from mai_thinking.data.cleaning import with_words
 from mai_thinking.data.decontamination import FuzzyIndex
 from mai_thinking.data.documents import Document, Documents, Writer, rewritten
