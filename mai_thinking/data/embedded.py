@@ -132,13 +132,8 @@ def _manuals() -> Iterator[Document]:
 
 
 def _is_compiled(name: str) -> bool:
-    if name in sys.builtin_module_names:
-        return True
-    try:
-        spec = importlib.util.find_spec(name)
-    except (ImportError, ValueError):
-        return False
-    return spec is not None and (spec.origin or "").endswith((".so", ".pyd"))
+    spec = importlib.util.find_spec(name)
+    return name in sys.builtin_module_names or (spec is not None and (spec.origin or "").endswith((".so", ".pyd")))
 
 
 def _compiled_docs(name: str, module: object) -> str:

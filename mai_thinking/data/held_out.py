@@ -4,6 +4,7 @@ MAI-Thinking-1 report §2.3, Eq. 3 averages a category's benchmarks uniformly; o
 of its category.
 """
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
 import xxhash
@@ -25,29 +26,19 @@ def held_out_sets(
     exercises = {source.name for source in sources if source.kind == "embedded" and source.path == "exercises"}
     found: dict[str, dict[str, list[Document]]] = {}
     for category, documents in held_out.items():
-        by_source: dict[str, dict[str, list[Document]]] = {}
+        by_source: defaultdict[str, defaultdict[str, list[Document]]] = defaultdict(lambda: defaultdict(list))
         for document in documents:
             source, _, id = document.id.partition("/")
-            part = exercise_kind(int(id)) if source in exercises else _folder(id)
-            by_source.setdefault(source, {}).setdefault(part, []).append(document)
-        found[category] = {
-            f"{source}/{part}": chosen for source, parts in by_source.items() for part, chosen in _merged(parts).items()
-        }
+            folder = id.partition("/")[0] if "/" in id else "modules"
+            by_source[source][exercise_kind(int(id)) if source in exercises else folder].append(document)
+        found[category] = {}
+        for source, parts in by_source.items():
+            sizes = {name: sum(document.size for document in part) for name, part in parts.items()}
+            small = [name for name in parts if sizes[name] < _SMALL * sum(sizes.values())]
+            found[category] |= {f"{source}/{name}": parts[name] for name in sorted(parts) if name not in small}
+            if small:
+                found[category][f"{source}/{REST}"] = [document for name in small for document in parts[name]]
     return found
-
-
-def _folder(id: str) -> str:
-    folder, separator, _ = id.partition("/")
-    return folder if separator else "modules"
-
-
-def _merged(parts: dict[str, list[Document]]) -> dict[str, list[Document]]:
-    sizes = {name: sum(document.size for document in documents) for name, documents in parts.items()}
-    least = _SMALL * sum(sizes.values())
-    small = [name for name in parts if sizes[name] < least]
-    kept = {name: documents for name, documents in sorted(parts.items()) if name not in small}
-    rest = [document for name in small for document in parts[name]]
-    return kept | ({REST: rest} if rest else {})
 
 
 def fingerprint(documents: Sequence[Document]) -> str:

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from mai_thinking.data.accounting import LeftOut
-from mai_thinking.data.mixture import Mixture
-from mai_thinking.data.packing import PreparedRows, Row, positions
+from mai_thinking.data.packing import Mixture, PreparedRows, Row, positions
 from mai_thinking.data.prepared import PreparedData
 from mai_thinking.data.streaming import StreamedRows
 from mai_thinking.errors import DataError, UsageError

@@ -1,4 +1,4 @@
-"""Rows of tokens cut from an endless sequence of shuffled documents.
+"""Rows of tokens cut from an endless sequence of shuffled documents, and which source gives the next.
 
 T: tokens in a row (`context_length`). A document is its end-of-text token followed by its text. A source's epochs,
 each a new permutation of its documents, are laid end to end, and row k is the T + 1 tokens from k·T on: its inputs
@@ -7,6 +7,7 @@ and a label once, whatever T is, and no label is ever missing. The end-of-text t
 that it opens: as an input it has position 0 there, and what it predicts is that document's first token.
 """
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -31,6 +32,24 @@ def positions(input_ids_T: Tokens, end_of_text: int) -> Tokens:
     index_T = np.arange(len(input_ids_T))
     starts_T = np.where(input_ids_T == end_of_text, index_T, 0)
     return index_T - np.maximum.accumulate(starts_T)
+
+
+class Mixture:
+    """Rows are dealt to the source that lags furthest behind its share: no dice, and never more than a row off.
+    MAI-Thinking-1 report §2.4."""
+
+    def __init__(self, weights: Mapping[str, float]) -> None:
+        total = sum(weights.values())
+        self.shares = {name: weight / total for name, weight in weights.items()}
+        self.rows = dict.fromkeys(weights, 0)
+
+    def next_source(self) -> tuple[str, int]:
+        """The source of the next row, and how many rows it had given before."""
+        dealt = sum(self.rows.values()) + 1
+        name = max(self.rows, key=lambda source: self.shares[source] * dealt - self.rows[source])
+        index = self.rows[name]
+        self.rows[name] += 1
+        return name, index
 
 
 class PreparedRows:

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from mai_thinking.config.data import DataSection
 from mai_thinking.config.storage import checksum
+from mai_thinking.config.table import Cell, Table
 from mai_thinking.data.accounting import LeftOut, Tally
 from mai_thinking.data.decontamination import OverlapIndex
 from mai_thinking.data.documents import Document
@@ -134,6 +135,18 @@ class PreparedData:
             counts = {"unique_tokens": unique, "training_tokens": tokens, "share": source.weight / total}
             rows.append({"source": source.name, **row, **counts, "epochs": tokens / unique if unique else None})
         return rows
+
+
+def mixture_markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The rows of `PreparedData.mixture` as Markdown: the report's table (MAI-Thinking-1 report §2.4)."""
+    names = ["source", "category", "licence", "provenance", "unique tokens", "training tokens", "share", "epochs"]
+    cells: list[list[Cell]] = []
+    for row in rows:
+        unique = "streamed" if row["unique_tokens"] is None else row["unique_tokens"]
+        epochs = "–" if row["epochs"] is None else row["epochs"]
+        share = f"{100 * row['share']:.1f} %"
+        cells.append([*(row[name] for name in names[:4]), unique, row["training_tokens"], share, epochs])
+    return Table(names, cells, digits=2).markdown() + "\n"
 
 
 def save_source(

@@ -11,7 +11,7 @@ from typing import Any
 from mai_thinking.config.pretraining import PretrainConfig
 from mai_thinking.data import Loader, PreparedData, prepare
 from mai_thinking.data.accounting import left_out_table
-from mai_thinking.data.mixture import mixture_markdown
+from mai_thinking.data.prepared import mixture_markdown
 from mai_thinking.training.context import RunContext
 from mai_thinking.training.evaluation import BYTES_PER_TRAINED_TOKEN, HeldOutEvaluation, compressors
 from mai_thinking.training.learner import Learner, TextLoss

@@ -16,7 +16,7 @@ import torch
 
 from mai_thinking.config.distillation import DistillConfig
 from mai_thinking.data import Loader, PreparedData
-from mai_thinking.data.mixture import Mixture
+from mai_thinking.data.packing import Mixture
 from mai_thinking.errors import UsageError
 from mai_thinking.rl.packing import lay_out
 from mai_thinking.rl.rollout import Rollout

@@ -18,7 +18,7 @@ from conftest import Corpus, source
 from mai_thinking.config.data import DataSection
 from mai_thinking.data import Loader, PreparedData, prepare
 from mai_thinking.data.accounting import left_out_table
-from mai_thinking.data.mixture import mixture_markdown
+from mai_thinking.data.prepared import mixture_markdown
 from mai_thinking.errors import DataError, UsageError
 
 Make = Callable[..., DataSection]
