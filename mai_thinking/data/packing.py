@@ -7,6 +7,7 @@ and a label once, whatever T is, and no label is ever missing. The end-of-text t
 that it opens: as an input it has position 0 there, and what it predicts is that document's first token.
 """
 
+import functools
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -64,7 +65,7 @@ class PreparedRows:
         self.name, self.context_length, self._source = name, context_length, source
         self._lengths = np.diff(source.offsets)
         self._seed = [seed, xxhash.xxh3_64_intdigest(name.encode())]
-        self._epochs: dict[int, tuple[NDArray[np.int64], NDArray[np.int64]]] = {}
+        self._epoch = functools.lru_cache(2)(self._permuted)  # a row can reach over into the next one
 
     def row(self, k: int) -> Row:
         """Row `k`, from 0."""
@@ -90,11 +91,7 @@ class PreparedRows:
         last = min(first + most, int(self._source.offsets[document + 1]))
         return document, self._source.tokens[first:last]
 
-    def _epoch(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """The permutation of epoch `epoch` and where, in tokens, each of its documents ends."""
-        if epoch not in self._epochs:
-            order = np.random.default_rng([*self._seed, epoch]).permutation(len(self._lengths))
-            # A row can reach over into the next epoch, so two are kept.
-            self._epochs = {e: kept for e, kept in self._epochs.items() if abs(e - epoch) == 1}
-            self._epochs[epoch] = order, np.cumsum(self._lengths[order])
-        return self._epochs[epoch]
+    def _permuted(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The permutation of an epoch and where, in tokens, each of its documents ends."""
+        order = np.random.default_rng([*self._seed, epoch]).permutation(len(self._lengths))
+        return order, np.cumsum(self._lengths[order])

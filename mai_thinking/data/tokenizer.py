@@ -39,14 +39,7 @@ _REMEMBERED, _LONG = 200_000, 32
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
     """A byte-level BPE: special tokens 0 and 1, 256 bytes, and merges up to `vocab_size`, or all that the text has."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(_PATTERN), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer = _untrained()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=[END_OF_TEXT, PADDING],
@@ -62,6 +55,18 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
         padding_side="left",
         clean_up_tokenization_spaces=False,
     )
+
+
+def _untrained() -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_PATTERN), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
 
 
 def is_checkpoint(path: str | Path) -> bool:
@@ -148,20 +153,12 @@ class Encoder:
         """Pieces that are encoded by themselves."""
         if not self._cuts_as_ours:
             return [text]
-        if text.isascii():
-            return _ASCII_WORD.findall(text)
-        lines = ([line] if not line.isascii() else _ASCII_WORD.findall(line) for line in _LINE.split(text))
-        return list(chain.from_iterable(lines))
+        lines = [text] if text.isascii() else _LINE.split(text)
+        return list(chain.from_iterable(_ASCII_WORD.findall(line) if line.isascii() else [line] for line in lines))
 
 
 def _cuts_as_ours(backend: Tokenizer) -> bool:
-    tree = json.loads(backend.to_str())
-    steps = (tree["pre_tokenizer"] or {}).get("pretokenizers", [{}])
-    plain = (
-        tree["normalizer"] is None
-        and tree["model"]["type"] == "BPE"
-        and all(t["special"] for t in tree["added_tokens"])
-    )
-    return (
-        plain and steps[0].get("pattern") == {"Regex": _PATTERN} and [one["type"] for one in steps[1:]] == ["ByteLevel"]
-    )
+    """Whether what `Encoder` cuts is encoded by itself, as in a tokenizer of `train_tokenizer`."""
+    tree, ours = json.loads(backend.to_str()), json.loads(_untrained().to_str())
+    plain = tree["model"]["type"] == "BPE" and all(token["special"] for token in tree["added_tokens"])
+    return plain and all(tree[part] == ours[part] for part in ("normalizer", "pre_tokenizer"))
