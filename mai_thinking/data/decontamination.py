@@ -51,8 +51,8 @@ class OverlapIndex:
             return None
         hashed = [words.of(text) for text in texts]
         found: defaultdict[int, list[Hashes]] = defaultdict(list)
-        for text in hashed if n is not None else ():
-            if len(text) >= min(n, SHORTEST):
+        for text in hashed:
+            if n is not None and len(text) >= min(n, SHORTEST):
                 found[min(n, len(text))].append(ngram_hashes(text, min(n, len(text))))
         runs = {str(length): np.unique(np.concatenate(parts)) for length, parts in sorted(found.items())}
         long = [text for text in hashed if len(text) >= SHORTEST]
