@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from mai_thinking.bench import card, command, growth, moe, rollout, train
+from mai_thinking.bench import card, command, exchange, growth, moe, rollout, train
 from mai_thinking.bench.machine import describe, sample_ceiling
 from mai_thinking.bench.measure import Figure, Result, Row, Turn, alternate, as_json, as_text, milliseconds, rate, ratio
 from mai_thinking.config.pretraining import PretrainConfig
@@ -121,6 +121,17 @@ def test_growth(tmp_path: Path, tiny_config: Callable[..., PretrainConfig], monk
     growth.sweep(growth.LOCAL_LAYERS, {8: []}, data, 2, path)
     assert GLOBAL in kinds[0]
     assert kinds[-1] == {LOCAL}
+
+
+def test_the_link_between_ranks() -> None:
+    """What is predicted of groups, in closed form; and ranks that carry rows over such a link."""
+    assert exchange.predicted(3.0, 1.0, 1) == 3.0 + 4 * 1.0
+    assert exchange.predicted(300.0, 1.0, 4) == pytest.approx(300.0 + 4 * 1.0 / 4)  # the first out, the last home
+    assert exchange.predicted(0.003, 1.0, 4) == pytest.approx(4 * 1.0, rel=0.01)
+    sizes = exchange.Sizes(experts=8, top_k=2, latent=8, inner=12, tokens=50, rate=4e4)
+    rows = exchange.compare(sizes, 2).rows
+    assert [row.case["groups"] for row in rows] == 2 * list(exchange.GROUPS)
+    assert rows[4].figures["time"].median > 4 * 24.0  # ms: at least 30 of 100 rows leave, each way
 
 
 def test_rollouts() -> None:

@@ -20,6 +20,7 @@ BENCHES = {
     "grpo": "a whole step of the climb against one of TRL's GRPOTrainer",
     "growth": "tokens per second against experts, context, batch and workers",
     "checkpoint": "what saving costs the loop, asynchronously and synchronously",
+    "exchange": "experts divided over two ranks, in 1 to 8 groups, over memory and over a link that takes no core",
     "zero-start": "expert load at initialisation, attention's output gains ordinary or zero",
 }
 

@@ -16,6 +16,8 @@ P rows of all buckets, a pair's or padding; in one bucket n experts with room fo
 are w_gate_up [E, 2F, L], gate first, and w_down [E, L, F].
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,6 +28,7 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
 
+from mai_thinking.model.fused import fused
 from mai_thinking.model.grouped_experts import grouped_experts
 
 CACHE_BYTES = 6 * 2**20
@@ -72,11 +75,29 @@ def bucketed_experts(module: Any, x_TL: Tensor, chosen_TK: Tensor, gates_TK: Ten
     x_TL = x_TL.to(dtype)
     if getattr(module, "_is_expert_parallel", False):  # what other ranks' experts do comes with a gate of 0
         chosen_TK = chosen_TK.clamp(max=w_gate_up.size(0) - 1)
-    if device != "cpu" and _fits_grouped_product(dtype, w_gate_up, w_down):
-        return grouped_experts(x_TL, w_gate_up, w_down, gates_TK, chosen_TK)
-    w_gate_up, w_down = w_gate_up.to(dtype), w_down.to(dtype)
+    inputs = x_TL, w_gate_up, w_down, gates_TK, chosen_TK
+    if (exchange := getattr(module, "exchange", None)) is not None:
+        return exchange(partial(_product, module, fused(grouped_experts)), *inputs)
+    return _product(module, grouped_experts, *inputs)
+
+
+def _product(
+    module: Any,
+    grouped: Callable[..., Tensor],
+    x_TL: Tensor,
+    w_gate_up: Tensor,
+    w_down: Tensor,
+    gates_TK: Tensor,
+    chosen_TK: Tensor,
+) -> Tensor:
+    """By the computation that suits the device, in the dtype of `x_TL`. `grouped` is `grouped_experts`, compiled by
+    itself where it is in no graph."""
+    on_gpu = x_TL.device.type != "cpu"
+    if on_gpu and _fits_grouped_product(x_TL.dtype, w_gate_up, w_down):
+        return grouped(x_TL, w_gate_up, w_down, gates_TK, chosen_TK)
+    w_gate_up, w_down = w_gate_up.to(x_TL.dtype), w_down.to(x_TL.dtype)
     # The buckets' shapes depend on the data, which one graph cannot have.
-    if device != "cpu" or torch.compiler.is_compiling():
+    if on_gpu or torch.compiler.is_compiling():
         return grouped_mm_experts_forward(CastExperts(module, w_gate_up, w_down), x_TL, chosen_TK, gates_TK)
     return _bucketed_on_cpu(x_TL, w_gate_up, w_down, gates_TK, chosen_TK)
 
@@ -91,6 +112,7 @@ class CastExperts:
 
     def __init__(self, module: Any, gate_up_proj: Tensor, down_proj: Tensor) -> None:
         self._module, self.gate_up_proj, self.down_proj = module, gate_up_proj, down_proj
+        self.num_experts = gate_up_proj.size(0)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._module, name)

@@ -12,7 +12,6 @@ per token.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -113,6 +112,8 @@ class Experts(nn.Module):
         self.act_fn = F.silu
         self.copies: tuple[Tensor, Tensor] | None = None
         """Set by `rounded_once`."""
+        self.exchange: ExpertExchange | None = None
+        """Set where ranks divide the experts (`training.parallel`)."""
 
     def forward(self, x_TL: Tensor, chosen_TK: Tensor, gates_TK: Tensor) -> Tensor:
         """Latents [T, L], experts [T, K] int64 and their weights [T, K] fp32 → Σ_k gate · expert(latent), [T, L]."""
@@ -159,8 +160,6 @@ class LatentMoE(nn.Module):
         self.latent_down = nn.Linear(config.hidden_size, config.latent_size, bias=False)
         self.experts = Experts(config)
         self.latent_up = residual_projection(config.latent_size, config.hidden_size)
-        self.exchange: ExpertExchange | None = None
-        """Set where ranks divide the experts (`training.parallel`)."""
 
     def forward(
         self, x_BTD: Tensor, token_mask_BT: Tensor | None = None, chosen_BTK: Tensor | None = None
@@ -173,8 +172,7 @@ class LatentMoE(nn.Module):
         replayed_TK = None if chosen_BTK is None else chosen_BTK.flatten(0, -2)
         gates_TK, chosen_TK, logits_TE, probabilities_TE = self.router(x_BTD.flatten(0, -2), replayed_TK)
         latents_TL = self.latent_down(x_BTD.to(weight_dtype(self.latent_down, self.config))).flatten(0, -2)
-        experts = self.experts if self.exchange is None else partial(self.exchange, self.experts)
-        mixed_TL = experts(latents_TL, chosen_TK, gates_TK)
+        mixed_TL = self.experts(latents_TL, chosen_TK, gates_TK)
         out_BTD = self.latent_up(mixed_TL).view(x_BTD.shape)
         routing = summarize(chosen_TK, logits_TE, probabilities_TE, token_mask_BT)
         return out_BTD, routing, chosen_TK.view(*x_BTD.shape[:-1], -1)

@@ -100,7 +100,7 @@ def _divide_experts(
     divided = {}
     for name, layer in [(name, module) for name, module in model.named_modules() if isinstance(module, LatentMoE)]:
         experts = layer.experts
-        layer.exchange = ExpertExchange(mesh["experts"].get_group(), experts.num_experts)
+        experts.exchange = ExpertExchange(mesh["experts"].get_group(), experts.num_experts, accelerator.device)
         for of, parameter in list(experts.named_parameters()):
             # Every rank has the same values: none needs to be sent another's.
             share = distribute_tensor(parameter.detach(), mesh["experts"], [Shard(0)], src_data_rank=None)
@@ -148,7 +148,7 @@ def _check_divides(model: MaiThinkingForCausalLM, ranks: int, execution: Executi
                 f"{key} leaves {copies} ranks to shard an expert's {size} rows, which they do not divide; make it "
                 f"larger, or execution.parallel=ddp"
             )
-    if (kind := config._experts_implementation) not in ("bucketed_mm", "eager"):
+    if (kind := config._experts_implementation) != "bucketed_mm":
         raise UsageError(f"{key} needs execution.experts=bucketed_mm, not {kind!r}, which computes all experts")
 
 

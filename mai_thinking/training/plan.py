@@ -1,12 +1,12 @@
 """What a run will cost, before it costs anything: `--dry-run`. Memory, what ranks send, and the time of a step:
 
-    time of a step  =  compute + all-to-all + what gathering and reducing take longer than what they run beside
+    time of a step  =  compute + what all-to-alls, gathering and reducing take longer than what they run beside
 
-Computation runs at the rate that L12 was measured at on one card. Rows of experts travel while nothing else is done,
-which is how `model.expert_parallel` is written. FSDP's gathering and reducing runs beside all of a step's computation,
-DDP's reduction beside the backward pass of the last micro-batch. Links are those of nodes of eight H100, full and not
-shared with others; a collective crosses between nodes once a node, each card carrying its part. Routing is even. So it
-is a bound for this code, not a promise.
+Computation runs at the rate that L12 was measured at on one card. Rows of experts travel beside the experts' products,
+but for one group's (`model.expert_parallel`). FSDP's gathering and reducing runs beside all of a step's computation,
+DDP's reduction beside the backward pass of the last micro-batch, and neither while rows travel. Links are those of
+nodes of eight H100, full and not shared with others; a collective crosses between nodes once a node, each card carrying
+its part. Routing is even. So it is a bound for this code, not a promise.
 """
 
 import os
@@ -16,6 +16,7 @@ import torch
 
 from mai_thinking.config.run import ExecutionSection, TextTrainingConfig
 from mai_thinking.model import MaiThinkingConfig
+from mai_thinking.model.expert_parallel import GROUPS
 from mai_thinking.model.loss import CHUNK_ELEMENTS
 
 WEIGHT, GRADIENT, MOMENTS = 4, 4, 8
@@ -220,13 +221,18 @@ def _collective(size: float, ranks: int, on_node: int) -> Flow:
 def step_seconds(
     architecture: MaiThinkingConfig, execution: ExecutionSection, work: Work, flops_per_token: float
 ) -> dict[str, float]:
-    """Seconds of a step by what they go into: `compute`, `rows` that travel, `waiting` for gathers and reductions."""
+    """Seconds of a step by what they go into: `compute`, and beside nothing else `rows` that travel and `waiting` for
+    gathers and reductions."""
     again = 4 / 3 if execution.activation_checkpointing else 1.0
     compute = again * work.step_tokens * flops_per_token / MEASURED
     flows = traffic(architecture, execution, work)
     rows = _seconds(flows.pop("experts: rows", {}))
+    products = compute * 6 * architecture.parameter_breakdown()["active_experts"] / flops_per_token
+    groups = min(GROUPS, architecture.num_experts // execution.expert_parallel)
+    beside_products = min(rows * (1 - 1 / groups), products)
     beside = compute if execution.parallel == "fsdp" else compute * 2 / 3 * work.tokens / work.step_tokens
-    return {"compute": compute, "rows": rows, "waiting": max(0.0, sum(map(_seconds, flows.values())) - beside)}
+    waiting = max(0.0, sum(map(_seconds, flows.values())) + beside_products - beside)
+    return {"compute": compute, "rows": rows - beside_products, "waiting": waiting}
 
 
 def _seconds(flow: Flow) -> float:

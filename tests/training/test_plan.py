@@ -38,8 +38,8 @@ class Counting(TorchDispatchMode):
         self.sent = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops._c10d_functional.all_to_all_single.default and args[0].is_floating_point():
-            self.sent += args[0].nbytes
+        if func is torch.ops.c10d.alltoall_base_.default and args[1].is_floating_point():
+            self.sent += args[1].nbytes
         return func(*args, **(kwargs or {}))
 
 
