@@ -77,7 +77,7 @@ class OverlapIndex:
         """For each of a text's hashed words [words], whether it lies in a run that is also held out."""
         covered = np.zeros(len(words), dtype=np.bool_)
         for length, known in self._known.items():
-            for start in np.flatnonzero(known.contains(ngram_hashes(words, length))):
+            for start in np.flatnonzero(known.places(ngram_hashes(words, length))[1]):
                 covered[start : start + length] = True
         return covered | self.fuzzy.overlap(words) if self.fuzzy else covered
 

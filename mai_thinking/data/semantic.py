@@ -6,8 +6,8 @@ compared: the singular vectors of a few thousand documents tell subjects apart, 
 documents that lie close together a few representatives are kept.
 """
 
-import functools
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +36,11 @@ def semantic_duplicates(documents: Documents, section: SemanticSection, work: Wo
     twins = np.arange(len(documents))
     if len(documents) < 2:
         return twins
-    table = work.once("embedding.npz", functools.partial(_fit, _spread(documents, _SAMPLE), section.dimensions))
+    sample = documents[:: -(-len(documents) // _SAMPLE)]
+    table = work.once("embedding.npz", partial(_fit, sample, section.dimensions))
     with np.load(table) as file:
         rarity = file["rarity"]
-    for members in _clusters(work.each("embeddings", functools.partial(_embeddings, table), documents), len(documents)):
+    for members in _clusters(work.each("embeddings", partial(_embeddings, table), documents), len(documents)):
         vectors = _weighted(documents[members], rarity)
         for start in range(0, len(members), _CLUSTER):  # some clusters are far larger than others
             closeness = (vectors[start : start + _CLUSTER] @ vectors[: start + _CLUSTER].T).toarray()
@@ -50,11 +51,6 @@ def semantic_duplicates(documents: Documents, section: SemanticSection, work: Wo
                 if twins[place] == place and len(like) >= section.representatives:
                     twins[place] = like[0]
     return twins
-
-
-def _spread(found: Any, count: int) -> Any:
-    """At most so many, evenly spread."""
-    return found[:: -(-len(found) // count)]
 
 
 def _weighted(documents: Documents, rarity: NDArray[np.float32]) -> Any:

@@ -98,10 +98,6 @@ class SortedHashes:
         self._shift = np.uint64(65 - len(self._maybe).bit_length())
         self._maybe[hashes >> self._shift] = True
 
-    def contains(self, hashes: Hashes) -> NDArray[np.bool_]:
-        """Whether each [hashes] is there."""
-        return self.places(hashes)[1] > 0
-
     def places(self, hashes: Hashes) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Of each [hashes] the first place, and how often it is there."""
         first, counts = np.zeros((2, len(hashes)), dtype=np.int64)
