@@ -242,6 +242,9 @@ class DataSection(Section):
     smaller share is part of every larger one. Tokenizer and held-out text stay as they are (§2.4.5)."""
     cache_dir: str = "~/.cache/mai_thinking"
     """Prepared data is kept below this folder, one folder per content."""
+    ray: str | None = None
+    """The address of a Ray cluster whose machines prepare it (`auto`: this machine's) and see `cache_dir` at the same
+    path; None: processes here."""
 
     @model_validator(mode="after")
     def _check_names(self) -> Self:

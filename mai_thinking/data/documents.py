@@ -2,6 +2,7 @@
 
 import functools
 import os
+import secrets
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -108,17 +109,17 @@ class Documents(Sequence[Document]):
         """In the order of the hashes of their texts."""
         return self[np.argsort(self.records["fingerprint"], kind="stable")]
 
-    def within(self, budget: int) -> NDArray[np.int64]:
-        """The places of documents from the first on, without those that would exceed `budget`, until it is nearly
+    def within(self, budget: int) -> Self:
+        """In the order of the hashes of their texts, without those that would exceed `budget` bytes, until it is nearly
         used."""
-        taken, used = [], 0
-        for place, size in enumerate(self.records["size"]):
-            if used + int(size) <= budget:
+        ordered, taken, used = self.by_fingerprint(), list[int](), 0
+        for place, size in enumerate(ordered.records["size"].tolist()):
+            if used + size <= budget:
                 taken.append(place)
-                used += int(size)
+                used += size
             if used >= _ENOUGH * budget:
                 break
-        return np.array(taken, dtype=np.int64)
+        return ordered[np.array(taken, dtype=np.int64)]
 
     def sharded(self) -> Self:
         """The same, ranked as they stand, in shards of consecutive ones."""
@@ -154,9 +155,9 @@ class Writer:
 
     def __init__(self, folder: Path, number: int, source: int = 0) -> None:
         self._folder, self._number, self._source = folder, number, source
-        path = folder / f"{number}.texts"
-        path.unlink(missing_ok=True)  # what a killed one left
-        self._file, self._end = path.open("wb", buffering=1 << 20), 0
+        # Under a name of its own until it is whole: a machine that was taken for dead may still write the same.
+        self._path = folder / f"{number}.{secrets.token_hex(4)}"
+        self._file, self._end = self._path.open("wb", buffering=1 << 20), 0
         self._records, self._latest = [np.zeros(0, dtype=_RECORD)], list[tuple[int, ...]]()
 
     def add(self, document: Document, sample: float = 1) -> None:
@@ -174,6 +175,7 @@ class Writer:
     def close(self) -> Documents:
         """What was written."""
         self._file.close()
+        self._path.replace(self._folder / f"{self._number}.texts")
         self._flush()
         return Documents(self._folder, np.concatenate(self._records))
 

@@ -13,8 +13,8 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
-from functools import cached_property, partial
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,6 @@ import numpy as np
 import tokenizers
 import xxhash
 from filelock import FileLock
-from numpy.typing import NDArray
 
 from mai_thinking.config.data import DataSection, SourceSection
 from mai_thinking.config.storage import atomic_folder, checksum
@@ -85,15 +84,16 @@ def prepare(config: DataSection, *, sample: float = 1, log: _Log = lambda line: 
                 log(f"prepared data in {folder} is damaged ({damage}); making it again")
                 shutil.rmtree(folder)
             log(f"data: preparing {len(config.sources)} sources, once; they are kept in {shown(cache)}")
-            if (work := cache / f".{key}.work").exists():
-                log(f"going on with the preparation that was interrupted; remove {work} to begin anew")
-            _remove(set(cache.glob(f".{key}.*")) - {work})
-            try:
-                with atomic_folder(folder) as temporary:
-                    _Preparation(config, readers, benchmarks, examples, sample, work, log).build(temporary, key)
-            except UsageError:
-                _remove({work})  # which other input cannot use
-                raise
+            if (place := cache / f".{key}.work").exists():
+                log(f"going on with the preparation that was interrupted; remove {place} to begin anew")
+            _remove(set(cache.glob(f".{key}.*")) - {place})
+            with Work(place, config.ray) as work:
+                try:
+                    with atomic_folder(folder) as temporary:
+                        _Preparation(config, readers, benchmarks, examples, sample, work, log).build(temporary, key)
+                except UsageError:
+                    _remove({place})  # which other input cannot use
+                    raise
         _remove(set(cache.glob(f".{key}.*")))
     data = PreparedData(folder, config, passed_over)
     for row in data.left_out:
@@ -106,34 +106,38 @@ def _remove(folders: set[Path]) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+@dataclass
 class _Preparation:
     """One preparation: its documents, its counts, its clock. What it has done lies in a folder after every stage: the
     records of the documents that are left, and the counts. So a killed one goes on with the stage that it was in."""
 
-    def __init__(
-        self,
-        config: DataSection,
-        readers: dict[str, Reader],
-        benchmarks: dict[str, list[list[str]]],
-        examples: dict[str, dict[str, list[str]]],
-        sample: float,
-        work: Path,
-        log: _Log,
-    ) -> None:
-        self.config, self.readers, self.benchmarks, self.sample, self.log = config, readers, benchmarks, sample, log
-        self.examples, self.work = examples, Work(work)
-        self.names = [source.name for source in config.sources]
+    config: DataSection
+    readers: dict[str, Reader]
+    benchmarks: dict[str, list[list[str]]]
+    examples: dict[str, dict[str, list[str]]]
+    sample: float
+    work: Work
+    log: _Log
+
+    def __post_init__(self) -> None:
+        self.names = [source.name for source in self.config.sources]
         self.tallies = {name: Tally() for name in self.names}
         self.seconds: dict[str, float] = {}
-        self.starts: dict[str, Cursor | None] = {}
+        self.starts: dict[str, Cursor] = {}
+        sources = list(enumerate(self.config.sources))
+        procedural = {place for place, source in sources if source.provenance == "procedural"}
+        code = {place for place, source in sources if source.category == "code"}
+        self.cleaning = Cleaning(self.config.cleaning, self.tallies, procedural, code, self.work)
+        self.labellers = {name: Labeller(texts) for name, texts in self.examples.items()}
 
     def build(self, folder: Path, key: str) -> None:
         """All phases, in order, into the empty `folder`."""
-        documents = Documents(self.work.texts)
-        for name in _ranked(self.config):
+        documents, order = Documents(self.work.texts), self.config.cleaning.drop_order
+        prepared = [source.name for source in self.config.sources if not source.streaming]
+        for name in sorted(prepared, key=lambda name: (*order, name).index(name)):  # the highest rank first
             documents = self._stage(f"reading: {name}", partial(self._read, name), documents)
         documents = documents.sharded()
-        for rule, stage in self._cleaning().stages().items():
+        for rule, stage in self.cleaning.stages().items():
             documents = self._stage(f"cleaning: {rule}", stage, documents)
         self._check_any_left(documents)
         with self._phase("holding out"):
@@ -160,14 +164,11 @@ class _Preparation:
 
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:
+        """Take the time; a stage's is part of its phase's."""
         begin = time.perf_counter()
         yield
-        self._took(name, time.perf_counter() - begin)
-
-    def _took(self, name: str, seconds: float) -> None:
-        """A stage's time is part of its phase's."""
-        phase = name.partition(":")[0]
-        for part in dict.fromkeys((phase, name)):
+        seconds = time.perf_counter() - begin
+        for part in dict.fromkeys((name.partition(":")[0], name)):
             self.seconds[part] = round(self.seconds.get(part, 0) + seconds, 2)
         self.log(f"data: {name} took {seconds:.1f} s")
 
@@ -193,19 +194,22 @@ class _Preparation:
         number = self.names.index(name)
         source, tally = self.config.sources[number], self.tallies[name]
         if source.kind == "embedded":
-            texts = until(read_embedded(source), source.max_bytes if source.endless else None)
+            limit = source.max_bytes if source.endless else None
+            texts: Iterator[tuple[str, str | None]] = ((d.id, d.text) for d in until(read_embedded(source), limit))
         else:
-            texts = self._read_files(source)
+            texts = (row[:2] for row in self.readers[name].read())
         writer = Writer(self.work.texts, number, number)
-        for document in texts:
-            writer.add(document, self.sample)
+        for id, text in texts:
+            if text is None:
+                tally.drop("null", 0)
+            else:
+                writer.add(Document(id, text), self.sample)
         found = writer.close()
         documents, size = found.counted
         tally.read = [documents + tally.dropped.get("null", [0])[0], size]
         found = self._wanted(source, found)
         if source.max_bytes is not None:
-            ordered = found.by_fingerprint()
-            chosen = ordered[ordered.within(source.max_bytes)]
+            chosen = found.within(source.max_bytes)
             if source.endless:
                 tally.read = chosen.counted
             elif len(chosen) < len(found):
@@ -213,18 +217,11 @@ class _Preparation:
             found = chosen
         return joined([before, found], self.work.texts)
 
-    def _read_files(self, source: SourceSection) -> Iterator[Document]:
-        for id, text, _ in self.readers[source.name].read():
-            if text is None:
-                self.tallies[source.name].drop("null", 0)
-            else:
-                yield Document(id, text)
-
     def _wanted(self, source: SourceSection, found: Documents) -> Documents:
         """Label the documents, and leave those whose labels the source does not want."""
         tally = self.tallies[source.name]
         wanted = np.ones(len(found), dtype=np.bool_)
-        for name, labeller in self._labellers.items():
+        for name, labeller in self.labellers.items():
             labels = np.array(list(labeller.labels(found.texts())))
             for label in dict.fromkeys(labels.tolist()):
                 tally.label(f"{name}: {label}", found[labels == label])
@@ -232,16 +229,6 @@ class _Preparation:
                 wanted &= labels == source.labels[name]
         tally.drop_documents("labels", found[~wanted])
         return found[wanted]
-
-    @cached_property
-    def _labellers(self) -> dict[str, Labeller]:
-        return {name: Labeller(texts) for name, texts in self.examples.items()}
-
-    def _cleaning(self) -> Cleaning:
-        sources = self.config.sources
-        procedural = {place for place, source in enumerate(sources) if source.provenance == "procedural"}
-        code = {place for place, source in enumerate(sources) if source.category == "code"}
-        return Cleaning(self.config.cleaning, self.tallies, procedural, code, self.work)
 
     def _check_any_left(self, documents: Documents) -> None:
         for number, source in enumerate(self.config.sources):
@@ -251,41 +238,41 @@ class _Preparation:
 
     def _hold_out(self, documents: Documents) -> tuple[_BY_SOURCE, Documents]:
         """Set (held out, training) apart in each source by the hash of the text; streams by their head."""
-        held_out: _BY_SOURCE = {}
+        held_out: _BY_SOURCE = {name: [] for name in self.names}
         training = np.ones(len(documents), dtype=np.bool_)
         for number, source in enumerate(self.config.sources):
-            held_out[source.name] = []
-            if source.streaming:
+            if source.held_out and source.streaming:
                 held_out[source.name], self.starts[source.name] = self._head_of_stream(source)
             elif source.held_out:
-                mine = np.flatnonzero(documents.records["source"] == number)
-                chosen = mine[self._choose(source, documents[mine])]
-                held_out[source.name] = list(documents[chosen])
-                training[chosen] = False
+                chosen = self._choose(source, documents.of(number))
+                held_out[source.name] = list(chosen)
+                training &= ~np.isin(documents.records["rank"], chosen.records["rank"])
         return held_out, documents[training]
 
-    def _choose(self, source: SourceSection, found: Documents) -> NDArray[np.int64]:
-        """The places of what is held out."""
+    def _choose(self, source: SourceSection, found: Documents) -> Documents:
+        """What is held out."""
         if len(found) < 2:
             raise UsageError(
                 f"source {source.name!r}: only one document is left after cleaning, so none can be held out; "
                 "split it into several, or set the source's `held_out: false`"
             )
         section = self.config.held_out
-        order = np.argsort(found.records["fingerprint"], kind="stable")
-        chosen = found[order].within(min(section.max_bytes, int(section.fraction * found.size)))
-        return order[chosen] if len(chosen) else np.array([found.records["size"].argmin()])
+        chosen = found.within(min(section.max_bytes, int(section.fraction * found.size)))
+        return chosen if len(chosen) else found[[found.records["size"].argmin()]]
 
-    def _head_of_stream(self, source: SourceSection) -> tuple[list[Document], Cursor | None]:
-        """The first good documents up to the budget, and where the stream goes on."""
-        if not source.held_out:
-            return [], None
-        cleaner = StreamCleaner(self.config.cleaning, None)
-        found, size = [], 0
-        for id, text, cursor in self.readers[source.name].read():
+    def _stream(self, source: SourceSection, overlap: OverlapIndex | None) -> Iterator[tuple[Document, Cursor]]:
+        """The good documents from where training begins, or from the first on, and where the next one does."""
+        cleaner = StreamCleaner(self.config.cleaning, overlap)
+        for id, text, cursor in self.readers[source.name].read(self.starts.get(source.name)):
             if (cleaned := cleaner.clean(text)) is not None:
-                found.append(Document(id, cleaned))
-                size += found[-1].size
+                yield Document(id, cleaned), cursor
+
+    def _head_of_stream(self, source: SourceSection) -> tuple[list[Document], Cursor]:
+        """The first good documents up to the budget, and where the stream goes on."""
+        found, size = [], 0
+        for document, cursor in self._stream(source, None):
+            found.append(document)
+            size += document.size
             if size >= self.config.held_out.max_bytes:
                 return found, cursor
         raise UsageError(
@@ -302,7 +289,7 @@ class _Preparation:
 
     def _decontaminate(self, overlap: OverlapIndex, documents: Documents) -> Documents:
         parts = self.work.each("decontamination", partial(decontaminated, overlap), documents)
-        return self._cleaning().count_changes("decontamination", documents, parts)
+        return self.cleaning.count_changes("decontamination", documents, parts)
 
     def _tokenizer_texts(self, documents: Documents, overlap: OverlapIndex | None) -> Iterator[str]:
         """Training text in the mixture's proportions, from each source in the order of the texts' hashes."""
@@ -310,10 +297,7 @@ class _Preparation:
         for source in self.config.sources:
             budget = int(self.config.tokenizer.training_bytes * source.weight / total)
             if source.streaming:
-                cleaner = StreamCleaner(self.config.cleaning, overlap)
-                stream = self.readers[source.name].read(self.starts[source.name])
-                cleaned = ((id, cleaner.clean(text)) for id, text, _ in stream)
-                chosen = until((Document(id, text) for id, text in cleaned if text is not None), budget)
+                chosen = until((document for document, _ in self._stream(source, overlap)), budget)
             else:
                 chosen = until(documents.of(self.names.index(source.name)).by_fingerprint(), budget)
             yield from (document.text for document in chosen)
@@ -349,33 +333,21 @@ class _Preparation:
         return {**facts, "cleaning": self.config.cleaning.model_dump(mode="json"), "seconds": self.seconds}
 
 
-def _ranked(config: DataSection) -> list[str]:
-    """The sources that are prepared, the highest rank first."""
-    names = [source.name for source in config.sources if not source.streaming]
-    order = config.cleaning.drop_order
-    return [*(name for name in order if name in names), *(name for name in names if name not in order)]
-
-
 def _tokens(encoder: Encoder, shard: int, documents: Documents) -> Arrays:
     """The tokens of a shard's documents, one after the other, and how many each has."""
     dtype = np.uint16 if encoder.vocab_size <= 2**16 else np.uint32
-    tokens, sizes = [], list[int]()
-    for start in range(0, len(documents), _ENCODE_BATCH):
-        for one in encoder.encode_documents(list(documents[start : start + _ENCODE_BATCH].texts())):
-            tokens.append(one.astype(dtype))
-            sizes.append(len(one))
-    return {"tokens": np.concatenate(tokens), "sizes": np.array(sizes, dtype=np.int64)}
+    batches = (documents[start : start + _ENCODE_BATCH] for start in range(0, len(documents), _ENCODE_BATCH))
+    tokens = [one.astype(dtype) for batch in batches for one in encoder.encode_documents(list(batch.texts()))]
+    return {"tokens": np.concatenate(tokens), "sizes": np.array([len(one) for one in tokens], dtype=np.int64)}
 
 
 def _too_short(benchmarks: dict[str, list[list[str]]], n: int | None) -> list[LeftOut]:
     """Benchmarks of which a part cannot be looked for."""
     least = min(n or SHORTEST, SHORTEST)
-    found = []
-    for path, records in benchmarks.items():
-        if few := sum(all(len(words_of(text)) < least for text in record) for record in records):
-            what = f"{few:,} of {len(records):,} records have fewer than {least} words and are not looked for"
-            found.append(LeftOut(path, what))
-    return found
+    why = f"records have fewer than {least} words and are not looked for"
+    short = {path: [all(len(words_of(text)) < least for text in record) for record in records]
+             for path, records in benchmarks.items()}  # fmt: skip
+    return [LeftOut(path, f"{sum(few):,} of {len(few):,} {why}") for path, few in short.items() if any(few)]
 
 
 def _by_category(config: DataSection, held_out: _BY_SOURCE) -> _BY_SOURCE:
@@ -420,16 +392,13 @@ def _cache(cache_dir: str) -> Iterator[Path]:
 
 def _key(config: DataSection, readers: dict[str, Reader], sample: float) -> str:
     """16 hex digits that change with the config, the input or the format."""
-    tree = config.model_dump(mode="json", exclude={"cache_dir", "down_sample"})
+    tree = config.model_dump(mode="json", exclude={"cache_dir", "down_sample", "ray"})
     for section in (tree["cleaning"], *tree["sources"]):
-        for name in _LATER & section.keys():
-            if not section[name]:
-                del section[name]
+        for name in [name for name in _LATER if not section.get(name, True)]:
+            del section[name]
     for source in tree["sources"]:
-        # What files hold counts, not where they lie.
-        source["path"] = (
-            readers[source["name"]].fingerprint(times=True) if source["name"] in readers else source["path"]
-        )
+        if source["name"] in readers:  # what files hold counts, not where they lie
+            source["path"] = readers[source["name"]].fingerprint(times=True)
     embedded = [embedded_fingerprint(source) for source in config.sources if source.kind == "embedded"]
     examples = [path for labels in config.cleaning.labels.values() for path in labels.values()]
     files = [Path(path).expanduser() for path in (*config.cleaning.benchmarks, *examples)]

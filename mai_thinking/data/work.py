@@ -1,31 +1,35 @@
 """A preparation that can be killed: what it has finished lies in a folder, and is not done again.
 
 A stage that looks at each document by itself is a task for every shard of 32 MB, done by as many processes
-as there are cores; what a task finds is a file of arrays. A stage that compares documents reads these files, and no
-text. The shards depend on the documents alone, so that any number of processes, killed at any time, gives the same.
+as there are cores, or by the machines of a Ray cluster; what a task finds is a file of arrays. A stage that compares
+documents reads these files, and no text. The shards depend on the documents alone, so that any number of processes,
+killed at any time, gives the same.
 """
 
 import os
 import shutil
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context, parent_process
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mai_thinking.config.storage import atomic_file
+from mai_thinking.data.cluster import Cluster
 from mai_thinking.data.documents import Documents, close_files
 
 Arrays = Mapping[str, NDArray[Any]]
 Task = Callable[[int, Documents], Arrays]
 """From a shard's number and its documents to what is to be known of them. A function of a module, or a partial of one,
 for other processes to find."""
+_Call = tuple[int, Documents, Path]
+"""A shard's number, its documents, and where what is found goes."""
 _FEW = 3
 """So few shards are done before other processes have started."""
 
@@ -63,17 +67,32 @@ class Parts:
 
 
 class Work:
-    """The folder of one preparation, and the processes that it has."""
+    """The folder of one preparation, and the processes or machines that it has, until it is left."""
 
-    def __init__(self, folder: Path, processes: int | None = None) -> None:
-        """`processes`: as many as there are cores, unless it is given."""
-        self.folder, self.texts = folder, folder / "texts"
+    def __init__(self, folder: Path, ray: str | None = None, processes: int | None = None) -> None:
+        """`ray`: the address of a cluster whose machines do it, and see the folder at the same path; without one as
+        many processes as there are cores, unless their number is given."""
+        self.folder = folder.absolute()
+        self.texts = self.folder / "texts"
         here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         self._processes = processes or here
         self._parts = list[Path]()
         self._pool: ProcessPoolExecutor | None = None
         close_files()
         self.texts.mkdir(parents=True, exist_ok=True)
+        for path in self.texts.iterdir():
+            if path.suffix not in (".texts", ".words"):  # what a killed one left
+                path.unlink(missing_ok=True)
+        self._cluster = Cluster(ray) if ray is not None else None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._pool is not None:  # Ctrl-C should not wait for all that is queued
+            self._pool.shutdown(wait=False, cancel_futures=True)
+        if self._cluster is not None:
+            self._cluster.close()
 
     def once(self, name: str, make: Callable[[Path], None]) -> Path:
         """The file that `make` writes, unless it is there."""
@@ -90,25 +109,27 @@ class Work:
         self._parts.append(folder)
         shards = documents.shards()
         paths = {number: folder / f"{number}.npz" for number in shards}
-        while missing := [number for number, path in paths.items() if not path.exists()]:
-            if len(missing) <= _FEW or self._processes == 1:
-                for number in missing:
-                    _do(task, number, shards[number], paths[number])
-                break
-            try:
-                spawn = get_context("spawn")
-                self._pool = self._pool or ProcessPoolExecutor(self._processes, spawn, _end_with_parent)
-                for future in [self._pool.submit(_do, task, n, shards[n], paths[n]) for n in missing]:
-                    future.result()
-            except BrokenProcessPool:  # a worker was killed: its shard is done again, unless nothing at all was done
-                self._pool = None
-                if not any(paths[number].exists() for number in missing):
-                    raise
-            except BaseException:  # Ctrl-C should not wait for all that is queued
-                if self._pool is not None:
-                    self._pool.shutdown(wait=False, cancel_futures=True)
-                raise
+        while missing := [(number, shards[number], path) for number, path in paths.items() if not path.exists()]:
+            if self._cluster is not None:
+                self._cluster.run(_do, task, missing)
+            elif len(missing) <= _FEW or self._processes == 1:
+                for call in missing:
+                    _do(task, *call)
+            else:
+                self._in_processes(task, missing)
         return Parts(paths)
+
+    def _in_processes(self, task: Task, calls: Sequence[_Call]) -> None:
+        """A worker that is killed costs its shard, which is left out, unless nothing at all was done."""
+        try:
+            spawn = get_context("spawn")
+            self._pool = self._pool or ProcessPoolExecutor(self._processes, spawn, _end_with_parent)
+            for future in [self._pool.submit(_do, task, *call) for call in calls]:
+                future.result()
+        except BrokenProcessPool:
+            self._pool = None
+            if not any(path.exists() for _, _, path in calls):
+                raise
 
     def forget_parts(self) -> None:
         """When a stage is done."""

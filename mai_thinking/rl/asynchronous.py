@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from mai_thinking.data.cluster import connect
 from mai_thinking.errors import RunError, UsageError
 from mai_thinking.rl.collector import Collector, InProcess
 from mai_thinking.rl.rollout_worker import RolloutBatch, RolloutWorker
@@ -224,7 +225,7 @@ def _on_ray(address: str, stack: ExitStack) -> tuple[type[Worker], type[SharedWe
     """Until `stack` closes."""
     from mai_thinking.rl import ray_worker  # here, since Ray is an extra
 
-    stack.callback(ray_worker.connect(address))
+    stack.callback(connect("rollouts.ray", address).shutdown)
     return ray_worker.RayWorker, ray_worker.SentWeights
 
 

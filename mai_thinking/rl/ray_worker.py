@@ -5,7 +5,6 @@ processes. The cluster's machines need this package, and `init_from` at the path
 """
 
 import importlib
-import socket
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
@@ -26,19 +25,6 @@ except ImportError as error:
     raise UsageError("rollouts.ray: Ray is not installed; pip install 'mai_thinking[ray]'") from error
 
 _ASKED_EVERY = 1.0  # Seconds between questions whether a worker moves
-
-
-def connect(address: str) -> Callable[[], None]:
-    """To a cluster; → what ends the connection. UsageError if there is none."""
-    try:
-        if ":" in address:  # where nobody listens Ray waits for minutes, and then ends the process
-            host, _, port = address.rpartition(":")
-            socket.create_connection((host, int(port)), timeout=10).close()
-        ray.init(address=address, log_to_driver=True, logging_level="error")
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UsageError(f"rollouts.ray: there is no cluster at {address!r}; `ray start --head` starts one") from error
-    shutdown: Callable[[], None] = ray.shutdown
-    return shutdown
 
 
 class SentWeights(SharedWeights):

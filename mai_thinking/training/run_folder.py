@@ -21,7 +21,8 @@ from mai_thinking.errors import UsageError
 
 NOTES, SAMPLES = "notes.json", "samples.jsonl"
 FREE_TO_CHANGE = (
-    "output_dir", "tracking", "checkpoint", "launch", "plan", "collapse", "evaluation", "data.cache_dir", "rollouts.ray"
+    "output_dir", "tracking", "checkpoint", "launch", "plan", "collapse", "evaluation",
+    "data.cache_dir", "data.ray", "rollouts.ray",
 )  # fmt: skip
 """Keys that a run may be resumed with other values of: they do not change what is computed."""
 CHANGE_ROUNDING = (

@@ -46,8 +46,8 @@ from mai_thinking.data import documents
 from mai_thinking.data.work import Work
 if __name__ == "__main__":
     documents._SHARD = 100
-    work = Work(Path(sys.argv[1]) / "work", processes=2)
-    work.each("none", partial(loiter, Path(sys.argv[1])), stored(work, ["some text " * 9] * 12))
+    with Work(Path(sys.argv[1]) / "work", processes=2) as work:
+        work.each("none", partial(loiter, Path(sys.argv[1])), stored(work, ["some text " * 9] * 12))
 """
 
 
@@ -90,7 +90,7 @@ config, kills, replace = json.loads(sys.argv[1]), 0, os.replace
 
 
 def attempt(kill):
-    left = [1 + kill % 2]
+    left = [2 + kill % 2]
     def replace_or_die(*paths):
         left[0] -= 1
         if left[0] == 0 and kill % 2:
@@ -112,7 +112,8 @@ for kill in [*range(int(sys.argv[2])), -1]:
         break
 print(kills, os.waitstatus_to_exitcode(status))
 """
-"""Kills itself in turn behind the first file that it finishes, and before it finishes the second."""
+"""Kills itself in turn behind the second file that it finishes, and before it finishes the third: a text and what is
+known of it are two."""
 
 
 @pytest.mark.parametrize("everything", [False, pytest.param(True, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])])
