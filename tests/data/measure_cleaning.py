@@ -1,7 +1,8 @@
 """What each stage of cleaning finds of the faults of `planted`, and what it takes that is clean:
 `PYTHONPATH=. python tests/data/measure_cleaning.py OUT` writes OUT/summary.md and .json; `… OUT 30 100` adds the speed
-of 30 and of 100 MB, `… OUT datatrove:10` that of datatrove's MinHash beside ours, `… OUT tokens:20` that of formats of
-tokens, `… OUT gains:RUNS` what cleaning is worth, by small runs below the folder RUNS.
+and memory of 30 and of 100 MB, `… OUT killed:1000` whether killed preparations give the same, `… OUT datatrove:10` the
+speed of datatrove's MinHash beside ours, `… OUT tokens:20` that of formats of tokens, `… OUT gains:RUNS` what cleaning
+is worth, by small runs below the folder RUNS, `… OUT context:RUN` what a longer prefix is worth to a run's model.
 
 Through `prepare` alone: what is dropped are the documents that are not there; what is cut are the lines that are not.
 """
@@ -24,6 +25,7 @@ from mai_thinking.config.data import DataSection
 from mai_thinking.config.table import Cell, Table
 from mai_thinking.data import PreparedData, prepare
 from mai_thinking.report.document import Document
+from mai_thinking.report.figures import Figure, Panel, Series
 
 OFF: dict[str, Any] = {"exact_duplicates": False, "near_duplicates": None, "decontamination_ngram": None}
 SEED = 1
@@ -196,6 +198,20 @@ def draw(out: Path) -> None:
         page.add_table("speed", Table(columns, rows, digits=2), "Speed and memory, every stage on")
         page.facts["mb_per_s"] = {name: one["mb_per_s"] for name, one in speeds.items()}
         page.facts["peak_gb"] = {name: one["peak_gb"] for name, one in speeds.items()}
+        stages = {
+            name: [one["stage_gb"].get(name) for one in speeds.values()] for name in speeds[max(speeds)]["stage_gb"]
+        }
+        columns = ["peak memory, GB, in", *columns[1:]]
+        page.add_table("stage_gb", Table(columns, [[name, *row] for name, row in stages.items()], digits=2))
+    for size, part in ((name[-4:], part["found"]) for name, part in parts.items() if name.startswith("killed")):
+        whole = speeds[f"speed-{size}"]["files"]
+        other = sorted(name for name in whole | part["files"] if whole.get(name) != part["files"].get(name))
+        page.facts["killed"] = {"mb": part["mb"], "in": part["killed_in"], "files": len(whole), "other_files": other}
+        page.add(
+            f"{part['mb']:,.0f} MB, in {part['processes']} processes, killed {len(part['killed_in'])} times (behind "
+            f"{', '.join(part['killed_in'])}): of {len(whole)} files, {len(other)} differ from those of one process "
+            "that was not killed."
+        )
     rows = [
         [f"{engine}, {found['mb']:.0f} MB", found[engine]["kept"], found[engine]["mb_per_s"]]
         for found in (part["found"] for name, part in parts.items() if name.startswith("datatrove"))
@@ -211,6 +227,8 @@ def draw(out: Path) -> None:
         page.add_table("tokens", Table(names, rows, digits=1), f"Rows at random from {part['mb']:.0f} MB of tokens")
     if "gains" in parts:
         _draw_gains(page, parts["gains"]["found"])
+    for part in (part["found"] for name, part in parts.items() if name == "context"):
+        _draw_context(page, part)
     lines = [f"- *{name}*: `{part['made']['command']}`; code {part['made']['commit'][:7]}; {part['made']['cpu']}"
              for name, part in parts.items()]  # fmt: skip
     page.add("\n".join(lines), heading="How it was made")
@@ -233,6 +251,27 @@ def _draw_gains(page: Document, found: dict[str, Any]) -> None:
     )
 
 
+def _draw_context(page: Document, found: dict[str, Any]) -> None:
+    prefixes, trained = found["prefixes"], found["trained"]
+    rows: list[list[Cell]] = []
+    for category, one in found["categories"].items():
+        for prefix, nll, against in zip(prefixes, one["nll"], one["against_trained"], strict=True):
+            rows.append([category, one["documents"], prefix, prefix / trained, nll, *against])
+    columns = ["held-out", "documents", "prefix", "of trained", "NLL", "against trained", "from", "to"]
+    page.add_table("context", Table(columns, rows, digits=4), "What a longer prefix is worth")
+    curves = []
+    for category, one in found["categories"].items():
+        mean, low, high = map(list, zip(*one["against_trained"], strict=True))
+        curves.append(Series(category, prefixes, mean, low, high))
+    title = f"NLL of the same {found['suffix']} tokens, against a prefix of {trained}"
+    panel = Panel(title, curves, "tokens before them", log_x=True)
+    caption = (
+        f"The model of {found['name']}, {found['parameters']:,} parameters, trained on windows of {trained:,} tokens; "
+        f"{found['suffixes']} suffixes of each document. Nats per token, with Student's 95 % interval over documents."
+    )
+    page.add_figures([Figure("context", [panel], columns=1, size=(8.0, 4.0), caption=caption)])
+
+
 def main(out: Path, sizes: list[str]) -> None:
     """Measure the faults, or with `sizes` (megabytes) the speed; draw what there is."""
     out.mkdir(parents=True, exist_ok=True)
@@ -244,7 +283,7 @@ def main(out: Path, sizes: list[str]) -> None:
         name = f"{kind or 'speed'}-{int(argument):04}" if argument.isdigit() else kind
         found[name] = json.loads(_output([sys.executable, script, argument]).splitlines()[-1])
     found = found or {"faults": measure_faults()}
-    said = (re.sub(":.*/.*", ":RUNS", argument) for argument in sys.argv[1:])
+    said = (re.sub(":.*/.*", ":RUNS", argument).replace("context:RUNS", "context:RUN") for argument in sys.argv[1:])
     command = f"PYTHONPATH=. python tests/data/measure_cleaning.py {' '.join(said)}"
     made = {"command": command, "commit": commit, "seed": SEED, **describe()}
     for name, part in found.items():

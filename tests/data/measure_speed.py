@@ -1,5 +1,6 @@
-"""Speed by stage and peak memory of a preparation with every stage on, in this process alone: `measure_speed.py MB`
-prints JSON. Seconds are of the processor, so that a busy machine does not count.
+"""Speed and peak memory by stage of a preparation with every stage on: `taskset -c 1 … measure_speed.py MB` → JSON.
+It needs one core alone, so that all is done in this process; seconds are of the processor, so that a busy machine does
+not count. `TMPDIR` says where the text and what is made of it lie: four times its size.
 
 The text: Python files of the packages that are installed, each once, then documents of random words with Zipf's
 frequencies, of which every twelfth is a near copy of the one before.
@@ -7,7 +8,9 @@ frequencies, of which every twelfth is a near copy of the one before.
 
 import itertools
 import json
-import resource
+import os
+import re
+import shutil
 import sys
 import sysconfig
 import tempfile
@@ -21,6 +24,7 @@ import numpy as np
 time.perf_counter = time.process_time  # before anything takes the time
 
 from mai_thinking.config.data import DataSection  # noqa: E402
+from mai_thinking.config.storage import atomic_file  # noqa: E402
 from mai_thinking.data import prepare  # noqa: E402
 
 EVERYTHING: dict[str, Any] = {"boilerplate": {}, "templates": {}, "semantic": {}, "fuzzy_decontamination": {}}
@@ -56,20 +60,34 @@ def texts(megabytes: float) -> Iterator[str]:
         yield text
 
 
-def measure(megabytes: float, folder: Path, cleaning: dict[str, Any]) -> dict[str, Any]:
-    """A preparation of so much text, in numbers."""
+def corpus(megabytes: float, cleaning: dict[str, Any]) -> tuple[DataSection, Path]:
+    """How to prepare so much text, in a folder that `TMPDIR` is to have room for. The text stays there for others."""
+    folder = Path(tempfile.gettempdir()) / f"corpus-{megabytes:.0f}"
     path = folder / "text.jsonl"
-    with path.open("w", encoding="utf-8") as file:
-        for text in texts(megabytes):
-            file.write(json.dumps({"text": text}) + "\n")
+    if not path.exists():
+        folder.mkdir(exist_ok=True)
+        with atomic_file(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps({"text": text}) + "\n" for text in texts(megabytes))
     source = {
         "name": "text", "kind": "jsonl", "path": str(path), "category": "general", "licence": "mixed",
         "provenance": "human", "weight": 1,
     }  # fmt: skip
     tree = {"sources": [source], "cleaning": cleaning, "cache_dir": str(folder / "cache")}
-    config = DataSection.model_validate(tree)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    data = prepare(config)
+    return DataSection.model_validate(tree), folder
+
+
+def measure(megabytes: float, cleaning: dict[str, Any]) -> dict[str, Any]:
+    """A preparation of so much text, in numbers."""
+    config, folder = corpus(megabytes, cleaning)
+    before, peaks = _peak_gb(), dict[str, float]()
+
+    def stage_ended(line: str) -> None:
+        if stage := re.match("data: (.*) took", line):
+            peaks[stage[1]] = _peak_gb()
+
+    shutil.rmtree(folder / "cache", ignore_errors=True)
+    data = prepare(config, log=stage_ended)
+    shutil.rmtree(folder / "cache")
     counts = data.manifest["sources"]["text"]["counts"]
     size = counts["read"][1] / 1e6
     seconds = data.manifest["seconds"]
@@ -78,11 +96,19 @@ def measure(megabytes: float, folder: Path, cleaning: dict[str, Any]) -> dict[st
         "mb_per_s": {name: size / max(value, 0.01) for name, value in seconds.items()} | {
             "all": size / sum(value for name, value in seconds.items() if ":" not in name)
         },
-        "gb_before": before / 1e6, "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
+        "gb_before": before, "peak_gb": max(peaks.values()), "stage_gb": peaks,
+        "files": {name: file["xxh3"] for name, file in data.manifest["files"].items()},
     }  # fmt: skip
 
 
+def _peak_gb() -> float:
+    """The most memory that this process held since it was asked before."""
+    kilobytes = re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())
+    Path("/proc/self/clear_refs").write_text("5")
+    assert kilobytes
+    return int(kilobytes[1]) / 1e6
+
+
 if __name__ == "__main__":
-    with tempfile.TemporaryDirectory() as name:
-        chosen = {} if sys.argv[2:] == ["default"] else EVERYTHING
-        print(json.dumps(measure(float(sys.argv[1]), Path(name), chosen)))
+    assert len(os.sched_getaffinity(0)) == 1, "run it with `taskset -c 1`"
+    print(json.dumps(measure(float(sys.argv[1]), {} if sys.argv[2:] == ["default"] else EVERYTHING)))
