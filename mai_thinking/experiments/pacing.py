@@ -130,18 +130,20 @@ def simulate(
         SimpleNamespace(config=config, problems=1, ranks=1, engine=SimpleNamespace(heartbeat=lambda: None)),
     )
     traces = cast(TraceStore, SimpleNamespace(append=lambda number, rows: None))
-    collector: Collector = _Unpaced(nobody, traces, pool, in_rounds=way == "synchronous")
-    if way == "pacing":
-        collector = Ahead(nobody, traces, cast(WorkerPool, pool), Schedule(Path(os.devnull)), rank=0)
+    kind = _Dropping if way == "dropping" else Ahead
+    collector = kind(nobody, traces, cast(WorkerPool, pool), Schedule(Path(os.devnull)), rank=0)
     collector.patience = updates * slots  # a batch is one problem here
     waited, learned = 0.0, set[int]()
     for version in range(updates):
         pool.published.append(pool.now)
         begin = pool.now
         while len(collector.buffer) < per_update:
-            collector.fill(
-                per_update, version=version, max_length=1, penalise_length=True, hopeless=lambda counts: False
-            )
+            if way == "synchronous":
+                _one_round(collector, pool)
+            else:
+                collector.fill(
+                    per_update, version=version, max_length=1, penalise_length=True, hopeless=lambda counts: False
+                )
             collector.drop_stale(version - max_staleness)
         waited += pool.now - begin
         learned |= {group.number for group in collector.take(per_update)}
@@ -170,13 +172,14 @@ class _VirtualPool:
         """What a batch is about: any of them, but always the same."""
         return self.problems[random.Random(batch.first).randrange(len(self.problems))]
 
-    def begin(self, batch: RolloutBatch) -> None:
-        if batch not in self._begun:
-            start = max(self.now, heapq.heappop(self._free))
-            end = start + self.problem(batch).longest * self.token_seconds
-            self._begun[batch] = start, end
-            heapq.heappush(self._free, end)
-            heapq.heappush(self._ends, end)
+    def begin(self, batch: RolloutBatch) -> float:
+        """→ when it will end."""
+        start = max(self.now, heapq.heappop(self._free))
+        end = start + self.problem(batch).longest * self.token_seconds
+        self._begun[batch] = start, end
+        heapq.heappush(self._free, end)
+        heapq.heappush(self._ends, end)
+        return end
 
     def take(self, batch: RolloutBatch) -> RolloutBatch | None:
         start, end = self._begun[batch]
@@ -207,24 +210,16 @@ class _VirtualPool:
         return [batch for _, _, batch in done[: -4 * self.slots]]
 
 
-class _Unpaced(Collector):
-    """All slots are in use all the time; or in rounds, filled together and emptied to the last before anything is
-    learned."""
+class _Dropping(Ahead):
+    """All slots are in use all the time."""
 
-    def __init__(self, worker: RolloutWorker, traces: TraceStore, pool: _VirtualPool, *, in_rounds: bool) -> None:
-        super().__init__(worker, traces, rank=0)
-        self.pool, self.in_rounds = pool, in_rounds
+    def in_time(self, groups: float) -> bool:
+        return True
 
-    def next(self, wanted: int) -> RolloutBatch | None:
-        if self.in_rounds and wanted and not self.under_way:
-            for _ in range(self.pool.slots):
-                self.pool.begin(self.draw())
-        while True:
-            while not self.in_rounds and len(self.under_way) < 2 * self.pool.slots:
-                self.pool.begin(self.draw())
-            for begun in self.under_way.values():
-                if batch := self.pool.take(begun):
-                    return batch
-            if not wanted and not (self.in_rounds and self.under_way):
-                return None
-            self.pool.wait(None)
+
+def _one_round(collector: Collector, pool: _VirtualPool) -> None:
+    """Fill all slots together, and empty them to the last."""
+    batches = [collector.draw() for _ in range(pool.slots)]
+    pool.now = max(pool.begin(batch) for batch in batches)
+    collector.under_way.clear()
+    collector.buffer.extend(group for batch in batches if (done := pool.take(batch)) for group in done.groups)

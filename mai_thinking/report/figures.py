@@ -22,6 +22,7 @@ from mai_thinking.config.storage import atomic_file
 MISSING = "no figures: install matplotlib, or mai_thinking[plots]"
 MOST_POINTS = 240
 """Of a line; more readings are averaged in as many stretches, with the range of each as a band."""
+Style = Literal["line", "noisy", "dots", "dotted"]
 PALETTE = ("#2f5fd0", "#d1622b", "#1f8a5b", "#a2429c", "#8a6d00", "#0f8a9d", "#c23a5e", "#66707f")
 
 
@@ -35,7 +36,7 @@ class Series:
     y: Sequence[float]
     low: Sequence[float] = ()
     high: Sequence[float] = ()
-    style: Literal["line", "noisy", "dots", "dotted"] = "line"
+    style: Style = "line"
     """`noisy` is drawn faintly with its moving average; `dotted` and `dots` are not in the legend."""
     colour: int | str | None = None
     """Itself, or its place in the palette; None: the series' place in its panel."""

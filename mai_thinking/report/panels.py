@@ -5,13 +5,13 @@ A panel takes runs in a row, each with a clock: a whole climb is drawn as a run 
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from mai_thinking.errors import printable
-from mai_thinking.report.figures import PALETTE, Figure, HeatMap, Panel, Series, condensed, shade
+from mai_thinking.report.figures import PALETTE, Figure, HeatMap, Panel, Series, Style, condensed, shade
 from mai_thinking.report.reading import RL, Climb, Run
 from mai_thinking.report.timeline import timeline
 from mai_thinking.training.metrics import Record
@@ -68,32 +68,31 @@ def held_out(run: Run) -> list[Figure]:
     passed = pass_series(marks, by_step)
     figures = [
         Figure("climb", [Panel("Held-out pass@1, with 95 % intervals", passed, span=(0, 1))] if passed else []),
-        Figure("thought", thought_panels(marks)),
+        Figure("thought", thought_panels([marks])),
         Figure("size", size_panels(marks)),
     ]
     if categories := parts_of(marks, BITS):
         yardsticks = run.notes.get("compressors", {})
-        bits = [_field(marks, BITS + category, category) for category in categories]
+        bits = lines([(marks, by_step)], {BITS + category: category for category in categories})
         guides = [(yardsticks[c]["xz"], PALETTE[i]) for i, c in enumerate(categories) if c in yardsticks]
         title = "Held-out bits per byte" + (" (dashed: xz -9e)" if guides else "")
         figures.append(Figure("bits_per_byte", [Panel(title, bits, guides=guides)]))
     return figures
 
 
-def thought_panels(marks: Sequence[Record]) -> list[Panel]:
-    """Whether the thought decides the answer: pass@1 with the model's own, half of it, another's and none, in all and
-    by task; and how many responses have one."""
-    tasks = parts_of(marks, PASS)
+def thought_panels(runs: Sequence[Sequence[Record]]) -> list[Panel]:
+    """Whether the thought decides the answer, by the evaluations of one run or of several seeds: pass@1 with the
+    model's own, half of it, another's and none, in all and by task; and how many responses have one."""
+    tracks, tasks = [(marks, by_step) for marks in runs], parts_of(runs[0], PASS)
     panels = []
     for suffix in ("", *(f"/{task}" for task in tasks if len(tasks) > 1)):
-        passed = [_field(marks, name + suffix, title) for name, title in THOUGHTS.items()]
+        passed = lines(tracks, {name + suffix: title for name, title in THOUGHTS.items()})
         title = f"{printable(suffix[1:])}: pass@1 by thought" if suffix else "Held-out pass@1 by thought"
-        if any(series.x for series in passed[1:]):
-            panels.append(Panel(title, [series for series in passed if series.x], span=(0, 1)))
-    shares = [_field(marks, f"thought_share/{task}", printable(task)) for task in tasks]
-    shares = [series for series in shares if series.x] or [_field(marks, "thought_share", "all")]
-    if shares[0].x:
-        panels.insert(1, Panel("Share of responses with a thought", shares, span=(0, 1)))
+        if any(series.name != THOUGHTS["pass@1"] for series in passed):
+            panels.append(Panel(title, passed, span=(0, 1)))
+    shares = lines(tracks, {f"thought_share/{task}": printable(task) for task in tasks})
+    if shares := shares or lines(tracks, {"thought_share": "all"}):
+        panels.insert(1, Panel("Share of responses with a thought", shares, span=(0, 1.02)))
     return panels
 
 
@@ -105,13 +104,12 @@ def size_panels(marks: Sequence[Record]) -> list[Panel]:
         sizes.setdefault(task, []).append(int(size))
     panels = []
     for task, found in sizes.items():
+        colours = [shade(place, len(found)) for place in range(len(found))]
         for field, title in (("pass@1_size", "pass@1 by size"), ("response_length_size", "response length by size")):
-            lines = [
-                _field(marks, f"{field}/{task}/{size}", str(size), colour=shade(place, len(found)))
-                for place, size in enumerate(sorted(found))
-            ]
+            names = {f"{field}/{task}/{size}": str(size) for size in sorted(found)}
             span = (0.0, 1.0) if field == "pass@1_size" else None
-            panels.append(Panel(f"{printable(task)}: {title}", [line for line in lines if line.x], span=span))
+            told = lines([(marks, by_step)], names, colours)
+            panels.append(Panel(f"{printable(task)}: {title}", told, span=span))
     return panels
 
 
@@ -148,29 +146,46 @@ def over_stages(climb: Climb) -> list[Figure]:
             marks.append((begin, stage.path.name))
         if stage.collapse:
             marks.append((clock({"step": stage.collapse.step}), "collapse"))
-    lines: list[Series] = []
+    passed: list[Series] = []
     colours: dict[str, int] = {}  # a task keeps its own
     for stage, clock in climbing:
-        lines += pass_series(stage.evaluations, clock, colours)
-        for task in parts_of(stage.evaluations, PASS):
-            name = f"{best_of(stage.evaluations[-1])}/{task}"
-            lines.append(_field(stage.evaluations, name, "", clock, style="dotted", colour=colours[task]))
+        passed += pass_series(stage.evaluations, clock, colours)
+        names = {f"{best_of(stage.evaluations[-1])}/{task}": "" for task in parts_of(stage.evaluations, PASS)}
+        own = [colours[name.partition("/")[2]] for name in names]
+        passed += lines([(stage.evaluations, clock)], names, own, style="dotted")
     shared: dict[str, Any] = {"x_name": "minutes of work", "marks": marks, "bands": bands}
     title = "Held-out pass@1, with 95 % intervals (dotted: pass@k; shaded: self-distillation)"
-    figure = Figure("climb", [Panel(title, lines, span=(0, 1), **shared)], size=(11, 5))
+    figure = Figure("climb", [Panel(title, passed, span=(0, 1), **shared)], size=(11, 5))
     return [figure, Figure("training", _curves(CURVES, climbing, **shared), columns=3, size=(4.5, 3.0))]
 
 
 def pass_series(marks: Sequence[Record], at: Clock, colours: dict[str, int] | None = None) -> list[Series]:
     """Held-out pass@1 of each task with its interval. `colours`: by task; those not there are added."""
     colours = {} if colours is None else colours
-    lines = []
+    found = []
     for task in parts_of(marks, PASS):
         told = [record for record in marks if PASS + task in record]
         low, high = ([record.get(f"pass@1_{end}/{task}", math.nan) for record in told] for end in ("low", "high"))
         colour, x, y = colours.setdefault(task, len(colours)), [at(r) for r in told], [r[PASS + task] for r in told]
-        lines.append(Series(printable(task), x, y, low, high, colour=colour))
-    return lines
+        found.append(Series(printable(task), x, y, low, high, colour=colour))
+    return found
+
+
+def lines(
+    tracks: Sequence[tuple[Sequence[Record], Clock]],
+    names: Mapping[str, str],
+    colours: Sequence[int | str] = (),
+    style: Style = "line",
+) -> list[Series]:
+    """A line for each field in `names` and each run that has it, by its records and clock. A field has one colour, its
+    place's unless `colours` say so."""
+    found = []
+    for (field, name), colour in zip(names.items(), colours or range(len(names)), strict=True):
+        for records, at in tracks:
+            if told := [record for record in records if isinstance(record.get(field), int | float)]:
+                x, y = [at(record) for record in told], [record[field] for record in told]
+                found.append(condensed(name, x, y, style=style, colour=colour))
+    return found
 
 
 def best_of(record: Record) -> str:
@@ -189,23 +204,13 @@ def _clock(stage: Run, begin: float) -> Clock:
     return lambda record: begin + stage.minutes * record["step"] / max(1, stage.steps_done)
 
 
-def _points(records: Sequence[Record], field: str, at: Clock) -> tuple[list[float], list[float]]:
-    told = [record for record in records if isinstance(record.get(field), int | float)]
-    return [at(record) for record in told], [record[field] for record in told]
-
-
-def _field(marks: Sequence[Record], field: str, name: str, at: Clock = by_step, **options: Any) -> Series:
-    return Series(name, *_points(marks, field, at), **options)
-
-
 def _curves(curves: dict[str, str], runs: Sequence[tuple[Run, Clock]], **options: Any) -> list[Panel]:
     """A panel for each number that the steps of some run have."""
     panels = []
     for field, title in curves.items():
-        told = [_points(run.steps, field, at) for run, at in runs]
-        lines = [line for x, y in told if (line := condensed(title, x, y, style="noisy", colour=0)).x]
+        told = lines([(run.steps, at) for run, at in runs], {field: title}, style="noisy")
         target = runs[0][0].config.get("objective", {}).get("target_entropy") if field == "entropy" else None
         guides = [] if target is None else [(target, "grey")]
-        if lines:
-            panels.append(Panel(title, lines, log_y=field in _LOG_Y, guides=guides, **options))
+        if told:
+            panels.append(Panel(title, told, log_y=field in _LOG_Y, guides=guides, **options))
     return panels

@@ -21,7 +21,7 @@ from mai_thinking.errors import UsageError
 from mai_thinking.report.comparison import student
 from mai_thinking.report.document import Document
 from mai_thinking.report.figures import Figure, Panel, Series, shade
-from mai_thinking.report.panels import PASS, THOUGHTS, parts_of
+from mai_thinking.report.panels import PASS, by_step, lines, parts_of, thought_panels
 from mai_thinking.report.reading import read_config, read_samples
 from mai_thinking.report.summary import stories
 from mai_thinking.training.metrics import Record, read_metrics
@@ -85,9 +85,10 @@ def write_acting(folders: Sequence[Path], out: Path, needed: Sequence[str]) -> N
     ends = [[task, *(run[1][place][PASS + task] for run in runs for place in (0, -1))] for task in tasks]
     header = ["held-out pass@1", *(f"{folder.name}, {when}" for folder in folders for when in ("before", "after"))]
     page.add_table("tasks", Table(header, ends))
+    marks = [(evaluations, by_step) for _, evaluations in runs]
     titles = {"pass@1": "held-out pass@1", "pass@1_tools_off": "the same, tools off", "call_share": "share with a call"}
     panels = [
-        Panel(title, _lines(runs, {f"{name}/{task}": task for task in tasks}), span=(0, 1.02))
+        Panel(title, lines(marks, {f"{name}/{task}": task for task in tasks}), span=(0, 1.02))
         for name, title in titles.items()
     ]
     page.add_figures([Figure("tools", panels, columns=3, size=(4.5, 4))])
@@ -134,13 +135,11 @@ def acting(
         "before": mean(first, "pass@1", needed),
         "after": mean(last, "pass@1", needed),
         "tools_off": mean(last, "pass@1_tools_off", needed),
-        "calls_needed_before": mean(first, "call_share", needed),
-        "calls_needed": mean(last, "call_share", needed),
-        "calls_unneeded_before": mean(first, "call_share", unneeded),
-        "calls_unneeded": mean(last, "call_share", unneeded),
-        "unneeded_before": mean(first, "pass@1", unneeded),
-        "unneeded_after": mean(last, "pass@1", unneeded),
     }
+    for kind, tasks in (("needed", needed), ("unneeded", unneeded)):
+        found |= {f"calls_{kind}_before": mean(first, "call_share", tasks)}
+        found |= {f"calls_{kind}": mean(last, "call_share", tasks)}
+    found |= {"unneeded_before": mean(first, "pass@1", unneeded), "unneeded_after": mean(last, "pass@1", unneeded)}
     late = [record for record in steps if record["step"] >= _LATE * last["step"]]
     for name in ("cache_hits", "calls_failed", "calls_repeated"):
         values = [record[name] for record in late if name in record]
@@ -203,34 +202,19 @@ def _finish(page: Document, folders: Sequence[Path], out: Path, heading: str, sh
             shutil.copyfile(folder / name, out / f"{folder.name}-{name}")
 
 
-def _lines(runs: Runs, fields: dict[str, str]) -> list[Series]:
-    """Metrics of the evaluations. The seeds share a metric's colour; its name stands at the first."""
-    return [
-        Series("" if place else name, [r["step"] for r in marks], [r[field] for r in marks], colour=colour)
-        for place, (_, marks) in enumerate(runs)
-        for colour, (field, name) in enumerate(fields.items())
-    ]
-
-
 def _thinking_figure(runs: Runs) -> Figure:
-    lengths = _lines(runs, {"response_length": "mean response"})
-    for place, (steps, _) in enumerate(runs):
-        x, limits = ([record[field] for record in steps] for field in ("step", "max_length"))
-        lengths.append(Series("" if place else "limit", x, limits, colour=7))
-    marks, sizes = runs[0][1], []
-    for place, record in enumerate((marks[0], marks[len(marks) // 2], marks[-1])):
+    steps, marks = ([(records[place], by_step) for records in runs] for place in (0, 1))
+    tokens = lines(marks, {"response_length": "mean response"}) + lines(steps, {"max_length": "limit"}, [7])
+    first, sizes = runs[0][1], []
+    for place, record in enumerate((first[0], first[len(first) // 2], first[-1])):
         found: dict[int, list[float]] = {}  # by size, of each task
         for part in parts_of([record], "pass@1_size/"):
             found.setdefault(int(part.rpartition("/")[2]), []).append(record[f"pass@1_size/{part}"])
         values = [fmean(found[size]) for size in sorted(found)]
         sizes.append(Series(f"step {record['step']}", sorted(found), values, colour=shade(place, 3)))
-    panels = [
-        Panel("held-out pass@1, by the thought before the answer", _lines(runs, THOUGHTS), span=(0, 1)),
-        Panel("tokens", lengths, log_y=True),
-        Panel("share of responses with a thought", _lines(runs, {"thought_share": ""}), span=(0, 1.02)),
-        Panel("pass@1 by size (first seed)", sizes, x_name="items", span=(0, 1.02)),
-    ]
-    return Figure("thinking", panels)
+    by_thought, shares = thought_panels([records for records, _ in marks])[:2]
+    by_size = Panel("pass@1 by size (first seed)", sizes, x_name="items", span=(0, 1.02))
+    return Figure("thinking", [by_thought, Panel("tokens", tokens, log_y=True), shares, by_size])
 
 
 def _add_sweep(page: Document, runs: Sequence[dict[str, Any]]) -> None:
@@ -246,12 +230,12 @@ def _add_sweep(page: Document, runs: Sequence[dict[str, Any]]) -> None:
     }
     panels = []
     for name, title in titles.items():
-        lines = []
+        told = []
         for when in ("before", "after"):
             means, low, high = zip(*found[f"{name}_{when}"], strict=True)
-            lines.append(Series(f"{when} RL", range(len(values)), means, low, high))
+            told.append(Series(f"{when} RL", range(len(values)), means, low, high))
         names = [f"{value:g}" for value in values]
-        panels.append(Panel(title, lines, x_name="p_cot: share of worked texts", names=names))
+        panels.append(Panel(title, told, x_name="p_cot: share of worked texts", names=names))
     page.add_figures([Figure("sweep", panels, columns=3, size=(4.5, 4))])
     rows = [[f"{value:g}", *cells] for value, *cells in zip(values, *found.values(), strict=True)]
     page.add("Mean (least–most) over seeds:")
