@@ -1,10 +1,10 @@
 """The law of a ladder, L = A·C^−α + E: fits by the thousand at once (MAI-Thinking-1 report §2.2).
 
-A fit minimises the Huber loss of log L − log L̂, as Hoffmann et al. (2022, §3.3) do, by damped Gauss-Newton steps with
-the Huber weights of the current residuals. A bootstrap refits thousands of data sets that differ in nothing but noise,
-so all of them take their steps together, as one batch of 3×3 systems.
+A fit minimises the Huber loss of log L − log L̂, as Hoffmann et al. (2022, §3.3) do. For a given α the law is a line in
+C^−α, so that A and E follow by weighted least squares; α is looked for in a grid around the best so far, which narrows.
+A bootstrap refits thousands of data sets that differ in nothing but noise, so all of them are fitted together.
 
-Shape suffixes: N points, B data sets (or starts).
+Shape suffixes: N points, B data sets, G exponents.
 """
 
 from dataclasses import dataclass
@@ -22,7 +22,9 @@ _FLOOR_BOUNDS = (1e-4, 1.0)
 _HUBER = 1.345
 """Residuals beyond so many standard deviations count linearly: 95 % efficient where noise is normal."""
 _LEAST_SCALE = 1e-5
-_STEPS = 60
+_ROUNDS, _NARROWER = 24, 0.6
+_GRID = np.arange(-4, 5)
+"""Exponents that are tried in a round, in steps of their logarithm."""
 
 
 @dataclass(frozen=True)
@@ -62,100 +64,54 @@ class PowerLaw:
 
 
 def fit(costs_N: Array, losses_N: Array) -> PowerLaw:
-    """The law through the points, the best of 20 starts; the caller knows whether they can support one."""
-    lowest = losses_N.min()
+    """The law through the points; the caller knows whether they can support one."""
     reference = float(np.exp(np.mean(np.log(costs_N))))
-    x_N = np.log(costs_N / reference)
-    starts = []
-    for alpha in (0.05, 0.15, 0.3, 0.6, 1.2):
-        for share in (0.01, 0.4, 0.7, 0.95):
-            floor = share * lowest
-            scale = np.median(np.log(np.maximum(losses_N - floor, 1e-12)) + alpha * x_N)
-            starts.append((float(scale), alpha, np.log(floor)))
-    start_B3 = np.array(starts)
-    targets_BN = np.broadcast_to(np.log(losses_N), (len(starts), len(losses_N)))
     # First with the residuals' scale unknown (nearly least absolute deviations), then with it.
-    rough_B3, objective_B = _descend(start_B3, x_N, targets_BN, 1e-3)
-    residuals_N = np.log(losses_N) - _log_loss(rough_B3[objective_B.argmin()][None], x_N)[0]
-    scale = max(_LEAST_SCALE, 1.4826 * float(np.median(np.abs(residuals_N))))
-    refined_B3, objective_B = _descend(rough_B3, x_N, targets_BN, _HUBER * scale)
-    return _law(refined_B3[objective_B.argmin()], reference)
+    rough = _search(costs_N, losses_N[None], reference, 1e-3)[0]
+    residuals_N = np.log(losses_N) - np.log(rough.loss(costs_N))
+    scale = 1.4826 * float(np.median(np.abs(residuals_N)))
+    return _search(costs_N, losses_N[None], reference, _HUBER * max(scale, _LEAST_SCALE))[0]
 
 
 def refit(law: PowerLaw, costs_N: Array, losses_BN: Array, scale: float) -> PowerLaw:
-    """One law for each row of `losses_BN`, from `law` and from two starts beside it; `scale` is the noise's standard
-    deviation in log L."""
-    B, lowest_B = len(losses_BN), losses_BN.min(1)
-    x_N = np.log(costs_N / law.reference)
-    middle = float(law.loss(law.reference))
-    starts = [(float(law.log_scale), float(law.alpha), float(np.log(law.floor)))]
-    for factor, share in ((0.5, 0.02), (1.5, 0.9)):
-        floor = share * float(np.median(lowest_B))
-        starts.append((float(np.log(middle - floor)), factor * float(law.alpha), float(np.log(floor))))
-    start_B3 = np.repeat(np.array(starts), B, axis=0)
-    targets_BN = np.tile(np.log(losses_BN), (len(starts), 1))
-    found_B3, objective_B = _descend(start_B3, x_N, targets_BN, _HUBER * max(scale, _LEAST_SCALE))
-    best_B = objective_B.reshape(len(starts), B).argmin(0)
-    return _law(found_B3.reshape(len(starts), B, 3)[best_B, np.arange(B)], law.reference)
+    """One law for each row of `losses_BN`, about the reference of `law`; `scale` is the noise's standard deviation in
+    log L."""
+    return _search(costs_N, losses_BN, law.reference, _HUBER * max(scale, _LEAST_SCALE))
 
 
-def _law(theta: Array, reference: float) -> PowerLaw:
-    return PowerLaw(theta[..., 0], theta[..., 1], np.exp(theta[..., 2]), reference)
+def _search(costs_N: Array, losses_BN: Array, reference: float, width: float) -> PowerLaw:
+    """The laws of least Huber loss within the bounds. In a round A and E take a Gauss-Newton step for each exponent,
+    with weights and slopes of the best law of the round before."""
+    x_N, logs_BN = np.log(costs_N / reference), np.log(losses_BN)
+    least_B1, most_B1 = (share * losses_BN.min(axis=1, keepdims=True) for share in _FLOOR_BOUNDS)
+    low, high = np.log(ALPHA_BOUNDS)
+    step, middle_B1 = (high - low) / (len(_GRID) - 1), np.full((len(losses_BN), 1), (low + high) / 2)
+    fitted_BN, rows = losses_BN, np.arange(len(losses_BN))
+    for _ in range(_ROUNDS):
+        alphas_BG = np.exp(np.clip(middle_B1 + step * _GRID, low, high))
+        residuals_BN = logs_BN - np.log(fitted_BN)
+        targets_BN = fitted_BN * (1 + residuals_BN)
+        weights_BN = np.minimum(1.0, width / np.maximum(np.abs(residuals_BN), 1e-300)) / fitted_BN**2
+        weights_BN /= weights_BN.sum(axis=1, keepdims=True)
+        powers_BGN = np.exp(-alphas_BG[:, :, None] * x_N)
+        mean_BG = np.einsum("bgn,bn->bg", powers_BGN, weights_BN)
+        mean_target_B1 = (weights_BN * targets_BN).sum(axis=1, keepdims=True)
+        centred_BGN = powers_BGN - mean_BG[:, :, None]
+        factors_BG = np.einsum("bgn,bn->bg", centred_BGN, weights_BN * targets_BN)
+        factors_BG /= np.einsum("bgn,bgn,bn->bg", centred_BGN, centred_BGN, weights_BN)
+        floors_BG = np.clip(mean_target_B1 - factors_BG * mean_BG, least_B1, most_B1)
+        # Once more for those whose floor was out of bounds.
+        factors_BG = np.einsum("bgn,bn->bg", powers_BGN, weights_BN * targets_BN) - floors_BG * mean_BG
+        factors_BG /= np.einsum("bgn,bgn,bn->bg", powers_BGN, powers_BGN, weights_BN)
+        factors_BG = np.maximum(factors_BG, 1e-30 * least_B1)
+        fitted_BGN = factors_BG[:, :, None] * powers_BGN + floors_BG[:, :, None]
+        best_B = _huber(logs_BN[:, None] - np.log(fitted_BGN), width).argmin(axis=1)
+        fitted_BN, middle_B1 = fitted_BGN[rows, best_B], np.log(alphas_BG[rows, best_B])[:, None]
+        step *= _NARROWER
+    return PowerLaw(np.log(factors_BG[rows, best_B]), alphas_BG[rows, best_B], floors_BG[rows, best_B], reference)
 
 
-def _log_loss(theta_B3: Array, x_N: Array) -> Array:
-    scale, alpha, floor = (column[:, None] for column in theta_B3.T)
-    return np.logaddexp(scale - alpha * x_N, floor)
-
-
-def _huber(residuals_BN: Array, width: float) -> Array:
-    size = np.abs(residuals_BN)
-    return np.where(size <= width, 0.5 * size**2, width * (size - 0.5 * width)).sum(-1)
-
-
-def _descend(theta_B3: Array, x_N: Array, targets_BN: Array, width: float) -> tuple[Array, Array]:
-    """Damped Gauss-Newton (Levenberg-Marquardt) on the Huber loss within the bounds: (parameters, their losses)."""
-    lowest_B = targets_BN.min(1)
-    low_B3, high_B3 = (
-        np.stack([lowest_B + scale, np.full_like(lowest_B, alpha), lowest_B + np.log(floor)], 1)
-        for scale, alpha, floor in zip((-50, 50), ALPHA_BOUNDS, _FLOOR_BOUNDS, strict=True)
-    )
-    theta_B3 = np.clip(theta_B3, low_B3, high_B3)
-    objective_B = _huber(targets_BN - _log_loss(theta_B3, x_N), width)
-    damping_B = np.full(len(theta_B3), 1e-2)
-    moving = np.arange(len(theta_B3))  # rows that still gain
-    for _ in range(_STEPS):
-        before_B3, before_B = theta_B3[moving], objective_B[moving]
-        step_B3 = _newton_step(
-            before_B3, x_N, targets_BN[moving], width, damping_B[moving], low_B3[moving], high_B3[moving]
-        )
-        tried_B3 = np.clip(before_B3 + np.clip(step_B3, -2.0, 2.0), low_B3[moving], high_B3[moving])
-        tried_B = _huber(targets_BN[moving] - _log_loss(tried_B3, x_N), width)
-        better_B = tried_B < before_B
-        theta_B3[moving] = np.where(better_B[:, None], tried_B3, before_B3)
-        objective_B[moving] = np.where(better_B, tried_B, before_B)
-        damping_B[moving] *= np.where(better_B, 0.2, 5.0)
-        slow_B = better_B & (before_B - tried_B < 1e-7 * before_B)
-        moving = moving[~(slow_B | (damping_B[moving] > 1e6))]
-        if not len(moving):
-            break
-    return theta_B3, objective_B
-
-
-def _newton_step(
-    theta_B3: Array, x_N: Array, targets_BN: Array, width: float, damping_B: Array, low_B3: Array, high_B3: Array
-) -> Array:
-    """The step that the residuals' weighted least squares ask for; none along a bound that is pressed against."""
-    log_loss_BN = _log_loss(theta_B3, x_N)
-    residuals_BN = targets_BN - log_loss_BN
-    # d log L̂ / d(log A, α, log E): the power's share, −x times it, and the floor's share.
-    share_BN = np.exp(theta_B3[:, :1] - theta_B3[:, 1:2] * x_N - log_loss_BN)
-    slopes_B3N = np.stack([share_BN, -x_N * share_BN, 1 - share_BN], 1)
-    weights_BN = np.minimum(1.0, width / np.maximum(np.abs(residuals_BN), 1e-300))
-    gradient_B3 = (slopes_B3N @ (weights_BN * residuals_BN)[:, :, None])[:, :, 0]
-    held_B3 = ((theta_B3 <= low_B3) & (gradient_B3 < 0)) | ((theta_B3 >= high_B3) & (gradient_B3 > 0))
-    slopes_B3N = np.where(held_B3[:, :, None], 0.0, slopes_B3N)
-    curvature_B33 = (slopes_B3N * weights_BN[:, None]) @ slopes_B3N.transpose(0, 2, 1)
-    diagonal_B3 = np.einsum("bkk->bk", curvature_B33)
-    damped_B33 = curvature_B33 + (damping_B[:, None] * diagonal_B3 + 1e-14)[:, :, None] * np.eye(3)
-    return np.linalg.solve(damped_B33, np.where(held_B3, 0.0, gradient_B3)[:, :, None])[:, :, 0]
+def _huber(residuals: Array, width: float) -> Array:
+    """Summed over the points."""
+    size = np.abs(residuals)
+    return np.asarray(np.where(size <= width, 0.5 * size**2, width * (size - 0.5 * width)).sum(-1))
