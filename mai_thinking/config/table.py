@@ -14,14 +14,7 @@ class Interval(NamedTuple):
     high: float
 
 
-class Difference(NamedTuple):
-    """A difference with its standard error; None where it has none."""
-
-    value: float
-    error: float | None
-
-
-Cell = str | int | float | Interval | Difference | None
+Cell = str | int | float | Interval | None
 
 
 @dataclass(frozen=True)
@@ -43,7 +36,7 @@ class Table:
 
     def records(self) -> list[dict[str, Any]]:
         """The same as JSON, an object a row."""
-        cells = [[c._asdict() if isinstance(c, Interval | Difference) else c for c in row] for row in self.rows]
+        cells = [[c._asdict() if isinstance(c, Interval) else c for c in row] for row in self.rows]
         return [dict(zip(self.columns, row, strict=True)) for row in cells]
 
     def _spell(self, cell: Cell) -> str:
@@ -52,8 +45,6 @@ class Table:
                 return ""
             case Interval(value, low, high):
                 return f"{value:.{self.digits}f} ({low:.{self.digits}f}–{high:.{self.digits}f})"
-            case Difference(value, error):
-                return f"{value:+.{self.digits}f}" + ("" if error is None else f" ± {error:.{self.digits}f}")
             case str():
                 return cell.replace("|", "\\|").replace("\n", " ")
             case int():

@@ -121,17 +121,11 @@ class Lineage:
 
     @property
     def parents(self) -> "list[Lineage]":
-        """The lineages of the record's parents."""
-        found = []
-        for id in self.record.parents:
-            wanted, records = [id], dict[str, Record]()
-            while wanted:
-                if (name := wanted.pop()) not in records:
-                    records[name] = self.records[name]
-                    wanted += records[name].parents
-            known = {*records, *(record.data.manifest for record in records.values() if record.data)}
-            found.append(Lineage(id, records, {name: self.places[name] for name in self.places if name in known}))
-        return found
+        """The lineages of the record's parents, each with the ancestors of all."""
+        records = {id: record for id, record in self.records.items() if id != self.id}
+        known = {*records, *(record.data.manifest for record in records.values() if record.data)}
+        places = {name: place for name, place in self.places.items() if name in known}
+        return [Lineage(id, records, places) for id in self.record.parents]
 
 
 class Fault(NamedTuple):

@@ -1,11 +1,11 @@
 """What a study leaves for people: each arm against the first, with the spread over its seeds."""
 
 from collections.abc import Mapping, Sequence
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
 from mai_thinking.config.study import StudyConfig
-from mai_thinking.config.table import Cell, Difference, Table
+from mai_thinking.config.table import Cell, Interval, Table
 from mai_thinking.errors import RunError
 from mai_thinking.experiments.plan import ClimbPlan
 from mai_thinking.report.comparison import spread, student
@@ -29,7 +29,7 @@ def write_report(config: StudyConfig, plan: ClimbPlan) -> None:
     page.add_table("arms", table(config, measured))
     page.add(
         f"Held-out problems at the first and the last evaluation of `{config.measured}`: mean (least–most) over seeds. "
-        f"The difference from `{config.arms[0].name}` is taken seed by seed; ± is its standard error."
+        f"The difference from `{config.arms[0].name}` is taken seed by seed, with Student's 95 % interval."
     )
     if found := claims(config, measured):
         page.facts["claims"] = found
@@ -68,7 +68,7 @@ def claims(config: StudyConfig, measured: Measured) -> list[dict[str, Any]]:
     for arm in config.arms:
         for metric, expected in arm.expect.items():
             own, first = (_values(measured, name, metric) for name in (arm.name, config.arms[0].name))
-            effect, low, high = student([a - b for a, b in zip(own, first, strict=True)])
+            effect, low, high = student(_differences(own, first))
             verdict = verdict_of(low, high, expected) if own != first else "cannot be asked"
             found.append(
                 {"arm": arm.name, "about": arm.about, "metric": metric, "expected": expected, "effect": effect}
@@ -108,16 +108,15 @@ def table(config: StudyConfig, measured: Measured) -> Table:
         rows.append([arm.name, arm.about])
         for place in WHEN.values():
             own, other = (_at(measured, name, place) for name in (arm.name, first))
-            away = None if arm.name == first else difference(own, other)
-            rows[-1] += [spread(own), away, spread(_at(measured, arm.name, place, k))]
+            away, low, high = student(_differences(own, other))
+            interval = away if low is None or high is None else Interval(away, low, high)
+            shown = None if arm.name == first else interval
+            rows[-1] += [spread(own), shown, spread(_at(measured, arm.name, place, k))]
     return Table(columns, rows)
 
 
-def difference(own: Sequence[float], other: Sequence[float]) -> Difference:
-    """The mean of the differences, seed by seed, with its standard error where there are several."""
-    differences = [a - b for a, b in zip(own, other, strict=True)]
-    error = stdev(differences) / len(differences) ** 0.5 if len(differences) > 1 else None
-    return Difference(fmean(differences), error)
+def _differences(own: Sequence[float], other: Sequence[float]) -> list[float]:
+    return [a - b for a, b in zip(own, other, strict=True)]
 
 
 def _at(measured: Measured, arm: str, place: int, metric: str = "pass@1") -> list[float]:

@@ -131,8 +131,7 @@ def _too_little(curve: Curve, seeds: Noise, rng: np.random.Generator) -> str | N
     explained = float((y @ y) - rest) / 2
     error = max(rest / max(1, spare), seeds.variance)
     freedom = spare + seeds.freedom
-    chance = rng.chisquare(2, 20_000) / 2 / (rng.chisquare(freedom, 20_000) / freedom)
-    if explained <= error * float(np.quantile(chance, 1 - CHANCE)):
+    if explained <= error * float(np.quantile(rng.f(2, freedom, 20_000), 1 - CHANCE)):
         return "the loss does not change with cost by more than its scatter"
     if np.polyfit(x, y, 1)[0] >= 0:
         return "the loss does not fall with cost"
@@ -148,14 +147,12 @@ def _noise_like(
     spare = len(counts_R) - 3
     rung_of_N = np.repeat(np.arange(len(counts_R)), counts_R)
     fresh_BN = rng.standard_normal((replicates, len(rung_of_N)))
-    if spare == 0:
-        return fresh_BN * np.sqrt(seeds.draw(rng, replicates))[:, None], False
-    rungs = Noise(float((counts_R * misses_R**2).sum()) / spare, spare)
-    if seeds.freedom == 0:
-        return fresh_BN * np.sqrt(rungs.draw(rng, replicates))[:, None], False
+    rungs = Noise(float((counts_R * misses_R**2).sum()) / max(1, spare), spare)
     # F-test by simulation: how often does seed noise alone miss the law by so much?
-    chance = rng.chisquare(spare, 20_000) / spare / (rng.chisquare(seeds.freedom, 20_000) / seeds.freedom)
-    if (chance * seeds.variance > rungs.variance).mean() > 0.05:
+    by_chance = 0 in (spare, seeds.freedom) or (
+        (rng.f(spare, seeds.freedom, 20_000) * seeds.variance > rungs.variance).mean() > 0.05
+    )
+    if by_chance:
         freedom = seeds.freedom + spare
         pooled = Noise((seeds.variance * seeds.freedom + rungs.variance * spare) / freedom, freedom)
         return fresh_BN * np.sqrt(pooled.draw(rng, replicates))[:, None], False
