@@ -50,14 +50,16 @@ class Figure:
         return f"{self.median:.3g}" if self.count == 1 else f"{self.median:.3g} ({self.low:.3g} … {self.high:.3g})"
 
 
-class Row(NamedTuple):
+@dataclass(frozen=True)
+class Row:
     """One case, and what was measured in it."""
 
     case: dict[str, str | int]
     figures: dict[str, Figure]
 
 
-class Result(NamedTuple):
+@dataclass(frozen=True)
+class Result:
     """What a benchmark found."""
 
     rows: list[Row]
@@ -118,7 +120,7 @@ def as_text(result: Result, ceiling: Mapping[str, Figure], machine: Mapping[str,
     parts = [", ".join(f"{name} {value}" for name, value in machine.items())]
     parts.append("ceiling: " + ", ".join(f"{name} {figure.text()} {figure.unit}" for name, figure in ceiling.items()))
     for columns, rows in groupby(result.rows, _columns):
-        cells = [(*map(str, case.values()), *(figure.text() for figure in figures.values())) for case, figures in rows]
+        cells = [(*map(str, r.case.values()), *(figure.text() for figure in r.figures.values())) for r in rows]
         parts.append(aligned([columns, *cells]))
     return "\n\n".join((*parts, "\n".join(result.notes)))
 
@@ -136,10 +138,6 @@ def _columns(row: Row) -> tuple[str, ...]:
 
 def as_json(bench: str, result: Result, ceiling: Mapping[str, Figure], machine: Mapping[str, object]) -> str:
     """One line, with every figure: median, quartiles, count and unit."""
-
-    def plain(figures: Mapping[str, Figure]) -> dict[str, dict[str, object]]:
-        return {name: asdict(figure) for name, figure in figures.items()}
-
-    rows = [{"case": row.case, "figures": plain(row.figures)} for row in result.rows]
-    tree = {"bench": bench, "rows": rows, "notes": result.notes, "ceiling": plain(ceiling), "machine": dict(machine)}
+    own = {name: asdict(figure) for name, figure in ceiling.items()}
+    tree = {"bench": bench, **asdict(result), "ceiling": own, "machine": dict(machine)}
     return json.dumps(tree, ensure_ascii=False, allow_nan=False)

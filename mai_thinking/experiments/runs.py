@@ -17,7 +17,7 @@ from statistics import median
 import torch
 
 from mai_thinking.bench.learner import BenchLearner
-from mai_thinking.bench.measure import aligned
+from mai_thinking.bench.measure import aligned, alternate
 from mai_thinking.config.command import EXIT_FAILED, EXIT_INTERRUPTED
 from mai_thinking.config.ladder import Probe
 from mai_thinking.config.pretraining import PretrainConfig
@@ -173,9 +173,5 @@ def measure_step(config: PretrainConfig) -> float:
         positions = torch.arange(T).expand(rows, T)
         batch = {"input_ids": tokens[:, :-1], "labels": tokens[:, 1:], "position_ids": positions}
         batches.append({name: tensor.contiguous().to(learner.device) for name, tensor in batch.items()})
-    seconds = []
-    for _ in range(1 + _MEASURED_STEPS):
-        begin = time.perf_counter()
-        learner.learn(batches)
-        seconds.append(time.perf_counter() - begin)
-    return median(seconds[1:])
+    turns = alternate({"step": lambda: learner.learn(batches)}, rounds=_MEASURED_STEPS)["step"]
+    return median(turn.seconds for turn in turns)

@@ -9,39 +9,33 @@ so that every ratio is 1 and no clip ever acts. Neither is a choice that a confi
 import runpy
 import sys
 from typing import Any
+from unittest.mock import patch
 
 from torch import Tensor
 
 from mai_thinking.config.command import exit_with
 from mai_thinking.errors import UsageError
-from mai_thinking.rl import policy
-from mai_thinking.rl.asynchronous import Ahead
 from mai_thinking.rl.objective import grpo_loss
 
-PARTS = ("pacing", "ratio")
+
+def _loss_at_ratio_one(logprobs: Tensor, old_logprobs: Tensor, *rest: Any, **settings: Any) -> Any:
+    return grpo_loss(logprobs, logprobs.detach(), *rest, **settings)
 
 
-def take_out(part: str) -> None:
-    """Of this process. UsageError for another part."""
-    if part not in PARTS:
-        raise UsageError(f"{part}: no such part; name one of {', '.join(PARTS)}")
-    if part == "pacing":
-        Ahead.in_time = lambda self, groups: True  # type: ignore[method-assign]
-        return
-
-    def without(logprobs: Tensor, old_logprobs: Tensor, *rest: Any, **settings: Any) -> Any:
-        return grpo_loss(logprobs, logprobs.detach(), *rest, **settings)
-
-    policy.grpo_loss = without
+PARTS = {
+    "pacing": ("mai_thinking.rl.asynchronous.Ahead.in_time", lambda self, groups: True),
+    "ratio": ("mai_thinking.rl.policy.grpo_loss", _loss_at_ratio_one),
+}
+"""Where a part is, and what stands there without it."""
 
 
 def main() -> None:
-    """Take the part out, and be the script."""
-    if len(sys.argv) < 3:
+    """Be the script, without the part."""
+    if len(sys.argv) < 3 or sys.argv[1] not in PARTS:
         raise UsageError("name a part and a script: " + ", ".join(PARTS))
-    take_out(sys.argv[1])
-    sys.argv = sys.argv[2:]
-    runpy.run_path(sys.argv[0], run_name="__main__")
+    part, *sys.argv = sys.argv[1:]
+    with patch(*PARTS[part]):
+        runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 if __name__ == "__main__":

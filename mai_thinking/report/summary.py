@@ -19,12 +19,10 @@ from mai_thinking.training.metrics import Record
 
 
 def write_summary(folder: Path) -> None:
-    """Write the page of the run in `folder`, from what lies there; on rank 0. A page from before notes stays."""
+    """Write the page of the run in `folder`, from what lies there; on rank 0."""
     if int(os.environ.get("RANK", "0")):
         return
     run = Run(folder)
-    if run.kind != RL and not run.notes and (folder / "report" / "summary.md").exists():
-        return
     page = Document(run.name)
     add_run(page, run)
     page.write(folder / "report")

@@ -101,17 +101,14 @@ def thinking(
     """What became of a run's thoughts, by plain keys."""
     first, last = marks[0], marks[-1]
     limits = list(dict.fromkeys(record["max_length"] for record in steps))
+    fields = {"thought_share": "thought_share", "length": "response_length", "greedy": "greedy"}
+    ends = {"before": first, "after": last}
     return {
         "steps": last["step"],
         "with_thought": last["pass@1"],
         **{name: last[f"pass@1_{name}"] for name in ("emptied", "other_thought", "half_thought")},
         "pass_before": first["pass@1"],
-        "thought_share_before": first["thought_share"],
-        "thought_share_after": last["thought_share"],
-        "length_before": first["response_length"],
-        "length_after": last["response_length"],
-        "greedy_before": first["greedy"],
-        "greedy_after": last["greedy"],
+        **{f"{name}_{when}": record[field] for name, field in fields.items() for when, record in ends.items()},
         "beyond_before": beyond_before,
         "beyond_after": beyond_after,
         "limits": limits,

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pyarrow as pa
 import pytest
@@ -16,7 +17,7 @@ from mai_thinking.config.loading import load_config
 from mai_thinking.config.objective import ObjectiveSection
 from mai_thinking.errors import UsageError
 from mai_thinking.experiments.pacing import shares_by_size
-from mai_thinking.experiments.without import take_out
+from mai_thinking.experiments.without import PARTS, main
 from mai_thinking.report.rocket import draw, write_part
 from mai_thinking.rl import policy
 from mai_thinking.rl.asynchronous import Ahead
@@ -74,14 +75,12 @@ def test_the_page_joins_what_the_parts_left(tmp_path: Path) -> None:
 
 
 def test_what_is_taken_out_is_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Ahead, "in_time", Ahead.in_time)
-    monkeypatch.setattr(policy, "grpo_loss", policy.grpo_loss)
     new, old = torch.full((1, 3), -1.0, requires_grad=True), torch.full((1, 3), -4.0)
     arguments = (new, old, torch.ones(1, 3), torch.ones(1, 3))
     settings = ObjectiveSection().loss_settings | {"token_count": 3, "clip_relaxation": 0.0}
     assert policy.grpo_loss(*arguments, **settings)[1]["ratio_max"] == pytest.approx(torch.e**3)
-    take_out("ratio")
-    loss, statistics = policy.grpo_loss(*arguments, **settings)
+    with patch(*PARTS["ratio"]):
+        loss, statistics = policy.grpo_loss(*arguments, **settings)
     assert statistics["ratio_max"] == 1
     loss.backward()
     assert new.grad is not None
@@ -89,10 +88,11 @@ def test_what_is_taken_out_is_out(monkeypatch: pytest.MonkeyPatch) -> None:
     ahead = Ahead.__new__(Ahead)
     ahead.per_update, ahead.max_staleness = 4, 1
     assert [ahead.in_time(groups) for groups in (8, 9)] == [True, False]
-    take_out("pacing")
-    assert ahead.in_time(9)
-    with pytest.raises(UsageError, match="name one of pacing, ratio"):
-        take_out("brakes")
+    with patch(*PARTS["pacing"]):
+        assert ahead.in_time(9)
+    monkeypatch.setattr(sys, "argv", ["without", "brakes", "scripts/grpo.py"])
+    with pytest.raises(UsageError, match="name a part and a script: pacing, ratio"):
+        main()
 
 
 def prove(tiny_run: Path, folder: Path, *parts: str) -> dict[str, Any]:
