@@ -113,7 +113,8 @@ def fit_baseline(curve: Curve, seeds: Noise, rng: np.random.Generator, replicate
     law = fit(costs_N, losses_N)
     deviations_BN, lack_of_fit = _noise_like(curve, law, seeds, rng, replicates)
     scale = float(np.sqrt(np.median((deviations_BN**2).mean(1))))
-    refits = refit(law, costs_N, law.loss(costs_N) * np.exp(deviations_BN), scale)
+    # A variance known with one degree of freedom may be drawn so large that no float holds what it does.
+    refits = refit(law, costs_N, law.loss(costs_N) * np.exp(np.clip(deviations_BN, -50, 50)), scale)
     return BaselineFit(curve, seeds, None, law, refits, lack_of_fit)
 
 
