@@ -8,6 +8,7 @@ so that every ratio is 1 and no clip ever acts. Neither is a choice that a confi
 
 import runpy
 import sys
+from collections.abc import Callable
 from typing import Any
 from unittest.mock import patch
 
@@ -22,7 +23,7 @@ def _loss_at_ratio_one(logprobs: Tensor, old_logprobs: Tensor, *rest: Any, **set
     return grpo_loss(logprobs, logprobs.detach(), *rest, **settings)
 
 
-PARTS = {
+PARTS: dict[str, tuple[str, Callable[..., Any]]] = {
     "pacing": ("mai_thinking.rl.asynchronous.Ahead.in_time", lambda self, groups: True),
     "ratio": ("mai_thinking.rl.policy.grpo_loss", _loss_at_ratio_one),
 }

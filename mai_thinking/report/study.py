@@ -86,11 +86,11 @@ def verdict_of(low: float | None, high: float | None, expected: str) -> str:
     return "confirmed" if (low > 0) == (expected == "higher") else "reversed"
 
 
-def _values(measured: Measured, arm: str, metric: str) -> list[float]:
-    """Seed by seed, of the last evaluation; the mean over the steps where evaluations do not have it."""
+def _values(measured: Measured, arm: str, metric: str, place: int = -1) -> list[float]:
+    """Seed by seed, of one of the evaluations; the mean over the steps where evaluations do not have it."""
     found = []
     for steps, marks in measured[arm]:
-        values = [record[metric] for record in marks[-1:] if metric in record]
+        values = [marks[place][metric]] if metric in marks[place] else []
         values = values or [record[metric] for record in steps if metric in record]
         if not values:
             raise RunError(f"arm {arm}: its metrics have no {metric!r}; mend the arm's `expect`")
@@ -107,11 +107,11 @@ def table(config: StudyConfig, measured: Measured) -> Table:
     for arm in config.arms:
         rows.append([arm.name, arm.about])
         for place in WHEN.values():
-            own, other = (_at(measured, name, place) for name in (arm.name, first))
+            own, other = (_values(measured, name, "pass@1", place) for name in (arm.name, first))
             away, low, high = student(_differences(own, other))
             interval = away if low is None or high is None else Interval(away, low, high)
             shown = None if arm.name == first else interval
-            rows[-1] += [spread(own), shown, spread(_at(measured, arm.name, place, k))]
+            rows[-1] += [spread(own), shown, spread(_values(measured, arm.name, k, place))]
     return Table(columns, rows)
 
 
@@ -119,16 +119,12 @@ def _differences(own: Sequence[float], other: Sequence[float]) -> list[float]:
     return [a - b for a, b in zip(own, other, strict=True)]
 
 
-def _at(measured: Measured, arm: str, place: int, metric: str = "pass@1") -> list[float]:
-    return [marks[place][metric] for _, marks in measured[arm]]
-
-
 def _figure(config: StudyConfig, measured: Measured) -> Figure:
     """A dot a seed, and a dash for their mean."""
     lines = []
     for colour, (when, evaluation) in enumerate(WHEN.items()):
         for place, arm in enumerate(config.arms):
-            x, values = place + 0.2 * (colour - 0.5), _at(measured, arm.name, evaluation)
+            x, values = place + 0.2 * (colour - 0.5), _values(measured, arm.name, "pass@1", evaluation)
             name = "" if place else f"{config.measured}, {when}"
             lines.append(Series("", [x] * len(values), values, style="dots", colour=colour))
             lines.append(Series(name, [x - 0.08, x + 0.08], [fmean(values)] * 2, colour=colour))

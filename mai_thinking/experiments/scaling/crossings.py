@@ -47,25 +47,22 @@ def cross(efficiency: Efficiency, baseline: str, rng: np.random.Generator) -> Cr
     x_R, y_R = np.log([gain.cost for gain in known]), np.log([gain.value for gain in known])
     error_R = np.log([gain.high / gain.low for gain in known]) / _TWO_SIDED
     drawn_BR = y_R + rng.standard_normal((REPLICATES, len(known))) * error_R
-    roots = [_last_root(x_R, row_R) for row_R in drawn_BR]
-    at = _last_root(x_R, y_R)
-    if at is None:
-        crossed = np.mean([root is not None for root in roots])
-        return Crossing(*names, better, "no crossing" if crossed < 0.05 else "undecided", None, None, None)
+    roots_B = np.array([_last_root(x_R, row_R) for row_R in drawn_BR])
+    at, crossed_B = _last_root(x_R, y_R), np.isfinite(roots_B)
+    if np.isnan(at):
+        return Crossing(*names, better, "no crossing" if crossed_B.mean() < 0.05 else "undecided", None, None, None)
     # Without a root a replicate keeps the order of the cheapest rung at all costs, or that of the largest.
-    ends = [
-        root if root is not None else np.inf if np.sign(row_R[0]) == np.sign(y_R[0]) else -np.inf
-        for root, row_R in zip(roots, drawn_BR, strict=True)
-    ]
-    low, high = (float(np.exp(end)) for end in interval(np.array(ends)))
+    beyond_B = np.where(np.sign(drawn_BR[:, 0]) == np.sign(y_R[0]), np.inf, -np.inf)
+    low, high = (float(np.exp(end)) for end in interval(np.where(crossed_B, roots_B, beyond_B)))
     ends_alike = (np.sign(drawn_BR[:, [0, -1]]) == np.sign(y_R[[0, -1]])).all(axis=1).mean()
     sure = ends_alike >= 0.95 and y_R[0] * y_R[-1] < 0 and low > 0 and np.isfinite(high)
     return Crossing(*names, better, "crosses" if sure else "undecided", float(np.exp(at)), low, high)
 
 
-def _last_root(x_R: Array, y_R: Array) -> float | None:
+def _last_root(x_R: Array, y_R: Array) -> float:
+    """Where a line through the rungs last goes through 0; NaN if it does not."""
     changes = np.nonzero(y_R[:-1] * y_R[1:] < 0)[0]
     if not len(changes):
-        return None
+        return float("nan")
     i = changes[-1]
     return float(x_R[i] + (x_R[i + 1] - x_R[i]) * y_R[i] / (y_R[i] - y_R[i + 1]))
