@@ -7,7 +7,7 @@ from statistics import fmean, stdev
 from mai_thinking.config.table import Cell, Interval, Table
 from mai_thinking.errors import UsageError
 from mai_thinking.experiments.scaling.gain import student as quantile
-from mai_thinking.report.figures import Figure, Panel, Series, save, smooth
+from mai_thinking.report.figures import Figure, Panel, Series, condensed, save
 from mai_thinking.training.metrics import read_records
 
 Curve = dict[int, float]
@@ -74,11 +74,9 @@ def _curve(run: Path, metric: str) -> Curve:
 
 
 def _mean(label: str, runs: Sequence[Curve]) -> Series:
-    """Mean and span at the steps that all runs have; a dense curve is smoothed first."""
+    """Mean and span at the steps that all runs have, or over stretches of them."""
     shared = sorted(set.intersection(*map(set, runs)))
-    by_run = [[run[step] for step in shared] for run in runs]
-    if len(shared) > 60:
-        by_run = [smooth(values) for values in by_run]
-    columns = list(zip(*by_run, strict=True))
+    by_run = [condensed(label, shared, [run[step] for step in shared]) for run in runs]
+    columns = list(zip(*(line.y for line in by_run), strict=True))
     low, high = ([pick(column) for column in columns] if len(runs) > 1 else [] for pick in (min, max))
-    return Series(label, shared, [fmean(column) for column in columns], low, high)
+    return Series(label, by_run[0].x, [fmean(column) for column in columns], low, high)

@@ -8,7 +8,6 @@ import colorsys
 import functools
 import importlib.util
 import io
-import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,9 +19,9 @@ import numpy as np
 from mai_thinking.config.storage import atomic_file
 
 MISSING = "no figures: install matplotlib, or mai_thinking[plots]"
-MOST_POINTS = 240
+MOST_POINTS = 120
 """Of a line; more readings are averaged in as many stretches, with the range of each as a band."""
-Style = Literal["line", "noisy", "dots", "dotted"]
+Style = Literal["line", "dots", "dotted"]
 PALETTE = ("#2f5fd0", "#d1622b", "#1f8a5b", "#a2429c", "#8a6d00", "#0f8a9d", "#c23a5e", "#66707f")
 
 
@@ -37,7 +36,7 @@ class Series:
     low: Sequence[float] = ()
     high: Sequence[float] = ()
     style: Style = "line"
-    """`noisy` is drawn faintly with its moving average; `dotted` and `dots` are not in the legend."""
+    """`dotted` and `dots` are not in the legend."""
     colour: int | str | None = None
     """Itself, or its place in the palette; None: the series' place in its panel."""
 
@@ -53,12 +52,8 @@ class Series:
         elif self.style == "dotted":
             axes.plot(self.x, self.y, ":", linewidth=0.9, color=colour)
         else:
-            noisy = self.style == "noisy" and len(self.y) > 40
-            if noisy:
-                axes.plot(self.x, self.y, linewidth=0.6, alpha=0.45, color=colour)
             dots = {"marker": "o", "markersize": 3} if len(self.y) <= 20 else {}
-            y = smooth(self.y) if noisy else self.y
-            axes.plot(self.x, y, linewidth=1.5, color=colour, label=self.name, **dots)
+            axes.plot(self.x, self.y, linewidth=1.5, color=colour, label=self.name, **dots)
 
 
 @dataclass(frozen=True)
@@ -213,11 +208,6 @@ def condensed(name: str, x: Sequence[float], y: Sequence[float], **options: Any)
     parts = np.array_split(pairs, [round(cut * len(pairs) / MOST_POINTS) for cut in range(1, MOST_POINTS)])
     mean, low, high = ([float(pick(part[:, 1])) for part in parts] for pick in (np.mean, np.min, np.max))
     return Series(name, [float(part[-1, 0]) for part in parts], mean, low, high, **options)
-
-
-def smooth(values: Sequence[float], keep: float = 0.8) -> list[float]:
-    """Exponential moving average, from the first value on."""
-    return list(itertools.accumulate(values, lambda mean, value: keep * mean + (1 - keep) * value))
 
 
 @functools.cache

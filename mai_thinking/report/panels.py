@@ -208,7 +208,7 @@ def _curves(curves: dict[str, str], runs: Sequence[tuple[Run, Clock]], **options
     """A panel for each number that the steps of some run have."""
     panels = []
     for field, title in curves.items():
-        told = lines([(run.steps, at) for run, at in runs], {field: title}, style="noisy")
+        told = lines([(run.steps, at) for run, at in runs], {field: title})
         target = runs[0][0].config.get("objective", {}).get("target_entropy") if field == "entropy" else None
         guides = [] if target is None else [(target, "grey")]
         if told:

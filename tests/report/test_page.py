@@ -14,6 +14,7 @@ from rich.console import Console
 
 from mai_thinking.errors import UsageError
 from mai_thinking.report import write_page, write_summary
+from mai_thinking.report.figures import MOST_POINTS
 from mai_thinking.report.goodput import report as report_goodput
 from mai_thinking.report.goodput import timeline
 from mai_thinking.report.panels import curves, figures_of, load
@@ -156,7 +157,7 @@ def test_an_rl_run(tmp_path: Path) -> None:
 def test_a_long_curve_is_drawn_by_its_means_and_ranges(tmp_path: Path) -> None:
     run = Run(rl_run(tmp_path / "run"))
     loss = curves(run).panels[0].series[0]
-    assert len(loss.x) == len(loss.y) == len(loss.low) == len(loss.high) == 240
+    assert len(loss.x) == len(loss.y) == len(loss.low) == len(loss.high) == MOST_POINTS
     assert (loss.x[-1], loss.high[0]) == (300, 1.0)
     assert all(low <= mean <= high for low, mean, high in zip(loss.low, loss.y, loss.high, strict=True))
     grid = load(run)[0].panels[0]
