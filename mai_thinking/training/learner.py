@@ -78,12 +78,11 @@ class TextLoss:
 
     def count(self, micro_batches: Sequence[MicroBatch], learner: "Learner") -> Counts:
         """Labels for the cross-entropy, tokens for the routers."""
-        labels = torch.tensor([float((batch["labels"] != -100).sum()) for batch in micro_batches]).sum()
-        self._labels = learner.sum(labels.to(learner.device))
-        if "token_mask" not in micro_batches[0]:
-            return Counts(learner.ranks * sum(batch["input_ids"].numel() for batch in micro_batches), None)
-        mine = torch.stack([batch["token_mask"].sum() for batch in micro_batches]).sum()
-        return Counts(int(learner.sum(mine.to(learner.device))), None)
+        labels = sum(int((batch["labels"] != -100).sum()) for batch in micro_batches)
+        tokens = sum(int(batch.get("token_mask", torch.ones_like(batch["labels"])).sum()) for batch in micro_batches)
+        sums = learner.sum(torch.tensor([labels, tokens], dtype=torch.float64, device=learner.device))
+        self._labels = sums[0].float()
+        return Counts(float(sums[1]), None)
 
     def forward(self, micro_batch: MicroBatch, learner: "Learner") -> tuple[Tensor, Routing, Tensor]:
         """Through the model, which computes the loss without holding all logits."""
@@ -229,45 +228,35 @@ class Learner:
         parts: list[Any] = []
         entropies: list[Tensor] = []
         router_losses: list[Tensor] = []
-        waiting: list[tuple[Tensor, Routing]] = []  # with their graphs, until all counts are known
-        company: list[Tensor] = []
+        waiting: list[tuple[tuple[Tensor, Routing], float]] = []  # with graphs and weights, until counts are known
         passes = self._agree_on_passes(len(micro_batches))
         for index in range(passes):
-            idle = index >= len(micro_batches)  # it only keeps the other ranks company
+            idle, last = index >= len(micro_batches), index == passes - 1  # idle, it keeps the other ranks company
             # Whether DDP reduces is decided in the forward pass.
-            with nullcontext() if index == passes - 1 else self._no_sync():
+            with nullcontext() if last else self._no_sync():
                 share, routing, part = loss.forward(micro_batches[min(index, len(micro_batches) - 1)], self)
-                if at_once and idle:
-                    company.append(share * 0.0)
-                elif at_once:
-                    waiting.append((share, routing))
-                else:
-                    if counts.experts_ME is None:
-                        counts_ME = counts_ME + self.sum(routing.counts_E * (not idle))
-                    total, of_routers = self._add_router_losses(share, routing, counts_ME, counts.tokens)
-                    (total * (0.0 if idle else self.ranks)).backward()
-                    router_losses.append(of_routers)
+                if counts.experts_ME is None:
+                    counts_ME = counts_ME + self.sum(routing.counts_E * (not idle))
+                waiting.append(((share, routing), 0.0 if idle else float(self.ranks)))
+                if last or not at_once:
+                    done = [self._add_router_losses(*one, counts_ME, counts.tokens) for one, _ in waiting]
+                    weights = [weight for _, weight in waiting]
+                    torch.stack([total * w for (total, _), w in zip(done, weights, strict=True)]).sum().backward()
+                    router_losses += [of_routers for _, of_routers in done]
+                    waiting.clear()
             if not idle:
                 parts.append(part)
                 entropies.append(routing.entropy.detach())
             del share, routing  # their graph makes room for the next one
-        if at_once:
-            counts_ME = self.sum(torch.stack([routing.counts_E for _, routing in waiting]).sum(dim=0))
-            totals = [self._add_router_losses(*one, counts_ME, counts.tokens) for one in waiting]
-            (torch.stack([*(total for total, _ in totals), *company]).sum() * self.ranks).backward()
-            router_losses = [of_routers for _, of_routers in totals]
         return parts, _added(router_losses[: len(parts)]), counts_ME, _added(entropies)
 
     def _add_router_losses(
         self, share: Tensor, routing: Routing, counts_ME: Tensor, tokens: float
     ) -> tuple[Tensor, Tensor]:
         """This micro-batch's share of the whole objective, and of the two router losses, detached."""
-        balance = balance_loss(counts_ME, routing.probabilities_E, tokens)
-        z = routing.z.sum() / tokens
+        balance, z = balance_loss(counts_ME, routing.probabilities_E, tokens), routing.z.sum() / tokens
         total = share + self.balance * balance
-        if self.z:
-            total = total + self.z * z
-        return total, torch.stack([balance.detach(), z.detach()])
+        return total + self.z * z if self.z else total, torch.stack([balance.detach(), z.detach()])
 
     def _agree_on_passes(self, mine: int) -> int:
         """Packing gives ranks different numbers of micro-batches. Shards are gathered and rows exchanged in every
