@@ -11,10 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import ValidationError
 
-from mai_thinking.config.loading import parse_yaml, save_config
-from mai_thinking.config.names import RENAMED
+from mai_thinking.config.loading import parse_yaml, save_config, validate
 from mai_thinking.config.run import RunConfig
 from mai_thinking.config.storage import atomic_file
 from mai_thinking.errors import UsageError
@@ -88,14 +86,7 @@ class RunFolder:
             if any(name != "lock" and name[0] != "." for name in names):
                 raise UsageError(f"{self.path}: holds files but no config.yaml of a run; choose another output_dir")
             return
-        changed = self.changed_keys(config)
-        if old := [key for key in changed if key.rpartition(".")[2] in RENAMED]:
-            new = RENAMED[old[0].rpartition(".")[2]]
-            raise UsageError(
-                f"{self.path}: belongs to a run of an earlier version (its config says {old[0]} for {new}); "
-                "choose another name or output_dir, or finish it with that version"
-            )
-        if changed:
+        if changed := self.changed_keys(config):
             shown = ", ".join(changed[:3]) + (f" and {len(changed) - 3} more" if len(changed) > 3 else "")
             raise UsageError(
                 f"{self.path}: belongs to a run with another config ({shown} differ); "
@@ -124,9 +115,14 @@ class RunFolder:
             before = None
         if not isinstance(before, dict):
             raise UsageError(f"{self.config}: is damaged; restore it from a copy")
-        with contextlib.suppress(ValidationError):  # a key that did not exist then has its default
-            before = type(config).model_validate(before).model_dump(mode="json")
-        before, now = (yaml.safe_load(yaml.safe_dump(tree)) for tree in (before, config.model_dump(mode="json")))
+        try:  # a key that did not exist then has its default
+            was = validate(type(config), before, "its config")
+        except UsageError as error:
+            raise UsageError(
+                f"{self.path}: belongs to a run of another kind, or of an earlier version ({error}); "
+                "choose another name or output_dir, or finish it with that version"
+            ) from None
+        before, now = was.model_dump(mode="json"), config.model_dump(mode="json")
         workers = [(tree.get("rollouts") or {}).get("workers", 0) for tree in (before, now)]
         return [
             key

@@ -180,7 +180,9 @@ def test_modes_follow_the_umask(tmp_path: Path) -> None:
 def test_a_run_of_an_earlier_version_is_told_the_new_word(tmp_path: Path) -> None:
     config = parse_run_command(GrpoConfig, str(ROOT / "configs/tiny-grpo.yaml"), "", [])[0]
     (tmp_path / "config.yaml").write_text("name: tiny-grpo\ncurriculum: {cut_off_share: 0.1}\n")
-    with pytest.raises(UsageError, match=r"curriculum\.cut_off_share for long_share"):
+    with pytest.raises(
+        UsageError, match=r"'curriculum\.cut_off_share'; it is called 'long_share' now .*\); choose another name"
+    ):
         RunFolder(tmp_path).check(config)
     with pytest.raises(UsageError, match=r"'curriculum\.cut_off_share'; it is called 'long_share' now"):
         parse_run_command(GrpoConfig, str(ROOT / "configs/tiny-grpo.yaml"), "", ["curriculum.cut_off_share=0.1"])
