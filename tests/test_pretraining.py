@@ -119,7 +119,6 @@ def test_a_tracker_that_cannot_start_is_told_in_a_line(
         ("config.json", b"{"),
         ("config.json", b"[]"),
         ("config.json", b'{"hidden_size": "x"}'),
-        ("generation_config.json", b"null"),
         ("model.safetensors", b""),
         ("tokenizer.json", b"\xff"),
     ],

@@ -4,7 +4,6 @@ It recovers an RL run that collapsed, moves what was learned to a new base or in
 hacks behind, and makes several specialists one model (§3.5). The traces are there already; nothing is generated.
 """
 
-import functools
 import time
 from typing import Any
 
@@ -30,7 +29,7 @@ def self_distill(config: DistillConfig, *, dry_run: bool = False) -> int:
         architecture = student_config(config)
         print(describe(config, architecture, select(config, load_tokenizer(config.init_from))))
         return 0
-    return run_recipe(config, functools.partial(DistillRecipe, config))
+    return run_recipe(config, DistillRecipe)
 
 
 def student_config(config: DistillConfig) -> MaiThinkingConfig:

@@ -4,7 +4,6 @@ New weights go to the engine, the engine fills the buffer, `steps_per_update` gr
 buffer is in a checkpoint too.
 """
 
-import functools
 import time
 from typing import Any
 
@@ -41,7 +40,7 @@ def grpo(config: GrpoConfig, *, dry_run: bool = False) -> int:
         RunFolder(config.folder).check(config)
         print(f"{config.folder} has collapsed: see its {COLLAPSE}. collapse.enabled=false goes on with it all the same")
         return EXIT_COLLAPSED
-    return run_recipe(config, functools.partial(GrpoRecipe, config))
+    return run_recipe(config, GrpoRecipe)
 
 
 class GrpoRecipe(Recipe):

@@ -3,7 +3,6 @@
 Mid-training is the same with `init_from`, another context and another mixture.
 """
 
-import functools
 import itertools
 import textwrap
 from typing import Any
@@ -30,7 +29,7 @@ def pretrain(config: PretrainConfig, *, dry_run: bool = False) -> int:
     if dry_run:
         print(plan_text(config, architecture))
         return 0
-    return run_recipe(config, functools.partial(PretrainRecipe, config))
+    return run_recipe(config, PretrainRecipe)
 
 
 def make_loader(config: PretrainConfig, data: PreparedData, rank: int = 0, ranks: int = 1) -> Loader:

@@ -78,21 +78,11 @@ def build_model(
     `skip_init`, from a checkpoint, are left as the memory was: drawing them takes longer than reading them. `on_meta`:
     without memory; for `fill_model`, when ranks have divided it."""
     kinds = {"attn_implementation": config.execution.attention, "experts_implementation": config.execution.experts}
-    try:
-        if on_meta or skip_init:
-            with torch.device("meta") if on_meta else nullcontext():
-                return _unfilled(architecture, **kinds)
-        if config.init_from is not None:
-            return load_model(config.init_from, config=architecture, **kinds)
-        torch.manual_seed(config.seed)
-        model = MaiThinkingForCausalLM._from_config(architecture, **kinds)
-        if config.init_by_name:
-            _draw_by_name(model, config.seed)
-        return model
-    except (ValueError, ImportError, KeyError) as error:
-        if any(name in str(error) for name in ("attn_implementation", "experts_implementation", "attention")):
-            raise UsageError(f"execution: {error}") from None
-        raise
+    with torch.device("meta") if on_meta else nullcontext():
+        model = _unfilled(architecture, **kinds)
+    if not (on_meta or skip_init):
+        fill_model(model, config)
+    return model
 
 
 def _draw_by_name(model: MaiThinkingForCausalLM, seed: int) -> None:
@@ -105,7 +95,7 @@ def _draw_by_name(model: MaiThinkingForCausalLM, seed: int) -> None:
 
 
 def fill_model(model: MaiThinkingForCausalLM, config: PretrainConfig) -> None:
-    """Give a model that ranks have divided the weights that `build_model` would have given it, each rank its part."""
+    """Give a model its first weights; of one that ranks have divided, each rank its part of the same."""
     if config.init_from is not None:
         read_weights(model, config.init_from)
         return
@@ -148,25 +138,27 @@ def read_weights(model: MaiThinkingForCausalLM, folder: str | Path) -> None:
     """The weights of a model folder or checkpoint, each rank the part that it has of `model`."""
     path, state = Path(folder).expanduser(), ModelState(model)
     if is_checkpoint(path):
-        _check_whole(path)
+        if (damage := find_damage(path)) is not None:
+            raise UsageError(f"{path}: {damage}")
         state.load_state_dict(CheckpointReader(path).read("model", like=state.state_dict()))
         return
-    tensors = {name: value for name, value in state.state_dict().items() if name not in model._tied_weights_keys}
+    tensors = {name: value for name, value in state.state_dict().items() if name not in model.all_tied_weights_keys}
     try:
         dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(path)), no_dist=True)
     except (CheckpointException, SafetensorError, OSError, RuntimeError, ValueError) as error:
-        raise UsageError(f"{folder}: the weights cannot be loaded: {error}") from None
-
-
-def _check_whole(checkpoint: Path) -> None:
-    if (damage := find_damage(checkpoint)) is not None:
-        raise UsageError(f"{checkpoint}: {damage}")
+        raise UsageError(f"{folder}: the weights cannot be loaded: {one_line(error)}") from None
 
 
 def _unfilled(architecture: object, **changes: object) -> MaiThinkingForCausalLM:
-    """A model whose weights are what was in their memory."""
-    with no_init_weights():
-        model = MaiThinkingForCausalLM._from_config(architecture, **changes)
+    """A model whose weights are what was in their memory. UsageError for kinds of attention or experts that the library
+    does not know, or that need what is not installed."""
+    try:
+        with no_init_weights():
+            model = MaiThinkingForCausalLM._from_config(architecture, **changes)
+    except (ValueError, ImportError, KeyError) as error:
+        if any(name in str(error) for name in ("attn_implementation", "experts_implementation", "attention")):
+            raise UsageError(f"execution: {error}") from None
+        raise
     model.tie_weights()  # which the library takes for part of drawing them
     return model
 
@@ -192,17 +184,11 @@ def load_model_config(folder: str | Path) -> MaiThinkingConfig:
 
 
 def load_model(folder: str | Path, **changes: object) -> MaiThinkingForCausalLM:
-    """The weights of a model folder or checkpoint in fp32; keywords as `from_pretrained` takes them."""
+    """The model of a model folder or checkpoint in fp32, for evaluation; keywords as `from_pretrained` takes them."""
     config = load_model_config(folder)
-    if is_checkpoint(folder):
-        _check_whole(Path(folder).expanduser())
-        model = _unfilled(changes.pop("config", config), dtype=torch.float32, **changes)
-        model.load_state_dict(CheckpointReader(Path(folder).expanduser()).read("model"))
-        return model
-    try:
-        return MaiThinkingForCausalLM.from_pretrained(Path(folder).expanduser(), dtype=torch.float32, **changes)
-    except (SafetensorError, OSError, RuntimeError, TypeError, ValueError) as error:  # of any of its files
-        raise UsageError(f"{folder}: the weights cannot be loaded: {error}") from None
+    model = _unfilled(changes.pop("config", config), dtype=torch.float32, **changes)
+    read_weights(model, folder)
+    return model.eval()
 
 
 def load_model_and_tokenizer(path: str | Path) -> tuple[MaiThinkingForCausalLM, PreTrainedTokenizerBase]:
@@ -248,28 +234,15 @@ def starting_point(config: PretrainConfig, architecture: MaiThinkingConfig) -> L
 
 
 def save_model(
-    model: MaiThinkingForCausalLM,
-    tokenizer: PreTrainedTokenizerBase,
-    folder: Path,
-    record: Callable[[Path], None] | None = None,
-) -> None:
-    """A Hugging Face folder of both, whole or not at all. `record` is called with the complete folder before it is
-    visible, to put `lineage.record_model`'s record into it: without one, no run starts from this model."""
-    logging.disable_progress_bar()
-    with atomic_folder(folder) as path:
-        model.save_pretrained(path)
-        tokenizer.save_pretrained(path)
-        if record is not None:
-            record(path)
-
-
-def save_checkpoint_as_model(
     checkpoint: Path, tokenizer: PreTrainedTokenizerBase, folder: Path, record: Callable[[Path], None]
 ) -> None:
-    """The model in a `checkpoint` as `save_model` saves it, read from its shards a file's worth at a time."""
+    """The model of a `checkpoint` and its tokenizer as a Hugging Face folder, whole or not at all, read from the shards
+    a file's worth at a time. `record` is called with the complete folder before it is visible, to put
+    `lineage.record_model`'s record into it: without one, no run starts from this model."""
+    logging.disable_progress_bar()
     with torch.device("meta"):
         model = _unfilled(load_model_config(checkpoint), dtype=torch.float32)
-    wanted = {name: tensor for name, tensor in model.state_dict().items() if name not in model._tied_weights_keys}
+    wanted = {name: tensor for name, tensor in model.state_dict().items() if name not in model.all_tied_weights_keys}
     reader, split = CheckpointReader(checkpoint), split_torch_state_dict_into_shards(wanted)
     with atomic_folder(folder) as path:
         model.save_pretrained(path, state_dict={})

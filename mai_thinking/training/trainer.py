@@ -38,7 +38,7 @@ from mai_thinking.training.jit_checkpoint import JitCheckpoint
 from mai_thinking.training.learner import Learner
 from mai_thinking.training.ledger import CHECKPOINT, GoodputLedger
 from mai_thinking.training.metrics import MetricsLog, Record, read_records
-from mai_thinking.training.model_files import save_checkpoint_as_model, save_model
+from mai_thinking.training.model_files import save_model
 from mai_thinking.training.process import keep_freed_memory
 from mai_thinking.training.run_folder import RunFolder
 from mai_thinking.training.state import PerRank, RandomState
@@ -116,7 +116,7 @@ class Recipe(ABC):
         """Write, on rank 0, what the run has to show, when all traces are written. Collective."""
 
 
-def run_recipe(config: TrainingConfig, make: Callable[[RunContext], Recipe]) -> int:
+def run_recipe(config: TrainingConfig, make: Callable[[Any, RunContext], Recipe]) -> int:
     """Run in the config's folder, or go on where it was; the exit code. A finished run is left alone."""
     keep_freed_memory()
     folder = RunFolder(config.folder)
@@ -125,7 +125,7 @@ def run_recipe(config: TrainingConfig, make: Callable[[RunContext], Recipe]) -> 
         print(f"{folder.path} is finished: see {folder.report}/summary.md. Another name or seed makes another run.")
         return 0
     with ExitStack() as stack:
-        return Trainer(config, make(RunContext(config, stack))).run()
+        return Trainer(config, make(config, RunContext(config, stack))).run()
 
 
 class Trainer:
@@ -333,22 +333,15 @@ class Trainer:
         if self.is_main:
             shutil.rmtree(self.folder.ranks, ignore_errors=True)
             if ending.exit_code == 0:
-                self._save_final()
+                record = partial(record_model, **self._origin(), steps=self.step)
+                last = step_folder(self.folder.checkpoints, self.step)
+                save_model(last, self.recipe.tokenizer, self.folder.final, record)
+                self.context.log(f"\nmodel in {self.folder.final}, report in {self.folder.report}/summary.md")
         self.context.accelerator.wait_for_everyone()
         if ending.reason:
             self.context.log(ending.reason)
         self.ledger.end(ending.how)
         return ending.exit_code
-
-    def _save_final(self) -> None:
-        """On rank 0 alone: what it does not hold of the model is in the last checkpoint."""
-        record = partial(record_model, **self._origin(), steps=self.step)
-        tokenizer, final = self.recipe.tokenizer, self.folder.final
-        if self.learner.divided:
-            save_checkpoint_as_model(step_folder(self.folder.checkpoints, self.step), tokenizer, final, record)
-        else:
-            save_model(self.learner.unwrap(), tokenizer, final, record)
-        self.context.log(f"\nmodel in {final}, report in {self.folder.report}/summary.md")
 
     def _end_interrupted(self) -> int:
         """Stopped on request; all is saved."""
