@@ -3,6 +3,7 @@
 MAI-Thinking-1 report §3.1 (the climb), §3.1.4 (self-distillation), §3.5 (consolidation).
 """
 
+import itertools
 from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
@@ -95,22 +96,18 @@ class ClimbConfig(RunConfig):
             if stage.name in earlier or stage.name in RESERVED:
                 why = "is used twice" if stage.name in earlier else "is the climb's own"
                 raise ValueError(f"stage {stage.name!r}: the name {why}; take another")
-            models = [name for name in (stage.init_from, stage.rollback_of) if name is not None]
-            for name in [*models, *(traces.stage for traces in stage.traces)]:
+            climbs = [*(traces.stage for traces in stage.traces), *filter(None, [stage.rollback_of])]
+            for name in (*filter(None, [stage.init_from]), *climbs):
                 if name not in earlier:
                     hint = nearest_name(name, earlier) if earlier else "it is the first"
                     raise ValueError(f"stage {stage.name!r}: there is no earlier stage {name!r}; {hint}")
-            climbs = [traces.stage for traces in stage.traces]
-            if stage.rollback_of is not None:
-                climbs.append(stage.rollback_of)
             for name in climbs:
                 if earlier[name] != "grpo":
                     raise ValueError(f"stage {stage.name!r}: {name!r} does not climb; name a grpo stage")
             earlier[stage.name] = stage.run
         if self.reset is not None:
-            for stage in self.stages:
-                for attempt in range(1, self.reset.at_most + 1):
-                    for name in answer_names(stage.name, attempt) if stage.run == "grpo" else ():
-                        if name in earlier:
-                            raise ValueError(f"stage {name!r}: {stage.name!r} may need the name; take another")
+            climbs = [name for name, run in earlier.items() if run == "grpo"]
+            for climb, attempt in itertools.product(climbs, range(1, self.reset.at_most + 1)):
+                for name in earlier.keys() & answer_names(climb, attempt):
+                    raise ValueError(f"stage {name!r}: {climb!r} may need the name; take another")
         return self
