@@ -18,8 +18,7 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from mai_thinking.config.grpo import RolloutSection
-from mai_thinking.config.objective import ObjectiveSection
+from mai_thinking.config.grpo import ObjectiveSection, RolloutSection
 from mai_thinking.model.latent_moe import Routing
 from mai_thinking.model.loss import CHUNK_ELEMENTS, head_gradient, logits_product
 from mai_thinking.rl.engine.nucleus import unpack_bits

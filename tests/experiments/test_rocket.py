@@ -12,9 +12,8 @@ import pytest
 import torch
 from pyarrow import parquet
 
-from mai_thinking.config.grpo import GrpoConfig
+from mai_thinking.config.grpo import GrpoConfig, ObjectiveSection
 from mai_thinking.config.loading import load_config
-from mai_thinking.config.objective import ObjectiveSection
 from mai_thinking.errors import UsageError
 from mai_thinking.experiments.pacing import shares_by_size
 from mai_thinking.experiments.without import PARTS, main

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from pydantic import ValidationError
 
-from mai_thinking.config.objective import ObjectiveSection
+from mai_thinking.config.grpo import ObjectiveSection
 from mai_thinking.errors import RunError
 from mai_thinking.rl.objective import (
     EntropyController,

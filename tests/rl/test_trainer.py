@@ -15,9 +15,8 @@ import pytest
 import torch
 
 from checksums import sha256_of
-from mai_thinking.config.grpo import GrpoConfig, RolloutSection
+from mai_thinking.config.grpo import GrpoConfig, ObjectiveSection, RolloutSection
 from mai_thinking.config.loading import load_config, save_config
-from mai_thinking.config.objective import ObjectiveSection
 from mai_thinking.errors import RunError, UsageError
 from mai_thinking.launch.goodput import account_of
 from mai_thinking.provenance.lineage import require_own
