@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from mai_thinking.launch.worker import run_script
+from mai_thinking.launch.warm_workers import run_script
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["ranks", "mai_thinking.recipes.grpo", "mai_thinking.recipes.pretrain"])

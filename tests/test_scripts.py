@@ -60,7 +60,7 @@ def test_evaluate_and_sample_any_checkpoint(tiny_run: Path, tmp_path: Path, caps
         assert script("evaluate.py", place, text) == 0
         bits.append(capsys.readouterr().out.splitlines()[-1])
     assert len(set(bits)) == 1
-    assert 2 < float(bits[0].split()[1]) < 8
+    assert 2 < float(bits[0].split()[3]) < 8
     assert script("sample.py", tiny_run, "--prompt", "def ", "--tokens", 12) == 0
     first = capsys.readouterr().out
     assert script("sample.py", tiny_run, "--prompt", "def ", "--tokens", 12) == 0

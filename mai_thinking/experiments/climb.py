@@ -29,7 +29,7 @@ from mai_thinking.recipes.distill import self_distill
 from mai_thinking.recipes.grpo import grpo
 from mai_thinking.recipes.pretrain import pretrain
 from mai_thinking.training.context import init_distributed
-from mai_thinking.training.ledger import CAUSE_VARIABLE, LAUNCHED_VARIABLE
+from mai_thinking.training.ledger import LAUNCHED_VARIABLE
 from mai_thinking.training.stop import StopRequest
 
 POLL_SECONDS = 2.0
@@ -73,9 +73,7 @@ def run_climb(
                 if queue is not None:
                     print("stopped between two stages; the same command goes on with the next", flush=True)
                 return EXIT_INTERRUPTED
-            # The next ledger is not to begin before now, nor with the fault that this stage was restarted for.
-            os.environ[LAUNCHED_VARIABLE] = str(time.time())
-            os.environ.pop(CAUSE_VARIABLE, None)
+            os.environ[LAUNCHED_VARIABLE] = str(time.time())  # the next ledger is not to begin before now
         if queue is not None and report is not None:
             # Each process does, one after the other: none can know that it is the last.
             with queue.planning():

@@ -5,31 +5,36 @@ first step, at a moment drawn uniformly; so `kill:60s` is one a minute and yet f
 """
 
 import contextlib
+import itertools
 import os
 import random
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from mai_thinking.config.launch import Fault
 from mai_thinking.training.checkpoint_storage import step_folder, visible_steps
-from mai_thinking.training.heartbeat import read_heartbeat
 
 _TICK_SECONDS = 0.005
 
 
 class Chaos(threading.Thread):
-    """Strikes until it is stopped. `pids` gives the live workers by rank; `heartbeats` is the launcher's folder."""
+    """Strikes until it is stopped. `pids` gives the live workers by rank, `beat` rank 0's last heartbeat."""
 
-    def __init__(self, faults: list[Fault], seed: int, pids: Callable[[], dict[int, int]], heartbeats: Path):
+    def __init__(
+        self,
+        faults: list[Fault],
+        seed: int,
+        pids: Callable[[], dict[int, int]],
+        beat: Callable[[], tuple[float, dict[str, Any]] | None],
+    ):
         super().__init__(name="chaos", daemon=True)
-        self._seed, self._pids, self._heartbeats = seed, pids, heartbeats
-        self._strikes = [(fault, iter(range(sys.maxsize if fault.period else fault.count))) for fault in faults]
+        self._faults, self._seed, self._pids, self._beat = faults, seed, pids, beat
         self._over = threading.Event()
-        self._began: float | None = None
 
     def stop(self) -> None:
         """No further faults."""
@@ -38,20 +43,23 @@ class Chaos(threading.Thread):
 
     def run(self) -> None:
         """One thread a fault: each waits for its own occasions."""
-        while (beat := read_heartbeat(self._heartbeats, 0)) is None or not beat[1]["step"]:
-            if self._over.wait(_TICK_SECONDS):
-                return
-        self._began = time.monotonic()
-        threads = [threading.Thread(target=self._strike_again_and_again, args=strike) for strike in self._strikes]
+        if not self._wait_until(lambda: (beat := self._beat()) is not None and beat[1]["step"]):
+            return
+        began = time.monotonic()
+        threads = [threading.Thread(target=self._strike_again_and_again, args=(f, began)) for f in self._faults]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
 
-    def _strike_again_and_again(self, fault: Fault, numbers: Iterator[int]) -> None:
-        for number in numbers:
+    def _strike_again_and_again(self, fault: Fault, began: float) -> None:
+        occasions = {"kill-in-save": self._saving, "torn-checkpoint": self._two_checkpoints}
+        for number in itertools.count() if fault.period else range(fault.count):
             draw = random.Random(f"{self._seed}-{fault.kind}-{number}")
-            if not self._wait_for_occasion(fault, number, draw):
+            moment = began + (number + draw.random()) * fault.period
+            if self._over.wait(max(0.0, moment - time.monotonic())):
+                return
+            if not self._wait_until(lambda: self._pids() and occasions.get(fault.kind, lambda: True)()):
                 return
             ranks = self._pids()
             victim = draw.choice(sorted(ranks))
@@ -66,35 +74,27 @@ class Chaos(threading.Thread):
                 case "torn-checkpoint":
                     self._tear_newest(ranks, draw)
 
-    def _wait_for_occasion(self, fault: Fault, number: int, draw: random.Random) -> bool:
+    def _wait_until(self, occasion: Callable[[], object]) -> bool:
         """False if the job ended first."""
-        if fault.period:
-            assert self._began is not None
-            moment = self._began + (number + draw.random()) * fault.period
-            if self._over.wait(max(0.0, moment - time.monotonic())):
-                return False
-        occasion = {"kill-in-save": self._saving, "torn-checkpoint": self._two_checkpoints}.get(fault.kind, self._pids)
         while not occasion():
             if self._over.wait(_TICK_SECONDS):
                 return False
         return True
 
-    def _checkpoints(self) -> Path | None:
-        beat = read_heartbeat(self._heartbeats, 0)
-        return Path(beat[1]["output_dir"]) / "checkpoints" if beat else None
+    @property
+    def _checkpoints(self) -> Path:
+        beat = self._beat()
+        return Path(beat[1]["output_dir"], "checkpoints") if beat else Path(os.devnull)
 
     def _saving(self) -> bool:
-        folder = self._checkpoints()
-        return folder is not None and any(folder.glob("step-*.tmp")) and bool(self._pids())
+        return any(self._checkpoints.glob("step-*.tmp"))
 
     def _two_checkpoints(self) -> bool:
         """With only one, tearing it would leave nothing to go on from, and the job rightly ends."""
-        folder = self._checkpoints()
-        return folder is not None and len(visible_steps(folder)) >= 2 and bool(self._pids())
+        return len(visible_steps(self._checkpoints)) >= 2
 
     def _tear_newest(self, ranks: dict[int, int], draw: random.Random) -> None:
-        folder = self._checkpoints()
-        assert folder is not None
+        folder = self._checkpoints
         for pid in ranks.values():  # first, so that what is newest now stays the newest
             _signal_group(pid, signal.SIGKILL)
         newest = step_folder(folder, visible_steps(folder)[-1])

@@ -15,6 +15,8 @@ Time during which a run was stopped on request is in neither: nobody waited for 
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 from mai_thinking.training.ledger import (
     CATEGORIES,
     CHECKPOINT,
@@ -150,10 +152,8 @@ class Account:
         if not seconds:
             return
         window = min(BEST_WINDOW, len(seconds))
-        sums = [sum(seconds[:window])]
-        for leaving, entering in zip(seconds, seconds[window:], strict=False):
-            sums.append(sums[-1] - leaving + entering)
-        self.best_step_seconds = best = min(min(sums) / window, sum(seconds) / len(seconds))
+        means = np.convolve(seconds, np.full(window, 1 / window), "valid")
+        self.best_step_seconds = best = min(float(means.min()), sum(seconds) / len(seconds))
         excess = [(max(0.0, taken - best), starting) for taken, starting in self._first_steps]
         for over, category in (*excess, (sum(seconds) - best * len(seconds), SLOW)):
             self.seconds[PRODUCTIVE] -= over

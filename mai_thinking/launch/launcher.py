@@ -16,10 +16,10 @@ import socket
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, NamedTuple
 
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
@@ -30,9 +30,13 @@ from torch.distributed.elastic.rendezvous.static_tcp_rendezvous import StaticTCP
 from mai_thinking.config.command import EXIT_COLLAPSED, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, TOLD_VARIABLE
 from mai_thinking.config.launch import LaunchSection, parse_faults
 from mai_thinking.launch.chaos import Chaos
-from mai_thinking.launch.worker import run_script
-from mai_thinking.training.heartbeat import HEARTBEAT_VARIABLE, can_save_jit, heartbeat_path, read_heartbeat
-from mai_thinking.training.ledger import CAUSE_VARIABLE, LAUNCHED_VARIABLE, seconds_since_process_start
+from mai_thinking.launch.warm_workers import run_script
+from mai_thinking.training.ledger import (
+    HEARTBEAT_VARIABLE,
+    LAUNCHED_VARIABLE,
+    read_heartbeat,
+    seconds_since_process_start,
+)
 from mai_thinking.training.stop import SAVERS_VARIABLE
 
 _POLL_SECONDS = 0.05
@@ -50,7 +54,12 @@ def launch(section: LaunchSection, script: Path, arguments: list[str]) -> int:
         os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGTERM,SIGINT,SIGQUIT"
     with tempfile.TemporaryDirectory(prefix="mai-launch-") as scratch:
         agent = Agent(section, script, arguments, Path(scratch))
-        chaos = Chaos(parse_faults(section.chaos), section.chaos_seed, agent.live_workers, agent.heartbeats)
+        chaos = Chaos(
+            parse_faults(section.chaos),
+            section.chaos_seed,
+            agent.live_workers,
+            lambda: read_heartbeat(agent.heartbeats, 0),
+        )
         chaos.start()
         try:
             agent.run()
@@ -63,8 +72,7 @@ def launch(section: LaunchSection, script: Path, arguments: list[str]) -> int:
         return agent.exit_code
 
 
-@dataclass
-class Failure:
+class Failure(NamedTuple):
     """Why an attempt ended."""
 
     what: str
@@ -72,28 +80,27 @@ class Failure:
     traceback: str = ""
 
 
-@dataclass
-class Savers:
+class Savers(NamedTuple):
     """Ranks that are left of an attempt, and save the run."""
 
     context: Any
     """Elastic's hold on the attempt's processes and their output."""
-    beats: dict[int, BinaryIO]
-    """process id → its heartbeat, still open when the file has gone to the next attempt."""
+    pids: dict[int, int]
+    """rank → process id."""
+    heartbeats: Path
+    """The attempt's."""
     deadline: float
 
     def done(self) -> bool:
         """Whether all have saved, or died, or their time is up."""
         alive = {process.pid for process in self.context._pc.processes if process.is_alive()}
-        saving = any(pid in alive and can_save_jit(beat) for pid, beat in self.beats.items())
+        saving = any(pid in alive and _can_save_jit(self.heartbeats, rank) for rank, pid in self.pids.items())
         return not saving or time.monotonic() > self.deadline
 
     def end(self) -> None:
         """Kill what is left, and let go of it."""
         _kill(self.context._pc.processes)
         self.context.close(signal.SIGKILL)
-        for beat in self.beats.values():
-            beat.close()
 
 
 class Agent(LocalElasticAgent):
@@ -102,15 +109,14 @@ class Agent(LocalElasticAgent):
     def __init__(self, section: LaunchSection, script: Path, arguments: list[str], scratch: Path):
         self.section = section
         self.exit_code = 0
-        self.heartbeats = scratch / "heartbeats"
-        self.heartbeats.mkdir()
-        self._environment = {HEARTBEAT_VARIABLE: str(self.heartbeats), TOLD_VARIABLE: str(scratch)}
+        self.heartbeats = self._scratch = scratch
+        """The folder of this attempt's heartbeats."""
         self._told_once = {LAUNCHED_VARIABLE: str(time.time() - seconds_since_process_start())}
         self._arguments = (str(script), arguments)
         self._attempt_began = time.time()
         self._restart_times: list[float] = []
         self._fruitless = 0
-        self._furthest: dict[str, int] = {}  # by run: a job may have several, one after the other
+        self._furthest: Counter[str] = Counter()  # by run: a job may have several, one after the other
         self._first_failure: Failure | None = None  # of those since the last new step
         self._savers: list[Savers] = []
         spec = WorkerSpec(
@@ -134,10 +140,13 @@ class Agent(LocalElasticAgent):
     # -------------------------------------------------------------------------------------- torch elastic's hooks
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
-        for rank in range(self.section.nproc):
-            heartbeat_path(self.heartbeats, rank).unlink(missing_ok=True)
-        savers = " ".join(str(pid) for some in self._savers for pid in some.beats)
-        environment = {**self._environment, **self._told_once, SAVERS_VARIABLE: savers}
+        self.heartbeats = Path(tempfile.mkdtemp(prefix="heartbeats-", dir=self._scratch))
+        environment = {
+            HEARTBEAT_VARIABLE: str(self.heartbeats),
+            TOLD_VARIABLE: str(self._scratch),
+            SAVERS_VARIABLE: " ".join(str(pid) for some in self._savers for pid in some.pids.values()),
+            **self._told_once,
+        }
         worker_group.spec.args = (*self._arguments, environment)
         self._attempt_began = time.time()
         return super()._start_workers(worker_group)
@@ -153,8 +162,11 @@ class Agent(LocalElasticAgent):
         if any(codes.values()):
             failure = self._end_attempt(codes)
         elif idle := self._seconds_too_long():
-            failure = Failure(f"no step for {idle:.0f} s: {self._describe_states()}")
-            if self._kill_stopped():
+            stopped = {rank: pid for rank, pid in self.live_workers().items() if _is_stopped(pid)}
+            failure = Failure(f"no step for {idle:.0f} s; stopped ranks: {', '.join(map(str, stopped)) or 'none'}")
+            for pid in stopped.values():  # so that those that wait for them notice
+                os.kill(pid, signal.SIGKILL)
+            if stopped:
                 self._set_savers_aside()
         else:
             result: RunResult = super()._monitor_workers(worker_group)
@@ -240,10 +252,10 @@ class Agent(LocalElasticAgent):
 
     def _may_restart(self, failure: Failure) -> bool:
         """Announce the failure, and the restart or the end. False ends the job."""
-        beats = [beat[1] for beat in self._beats() if beat]
-        if any(beat["step"] > self._furthest.get(beat["output_dir"], 0) for beat in beats):
-            for beat in beats:
-                self._furthest[beat["output_dir"]] = max(beat["step"], self._furthest.get(beat["output_dir"], 0))
+        before = self._furthest.copy()
+        for _, beat in filter(None, self.beats()):
+            self._furthest |= Counter({beat["output_dir"]: beat["step"]})  # the larger of both
+        if self._furthest != before:
             self._fruitless, self._first_failure = 0, None
         else:
             self._fruitless += 1
@@ -259,7 +271,7 @@ class Agent(LocalElasticAgent):
         if len(self._restart_times) > self.section.restarts:
             return self._give_up(f"more than {self.section.restarts} failures in {self.section.window_seconds:g} s")
         _log(f"{failure.what}; restarting from the newest good checkpoint")
-        self._told_once = {CAUSE_VARIABLE: failure.what}
+        self._told_once = {}
         return True
 
     def _give_up(self, why: str) -> bool:
@@ -271,40 +283,25 @@ class Agent(LocalElasticAgent):
 
     def _seconds_too_long(self) -> float | None:
         """How long the job has not moved, if that is longer than it may be."""
-        beats = self._beats()
+        beats = self.beats()
         moved = min(beat[0] if beat else self._attempt_began for beat in beats)
         under_way = all(beat is not None and beat[1]["step"] > 0 for beat in beats)  # each has made a step
         idle = time.time() - moved
         return idle if idle > (self.section.hang_seconds if under_way else self.section.start_seconds) else None
 
-    def _beats(self) -> list[tuple[float, dict[str, Any]] | None]:
+    def beats(self) -> list[tuple[float, dict[str, Any]] | None]:
+        """Each rank's last heartbeat."""
         return [read_heartbeat(self.heartbeats, rank) for rank in range(self.section.nproc)]
-
-    def _describe_states(self) -> str:
-        return ", ".join(f"rank {rank} {_state_of(pid)}" for rank, pid in self.live_workers().items())
-
-    def _kill_stopped(self) -> bool:
-        """Kill ranks that are stopped, so that those that wait for them notice. Whether there was one."""
-        stopped = [pid for pid in self.live_workers().values() if _state_of(pid) == "stopped"]
-        for pid in stopped:
-            os.kill(pid, signal.SIGKILL)
-        return bool(stopped)
 
     def _set_savers_aside(self) -> None:
         """Workers that are left and can save without the others (`JitCheckpoint`) do so while their successors
         start: those wait for them before they touch the run (`training.stop.wait_for_savers`)."""
-        beats: dict[int, BinaryIO] = {}
-        for rank, pid in self.live_workers().items() if self.section.jit_seconds else ():
-            with contextlib.suppress(FileNotFoundError):  # it has not beaten yet
-                beat = heartbeat_path(self.heartbeats, rank).open("rb")
-                if can_save_jit(beat):
-                    beats[pid] = beat
-                else:
-                    beat.close()
-        if beats:
-            _kill(process for process in self._processes().values() if process.pid not in beats)
+        if not self.section.jit_seconds:
+            return
+        if pids := {r: pid for r, pid in self.live_workers().items() if _can_save_jit(self.heartbeats, r)}:
+            _kill(process for process in self._processes().values() if process.pid not in pids.values())
             deadline = time.monotonic() + self.section.jit_seconds
-            self._savers.append(Savers(self._pcontext, beats, deadline))
+            self._savers.append(Savers(self._pcontext, pids, self.heartbeats, deadline))
             self._pcontext = None
 
     def _let_go_of_savers(self) -> None:
@@ -334,6 +331,11 @@ class LocalRendezvous(StaticTCPRendezvous):
         return super().next_rendezvous()
 
 
+def _can_save_jit(heartbeats: Path, rank: int) -> bool:
+    beat = read_heartbeat(heartbeats, rank)
+    return beat is not None and beat[1]["can_save_jit"]
+
+
 def _kill(processes: Iterable[Any]) -> None:
     for process in processes:
         with contextlib.suppress(ProcessLookupError):  # all gone, or so young that it has no group yet
@@ -342,13 +344,11 @@ def _kill(processes: Iterable[Any]) -> None:
             process.kill()
 
 
-def _state_of(pid: int) -> str:
-    """The kernel's word for what a process is doing, which tells a stopped one from a waiting one."""
-    try:
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-        return next(line.split("(")[1].rstrip(")") for line in lines if line.startswith("State:"))
-    except (OSError, StopIteration):
-        return "alive"
+def _is_stopped(pid: int) -> bool:
+    """Whether a process does not run at all, which tells it from one that waits."""
+    with contextlib.suppress(OSError):
+        return "\nState:\tT (stopped)\n" in Path(f"/proc/{pid}/status").read_text()
+    return False
 
 
 def _silence_elastic() -> None:

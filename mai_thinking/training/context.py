@@ -2,7 +2,6 @@
 
 import sys
 import time
-from collections import deque
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from datetime import timedelta
@@ -17,8 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from mai_thinking.config.run import TrainingConfig
 from mai_thinking.errors import printable
 from mai_thinking.training.checkpoint_storage import visible_steps
-from mai_thinking.training.heartbeat import Heartbeat
-from mai_thinking.training.ledger import GoodputLedger
+from mai_thinking.training.ledger import GoodputLedger, Heartbeat
 from mai_thinking.training.run_folder import RunFolder
 from mai_thinking.training.stop import StopRequest, wait_for_savers
 
@@ -54,8 +52,7 @@ class ProgressLine:
         """Loss, speed and time left after the last step."""
         self.after_last = 0.0
         """Steps that take as long as what comes when the last one is done."""
-        self._recent: deque[tuple[float, int, int]] = deque(maxlen=50)
-        self._first: tuple[float, int] | None = None
+        self._marks: list[tuple[float, int, int]] = []  # time, step and tokens: the first, and those of late
         self._last_print = 0.0
         self._bar: Progress | None = None
         if show and self.console.is_terminal:
@@ -73,8 +70,8 @@ class ProgressLine:
     def update(self, step: int, tokens: int, loss: float, note: str = "") -> None:
         """After step `step`, which brought the run to `tokens` tokens."""
         now = time.monotonic()
-        self._recent.append((now, step, tokens))
-        self._first = self._first or (now, step)
+        self._marks.append((now, step, tokens))
+        del self._marks[1:-50]
         if not self.show:
             return
         self.text = text = f"loss {loss:.4f}  {self._rate()}  {note}".rstrip()
@@ -86,11 +83,8 @@ class ProgressLine:
 
     def _rate(self) -> str:
         """Tokens a second of late, and the time left as all steps but the first took it, with what lay between them."""
-        (begin, first), (recent, _, before), (now, step, tokens) = (
-            self._first or (0, 0),
-            self._recent[0],
-            self._recent[-1],
-        )
+        (begin, first, _), (recent, _, before) = self._marks[0], self._marks[-50:][0]
+        now, step, tokens = self._marks[-1]
         if now <= recent or step <= first:
             return ""
         left = timedelta(seconds=round((self.steps - step + self.after_last) * (now - begin) / (step - first)))

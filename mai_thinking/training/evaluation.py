@@ -24,6 +24,7 @@ from transformers import PreTrainedTokenizerBase
 
 from mai_thinking.config.pretraining import PretrainConfig
 from mai_thinking.config.storage import atomic_file
+from mai_thinking.config.table import Cell, Table
 from mai_thinking.data import PreparedData
 from mai_thinking.data.documents import Document
 from mai_thinking.data.held_out import fingerprint, held_out_sets
@@ -271,22 +272,20 @@ def evaluate_files(
     context_length: int | None,
     batch_size: int,
 ) -> str:
-    """A line per file and one for all of them: bits per byte of the model, of `gzip -9` and of `xz -9e`. Raises
-    `UsageError` for a file that is missing, empty or not UTF-8, before anything is computed."""
+    """A table with a row per file and one for all of them: bits per byte of the model, of `gzip -9` and of `xz -9e`.
+    Raises `UsageError` for a file that is missing, empty or not UTF-8, before anything is computed."""
     texts = {shown(path): read_text(path) for path in paths}
     if empty := [name for name, text in texts.items() if not text]:
         raise UsageError(f"{empty[0]}: is empty")
-    rows = [(name, [text]) for name, text in texts.items()]
-    if len(rows) > 1:
-        rows.append(("all", list(texts.values())))
-    width = max(len(name) for name, _ in rows)
-    lines = [f"{'bits per byte':<{width}}   model  gzip -9  xz -9e     bytes"]
-    for name, those in rows:
+    sets = {name: [text] for name, text in texts.items()}
+    if len(sets) > 1:
+        sets["all"] = list(texts.values())
+    rows: list[list[Cell]] = []
+    for name, those in sets.items():
         context = context_length or model.config.max_position_embeddings
         found = evaluate_texts(model, tokenizer, those, context_length=context, batch_size=batch_size)
-        gzip_9, xz_9e = compressors(those).values()
-        lines.append(f"{name:<{width}}  {found.bits_per_byte:6.4f}   {gzip_9:6.4f}  {xz_9e:6.4f}  {found.bytes:>8}")
-    return "\n".join(lines)
+        rows.append([name, found.bits_per_byte, *compressors(those).values(), found.bytes])
+    return Table(("bits per byte", "model", "gzip -9", "xz -9e", "bytes"), rows, digits=4).markdown()
 
 
 def affordable(tokens: int, categories: int) -> int:

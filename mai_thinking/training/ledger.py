@@ -1,4 +1,5 @@
-"""A run's diary, `events.jsonl`, which outlives every crash: from it `launch.goodput` tells where the time went."""
+"""What a run tells of itself while it runs: to its launcher that it moves, by heartbeats; and in a diary,
+`events.jsonl`, which outlives every crash, where the time goes (`launch.goodput`)."""
 
 import json
 import os
@@ -8,7 +9,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mai_thinking.training.heartbeat import Heartbeat
 from mai_thinking.training.metrics import open_log
 
 PRODUCTIVE = "productive steps"
@@ -23,11 +23,48 @@ OTHER = "other"
 CATEGORIES = (PRODUCTIVE, SLOW, EVALUATION, START_UP, RESTART, RECOMPUTATION, CHECKPOINT, DATA, OTHER)
 """In the order in which tables and figures show them; every second of the wall-clock is in exactly one."""
 
-CAUSE_VARIABLE = "MAI_RESTART_CAUSE"
-"""The launcher tells a restarted worker in this environment variable why."""
-
 LAUNCHED_VARIABLE = "MAI_LAUNCHED_AT"
 """The launcher tells the first attempt's workers in this environment variable when itself was started, in Unix time."""
+
+
+HEARTBEAT_VARIABLE = "MAI_HEARTBEATS"
+"""The launcher names a folder in this environment variable; each rank's heartbeat is a file in it."""
+
+
+class Heartbeat:
+    """Tells the launcher which step this rank has reached; without a launcher it does nothing. A beat is one write to a
+    file, some microseconds. `GoodputLedger` beats for the loop."""
+
+    def __init__(self, output_dir: Path):
+        """`output_dir`: the run's folder, which the launcher's fault injection needs to find checkpoints."""
+        self._saves_jit = False
+        self._step = 0
+        self._descriptor: int | None = None
+        self._output_dir = str(output_dir.resolve())
+        if folder := os.environ.get(HEARTBEAT_VARIABLE):
+            path = Path(folder, f"rank-{os.environ['RANK']}")
+            self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
+
+    def announce(self, can_save_jit: bool) -> None:
+        """Whether this rank would save the whole state if another died: the launcher then gives it the time."""
+        self._saves_jit = can_save_jit
+        self.beat()
+
+    def beat(self, step: int | None = None) -> None:
+        """Step `step` is complete; without one, the rank moves on within what it does between steps."""
+        self._step = self._step if step is None else step
+        if self._descriptor is not None:
+            record = json.dumps({"step": self._step, "output_dir": self._output_dir, "can_save_jit": self._saves_jit})
+            os.pwrite(self._descriptor, record.ljust(4096).encode(), 0)
+
+
+def read_heartbeat(folder: Path, rank: int) -> tuple[float, dict[str, Any]] | None:
+    """(Unix time, content) of a rank's last beat, or None before the first."""
+    path = folder / f"rank-{rank}"
+    try:
+        return path.stat().st_mtime, json.loads(path.read_bytes())
+    except (FileNotFoundError, ValueError):
+        return None
 
 
 class GoodputLedger:
@@ -47,8 +84,7 @@ class GoodputLedger:
         # Within an attempt the monotonic clock counts: nobody sets it.
         self._offset = time.time() - time.monotonic()
         started = float(os.environ.get(LAUNCHED_VARIABLE) or time.time() - seconds_since_process_start())
-        world = int(os.environ.get("WORLD_SIZE", 1))
-        self._write("attempt", time=round(started, 6), world=world, cause=os.environ.get(CAUSE_VARIABLE))
+        self._write("attempt", time=round(started, 6), world=int(os.environ.get("WORLD_SIZE", 1)))
 
     def step(self, step: int, seconds: float, *, data_wait: float = 0.0) -> None:
         """A training step has just ended that took `seconds`, `data_wait` of them waiting for its data."""

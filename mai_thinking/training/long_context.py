@@ -8,6 +8,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
+from mai_thinking.config.table import Table
 from mai_thinking.data.jsonl import read_text, shown
 from mai_thinking.data.tokenizer import Encoder
 from mai_thinking.errors import UsageError
@@ -46,7 +47,7 @@ def long_context_table(
     suffix: int,
     trained: int,
 ) -> str:
-    """A line for each prefix, from an eighth of the `trained` length to four times of it, doubling. UsageError for a
+    """A row for each prefix, from an eighth of the `trained` length to four times of it, doubling. UsageError for a
     file that is shorter than the longest with its suffix."""
     prefixes = [max(1, trained * GROWTH >> halvings) for halvings in range(5, -1, -1)]
     room, encoder = prefixes[-1] + suffix, Encoder(tokenizer)
@@ -61,6 +62,6 @@ def long_context_table(
         for prefix, nll in suffix_nll(model, tokens, suffix=suffix, prefixes=prefixes, ends=ends).items():
             total[prefix] += nll * len(ends)
         count += len(ends)
-    lines = [f"nats per token of {count} × the same {suffix} tokens", "prefix   of the trained length     NLL"]
-    lines += [f"{prefix:>6}   {prefix / trained:>21.3f}  {nll / count:.4f}" for prefix, nll in total.items()]
-    return "\n".join(lines)
+    rows = [(prefix, prefix / trained, nll / count) for prefix, nll in total.items()]
+    table = Table(("prefix", "of the trained length", "NLL"), rows, digits=4)
+    return f"nats per token of {count} × the same {suffix} tokens\n\n{table.markdown()}"

@@ -15,8 +15,8 @@ from mai_thinking.report.goodput import report
 from mai_thinking.training.ledger import EVALUATION, GoodputLedger
 
 
-def attempt(start: float, cause: str | None = None) -> dict:
-    return {"event": "attempt", "time": start, "world": 2, "cause": cause}
+def attempt(start: float) -> dict:
+    return {"event": "attempt", "time": start, "world": 2}
 
 
 def step(number: int, end: float, seconds: float = 1.0, data_wait: float = 0.0) -> dict:
@@ -42,7 +42,7 @@ def test_every_category_by_hand(monkeypatch):
         span("evaluation", 111, 2),
         step(4, 113, 1.0),  # after 1 s of nothing
         step(5, 114),
-        attempt(120, "rank 1 died"),  # 6 s from the last event
+        attempt(120),  # 6 s from the last event
         span("other", 121, 0.5),  # restoring: part of the restart
         step(4, 123, 1.0),
         step(5, 124),
@@ -158,7 +158,7 @@ def test_survives_sigkill_and_a_torn_line(tmp_path):
 
 
 def test_table_and_timeline(tmp_path):
-    events = [attempt(0), step(1, 3), step(2, 4), attempt(9, "rank 1 died"), step(2, 11), step(3, 12)]
+    events = [attempt(0), step(1, 3), step(2, 4), attempt(9), step(2, 11), step(3, 12)]
     (tmp_path / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
     console = Console(record=True, width=100)
     report(tmp_path, console)

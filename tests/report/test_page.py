@@ -83,7 +83,7 @@ def rl_run(folder: Path, *, steps: int = 300, words: str = "Answer: 7") -> Path:
             numbers = {"loss": 1 / step, "entropy": 0.4, "grad_norm": 0.5, "violation": [2.0, step / 100, 0.5]}
             records.append({"step": step, "tokens": 10 * step, **numbers, "dead_experts": 3, "router_entropy": 2.0})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    events = [{"event": "attempt", "time": 1000.0, "world": 1, "cause": None}]
+    events = [{"event": "attempt", "time": 1000.0, "world": 1}]
     events += [
         {"event": "step", "time": 1003.0 + 2 * step, "step": step, "seconds": 2.0, "data_wait": 0.0}
         for step in range(1, steps + 1)

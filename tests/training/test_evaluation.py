@@ -42,7 +42,7 @@ def test_a_file_is_measured_with_its_own_line_ends(
     model: MaiThinkingForCausalLM, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     (tmp_path / "crlf.txt").write_bytes(b"one\r\ntwo\r\n")
-    assert evaluate_files(model, tokenizer, [tmp_path / "crlf.txt"], context_length=32, batch_size=4).endswith(" 10")
+    assert evaluate_files(model, tokenizer, [tmp_path / "crlf.txt"], context_length=32, batch_size=4).endswith(" 10 |")
 
 
 def test_a_prompt_that_is_no_text_ends_no_session(
@@ -77,6 +77,6 @@ def test_a_text_too_short_for_the_longest_prefix_is_told(
 ) -> None:
     (tmp_path / "a.txt").write_text("x" * 100)
     table = long_context_table(model, tokenizer, [tmp_path / "a.txt"], suffix=4, trained=16)
-    assert [line.split()[0] for line in table.splitlines()[2:]] == ["2", "4", "8", "16", "32", "64"]
+    assert [line.split()[1] for line in table.splitlines()[4:]] == ["2", "4", "8", "16", "32", "64"]
     with pytest.raises(UsageError, match="has 101 tokens, 132 are needed"):
         long_context_table(model, tokenizer, [tmp_path / "a.txt"], suffix=4, trained=32)
