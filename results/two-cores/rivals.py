@@ -34,6 +34,7 @@ from mai_thinking.training.learner import Learner, TextLoss
 from mai_thinking.training.model_files import build_model, model_config
 from mai_thinking.training.process import keep_freed_memory
 
+torch._dynamo.config.recompile_limit = 64  # the optimiser compiles a step for each shape
 CONFIG, OUT = "configs/two-cores.yaml", Path(os.environ.get("RIVALS", Path(__file__).parent / "rivals.jsonl"))
 BLOCK, ROUNDS = 6, int(os.environ.get("ROUNDS", 8))
 DENSE_WIDTH = 376  # in six layers as many weights as one token uses of three dense ones, routers and experts
