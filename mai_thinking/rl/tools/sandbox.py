@@ -6,13 +6,12 @@ process, send a signal or look into another one. Where the kernel has neither th
 `isolation()` says so.
 """
 
+import contextlib
 import functools
-import os
 import platform
-import selectors
 import subprocess
 import sys
-import time
+import threading
 from dataclasses import dataclass
 
 from mai_thinking.rl.tools import sandbox_child
@@ -46,38 +45,22 @@ def run_python(code: str, *, seconds: float, megabytes: int, locked: bool = True
         cwd="/",
         start_new_session=True,
     )
-    assert process.stdin is not None
-    assert process.stdout is not None
-    try:
-        process.stdin.write(code.encode("utf-8", "replace"))
-        process.stdin.close()
-    except BrokenPipeError:
-        pass
-    output, ended = bytearray(), ""
-    deadline = time.monotonic() + WAIT_FACTOR * seconds
-    with selectors.DefaultSelector() as selector:
-        selector.register(process.stdout, selectors.EVENT_READ)
-        while not ended:
-            left = deadline - time.monotonic()
-            if left <= 0 or not selector.select(left):
-                ended = "took too long"
-            elif not (part := os.read(process.stdout.fileno(), 65_536)):
-                break
-            else:
-                output += part
-                ended = "wrote too much" if len(output) > _OUTPUT else ""
-    if ended:
-        process.kill()
-    try:
-        code_of_exit = process.wait(max(0.1, deadline - time.monotonic()))
-    except subprocess.TimeoutExpired:
-        process.kill()
-        code_of_exit, ended = process.wait(), "took too long"
-    process.stdout.close()
-    text = output[:_OUTPUT].decode("utf-8", "replace")
-    if not ended and code_of_exit:
-        ended = "took too long" if code_of_exit < 0 else f"ended with exit code {code_of_exit}"
-    return Outcome(text, ended)
+    timer = threading.Timer(WAIT_FACTOR * seconds, process.kill)
+    timer.start()
+    with process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        with contextlib.suppress(BrokenPipeError), process.stdin:
+            process.stdin.write(code.encode("utf-8", "replace"))
+        output = process.stdout.read(_OUTPUT + 1)
+        if len(output) > _OUTPUT:
+            process.kill()
+        code_of_exit = process.wait()
+    timer.cancel()
+    ended = "wrote too much" if len(output) > _OUTPUT else "took too long" if code_of_exit < 0 else ""
+    if code_of_exit > 0 and not ended:
+        ended = f"ended with exit code {code_of_exit}"
+    return Outcome(output[:_OUTPUT].decode("utf-8", "replace"), ended)
 
 
 @functools.cache
