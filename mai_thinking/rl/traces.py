@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from mai_thinking.config.storage import atomic_file
@@ -26,7 +25,7 @@ from mai_thinking.rl.rollout import Group, Rollout
 from mai_thinking.training.metrics import not_reproduced
 
 FOLDER = "traces"  # Below a run's folder
-_PART = re.compile(r"(?:batch|wave)-(\d{8,})-rank-(\d{5,})\.parquet")
+_PART = re.compile(r"batch-(\d{8,})-rank-(\d{5,})\.parquet")
 
 Trace = dict[str, Any]  # One rollout: a row of the store, by column
 Where = Sequence[tuple[str, str, Any]]
@@ -91,8 +90,7 @@ class TraceStore:
         whether it was written. `not_reproduced` if what is there is something else; OSError, with nothing left
         behind, if it cannot be written."""
         table = pa.Table.from_pylist(list(traces), schema=SCHEMA)
-        name = f"-{batch:08d}-rank-{self.rank:05d}.parquet"
-        path = old if (old := self.folder / f"wave{name}").exists() else self.folder / f"batch{name}"
+        path = self.folder / f"batch-{batch:08d}-rank-{self.rank:05d}.parquet"
         if path.exists():
             try:
                 before = _read_part(path)
@@ -146,18 +144,13 @@ class TraceStore:
 
 def _read_part(path: Path, where: Where = (), columns: Sequence[str] = SCHEMA.names) -> pa.Table:
     """The chosen rows of one file. OSError or ValueError if it is damaged."""
-    names = set(pq.read_schema(path).names)
-    if not {"step", "task"} <= names:
-        raise ValueError("not a trace file")
-    table = pq.read_table(
+    if not {"step", "task", "passed"} <= set(pq.read_schema(path).names):
+        raise ValueError("no trace file, or one of an earlier version")
+    return pq.read_table(
         path,
         schema=SCHEMA,
-        columns=[*columns, *({"reward_task"} - set(columns))],
+        columns=list(columns),
         filters=list(where) or None,
         partitioning=None,
         page_checksum_verification=True,
     )
-    if "passed" in columns and "passed" not in names:  # a store of before: what had earned something passed, then
-        place = table.column_names.index("passed")
-        table = table.set_column(place, SCHEMA.field("passed"), pc.greater(table["reward_task"], 0.0))
-    return table.select(columns)
