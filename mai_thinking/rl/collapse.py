@@ -33,7 +33,7 @@ import math
 import statistics
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -117,17 +117,17 @@ class CollapseDetector:
         self.section = section
         self.verdict: Collapse | None = None
         """Once there is one, it stays."""
-        self._solved = _Solved(section)
-        self._signs = {name: _Sign(section, *kind) for name, (_, kind) in SIGNS.items()}
+        self._solved = _Solved()
+        self._signs = {name: _Sign() for name in SIGNS}
         self._fillings: deque[tuple[int, int, int, int]] = deque(maxlen=section.window)
         """Step, problems drawn, kept and too hard."""
 
     def update(self, record: Mapping[str, Any]) -> Collapse | None:
         """Take in the record of the step just done; the verdict, if that is what it comes to."""
         step, threshold = record["step"], self.section.threshold
-        for name, sign in self._signs.items():
-            if (value := record.get(SIGNS[name][0])) is not None:
-                sign.take(step, float(value))
+        for name, (number, kind) in SIGNS.items():
+            if (value := record.get(number)) is not None:
+                self._signs[name].take(self.section, step, float(value), *kind)
         if "groups_kept" in record:
             counts = FilterCounts(
                 kept=record["groups_kept"], **{rule: record[f"groups_dropped/{rule}"] for rule in DROPPED}
@@ -135,7 +135,7 @@ class CollapseDetector:
             self._solved.fill(step, counts)
             if (drawn := _drawn(counts))[0]:
                 self._fillings.append((step, *drawn))
-        self._solved.take(step, record["pass_rate"])
+        self._solved.take(self.section, step, record["pass_rate"])
         company = sum(sign.score for sign in self._signs.values()) / (_MOST * threshold)
         if self.verdict is None and self._solved.score * (1 + company) >= threshold:
             self._conclude(step, "collapsed", {"solved": self._solved.evidence} | self._alarms())
@@ -189,36 +189,36 @@ class CollapseDetector:
     def state_dict(self) -> dict[str, Any]:
         """JSON values."""
         return {
-            "solved": self._solved.state_dict(),
-            "signs": {name: sign.state_dict() for name, sign in self._signs.items()},
+            "solved": asdict(self._solved),
+            "signs": {name: asdict(sign) for name, sign in self._signs.items()},
             "fillings": [list(filling) for filling in self._fillings],
             "verdict": asdict(self.verdict) if self.verdict else None,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from `state_dict()`."""
-        self._solved.load_state_dict(state["solved"])
-        for name, sign in self._signs.items():
-            sign.load_state_dict(state["signs"][name])
+        self._solved = _Solved(**state["solved"])
+        self._signs = {name: _Sign(**state["signs"][name]) for name in SIGNS}
         self._fillings.extend(map(tuple, state["fillings"]))
         self.verdict = Collapse(**state["verdict"]) if state["verdict"] else None
 
 
+@dataclass
 class _Sum:
-    """A sum of excesses, 0 while all is usual."""
+    """A sum of excesses, 0 while all is usual. Its fields are its state."""
 
-    def __init__(self, section: CollapseSection) -> None:
-        self._section = section
-        self.score = 0.0
-        self.last_good_step = 0
-        """The step whose weights gave the last reading with a score of 0: a record's numbers are of the weights before
-        its step."""
-        self.evidence: dict[str, Any] = {}
-        """Since the score was last 0, of when it was highest."""
-        self.history: list[Any] = []
+    score: float = 0.0
+    last_good_step: int = 0
+    """The step whose weights gave the last reading with a score of 0: a record's numbers are of the weights before
+    its step."""
+    evidence: dict[str, Any] = field(default_factory=dict)
+    """Since the score was last 0, of when it was highest."""
+    history: list[Any] = field(default_factory=list)
 
-    def add(self, step: int, excess: float, value: float, usual: float, spread: float) -> None:
-        self.score = min(max(self.score + excess, 0.0), _MOST * self._section.threshold)
+    def add(
+        self, section: CollapseSection, step: int, excess: float, value: float, usual: float, spread: float
+    ) -> None:
+        self.score = min(max(self.score + excess, 0.0), _MOST * section.threshold)
         if self.score == 0.0:
             self.last_good_step, self.evidence = step - 1, {}
         elif self.score > self.evidence.get("score", 0.0):
@@ -226,44 +226,38 @@ class _Sum:
             since = self.evidence.get("since", step)
             self.evidence = {**found, "since": since, "last_good_step": self.last_good_step}
 
-    def state_dict(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if not name.startswith("_")}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        vars(self).update(json.loads(json.dumps(state)))
-
 
 class _Sign(_Sum):
     """How far one number of the step record is from its usual value."""
 
-    def __init__(self, section: CollapseSection, worse: int, least_spread: float, logarithmic: bool) -> None:
-        super().__init__(section)
-        self._worse, self._least_spread, self._logarithmic = worse, least_spread, logarithmic
-
-    def take(self, step: int, value: float) -> None:
+    def take(
+        self, section: CollapseSection, step: int, value: float, worse: int, least_spread: float, logarithmic: bool
+    ) -> None:
         """Take in a reading."""
-        x = math.log(max(value, 1e-9)) if self._logarithmic else value
-        if len(self.history) >= self._section.warmup:
+        x = math.log(max(value, 1e-9)) if logarithmic else value
+        if len(self.history) >= section.warmup:
             median = statistics.median(self.history)
             deviation = 1.4826 * statistics.median(abs(old - median) for old in self.history)
-            spread = max(self._least_spread, deviation)
-            usual = math.exp(median) if self._logarithmic else median
-            self.add(step, min(self._worse * (x - median) / spread, _LARGEST_Z) - _DRIFT, value, usual, spread)
+            spread = max(least_spread, deviation)
+            usual = math.exp(median) if logarithmic else median
+            self.add(section, step, min(worse * (x - median) / spread, _LARGEST_Z) - _DRIFT, value, usual, spread)
         else:
             self.last_good_step = step - 1
-        self.history = [*self.history, x][-self._section.window :]
+        self.history = [*self.history, x][-section.window :]
 
 
+@dataclass
 class _Solved(_Sum):
     """How much of the best share of problems solved is lost."""
 
-    def __init__(self, section: CollapseSection) -> None:
-        super().__init__(section)
-        self.filling, self.filled, self.steps_per_filling = [0, 0, 0], 0, 1
-        """Problems drawn, kept and too easy in the last; the step that it was for; how many steps learn from one."""
-        self.fillings = 0
-        self.first: float | None = None
-        self.best = 0.0
+    filling: list[int] = field(default_factory=lambda: [0, 0, 0])
+    """Problems drawn, kept and too easy in the last."""
+    filled: int = 0
+    """The step that it was for."""
+    steps_per_filling: int = 1
+    fillings: int = 0
+    first: float | None = None
+    best: float = 0.0
 
     def fill(self, step: int, counts: FilterCounts) -> None:
         """Before the step that first learns from these."""
@@ -273,7 +267,7 @@ class _Solved(_Sum):
         self.filled = step
         self.fillings += drawn > 0
 
-    def take(self, step: int, pass_rate: float) -> None:
+    def take(self, section: CollapseSection, step: int, pass_rate: float) -> None:
         """Take in the pass rate of a step's groups, of the problems within reach."""
         drawn, kept, easy = self.filling
         if not drawn:
@@ -286,13 +280,13 @@ class _Solved(_Sum):
             variance = max((easy + kept * pass_rate**2) / drawn - share**2, _LEAST_VARIANCE)
             spread = math.hypot(math.sqrt(variance / problems), min(_WANDERS * loss, _WANDERS_AT_MOST))
             excess = loss / spread**2 * (self.best - share - loss / 2) / _NATS
-            most = _MOST_OF_FILLING * self._section.threshold / self.steps_per_filling
-            self.add(step, min(excess, most), share, self.best, spread)
+            most = _MOST_OF_FILLING * section.threshold / self.steps_per_filling
+            self.add(section, step, min(excess, most), share, self.best, spread)
         self.history.append([share, problems])
         total = sum(problems for _, problems in self.history)
         while total - self.history[0][1] >= _LEVEL_PROBLEMS:
             total -= self.history.pop(0)[1]
-        if self.fillings >= self._section.warmup:
+        if self.fillings >= section.warmup:
             level = sum(share * problems for share, problems in self.history) / total
             self.first = level if self.first is None else self.first
             self.best = max(self.best, level - _CAUTION * math.sqrt(level * (1 - level) / total))
