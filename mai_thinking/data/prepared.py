@@ -123,30 +123,19 @@ class PreparedData:
         """What training text must not contain; None where decontamination is off."""
         return OverlapIndex.load(self.folder / OVERLAP, self.config.cleaning)
 
-    def mixture(self, training_tokens: int) -> list[dict[str, Any]]:
-        """What a run of `training_tokens` sees of each source; tokens include the one that opens each document. A
-        stream's unique tokens and epochs are None."""
-        rows = []
+    def mixture(self, training_tokens: int) -> Table:
+        """What a run of `training_tokens` sees of each source (MAI-Thinking-1 report §2.4); tokens include the one that
+        opens each document. A stream's unique tokens and epochs are None."""
+        names = ["source", "category", "licence", "provenance", "unique tokens", "training tokens", "share", "epochs"]
+        rows: list[list[Cell]] = []
         total = sum(source.weight for source in self.config.sources)
         for source in self.config.sources:
-            row = source.model_dump(include={"category", "licence", "provenance"})
             unique = None if source.streaming else len(self.sources[source.name].tokens)
+            share = source.weight / total
             tokens = round(training_tokens * source.weight / total)
-            counts = {"unique_tokens": unique, "training_tokens": tokens, "share": source.weight / total}
-            rows.append({"source": source.name, **row, **counts, "epochs": tokens / unique if unique else None})
-        return rows
-
-
-def mixture_markdown(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The rows of `PreparedData.mixture` as Markdown: the report's table (MAI-Thinking-1 report §2.4)."""
-    names = ["source", "category", "licence", "provenance", "unique tokens", "training tokens", "share", "epochs"]
-    cells: list[list[Cell]] = []
-    for row in rows:
-        unique = "streamed" if row["unique_tokens"] is None else row["unique_tokens"]
-        epochs = "–" if row["epochs"] is None else row["epochs"]
-        share = f"{100 * row['share']:.1f} %"
-        cells.append([*(row[name] for name in names[:4]), unique, row["training_tokens"], share, epochs])
-    return Table(names, cells, digits=2).markdown() + "\n"
+            counts = [unique, tokens, share, tokens / unique if unique else None]
+            rows.append([source.name, source.category, source.licence, source.provenance, *counts])
+        return Table(names, rows)
 
 
 def save_source(

@@ -10,7 +10,6 @@ from typing import Any
 from mai_thinking.config.pretraining import PretrainConfig
 from mai_thinking.data import Loader, PreparedData, prepare
 from mai_thinking.data.accounting import left_out_table
-from mai_thinking.data.prepared import mixture_markdown
 from mai_thinking.training.context import RunContext
 from mai_thinking.training.evaluation import BYTES_PER_TRAINED_TOKEN, HeldOutEvaluation, compressors
 from mai_thinking.training.learner import Learner, TextLoss
@@ -89,7 +88,7 @@ class PretrainRecipe(Recipe):
     def describe(self) -> str:
         """What it costs, and what it reads how often."""
         mixture = self.data.mixture(self.config.steps * self.config.batch.tokens_per_step)
-        return f"{plan_text(self.config, self.architecture)}\n\n{mixture_markdown(mixture)}"
+        return f"{plan_text(self.config, self.architecture)}\n\n{mixture.markdown()}\n"
 
     def state(self) -> dict[str, Any]:
         """The place in the data."""
@@ -151,7 +150,7 @@ class PretrainRecipe(Recipe):
         }
         self.context.folder.note(
             plan=plan_text(self.config, self.architecture),
-            mixture=self.data.mixture(self.config.steps * self.config.batch.tokens_per_step),
+            mixture=self.data.mixture(self.config.steps * self.config.batch.tokens_per_step).records(),
             left_out=left_out_table([*self.data.left_out, *self.loader.left_out()]),
             compressors={category: compressors(found) for category, found in texts.items()},
             written=samples,

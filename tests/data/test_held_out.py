@@ -158,15 +158,15 @@ def test_each_rung_repeats_each_source_as_often_as_the_target(tmp_path: Path) ->
         tokenizer={"vocab_size": 300},
     )
     target = 3_000_000
-    at_target = {row["source"]: row["epochs"] for row in prepare(base).mixture(target)}
+    at_target = {row["source"]: row["epochs"] for row in prepare(base).mixture(target).records()}
     for tokens in (60_000, 300_000, target):
         cut = base.model_copy(update={"down_sample": tokens / target})
         prepared = prepare(cut)
         assert prepared.key == prepare(base).key  # the same tokenizer and held-out text, prepared once
-        for row in prepared.mixture(tokens):
+        for row in prepared.mixture(tokens).records():
             assert row["epochs"] is not None
             assert row["epochs"] == pytest.approx(at_target[row["source"]], rel=0.05)
-    uncut = {row["source"]: row["epochs"] for row in prepare(base).mixture(300_000)}
+    uncut = {row["source"]: row["epochs"] for row in prepare(base).mixture(300_000).records()}
     assert uncut["serial"] == pytest.approx(0.1 * at_target["serial"])  # the control
     assert prepare(cut.model_copy(update={"down_sample": 0.1})).content != prepare(base).content
 

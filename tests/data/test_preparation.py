@@ -18,7 +18,6 @@ from conftest import Corpus, source
 from mai_thinking.config.data import DataSection
 from mai_thinking.data import Loader, PreparedData, prepare
 from mai_thinking.data.accounting import left_out_table
-from mai_thinking.data.prepared import mixture_markdown
 from mai_thinking.errors import DataError, UsageError
 
 Make = Callable[..., DataSection]
@@ -121,12 +120,13 @@ def test_the_cache_is_used_and_a_damaged_one_is_made_again(corpus: Corpus, secti
 
 
 def test_the_mixture_table_adds_up(two_sources: PreparedData) -> None:
-    rows = two_sources.mixture(10_000)
+    table = two_sources.mixture(10_000)
+    rows = table.records()
     assert [row["share"] for row in rows] == [0.75, 0.25]
-    assert sum(row["training_tokens"] for row in rows) == 10_000
+    assert sum(row["training tokens"] for row in rows) == 10_000
     for row in rows:
-        assert row["unique_tokens"] == len(two_sources.sources[row["source"]].tokens)
-    assert f"{7500 / rows[0]['unique_tokens']:.2f}" in mixture_markdown(rows)
+        assert row["unique tokens"] == len(two_sources.sources[row["source"]].tokens)
+    assert f"{7500 / rows[0]['unique tokens']:.3f}" in table.markdown()
 
 
 def test_all_formats_give_the_same_documents(corpus: Corpus, section: Make, tmp_path: Path) -> None:
