@@ -99,7 +99,7 @@ class StreamedRows:
         self._cleaner = StreamCleaner(prepared.config.cleaning, prepared.overlap)
         self._start: Cursor | None = prepared.manifest["sources"][source.name]["stream_start"]
         """Where training begins, behind the held-out documents."""
-        self._begin(_Place(0, self._start, self._cleaner.now()))
+        self._begin(_Place(0, self._start, self._cleaner.now()), offset=0)
 
     def next_row(self) -> Row:
         """The next T + 1 tokens; the last of them is the first of the row after."""
@@ -111,7 +111,7 @@ class StreamedRows:
                 ids.append(f"{self.name}/{self._id}")
                 self._offset += len(piece)
                 missing -= len(piece)
-            if self._offset == len(self._tokens):
+            if self._offset >= len(self._tokens):
                 self._next_document()
         return Row(np.concatenate([*pieces, self._tokens[self._offset : self._offset + 1]]), ids)
 
@@ -128,18 +128,17 @@ class StreamedRows:
         recent = np.frombuffer(base64.b64decode(state["memory"]), dtype="<u8").tolist()
         cleaned = Cleaned(tuple(recent), state["read"], state["dropped"])
         self._cleaner.restore(cleaned)
-        self._begin(_Place(state["epoch"], state["cursor"], cleaned))
-        if state["offset"]:
-            self._next_document()
-            self._offset = state["offset"]
+        self._begin(_Place(state["epoch"], state["cursor"], cleaned), state["offset"])
 
-    def _begin(self, place: _Place) -> None:
+    def _begin(self, place: _Place, offset: int) -> None:
+        """Read on from `place` once a row is asked for; it begins `offset` tokens into the document there."""
         self._documents, self._place = self._read(place.epoch, place.cursor), place
-        self._id, self._tokens, self._offset = "", np.zeros(0, dtype=np.int64), 0
+        self._id, self._tokens, self._offset = "", np.zeros(0, dtype=np.int64), offset
 
     def _next_document(self) -> None:
-        self._id, self._tokens, self._place = next(self._documents)
-        self._offset = 0
+        id, tokens, place = next(self._documents)
+        self._offset -= len(self._tokens)  # nothing where a place was restored: its document is the next
+        self._id, self._tokens, self._place = id, tokens, place
 
     def _read(self, epoch: int, cursor: Cursor | None) -> Iterator[tuple[str, Tokens, _Place]]:
         """Cleaned documents without end: the name, the tokens, the place."""
