@@ -1,7 +1,7 @@
 """Figures: declared once as data and drawn once, by matplotlib, for Markdown pages and HTML ones alike.
 
-A `Figure` has panels: a `Panel` of lines over one axis, a `HeatMap` of coloured cells, or a `Timeline`; each draws
-itself on matplotlib's `axes`. Without matplotlib (the `plots` extra) nothing is drawn, and one line says so.
+A `Figure` has panels: a `Panel` of lines over one axis, or a `Timeline`; each draws itself on matplotlib's `axes`.
+Without matplotlib (the `plots` extra) nothing is drawn, and one line says so.
 """
 
 import colorsys
@@ -101,27 +101,6 @@ class Panel:
 
 
 @dataclass(frozen=True)
-class HeatMap:
-    """Coloured cells over the x axis, darker for more, on a logarithmic scale."""
-
-    title: str
-    rows: Sequence[str]
-    values: Sequence[Sequence[float]]
-    """[row][column]"""
-    span: tuple[float, float]
-    """The x axis's ends."""
-
-    def draw(self, axes: Any) -> None:
-        """Draw it."""
-        extent = (*self.span, len(self.rows) - 0.5, -0.5)
-        cells = np.log1p(np.maximum(0.0, np.array(self.values)))
-        axes.imshow(cells, extent=extent, aspect="auto", interpolation="none", cmap="Blues")
-        every = math.ceil(len(self.rows) / 16)
-        axes.set_yticks(range(0, len(self.rows), every), list(self.rows[::every]))
-        axes.set_xlabel("step")
-
-
-@dataclass(frozen=True)
 class Timeline:
     """Stretches of time, each of a colour."""
 
@@ -150,7 +129,7 @@ class Figure:
 
     name: str
     """The file's, without its ending."""
-    panels: Sequence[Panel | HeatMap | Timeline]
+    panels: Sequence[Panel | Timeline]
     columns: int = 2
     size: tuple[float, float] = (5.5, 3.6)
     """Inches, of one panel."""

@@ -6,12 +6,11 @@ A panel takes runs in a row, each with a clock: a whole climb is drawn as a run 
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-import numpy as np
-
 from mai_thinking.errors import printable
-from mai_thinking.report.figures import PALETTE, Figure, HeatMap, Panel, Series, Style, condensed, shade
+from mai_thinking.report.figures import PALETTE, Figure, Panel, Series, Style, condensed, shade
 from mai_thinking.report.reading import RL, Climb, Run
 from mai_thinking.report.timeline import timeline
 from mai_thinking.training.metrics import Record
@@ -124,12 +123,14 @@ def load(run: Run) -> list[Figure]:
     told = [record for record in run.steps if record.get("violation")]
     if not told:
         return []
-    layers = [f"MoE {index + 1}" for index in range(len(told[0]["violation"]))]
-    stretches = np.array_split([record["violation"] for record in told], min(len(told), 120))
-    means = np.stack([stretch.mean(0) for stretch in stretches], axis=1)
-    title = "Violation rate by layer: the busiest expert's load over the mean, less 1"
-    grid = HeatMap(title, layers, means.tolist(), (told[0]["step"], told[-1]["step"]))
-    return [Figure("expert_load", [grid, *_curves(LOAD, [(run, by_step)])], size=(5.5, 3.0))]
+    steps, layers = [record["step"] for record in told], len(told[0]["violation"])
+    by_layer = []
+    for layer in range(layers):
+        name = f"MoE {layer + 1}" if layers <= 8 or layer in (0, layers - 1) else ""
+        rates = condensed(name, steps, [record["violation"][layer] for record in told], colour=shade(layer, layers))
+        by_layer.append(replace(rates, low=(), high=()))
+    panel = Panel("Violation rate by layer: the busiest expert's load over the mean, less 1", by_layer, log_y=True)
+    return [Figure("expert_load", [panel, *_curves(LOAD, [(run, by_step)])], size=(5.5, 3.0))]
 
 
 def over_stages(climb: Climb) -> list[Figure]:

@@ -160,10 +160,10 @@ def test_a_long_curve_is_drawn_by_its_means_and_ranges(tmp_path: Path) -> None:
     assert len(loss.x) == len(loss.y) == len(loss.low) == len(loss.high) == MOST_POINTS
     assert (loss.x[-1], loss.high[0]) == (300, 1.0)
     assert all(low <= mean <= high for low, mean, high in zip(loss.low, loss.y, loss.high, strict=True))
-    grid = load(run)[0].panels[0]
-    assert grid.rows == ["MoE 1", "MoE 2", "MoE 3"]
-    assert set(grid.values[0]) == {2.0}
-    assert list(grid.values[1]) == sorted(grid.values[1])
+    layers = load(run)[0].panels[0].series
+    assert [layer.name for layer in layers] == ["MoE 1", "MoE 2", "MoE 3"]
+    assert set(layers[0].y) == {2.0}
+    assert list(layers[1].y) == sorted(layers[1].y)
 
 
 def test_the_timeline_covers_the_run(tmp_path: Path) -> None:

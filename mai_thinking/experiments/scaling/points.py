@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -14,6 +14,7 @@ from mai_thinking.errors import UsageError
 
 WEIGHTED = "weighted"
 """The name of the weighted score among the categories."""
+Positive = Annotated[float, Field(gt=0)]
 _SAME_RUNG = 1.02
 """Runs of one config whose FLOPs differ by less than this factor stand on one rung."""
 
@@ -23,13 +24,13 @@ class Point(Section):
 
     config: str = Field(min_length=1)
     seed: int
-    flops: float = Field(gt=0)
+    flops: Positive
     """Of the whole run."""
-    seconds: float | None = Field(None, gt=0)
+    seconds: Positive | None = None
     """Of training; null where nobody measured it."""
-    wall: float | None = Field(None, gt=0)
+    wall: Positive | None = None
     """Seconds of the whole run, with start, evaluation and saves: what planning the next ones reckons with."""
-    loss: dict[str, float]
+    loss: dict[str, Positive] = Field(min_length=1)
     """Category → held-out loss in any unit that is the same for all points; one number is taken as {"loss": number}."""
     rung: int | None = None
     """The depth, where it is known; said in the page and otherwise without meaning."""
@@ -41,16 +42,6 @@ class Point(Section):
             return tree | {"loss": {"loss": tree["loss"]}}
         return tree
 
-    @model_validator(mode="after")
-    def _check_losses(self) -> Self:
-        wrong = [category for category, value in self.loss.items() if value <= 0]
-        if wrong or not self.loss or WEIGHTED in self.loss:
-            raise ValueError(
-                "loss: give a positive number, or one for each category (none may be called 'weighted', "
-                f"which is reckoned), got {self.loss!r}"
-            )
-        return self
-
 
 class PointSet(Section):
     """All points of a ladder, and how to read them. The content of POINTS.json."""
@@ -58,7 +49,7 @@ class PointSet(Section):
     baseline: str
     """The config that the others are measured against."""
     points: tuple[Point, ...] = Field(min_length=1)
-    weights: dict[str, float] = Field(default_factory=dict)
+    weights: dict[str, Positive] = Field(default_factory=dict)
     """Category → weight in the score. Empty: the report's weights if it knows all the categories, else equal ones."""
     difference: float = Field(0.03, gt=0, lt=1)
     """The gain that is worth having; see the rule on the page."""
@@ -69,13 +60,15 @@ class PointSet(Section):
             raise ValueError(
                 f"baseline: no point has the config {self.baseline!r}; {nearest_name(self.baseline, self.configs)}"
             )
+        if WEIGHTED in self.categories:
+            raise ValueError("points: no category may be called 'weighted', which is reckoned; give it another name")
         for point in self.points:
             if set(point.loss) != set(self.categories):
                 raise ValueError(
                     f"points: config {point.config!r}, seed {point.seed} has the categories {sorted(point.loss)}, the "
                     f"first point {sorted(self.categories)}; give all points the same"
                 )
-        if self.weights and (set(self.weights) != set(self.categories) or min(self.weights.values()) <= 0):
+        if self.weights and set(self.weights) != set(self.categories):
             raise ValueError(f"weights: give each of {sorted(self.categories)} a positive weight")
         return self
 
