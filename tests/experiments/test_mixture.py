@@ -87,7 +87,7 @@ def unseen(config: MixtureConfig) -> float:
     )
     names = {part: [name for name in first if name.startswith(part)] for part in ("filelock/", "pydantic-")}
     assert all(names.values())
-    ratios = {part: np.mean([[f[n][1] / first[n][1] for n in own] for f in finals]) for part, own in names.items()}
+    ratios = {part: np.mean([[f[n].nats / first[n].nats for n in own] for f in finals]) for part, own in names.items()}
     return float((0.5 * ratios["filelock/"] + 0.1 * ratios["pydantic-"]) / 0.6)
 
 
