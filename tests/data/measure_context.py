@@ -18,7 +18,7 @@ from mai_thinking.report.comparison import student
 from mai_thinking.training.long_context import GROWTH, suffix_nll
 from mai_thinking.training.model_files import load_model_and_tokenizer
 
-SUFFIX, SUFFIXES, DOCUMENTS = 64, 4, 12
+SUFFIX, SUFFIXES, DOCUMENTS = 64, 4, 8
 
 
 def measure(run: Path) -> dict[str, Any]:
