@@ -20,7 +20,7 @@ from mai_thinking.rl.collector import Collector, InProcess
 from mai_thinking.rl.rollout_worker import RolloutBatch, RolloutWorker
 from mai_thinking.rl.schedule import Schedule, Spool, schedule_path
 from mai_thinking.rl.traces import TraceStore
-from mai_thinking.rl.worker_pool import ProcessWorker, Worker, WorkerPool
+from mai_thinking.rl.worker_pool import Worker, WorkerPool
 from mai_thinking.rl.worker_process import SharedWeights, WorkerSetup
 from mai_thinking.training.checkpoint_storage import visible_steps
 from mai_thinking.training.context import RunContext
@@ -208,7 +208,7 @@ def make_collector(worker: RolloutWorker, traces: TraceStore, context: RunContex
     beats = torch.zeros(rollouts.workers, dtype=torch.float64).share_memory_()
     kind: type[Worker]
     weights_kind: type[SharedWeights]
-    kind, weights_kind = (ProcessWorker, SharedWeights) if rollouts.ray is None else _on_ray(rollouts.ray, stack)
+    kind, weights_kind = (Worker, SharedWeights) if rollouts.ray is None else _on_ray(rollouts.ray, stack)
     weights = weights_kind(worker.engine.model)
     setup = WorkerSetup(config.model_dump(mode="json"), context.ranks, weights, Spool(run, rank), beats, threads)
     pool = stack.enter_context(WorkerPool(setup, [kind(number, setup) for number in range(rollouts.workers)]))

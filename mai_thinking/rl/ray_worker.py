@@ -108,27 +108,17 @@ class _Actor:
 
 @dataclass(eq=False)
 class RayWorker(Worker):
-    """An actor, on whichever machine has room."""
+    """An actor, on whichever machine has room; `process` is its handle."""
 
-    _actor: Any = None
     _answers: deque[Any] = field(default_factory=deque)
     _question: Any = None  # How often it has moved
     _asked_at: float = 0.0
     _beats: int = -1
-    _moved: float = 0.0
-
-    @property
-    def living(self) -> bool:
-        return self._actor is not None
 
     @property
     def ready(self) -> bool:
         """Not while it waits for a machine: after the death of one there may be none that has room."""
-        return self.living and self._beats >= 0
-
-    @property
-    def moved(self) -> float:
-        return self._moved
+        return self.process is not None and self._beats >= 0
 
     @property
     def weights(self) -> SentWeights:
@@ -137,16 +127,17 @@ class RayWorker(Worker):
         return self.setup.weights
 
     def start(self) -> None:
-        self._moved, self._beats, self.ended = time.monotonic() + START_SECONDS, -1, False
         setup = self.setup
+        setup.beats[self.number] = time.monotonic() + START_SECONDS
+        self._beats, self.ended = -1, False
         remote = ray.remote(scheduling_strategy="SPREAD", num_cpus=setup.threads, concurrency_groups={"answers": 1})
-        self._actor = remote(_Actor).remote(setup.config, setup.ranks, setup.threads)
-        self.weights.actors.append(self._actor)
-        self.weights.tell(self._actor)
+        self.process = remote(_Actor).remote(setup.config, setup.ranks, setup.threads)
+        self.weights.actors.append(self.process)
+        self.weights.tell(self.process)
 
     def ask(self, batch: RolloutBatch) -> None:
         self.asked.append((batch, time.time()))
-        self._answers.append(self._actor.answer.remote(batch, self.weights.news[0]))
+        self._answers.append(self.process.answer.remote(batch, self.weights.news[0]))
 
     def read(self) -> list[tuple[RolloutBatch, str | None]]:
         found = []
@@ -170,21 +161,23 @@ class RayWorker(Worker):
         if self._question is not None and _ready(self._question):
             beats, self._question = ray.get(self._question), None
             if beats != self._beats:
-                self._beats, self._moved = beats, now
+                self._beats, self.setup.beats[self.number] = beats, now
         if self._question is None and now - self._asked_at > _ASKED_EVERY:
-            self._question, self._asked_at = self._actor.beats.remote(), now
+            self._question, self._asked_at = self.process.beats.remote(), now
 
     def end(self) -> None:
-        if self._actor is None:
-            return
-        self.weights.actors.remove(self._actor)
-        ray.kill(self._actor)
-        self._actor = self._question = None
-        self._answers.clear()
-        self.asked.clear()
+        if self.process is not None:
+            self.weights.actors.remove(self.process)
+            ray.kill(self.process)
+            self.process = self._question = None
+            self._answers.clear()
+            self.asked.clear()
+
+    def leave(self, deadline: float) -> None:
+        self.end()
 
     @staticmethod
-    def wait_for(workers: "Sequence[RayWorker]", timeout: float) -> None:
+    def wait_for(workers: "Sequence[Any]", timeout: float) -> None:
         answers = [answer for worker in workers for answer in list(worker._answers)[:1]]
         if answers:
             ray.wait(answers, timeout=timeout, fetch_local=False)

@@ -8,7 +8,6 @@ worker may still have had to say is not listened to: its connection went with it
 
 import sys
 import time
-from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -123,7 +122,7 @@ class WorkerPool(AbstractContextManager["WorkerPool"]):
         self.close()
 
     def _advance(self, timeout: float) -> None:
-        living = [worker for worker in self._workers if worker.living]
+        living = [worker for worker in self._workers if worker.process is not None]
         if living:
             living[0].wait_for(living, timeout)
         else:
@@ -143,7 +142,7 @@ class WorkerPool(AbstractContextManager["WorkerPool"]):
             elif idle > self.hang_seconds:
                 self._bury(worker, f"did not move for {idle:.0f} s")
         for worker in self._workers:
-            if not worker.living and now >= worker.rests_until:
+            if worker.process is None and now >= worker.rests_until:
                 worker.start()
         self._hand_out()
 
@@ -170,8 +169,8 @@ class WorkerPool(AbstractContextManager["WorkerPool"]):
 
 
 @dataclass(eq=False)
-class Worker(ABC):
-    """One worker, and what it has been asked."""
+class Worker:
+    """One worker, a process on this machine, and what it has been asked. `rl.ray_worker` has those on others."""
 
     number: int
     setup: WorkerSetup
@@ -180,76 +179,32 @@ class Worker(ABC):
     rests_until: float = 0.0
     free_since: float = 0.0  # Unix time of its last answer that was taken
     ended: bool = False
-
-    @property
-    @abstractmethod
-    def living(self) -> bool:
-        """Whether it was started, and not ended."""
+    process: Any = None  # None: it was not started, or was ended
+    connection: Any = None
 
     @property
     def ready(self) -> bool:
         """Whether it may be asked: it will come to it."""
-        return self.living
-
-    @property
-    @abstractmethod
-    def moved(self) -> float:
-        """When it last moved, by the monotonic clock."""
-
-    @abstractmethod
-    def start(self) -> None:
-        """Returns at once."""
-
-    @abstractmethod
-    def ask(self, batch: RolloutBatch) -> None:
-        """Answer this one too."""
-
-    @abstractmethod
-    def read(self) -> list[tuple[RolloutBatch, str | None]]:
-        """Batches that are dealt with, and what went wrong. Sets `ended`."""
-
-    @abstractmethod
-    def end(self) -> None:
-        """Kill it if it lives, and forget what it was asked."""
-
-    @staticmethod
-    @abstractmethod
-    def wait_for(workers: "Sequence[Any]", timeout: float) -> None:
-        """Until one of them has something to say."""
-
-    def leave(self, deadline: float) -> None:
-        """End it, more gently until the deadline of the monotonic clock, after the weights were closed."""
-        self.end()
-
-
-@dataclass(eq=False)
-class ProcessWorker(Worker):
-    """A process on this machine."""
-
-    process: Any = None
-    connection: Any = None
-
-    def __post_init__(self) -> None:
-        self._context = torch.multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(_WARM)
-
-    @property
-    def living(self) -> bool:
         return self.process is not None
 
     @property
     def moved(self) -> float:
+        """When it last moved, by the monotonic clock."""
         return float(self.setup.beats[self.number])
 
     def start(self) -> None:
+        """Returns at once."""
         self.setup.beats[self.number] = time.monotonic() + START_SECONDS
-        self.connection, its_end = self._context.Pipe()
-        self.process = self._context.Process(target=work, args=(self.setup, self.number, its_end), daemon=False)
+        self.ended = False
+        context = torch.multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(_WARM)
+        self.connection, its_end = context.Pipe()
+        self.process = context.Process(target=work, args=(self.setup, self.number, its_end), daemon=False)
         self.process.start()
         its_end.close()
-        self.ended = False
 
     def ask(self, batch: RolloutBatch) -> None:
+        """Answer this one too."""
         self.asked.append((batch, time.time()))
         try:
             self.connection.send(batch)
@@ -257,6 +212,7 @@ class ProcessWorker(Worker):
             self.ended = True
 
     def read(self) -> list[tuple[RolloutBatch, str | None]]:
+        """Batches that are dealt with, and what went wrong. Sets `ended`."""
         found = []
         try:
             while self.connection.poll():
@@ -268,19 +224,21 @@ class ProcessWorker(Worker):
         return found
 
     def end(self) -> None:
-        if self.process is None:
-            return
-        self.process.kill()  # also one that is stopped
-        self.process.join()
-        self.connection.close()
-        self.process = None
-        self.asked.clear()
+        """Kill it if it lives, and forget what it was asked."""
+        if self.process is not None:
+            self.process.kill()  # also one that is stopped
+            self.process.join()
+            self.connection.close()
+            self.process = None
+            self.asked.clear()
 
     @staticmethod
-    def wait_for(workers: "Sequence[ProcessWorker]", timeout: float) -> None:
+    def wait_for(workers: "Sequence[Any]", timeout: float) -> None:
+        """Until one of them has something to say."""
         wait([worker.connection for worker in workers], timeout)
 
     def leave(self, deadline: float) -> None:
+        """End it, more gently until the deadline of the monotonic clock, after the weights were closed."""
         if self.process is not None:
             self.connection.close()
             self.process.join(max(0.0, deadline - time.monotonic()))

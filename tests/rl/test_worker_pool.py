@@ -22,7 +22,7 @@ from mai_thinking.rl.asynchronous import InTurn
 from mai_thinking.rl.problem_filter import FilterCounts
 from mai_thinking.rl.rollout_worker import RolloutBatch
 from mai_thinking.rl.schedule import Spool
-from mai_thinking.rl.worker_pool import ProcessWorker, WorkerPool
+from mai_thinking.rl.worker_pool import Worker, WorkerPool
 from mai_thinking.rl.worker_process import SharedWeights, WorkerSetup
 
 
@@ -59,7 +59,7 @@ def pool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     def make(faults: dict[str, Any], count: int = 2) -> Iterator[WorkerPool]:
         weights, beats = SharedWeights(torch.nn.Linear(2, 2)), torch.zeros(count, dtype=torch.float64).share_memory_()
         setup = WorkerSetup(faults | {"marks": str(tmp_path)}, 1, weights, Spool(tmp_path, 0), beats, 1)
-        workers = [ProcessWorker(number, setup) for number in range(count)]
+        workers = [Worker(number, setup) for number in range(count)]
         with WorkerPool(setup, workers, hang_seconds=12 if "stop" in faults.values() else 60) as made:
             yield made
 
@@ -148,14 +148,14 @@ def test_the_idle_share_is_of_the_time_of_all_workers(pool: Any, monkeypatch: py
     """By a clock and workers of the test's own."""
     clock, ends = SimpleNamespace(now=100.0), []
 
-    def start(worker: ProcessWorker) -> None:
+    def start(worker: Worker) -> None:
         worker.setup.beats[worker.number] = time.monotonic()
         worker.process = Mock()
         worker.connection, its_end = multiprocessing.Pipe()
         ends.append(its_end)
 
     monkeypatch.setattr(worker_pool, "time", SimpleNamespace(time=lambda: clock.now, monotonic=time.monotonic))
-    monkeypatch.setattr(ProcessWorker, "start", start)
+    monkeypatch.setattr(Worker, "start", start)
     with pool({}) as workers:
         asked = batches(7)
 
