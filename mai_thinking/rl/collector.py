@@ -9,7 +9,6 @@ from typing import Any
 
 from mai_thinking.errors import RunError
 from mai_thinking.model import MaiThinkingForCausalLM
-from mai_thinking.rl.buffer import pack_group, unpack_group
 from mai_thinking.rl.problem_filter import FilterCounts
 from mai_thinking.rl.rollout import Group
 from mai_thinking.rl.rollout_worker import RolloutBatch, RolloutWorker
@@ -125,19 +124,19 @@ class Collector(ABC):
         """A tree of tensors and plain values."""
         under_way = [batch.asked for batch in self.under_way.values()]
         place = {"next_problem": self.next_problem, "next_batch": self.next_batch, "under_way": under_way}
-        return place | {"groups": [pack_group(group) for group in self.buffer]}
+        return place | {"groups": [group.state_dict() for group in self.buffer]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from `state_dict()`."""
         self.next_problem, self.next_batch = state["next_problem"], state["next_batch"]
         self.under_way = {one["number"]: RolloutBatch(**one) for one in state["under_way"]}
-        self.buffer = deque(unpack_group(group) for group in state["groups"])
+        self.buffer = deque(Group.from_state(group) for group in state["groups"])
 
     def load_from_world(self, states: list[Any], rank: int, world: int) -> None:
         """Behind the furthest of all ranks, in step with the new number of them; of all ranks' groups, in the order of
         their problems, every `world`-th."""
         groups = sorted((g for state in states for g in state["groups"]), key=lambda g: (g["version"], g["number"]))
-        self.buffer = deque(unpack_group(group) for group in groups[rank::world])
+        self.buffer = deque(Group.from_state(group) for group in groups[rank::world])
         first = max(state["next_problem"] for state in states)
         self.next_problem = (first // world + 1) * world + rank
         self.next_batch = max(state["next_batch"] for state in states)

@@ -4,11 +4,18 @@ Shapes: P prompt tokens, n response tokens, M MoE layers, K experts chosen per t
 """
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
+from mai_thinking.errors import UsageError
 from mai_thinking.rl.tasks import WRONG, Grade, Problem
+
+# What a group's state has of its rollouts
+_PLAIN = ("id", "max_new_tokens", "finished", "rewards", "reward", "advantage")
+_ARRAYS = ("response_ids", "observed", "logprobs")
 
 
 @dataclass(eq=False)
@@ -103,3 +110,46 @@ class Group:
         low, high = bounds
         wrong = "too_hard" if self.pass_rate < low else "too_easy" if self.pass_rate > high else ""
         self.outcome = wrong and stage + wrong
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the learner and the metrics of its step need, as a tree of tensors and plain values."""
+        rollouts = self.rollouts
+        arrays = {name: np.concatenate([getattr(rollout, name) for rollout in rollouts]) for name in _ARRAYS}
+        # Not every reader of safetensors knows uint16.
+        arrays["experts"] = np.concatenate([rollout.experts for rollout in rollouts], axis=1).astype(np.int32)
+        return {
+            "number": self.number,
+            "version": self.version,
+            "verdict": self.outcome,
+            "prompt": rollouts[0].prompt_ids,
+            "passed": [rollout.grade.passed for rollout in rollouts],
+            "lengths": [len(rollout.response_ids) for rollout in rollouts],
+            **{name: [getattr(rollout, name) for rollout in rollouts] for name in _PLAIN},
+            **{name: torch.from_numpy(array) for name, array in arrays.items()},
+            "nuclei": [
+                [torch.from_numpy(np.array(bytearray(part))) for part in rollout.nuclei] for rollout in rollouts
+            ],
+        }
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any]) -> "Group":
+        """From `state_dict()`. UsageError if an earlier version wrote it."""
+        if "nuclei" not in state:
+            raise UsageError(
+                "the rollouts that wait in this run are of an earlier version; start it under another name"
+            )
+        lengths, prompt = state["lengths"], state["prompt"]
+        arrays: dict[str, Any] = {name: np.split(state[name].numpy(), np.cumsum(lengths)[:-1]) for name in _ARRAYS}
+        arrays["nuclei"] = [tuple(part.numpy().tobytes() for part in parts) for parts in state["nuclei"]]
+        places = np.cumsum([len(prompt) + length - 1 for length in lengths])[:-1]
+        arrays["experts"] = np.split(state["experts"].numpy().astype(np.uint16), places, axis=1)
+        rollouts = [
+            Rollout(
+                prompt_ids=prompt,
+                grade=WRONG._replace(passed=passed),
+                **{name: state[name][index] for name in _PLAIN},
+                **{name: parts[index] for name, parts in arrays.items()},
+            )
+            for index, passed in enumerate(state["passed"])
+        ]
+        return cls(state["number"], state["version"], state["verdict"], rollouts)

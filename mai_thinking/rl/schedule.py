@@ -15,8 +15,8 @@ import torch
 from safetensors import SafetensorError
 
 from mai_thinking.config.storage import atomic_file
-from mai_thinking.rl.buffer import pack_group, unpack_group
 from mai_thinking.rl.problem_filter import FilterCounts
+from mai_thinking.rl.rollout import Group
 from mai_thinking.rl.rollout_worker import RolloutBatch
 from mai_thinking.rl.traces import Trace
 from mai_thinking.training.metrics import Record, read_records
@@ -45,7 +45,7 @@ class Spool:
         """Raises OSError."""
         self.folder.mkdir(parents=True, exist_ok=True)
         tree = vars(batch) | {
-            "groups": [pack_group(group) for group in batch.groups],
+            "groups": [group.state_dict() for group in batch.groups],
             "counts": dict(batch.counts),
             "traces": [_converted(trace, torch.tensor) for trace in batch.traces],
         }
@@ -59,7 +59,7 @@ class Spool:
         except (OSError, ValueError, SafetensorError):
             return None
         parts = {
-            "groups": [unpack_group(group) for group in tree["groups"]],
+            "groups": [Group.from_state(group) for group in tree["groups"]],
             "counts": FilterCounts(**tree["counts"]),
             "traces": [_converted(trace, torch.Tensor.numpy) for trace in tree["traces"]],
         }

@@ -6,7 +6,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mai_thinking.errors import UsageError
-from mai_thinking.rl.buffer import pack_group, unpack_group
 from mai_thinking.rl.nuclei import bits_of, shrink
 from mai_thinking.rl.rollout import Group, Rollout
 
@@ -39,7 +38,7 @@ def rollout_of(parts: list[np.ndarray]) -> Rollout:
 @given(st.lists(st.lists(bits(), min_size=1, max_size=3), min_size=1, max_size=3))
 def test_what_goes_in_comes_out(rollouts: list[list[np.ndarray]]) -> None:
     """Also of a group that was in a checkpoint."""
-    kept = unpack_group(pack_group(Group(0, 0, "kept", [rollout_of(parts) for parts in rollouts])))
+    kept = Group.from_state(Group(0, 0, "kept", [rollout_of(parts) for parts in rollouts]).state_dict())
     for rollout, parts in zip(kept.rollouts, rollouts, strict=True):
         back = bits_of(rollout.nuclei, len(rollout.response_ids))
         np.testing.assert_array_equal(back, np.concatenate(parts))
@@ -56,7 +55,7 @@ def test_they_take_no_more_room_than_ids_or_bits(tokens: int, most: int) -> None
 
 
 def test_rollouts_of_an_earlier_version_are_refused() -> None:
-    state = pack_group(Group(0, 0, "kept", [rollout_of([np.ones((2, 4), dtype=np.uint8)])]))
+    state = Group(0, 0, "kept", [rollout_of([np.ones((2, 4), dtype=np.uint8)])]).state_dict()
     state["nucleus"] = state.pop("nuclei")
     with pytest.raises(UsageError, match="earlier version; start it under another name"):
-        unpack_group(state)
+        Group.from_state(state)
