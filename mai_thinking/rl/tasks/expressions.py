@@ -62,7 +62,7 @@ def is_numeral(node: Node) -> bool:
     """Whether a formula is a number, worked out: digits, a fraction that is no whole number, a power, or digits times
     a power of ten."""
     match node:
-        case ("number" | "mixed", _):
+        case ("number", _):
             return True
         case ("-", inner):
             return is_numeral(inner)
@@ -225,7 +225,7 @@ class _Reader:
             self._tokens.pop()
             match self._group(), self._group():
                 case ("number", top), ("number", bottom) if 0 < top < bottom:
-                    return ("mixed", value + top / bottom)
+                    return ("number", value + top / bottom)
             self._tokens = rest
         return ("number", value)
 
@@ -290,7 +290,7 @@ def _points(names: set[str]) -> list[dict[str, Fraction]]:
 def _value(node: Node, point: dict[str, Fraction]) -> Any:
     """A Fraction where that is exact, else one of mpmath's numbers. Raises NoFormulaError or an ArithmeticError."""
     match node:
-        case ("number" | "mixed", value):
+        case ("number", value):
             return value
         case ("letter", name):
             return point[name]

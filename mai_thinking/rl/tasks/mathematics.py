@@ -56,11 +56,6 @@ def same_mathematics(reference: str, answer: str, question: str = "") -> bool:
         return False
 
 
-@lru_cache(maxsize=1024)
-def _reference(text: str) -> _Answer:
-    return _read(text)
-
-
 # ------------------------------------------------------------------------------------------------------------- reading
 
 _WRAPPED = re.compile(
@@ -130,6 +125,9 @@ def _clean(text: str) -> str:
 
 def _read(text: str) -> _Answer:
     return _read_clean(_clean(text))
+
+
+_reference = lru_cache(maxsize=1024)(_read)
 
 
 def _read_clean(text: str) -> _Answer:
