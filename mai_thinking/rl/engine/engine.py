@@ -82,20 +82,16 @@ class _Running:
     """Of the newest tokens; `nuclei` of those before them."""
     nuclei: list[bytes] = field(default_factory=list)
     experts: list[NDArray[np.uint16]] = field(default_factory=list)
-    observations: list[tuple[int, int]] = field(default_factory=list)
-    """Begin and end of each among the tokens, those to come included."""
+    observed: list[bool] = field(default_factory=list)  # Which of the tokens a tool wrote
+    step: list[int] = field(default_factory=list)  # The policy's tokens since the last observation
+    observations: int = 0
     forced: deque[int] = field(default_factory=deque)
     """Tokens of an observation that have not been through the model yet."""
     over: bool = False  # Whether it may not go on
 
-    @property
-    def step(self) -> list[int]:
-        """The policy's tokens since the last observation."""
-        return self.tokens[self.observations[-1][1] if self.observations else 0 :]
-
     def observe(self, tokens: Sequence[int]) -> None:
         """Go on with these tokens, or end if there are none."""
-        self.observations.append((len(self.tokens), len(self.tokens) + len(tokens)))
+        self.observations, self.step = self.observations + 1, []
         self.forced.extend(tokens)
         self.over = not tokens
 
@@ -106,13 +102,10 @@ class _Running:
 
     def rollout(self, finished: bool) -> Rollout:
         experts_MnK = [np.stack(self.experts, axis=1)] if self.experts else []
-        observed = np.zeros(len(self.tokens), dtype=bool)
-        for begin, end in self.observations:
-            observed[begin:end] = True
         return replace(
             self.asked,
             response_ids=np.array(self.tokens, dtype=np.int64),
-            observed=observed,
+            observed=np.array(self.observed, dtype=bool),
             logprobs=np.array(self.logprobs, dtype=np.float32),
             nuclei=(*self.nuclei, shrink(np.stack(self.nucleus))),
             experts=np.concatenate([self.prompt.experts_MPK, *experts_MnK], axis=1),
@@ -271,8 +264,11 @@ class BatchedEngine:
             one.experts.append(experts_MK)
         tokens = zip(running, drawn.tokens_A, drawn.logprobs_A, drawn.nucleus_AB, strict=True)
         for one, token, logprob, nucleus in tokens:
+            one.observed.append(bool(one.forced))
             if one.forced:  # an observation is read, token by token: it goes through the model, and nobody drew it
                 token, logprob, nucleus = one.forced.popleft(), 0.0, np.zeros_like(nucleus)
+            else:
+                one.step.append(token)
             one.tokens.append(token)
             one.logprobs.append(logprob)
             if len(one.nucleus) == NUCLEI_AT_ONCE:
@@ -286,7 +282,7 @@ class BatchedEngine:
             return
         own = [one for one in running if not one.forced and one.step and one.tokens[-1] in self.tools.ends]
         # Who has no room left for an answer is cut off by the limit of its tokens.
-        results = self.tools.observe([(one.asked, len(one.observations), one.step) for one in own]) if own else []
+        results = self.tools.observe([(one.asked, one.observations, one.step) for one in own]) if own else []
         for one, tokens in zip(own, results, strict=True):
             if tokens is not None:
                 one.observe(tokens)
