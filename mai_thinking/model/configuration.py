@@ -47,11 +47,6 @@ class MaiThinkingConfig(PretrainedConfig):
         "layers.*.feed_forward.experts.down_proj": "grouped_gemm",
         "layers.*.feed_forward.experts": "ep_dispatch_experts",
     }
-    base_model_pp_plan: ClassVar[dict[str, Any]] = {
-        "embed_tokens": (["input_ids"], ["inputs_embeds"]),
-        "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
-        "norm": (["hidden_states"], ["hidden_states"]),
-    }
 
     vocab_size: int = 200_019
     hidden_size: int = 1024

@@ -3,29 +3,13 @@
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from mai_thinking.model.fused import fused
-from mai_thinking.model.projection import HALF
+from mai_thinking.model.projection import fp32_product
 
 CHUNK_ELEMENTS = {"cpu": 2**20, "cuda": 2**28}
 """Logits held at once. On a CPU they should stay near its caches; on a GPU a chunk should fill the machine."""
-
-
-def logits_product(hidden: Tensor, weight_VD: Tensor) -> Tensor:
-    """hidden [N, D] · weightᵀ, of one dtype → logits [N, V] fp32. No gradient. Of half precision on a GPU the sums are
-    fp32 too; elsewhere the product is in the operands' dtype."""
-    if hidden.is_cuda and hidden.dtype in HALF:
-        return torch.mm(hidden, weight_VD.mT, out_dtype=torch.float32)
-    return F.linear(hidden, weight_VD).float()
-
-
-def head_gradient(d_logits_NV: Tensor, hidden_ND: Tensor) -> Tensor:
-    """d logitsᵀ · hidden, [V, D]; of half precision on a GPU summed and returned in fp32."""
-    if d_logits_NV.is_cuda and d_logits_NV.dtype in HALF:
-        return torch.mm(d_logits_NV.mT, hidden_ND, out_dtype=torch.float32)
-    return d_logits_NV.mT @ hidden_ND
 
 
 def chunked_cross_entropy(
@@ -55,7 +39,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         for begin in range(0, hidden_TD.size(0), size):
             chunk = slice(begin, begin + size)
             hidden, labels = hidden_TD[chunk], labels_T[chunk]
-            logits = logits_product(hidden, operand_VD)
+            logits = fp32_product(hidden, operand_VD.mT)
             chunk_loss, d_logits = score(logits, labels, operand_VD.dtype, wants_gradient, in_place=not on_gpu)
             loss += chunk_loss
             if d_hidden is None or d_weight is None or d_logits is None:
@@ -64,7 +48,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             if d_weight.dtype == d_logits.dtype:
                 d_weight.addmm_(d_logits.mT, hidden)
             else:
-                d_weight += head_gradient(d_logits, hidden)
+                d_weight += fp32_product(d_logits.mT, hidden)
         ctx.save_for_backward(d_hidden, d_weight)
         ctx.weight_dtype = weight_VD.dtype
         return loss

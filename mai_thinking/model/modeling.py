@@ -264,7 +264,6 @@ class MaiThinkingForCausalLM(MaiThinkingPreTrainedModel, GenerationMixin):
     _tied_weights_keys: ClassVar = {"lm_head.weight": "model.embed_tokens.weight"}
     _keep_in_fp32_modules_strict: ClassVar = ["lm_head"]
     _tp_plan: ClassVar = {"lm_head": "colwise_gather_output"}
-    _pp_plan: ClassVar = {"lm_head": (["hidden_states"], ["logits"])}
     _fsdp_plan: ClassVar = {"lm_head": "keep_full_weight"}
 
     def __init__(self, config: MaiThinkingConfig) -> None:

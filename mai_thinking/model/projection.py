@@ -1,7 +1,7 @@
 """What the model's linear maps have in common: how they are initialised, and in which dtype they compute."""
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 HALF = (torch.bfloat16, torch.float16)
@@ -20,3 +20,11 @@ def weight_dtype(projection: nn.Module, config: PretrainedConfig) -> torch.dtype
     """What goes into `projection`: its weights' dtype or, where they are packed (quantised), the model's."""
     dtype = getattr(getattr(projection, "weight", None), "dtype", None)
     return dtype if dtype in WIDE else (config.dtype or torch.float32)
+
+
+def fp32_product(a: Tensor, b: Tensor) -> Tensor:
+    """a · b of two matrices of one dtype, summed in at least fp32 and returned in fp32. No gradient."""
+    if a.is_cuda and a.dtype in HALF:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    wide = torch.promote_types(a.dtype, torch.float32)
+    return (a.to(wide) @ b.to(wide)).float()

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mai_thinking.model.projection import fp32_product
+
 
 def router_product(x_TD: Tensor, weight_ED: Tensor, *, by_parts: bool) -> Tensor:
     """x · weightᵀ in fp32: [T, D], [E, D] → [T, E]; `by_parts` as above."""
@@ -30,16 +32,16 @@ class _RouterProduct(torch.autograd.Function):
         ctx.save_for_backward(x_TD, weight_ED)
         xh, xm, xl = parts(x_TD)
         wh, wm, wl = parts(weight_ED)
-        lower = _product(torch.cat((xh, xm, xh, xm, xl), dim=1), torch.cat((wm, wh, wl, wm, wh), dim=1).mT)
-        return _product(xh, wh.mT) + lower
+        lower = fp32_product(torch.cat((xh, xm, xh, xm, xl), dim=1), torch.cat((wm, wh, wl, wm, wh), dim=1).mT)
+        return fp32_product(xh, wh.mT) + lower
 
     @staticmethod
     def backward(ctx: Any, d_TE: Tensor) -> tuple[Tensor, Tensor]:
         x_TD, weight_ED = ctx.saved_tensors
         E, D = weight_ED.shape
         (dh, dm, _), (wh, wm, _), (xh, xm, _) = parts(d_TE), parts(weight_ED), parts(x_TD)
-        dx_TD = _product(torch.cat((dh, dm, dh), dim=1), torch.cat((wh, wh, wm)))
-        crossed = _product(torch.cat((dh, dm), dim=1).mT, torch.cat((xh, xm), dim=1))
+        dx_TD = fp32_product(torch.cat((dh, dm, dh), dim=1), torch.cat((wh, wh, wm)))
+        crossed = fp32_product(torch.cat((dh, dm), dim=1).mT, torch.cat((xh, xm), dim=1))
         return dx_TD, crossed[:E, :D] + crossed[E:, :D] + crossed[:E, D:]
 
 
@@ -54,10 +56,3 @@ def parts(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _first_eight_bits(x: Tensor) -> Tensor:
     return (x.view(torch.int32) & -65536).view(torch.float32)
-
-
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """Of bf16 matrices, summed and returned in fp32."""
-    if a.is_cuda:
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return a.float() @ b.float()

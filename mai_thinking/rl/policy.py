@@ -20,7 +20,8 @@ from torch.autograd.function import once_differentiable
 
 from mai_thinking.config.grpo import ObjectiveSection, RolloutSection
 from mai_thinking.model.latent_moe import Routing
-from mai_thinking.model.loss import CHUNK_ELEMENTS, head_gradient, logits_product
+from mai_thinking.model.loss import CHUNK_ELEMENTS
+from mai_thinking.model.projection import fp32_product
 from mai_thinking.rl.engine.nucleus import unpack_bits
 from mai_thinking.rl.nuclei import set_bits
 from mai_thinking.rl.objective import grpo_loss, objective_metrics
@@ -205,7 +206,7 @@ class _TokenLogprobs(torch.autograd.Function):
             d_logits.scatter_add_(1, targets_N[chunk, None], scale_N1[chunk])
             d_logits = d_logits.to(operand_VD.dtype)
             torch.mm(d_logits, operand_VD, out=d_hidden[chunk])
-            d_weight += head_gradient(d_logits, hidden)
+            d_weight += fp32_product(d_logits.mT, hidden)
         return d_hidden, d_weight.to(weight_VD.dtype), None, None, None
 
 
@@ -217,7 +218,7 @@ def _chunks(hidden_ND: torch.Tensor, weight_VD: torch.Tensor) -> list[slice]:
 def _logits(
     hidden: torch.Tensor, weight_VD: torch.Tensor, nucleus_NB: torch.Tensor | None, chunk: slice, temperature: float
 ) -> torch.Tensor:
-    logits = logits_product(hidden, weight_VD).div_(temperature)
+    logits = fp32_product(hidden, weight_VD.mT).div_(temperature)
     if nucleus_NB is not None:
         logits.masked_fill_(~unpack_bits(nucleus_NB[chunk], weight_VD.size(0)), float("-inf"))
     return logits

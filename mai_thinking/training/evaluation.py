@@ -32,7 +32,8 @@ from mai_thinking.data.jsonl import read_text, shown
 from mai_thinking.data.tokenizer import Encoder
 from mai_thinking.errors import UsageError
 from mai_thinking.model import MaiThinkingForCausalLM
-from mai_thinking.model.loss import CHUNK_ELEMENTS, logits_product
+from mai_thinking.model.loss import CHUNK_ELEMENTS
+from mai_thinking.model.projection import fp32_product
 from mai_thinking.training.context import RunContext
 from mai_thinking.training.learner import Learner
 from mai_thinking.training.ledger import EVALUATION
@@ -140,7 +141,7 @@ def _score_targets(
     nats = torch.zeros((), device=hidden_ND.device)
     sure = torch.zeros_like(nats)
     for hidden, targets in zip(hidden_ND.split(size), targets_N.split(size), strict=True):
-        logits = logits_product(hidden, operand_VD)
+        logits = fp32_product(hidden, operand_VD.mT)
         nats = nats + F.cross_entropy(logits, targets, reduction="sum")
         if count_sure:
             sure = sure + (F.cross_entropy(logits, targets, reduction="none") < MEMORISED).sum()

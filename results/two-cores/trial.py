@@ -165,7 +165,7 @@ def softcap(cap: float) -> Callable[[MaiThinkingForCausalLM], None]:
     """Logits are cap · tanh(logits / cap)."""
 
     def change(model: MaiThinkingForCausalLM) -> None:
-        plain, product = loss_module._loss_and_gradient, evaluation.logits_product
+        plain, product = loss_module._loss_and_gradient, evaluation.fp32_product
 
         def capped(logits: Tensor, *rest: Any, **named: Any) -> tuple[Tensor, Tensor | None]:
             tanh = (logits / cap).tanh_()
@@ -173,7 +173,7 @@ def softcap(cap: float) -> Callable[[MaiThinkingForCausalLM], None]:
             return loss, None if gradient is None else gradient.mul_(1 - tanh.square())
 
         loss_module._loss_and_gradient = capped
-        evaluation.logits_product = lambda hidden, weight: cap * torch.tanh(product(hidden, weight) / cap)
+        evaluation.fp32_product = lambda hidden, weight: cap * torch.tanh(product(hidden, weight) / cap)
 
     return change
 

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from mai_thinking.model import MaiThinkingForCausalLM
-from mai_thinking.model.loss import logits_product
+from mai_thinking.model.projection import fp32_product
 from mai_thinking.rl.engine.kv_cache import SlotCache, decode
 from mai_thinking.rl.engine.nucleus import draw, draw_unbranched, pack_bits, pack_bits_there
 
@@ -34,7 +34,7 @@ class Sampler(NamedTuple):
 
     def logits(self, hidden_AD: torch.Tensor) -> torch.Tensor:
         """[A, D] → [A, V] fp32."""
-        return logits_product(hidden_AD.to(self.head_VD.dtype), self.head_VD)
+        return fp32_product(hidden_AD.to(self.head_VD.dtype), self.head_VD.mT)
 
 
 class Drawn(NamedTuple):
