@@ -24,8 +24,8 @@ from mai_thinking.config.command import Parser, exit_with, option
 BITS, MEMORY, GROUP = "bits_per_byte/", 2**30, 20_000
 NOTES = {
     "In the same minutes": "By results/two-cores/rivals.py, with configs/two-cores.yaml: the same tokens in the same "
-    "order, the same tokenizer, all that is held out. Minutes are steps by the processor's seconds of one, measured by turns "
-    "with one thread. Commit and machine of each line are in rivals.jsonl.",
+    "order, the same tokenizer, all that is held out. Minutes are steps by the processor's seconds of one, measured by "
+    "turns with one thread. Commit and machine of each line are in rivals.jsonl.",
     "With n-grams": "By results/two-cores/memory.py, of seed 0: an n-gram model of all that the run has read, and the "
     "mixture of both, whose weights are learned on the other half of the held-out documents.",
 }
