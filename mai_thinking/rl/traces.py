@@ -25,7 +25,7 @@ from mai_thinking.rl.rollout import Group, Rollout
 from mai_thinking.training.metrics import not_reproduced
 
 FOLDER = "traces"  # Below a run's folder
-_PART = re.compile(r"batch-(\d{8,})-rank-(\d{5,})\.parquet")
+_PART = re.compile(r"(?:batch|wave)-(\d{8,})-rank-(\d{5,})\.parquet")
 
 Trace = dict[str, Any]  # One rollout: a row of the store, by column
 Where = Sequence[tuple[str, str, Any]]
