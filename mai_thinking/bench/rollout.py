@@ -136,7 +136,7 @@ def _generate(model: MaiThinkingForCausalLM, requests: Sequence[Rollout], end: i
         mask[row, :padding] = 0
         ids[row, padding:] = torch.tensor(request.prompt_ids)
     settings = GenerationConfig(
-        max_new_tokens=int(limits.max()), do_sample=True, top_p=TOP_P, top_k=None, eos_token_id=end, pad_token_id=1
+        max_new_tokens=int(limits.max()), do_sample=True, top_p=TOP_P, top_k=0, eos_token_id=end, pad_token_id=1
     )
     output = model.generate(
         ids.to(model.device),

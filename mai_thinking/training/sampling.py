@@ -74,10 +74,10 @@ def sample_texts(
     model's mode and global random generators are left as they were. `temperature` 0 takes the likeliest token each
     time."""
     ids = Encoder(tokenizer).encode_prompt(prompt)
-    drawn = {"do_sample": True, "temperature": temperature, "top_p": top_p, "num_return_sequences": samples}
+    # Without a top_k of 0 the library draws from the likeliest 50.
+    drawn = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0, "num_return_sequences": samples}
     settings = GenerationConfig(
         max_new_tokens=tokens,
-        top_k=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         **(drawn if temperature else {"do_sample": False, "temperature": None, "top_p": None}),

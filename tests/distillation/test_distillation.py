@@ -161,7 +161,7 @@ def test_a_checkpoint_without_a_part_of_the_state_is_found_out(
         (["traces.0.run=runs/nano-grpo"], "`python scripts/grpo.py configs/nano-grpo.yaml` makes them"),
         (["init_from=runs/nano"], "no model here"),
         (["traces=[]"], "traces"),
-        (["traces.0.steps=[5, 2]"], "is not .first, last."),
+        (["traces.0.steps=[5, 2]"], "is not .least, most."),
         (["traces.0.steps=[50, 60]"], "no traces from steps 50 to 60; there are some from 0 to 2"),
         (["selection.patterns={every: Answer}"], "nothing is left of 120 .* fell 60 to 'wrong', 60 to 'hack every'"),
         (["selection.patterns={open: '('}"], "open: '\\(' is not a regular expression"),

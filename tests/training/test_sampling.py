@@ -6,15 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoTokenizer
 
 from mai_thinking.config.loading import load_config
 from mai_thinking.config.pretraining import PretrainConfig
+from mai_thinking.model import MaiThinkingForCausalLM
 from mai_thinking.recipes.pretrain import pretrain
 from mai_thinking.report import conclude
 from mai_thinking.training.context import ProgressLine
 from mai_thinking.training.evaluation import SHARE, SMALLEST, affordable
 from mai_thinking.training.metrics import read_records
-from mai_thinking.training.sampling import GLANCES, Glance
+from mai_thinking.training.sampling import GLANCES, Glance, sample_texts
 
 NANO = Path(__file__).parents[2] / "configs" / "nano.yaml"
 
@@ -66,6 +68,15 @@ def test_looking_at_every_step_changes_no_bit(
     assert "it writes" not in capsys.readouterr().out
     for name in ("final/model.safetensors", "checkpoints/step-00000008/rank-00000.safetensors"):
         assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "unseen" / name).read_bytes()
+
+
+def test_every_token_can_be_drawn(tiny_run: Path) -> None:
+    """Not the likeliest fifty alone, which is what the library takes where nothing is said."""
+    final = tiny_run / "final"
+    model, tokenizer = MaiThinkingForCausalLM.from_pretrained(final), AutoTokenizer.from_pretrained(final)
+    model.lm_head.weight.data.mul_(1e-3)  # about as likely as each other
+    drawn = sample_texts(model, tokenizer, "a", tokens=1, samples=300, temperature=1.0, top_p=1.0)
+    assert len(set(drawn)) > 100
 
 
 def test_an_evaluation_reads_what_it_can_afford() -> None:
