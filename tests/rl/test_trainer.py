@@ -78,8 +78,9 @@ def trace(folder: Path) -> dict[str, Any]:
 
 
 def test_it_climbs(make: Make, tmp_path: Path) -> None:
-    """Half of the grade is for the first letter of the last word: within reach of some steps."""
-    longer = ["steps=18", "curriculum.max_steps=100", "evaluation.every=18", "evaluation.problems=32"]
+    """Half of the grade is for the first letter of the last word: within reach of some steps. From five bases, which
+    differ as the text of Python installations does, 36 steps gained .25 to .49; eighteen gained .09 to .28."""
+    longer = ["steps=36", "curriculum.max_steps=100", "evaluation.every=36", "evaluation.problems=64"]
     assert grpo(make(tmp_path / "run", *longer)) == 0
     rates = [r["pass@1"] for r in read_records(tmp_path / "run" / "metrics.jsonl") if r.get("kind") == "evaluation"]
     assert rates[-1] > rates[0] + 0.1
