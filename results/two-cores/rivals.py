@@ -27,6 +27,7 @@ from mai_thinking.config.pretraining import PretrainConfig
 from mai_thinking.data import PreparedData, prepare
 from mai_thinking.model.latent_moe import Routing
 from mai_thinking.model.modeling import DecoderLayer, DenseFeedForward
+from mai_thinking.provenance.lineage import code_version
 from mai_thinking.recipes.pretrain import make_loader
 from mai_thinking.training import evaluation
 from mai_thinking.training.context import make_accelerator
@@ -272,12 +273,13 @@ def main() -> None:
     warmup = min(100, int(steps) // 10)
     config = load_config(PretrainConfig, CONFIG, [f"steps={steps}", f"seed={seed}", f"schedule.warmup_steps={warmup}"])
     keep_freed_memory()
+    code_version()  # of what runs, not of what lies there when it is done
     torch.set_num_threads(1)
     data = prepare(config.data, log=print)
     lines = [train(rest[0], config, data)] if kind == "run" else list(measure(rest, config, data))
     with OUT.open("a") as file:
         for line in lines:
-            file.write(json.dumps(line | {"machine": describe()}) + "\n")
+            file.write(json.dumps(line | {"machine": describe(), "commit": code_version().commit}) + "\n")
             print(json.dumps(line))
 
 
