@@ -23,9 +23,10 @@ from mai_thinking.config.command import Parser, exit_with, option
 
 BITS, MEMORY, GROUP = "bits_per_byte/", 2**30, 20_000
 NOTES = {
-    "In the same minutes": "By results/two-cores/rivals.py, with configs/two-cores.yaml: the same tokens in the same "
-    "order, the same tokenizer, all that is held out. Minutes are steps by the processor's seconds of one, measured by "
-    "turns with one thread. Commit and machine of each line are in rivals.jsonl.",
+    "In the same minutes": "By results/two-cores/rivals.py, with configs/two-cores.yaml as it was at each line's commit: "
+    "the same tokens in the same order, the same tokenizer, all that is held out. Minutes are steps by the time of one, "
+    "measured by turns: the processor's on one core, the clock's on two. Commit and machine of each line are in "
+    "rivals.jsonl.",
     "With n-grams": "By results/two-cores/memory.py, of seed 0: an n-gram model of all that the run has read, and the "
     "mixture of both, whose weights are learned on the other half of the held-out documents.",
 }
@@ -36,6 +37,7 @@ def main() -> None:
     parser = Parser(__doc__)
     parser.add_argument("runs", nargs="*", type=Path, help="folders of finished runs, one a seed")
     parser.add_argument("--out", type=Path, required=True, help="the folder to write to")
+    parser.add_argument("--name", help="of the record; without it that of the first run")
     parser.add_argument("--orders", type=option(Count), nargs="+", default=[5, 6, 8], help="of PPMd")
     parser.add_argument("--samples", type=option(Count), default=200, help="functions that are written, and parsed")
     parser.add_argument("--tried", type=Path, help="a JSONL file of paired trials")
@@ -47,6 +49,7 @@ def main() -> None:
     records = {record["name"]: record for record in known.get("records", [])}
     if options.runs:
         new = measure(options.runs, options.orders, options.samples, list(records.values()))
+        new["name"] = options.name or new["name"]
         records[new["name"]] = new
     tried = compare(options.tried) if options.tried else known.get("tried", [])
     rivals = against(options.rivals, list(records.values())) if options.rivals else known.get("rivals", [])
@@ -192,22 +195,22 @@ def against(path: Path, records: Sequence[dict[str, Any]]) -> list[dict[str, Any
     """Each model of a JSONL file, means over its seeds, and of the `records` those that were timed with it. Minutes are
     steps by the time of one, measured by turns: those that a run took, on a machine that others use, do not compare."""
     lines = [json.loads(line) for line in path.read_text().splitlines()]
-    times = {line["name"]: line for line in lines if line["kind"] == "time"}
-    groups: dict[tuple[str, str, int], list[dict[str, Any]]] = defaultdict(list)
+    times = {(line["name"], line["cores"]): line for line in lines if line["kind"] == "time"}
+    groups: dict[tuple[str, str, int, int], list[dict[str, Any]]] = defaultdict(list)
     for line in lines:
         if line["kind"] == "run":
-            groups[line["name"], line["what"], line["tokens"]].append(line)
+            groups[line["name"], line["what"], line["tokens"], line["cores"]].append(line)
     for record in records:
-        if record["name"] in times:
+        for _, cores in (key for key in times if key[0] == record["name"]):
             same = {"weighted": record["weighted"], "bits": record["bits_per_byte"]}
-            groups[record["name"], record["name"], record["tokens"]] = [same] * len(record["seeds"])
+            groups[record["name"], record["name"], record["tokens"], cores] = [same] * len(record["seeds"])
     rows = []
-    for (name, what, tokens), runs in groups.items():
-        timed = times[name.partition("@")[0]]
+    for (name, what, tokens, cores), runs in groups.items():
+        timed = times[name.partition("@")[0], cores]
         step, steps = timed["seconds"], tokens // timed["tokens"]
         total, active = (count / 1e6 for count in timed["parameters"])
-        row = {"model": what, "parameters, M": total, "active, M": active, "seconds a step": step, "steps": steps}
-        row |= {"tokens, M": tokens / 1e6, "minutes": step * steps / 60, "seeds": len(runs)}
+        row = {"model": what, "cores": cores, "parameters, M": total, "active, M": active}
+        row |= {"seconds a step": step, "steps": steps, "tokens, M": tokens / 1e6, "minutes": step * steps / 60, "seeds": len(runs)}
         row["weighted"] = fmean(run["weighted"] for run in runs)
         rows.append(row | {category: fmean(run["bits"][category] for run in runs) for category in runs[0]["bits"]})
     return sorted(rows, key=lambda row: row["weighted"])

@@ -33,20 +33,27 @@ def test_gains_are_of_pairs_and_a_slower_step_is_charged_for(tmp_path: Path) -> 
 
 
 def test_another_model_is_given_the_minutes_that_its_own_step_takes(tmp_path: Path) -> None:
-    """A step of 0.5 s, timed last, 1,200 times: ten minutes, whatever its runs took. Seeds are one row, lengths two,
-    and the record that was timed beside them is there too."""
+    """A step of 0.5 s, timed last, 1,200 times: ten minutes, whatever its runs took; of two cores half of it. Seeds are
+    one row, lengths two, and the record that was timed beside them is there too."""
     times = [
-        {"kind": "time", "name": name, "seconds": seconds, "tokens": 2048, "parameters": [3e6, 1e6]}
-        for name, seconds in (("slow", 9.0), ("slow", 0.5), ("best", 1.0), ("record", 2.0))
+        {"kind": "time", "name": name, "seconds": seconds, "tokens": 2048, "parameters": [3e6, 1e6], "cores": cores}
+        for name, cores, seconds in (
+            ("slow", 1, 9.0),
+            ("slow", 1, 0.5),
+            ("slow", 2, 0.25),
+            ("best", 1, 1.0),
+            ("record", 1, 2.0),
+        )
     ]
     runs = [
         {"kind": "run", "name": name, "what": what, "tokens": 2048 * steps, "seed": seed, "seconds": 7.0}
-        | {"weighted": weighted, "bits": {"code": weighted}}
-        for name, what, steps, seed, weighted in (
-            ("slow", "slow", 1200, 0, 2.0),
-            ("slow", "slow", 1200, 1, 3.0),
-            ("slow", "slow", 600, 0, 4.0),
-            ("best@2", "best, 2 times its rates", 60, 0, 1.0),
+        | {"weighted": weighted, "bits": {"code": weighted}, "cores": cores}
+        for name, what, steps, seed, weighted, cores in (
+            ("slow", "slow", 1200, 0, 2.0, 1),
+            ("slow", "slow", 1200, 1, 3.0, 1),
+            ("slow", "slow", 1200, 0, 3.5, 2),
+            ("slow", "slow", 600, 0, 4.0, 1),
+            ("best@2", "best, 2 times its rates", 60, 0, 1.0, 1),
         )
     ]
     path = tmp_path / "rivals.jsonl"
@@ -57,11 +64,12 @@ def test_another_model_is_given_the_minutes_that_its_own_step_takes(tmp_path: Pa
         ("best, 2 times its rates", 1, 1, 1, 1),
         ("record", 1, 3, 1.5, 1.5),
         ("slow", 10, 2, 2.5, 2.5),
+        ("slow", 5, 1, 3.5, 3.5),
         ("slow", 5, 1, 4, 4),
     ]
     write(tmp_path, [], [], rows)
     page = (tmp_path / "summary.md").read_text()
-    assert "| slow | 3.000 | 1.000 | 0.500 | 1,200 | 2.458 | 10.000 | 2 | 2.500 | 2.500 |" in page
+    assert "| slow | 1 | 3.000 | 1.000 | 0.500 | 1,200 | 2.458 | 10.000 | 2 | 2.500 | 2.500 |" in page
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,8 @@
 A dense model of the record's active parameters, in our own trainer, and nanochat's model and optimiser, whose code
 is not here: `NANOCHAT` names a folder that has `nanochat/gpt.py` and `nanochat/optim.py`. All read the rows of
 configs/two-cores.yaml in their order, of its tokenizer, and are scored on all that is held out. `time NAME …` measures
-steps, a few of each by turns, in processor's seconds of one thread; `run` trains. Each adds lines to rivals.jsonl,
-from which `python scripts/record.py --out results/two-cores --rivals results/two-cores/rivals.jsonl` makes the table.
+steps, a few of each by turns, on `CORES` cores: of one the processor's seconds, of two, which should be quiet, the
+clock's. `run` trains, in as many threads or in `OMP_NUM_THREADS`. Each adds lines to rivals.jsonl, from which `python scripts/record.py --out results/two-cores --rivals results/two-cores/rivals.jsonl` makes the table.
 """
 
 import json
@@ -37,8 +37,9 @@ from mai_thinking.training.process import keep_freed_memory
 
 torch._dynamo.config.recompile_limit = 64  # the optimiser compiles a step for each shape
 CONFIG, OUT = "configs/two-cores.yaml", Path(os.environ.get("RIVALS", Path(__file__).parent / "rivals.jsonl"))
-BLOCK, ROUNDS = 6, int(os.environ.get("ROUNDS", 8))
-DENSE_WIDTH = 376  # in six layers as many weights as one token uses of three dense ones, routers and experts
+BLOCK, ROUNDS, CORES = 6, int(os.environ.get("ROUNDS", 8)), int(os.environ.get("CORES", 1))
+now = time.thread_time if CORES == 1 else time.perf_counter
+DENSE_WIDTH = 376  # in six layers as many weights as one token uses of dense ones, routers and experts
 
 
 class Nanochat(NamedTuple):
@@ -227,10 +228,10 @@ def measure(names: list[str], config: PretrainConfig, data: PreparedData) -> Ite
             for name, rival in rivals.items():
                 long = rival.tokens > config.batch.tokens_per_step
                 for index in range(1 if long else BLOCK):
-                    begin = time.thread_time()
+                    begin = now()
                     rival.update(batches, 1)
                     if turn and (index or long):
-                        spent[name].append(time.thread_time() - begin)
+                        spent[name].append(now() - begin)
     for name, rival in rivals.items():
         found = sorted(spent[name])
         yield {
@@ -246,9 +247,9 @@ def train(name: str, config: PretrainConfig, data: PreparedData) -> dict[str, An
     with make_loader(config, data) as loader:
         batches = (batch.micro_batches for batch in loader)
         for step in range(1, config.steps + 1):
-            start = time.thread_time()
+            start = now()
             loss = rival.update(batches, step)
-            seconds.append(time.thread_time() - start)
+            seconds.append(now() - start)
             if step % max(1, config.steps // 40) == 0:
                 print(f"{name} {step}: loss {loss:.3f}, {median(seconds):.4f} s a step", flush=True)
     wall = time.time() - begin
@@ -274,12 +275,12 @@ def main() -> None:
     config = load_config(PretrainConfig, CONFIG, [f"steps={steps}", f"seed={seed}", f"schedule.warmup_steps={warmup}"])
     keep_freed_memory()
     code_version()  # of what runs, not of what lies there when it is done
-    torch.set_num_threads(1)
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", CORES)) if kind == "run" else CORES)
     data = prepare(config.data, log=print)
     lines = [train(rest[0], config, data)] if kind == "run" else list(measure(rest, config, data))
     with OUT.open("a") as file:
         for line in lines:
-            file.write(json.dumps(line | {"machine": describe(), "commit": code_version().commit}) + "\n")
+            file.write(json.dumps(line | {"cores": CORES, "machine": describe(), "commit": code_version().commit}) + "\n")
             print(json.dumps(line))
 
 
