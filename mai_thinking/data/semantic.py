@@ -40,7 +40,7 @@ def semantic_duplicates(documents: Documents, section: SemanticSection, work: Wo
     table = work.once("embedding.npz", partial(_fit, sample, section.dimensions))
     with np.load(table) as file:
         rarity = file["rarity"]
-    for members in _clusters(work.each("embeddings", partial(_embeddings, table), documents), len(documents)):
+    for members in clusters(work.each("embeddings", partial(_embeddings, table), documents), len(documents)):
         vectors = _weighted(documents[members], rarity)
         for start in range(0, len(members), _CLUSTER):  # some clusters are far larger than others
             closeness = (vectors[start : start + _CLUSTER] @ vectors[: start + _CLUSTER].T).toarray()
@@ -82,22 +82,33 @@ def _embeddings(table: Path, shard: int, documents: Documents) -> Arrays:
     return {"vectors": vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), np.float32(1e-9))}
 
 
-def _clusters(embeddings: Parts, count: int) -> Iterator[NDArray[np.int64]]:
+def clusters(embeddings: Parts, count: int) -> Iterator[NDArray[np.int64]]:
     """The places of each cluster's members, in order; those near a border are in two."""
     from sklearn.cluster import MiniBatchKMeans
 
     step, first, some = -(-count // _CLUSTERED), 0, []
     for vectors in embeddings.each("vectors"):
-        some.append(vectors[-first % step :: step])
+        some.append(vectors[-first % step :: step].copy())  # a view would keep them all
         first += len(vectors)
-    clusters = -(-count // _CLUSTER)
-    means = MiniBatchKMeans(clusters, n_init=1, random_state=0, batch_size=_BATCH)
+    number = -(-count // _CLUSTER)
+    means = MiniBatchKMeans(number, n_init=1, random_state=0, batch_size=_BATCH)
     centres = means.fit(np.concatenate(some)).cluster_centers_
     nearest = np.concatenate([
-        np.argsort(-(vectors[start : start + _BATCH] @ centres.T), axis=1, kind="stable")[:, :_NEAREST].astype(np.int32)
+        two_nearest(vectors[start : start + _BATCH] @ centres.T)
         for vectors in embeddings.each("vectors")
         for start in range(0, len(vectors), _BATCH)
     ])  # fmt: skip
     order = np.argsort(nearest, axis=None, kind="stable")
-    ends = np.cumsum(np.bincount(nearest.ravel(), minlength=clusters))
+    ends = np.cumsum(np.bincount(nearest.ravel(), minlength=number))
     yield from filter(len, np.split(order // nearest.shape[1], ends[:-1]))  # some have no members
+
+
+def two_nearest(closeness: NDArray[np.float32]) -> NDArray[np.int32]:
+    """The columns [documents, 2 or fewer] of the largest numbers, the largest first; a sort of thousands would take
+    longer than all else. `closeness` is used up."""
+    found = []
+    for _ in range(min(_NEAREST, closeness.shape[1])):
+        best = closeness.argmax(axis=1)
+        closeness[np.arange(len(best)), best] = -np.inf
+        found.append(best)
+    return np.stack(found, axis=1).astype(np.int32)

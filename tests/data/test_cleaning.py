@@ -3,7 +3,8 @@
 import json
 import random
 import tempfile
-from collections.abc import Callable
+import tracemalloc
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from mai_thinking.data.documents import Document, Documents, Writer, rewritten
 from mai_thinking.data.duplicates import near_duplicates, templated
 from mai_thinking.data.semantic import semantic_duplicates
 from mai_thinking.data.words import WordHashes
-from mai_thinking.data.work import Work
+from mai_thinking.data.work import Parts, Work
 from mai_thinking.errors import UsageError
 from mai_thinking.report.corpus import corpus_page
 
@@ -150,6 +151,30 @@ def test_a_cluster_is_compared_whole_however_large_it_is(corpus: Corpus, monkeyp
         monkeypatch.setattr(semantic, "_NEAREST", 100)
         stored = Stored(corpus.folder, texts)
         assert semantic_duplicates(stored.documents, SemanticSection(), stored.work).tolist() == [*range(40), 0]
+
+
+def test_clusters_hold_one_shard_of_embeddings_and_a_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twenty shards of 1.3 MB, of which a thousandth decides on the means."""
+    monkeypatch.setattr(semantic, "_CLUSTERED", 100)
+    monkeypatch.setattr(semantic, "_CLUSTER", 5000)
+
+    class Shards(Parts):
+        def each(self, name: str) -> Iterator[Any]:
+            draw = np.random.default_rng(0)
+            return (draw.random((5000, 64), dtype=np.float32) for _ in range(20))
+
+    tracemalloc.start()
+    found = list(semantic.clusters(Shards({}), 100_000))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert sum(map(len, found)) == 200_000
+    assert peak < 13e6
+
+
+def test_a_document_belongs_to_the_two_nearest_the_first_of_equals() -> None:
+    closeness = np.array([[1, 3, 2, 3], [0, 0, 0, 0], [5, 1, 2, 4]], dtype=np.float32)
+    assert semantic.two_nearest(closeness.copy()).tolist() == [[1, 3], [0, 1], [0, 3]]
+    assert semantic.two_nearest(closeness[:, :1].copy()).tolist() == [[0], [0], [0]]
 
 
 def test_a_cluster_may_be_empty(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
