@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mai_thinking.config.data import CleaningSection, FuzzySection
+from mai_thinking.data.accounting import LeftOut
 from mai_thinking.data.documents import DECONTAMINATED, Documents, rewritten
 from mai_thinking.data.jsonl import read_json, read_jsonl, read_text
 from mai_thinking.data.words import Hashes, SortedHashes, WordHashes, ngram_hashes, words_of
@@ -209,3 +210,12 @@ def _strings(value: Any) -> Iterator[str]:
             yield value
         elif isinstance(value, dict | list):
             waiting += value.values() if isinstance(value, dict) else value
+
+
+def too_short(benchmarks: dict[str, list[list[str]]], n: int | None) -> list[LeftOut]:
+    """Benchmarks of which a part cannot be looked for."""
+    least = min(n or SHORTEST, SHORTEST)
+    why = f"records have fewer than {least} words and are not looked for"
+    short = {path: [all(len(words_of(text)) < least for text in record) for record in records]
+             for path, records in benchmarks.items()}  # fmt: skip
+    return [LeftOut(path, f"{sum(few):,} of {len(few):,} {why}") for path, few in short.items() if any(few)]

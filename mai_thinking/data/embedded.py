@@ -14,12 +14,12 @@ import itertools
 import os
 import sys
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import xxhash
 
-from mai_thinking.config.data import SerialSection, SourceSection
+from mai_thinking.config.data import DataSection, SerialSection, SourceSection
 from mai_thinking.data.documents import Document
 from mai_thinking.data.exercises import exercises
 from mai_thinking.data.serial import serial_exercises
@@ -62,9 +62,15 @@ def embedded_fingerprint(source: SourceSection) -> str:
     return f"{source.path.partition('/')[2] or sys.version} {len(sizes)} {sum(sizes)}"
 
 
-def has_tests() -> bool:
-    """Whether `stdlib-tests` has documents."""
-    return bool(_files("stdlib-tests"))
+def without_absent_tests(config: DataSection, log: Callable[[str], None]) -> DataSection:
+    """Some distributions of Python leave the standard library's tests out; a mixture does without them then."""
+    tests = [source for source in config.sources if source.path == "stdlib-tests" and source.kind == "embedded"]
+    if not tests or _files("stdlib-tests"):
+        return config
+    if len(tests) == len(config.sources):
+        raise UsageError(f"source {tests[0].name!r}: this Python comes without its tests; name another source")
+    log(f"data: this Python comes without its tests; the mixture does without {tests[0].name!r}")
+    return config.model_copy(update={"sources": tuple(s for s in config.sources if s not in tests)})
 
 
 def _files(source: str) -> list[tuple[Path, str]]:

@@ -27,9 +27,9 @@ from mai_thinking.config.data import DataSection, SourceSection
 from mai_thinking.config.storage import atomic_folder, checksum
 from mai_thinking.data.accounting import CARD, LeftOut, Tally, card
 from mai_thinking.data.cleaning import Cleaning, Stage
-from mai_thinking.data.decontamination import SHORTEST, OverlapIndex, decontaminated, read_benchmark
+from mai_thinking.data.decontamination import OverlapIndex, decontaminated, read_benchmark, too_short
 from mai_thinking.data.documents import Document, Documents, Writer, joined, until
-from mai_thinking.data.embedded import embedded_fingerprint, has_tests, read_embedded
+from mai_thinking.data.embedded import embedded_fingerprint, read_embedded, without_absent_tests
 from mai_thinking.data.jsonl import shown
 from mai_thinking.data.labels import Labeller, read_examples
 from mai_thinking.data.prepared import (
@@ -44,7 +44,6 @@ from mai_thinking.data.prepared import (
 from mai_thinking.data.readers import Cursor, Reader, open_reader
 from mai_thinking.data.streaming import StreamCleaner
 from mai_thinking.data.tokenizer import Encoder, architecture_folder, check_lossless, load_tokenizer, train_tokenizer
-from mai_thinking.data.words import words_of
 from mai_thinking.data.work import Arrays, Work
 from mai_thinking.errors import UsageError
 
@@ -65,7 +64,7 @@ def prepare(config: DataSection, *, sample: float = 1, log: _Log = lambda line: 
     seed and every rank. Processes that start together make it once. `log` gets a line per phase, and one for all that
     is left out. Raises UsageError for whatever is wrong with the input, before anything long begins.
     """
-    config = _without_absent_tests(config, log)
+    config = without_absent_tests(config, log)
     readers = {source.name: open_reader(source) for source in config.sources if source.kind != "embedded"}
     if (config.cleaning.semantic or config.cleaning.labels) and not importlib.util.find_spec("sklearn"):
         raise UsageError("data.cleaning: semantic and labels need scikit-learn; `pip install 'mai_thinking[corpus]'`")
@@ -74,7 +73,7 @@ def prepare(config: DataSection, *, sample: float = 1, log: _Log = lambda line: 
         check_lossless(load_tokenizer(config.tokenizer.path), f"data.tokenizer.path: {config.tokenizer.path}")
     benchmarks = {path: read_benchmark(Path(path).expanduser()) for path in config.cleaning.benchmarks}
     examples = read_examples(config.cleaning.labels)
-    passed_over += _too_short(benchmarks, config.cleaning.decontamination_ngram)
+    passed_over += too_short(benchmarks, config.cleaning.decontamination_ngram)
     key = _key(config, readers, sample)
     with _cache(config.cache_dir) as cache, FileLock(cache / f"{key}.lock"):
         folder = cache / key
@@ -341,15 +340,6 @@ def _tokens(encoder: Encoder, shard: int, documents: Documents) -> Arrays:
     return {"tokens": np.concatenate(tokens), "sizes": np.array([len(one) for one in tokens], dtype=np.int64)}
 
 
-def _too_short(benchmarks: dict[str, list[list[str]]], n: int | None) -> list[LeftOut]:
-    """Benchmarks of which a part cannot be looked for."""
-    least = min(n or SHORTEST, SHORTEST)
-    why = f"records have fewer than {least} words and are not looked for"
-    short = {path: [all(len(words_of(text)) < least for text in record) for record in records]
-             for path, records in benchmarks.items()}  # fmt: skip
-    return [LeftOut(path, f"{sum(few):,} of {len(few):,} {why}") for path, few in short.items() if any(few)]
-
-
 def _by_category(config: DataSection, held_out: _BY_SOURCE) -> _BY_SOURCE:
     """Held-out documents of all sources of a category, named `SOURCE/ID`."""
     found: defaultdict[str, list[Document]] = defaultdict(list)
@@ -357,17 +347,6 @@ def _by_category(config: DataSection, held_out: _BY_SOURCE) -> _BY_SOURCE:
         for document in held_out[source.name]:
             found[source.category].append(Document(f"{source.name}/{document.id}", document.text))
     return found
-
-
-def _without_absent_tests(config: DataSection, log: _Log) -> DataSection:
-    """Some distributions of Python leave the standard library's tests out; a mixture does without them then."""
-    absent = [s for s in config.sources if s.path == "stdlib-tests" and s.kind == "embedded" and not has_tests()]
-    if not absent:
-        return config
-    if len(absent) == len(config.sources):
-        raise UsageError(f"source {absent[0].name!r}: this Python comes without its tests; name another source")
-    log(f"data: this Python comes without its tests; the mixture does without {absent[0].name!r}")
-    return config.model_copy(update={"sources": tuple(s for s in config.sources if s not in absent)})
 
 
 @contextmanager
