@@ -3,8 +3,8 @@
 RUNs are finished pre-training runs of one config that differ in their seed. Beside their held-out bits per byte stands
 PPMd that has read the same training text first (extra `record`), and what `xz -9e` and `gzip -9` make of the held-out
 text alone. A record joins those that `--out` has already. `--tried` are the paired trials that
-results/two-cores/trial.py left, `--rivals` what results/two-cores/rivals.py left of other models in the same minutes:
-each is a table of its own.
+results/two-cores/trial.py left, `--rivals` what results/two-cores/rivals.py left of other models in the same minutes,
+`--copying` what results/two-cores/copying.py found: each is a table of its own.
 """
 
 import hashlib
@@ -23,12 +23,14 @@ from mai_thinking.config.command import Parser, exit_with, option
 
 BITS, MEMORY, GROUP = "bits_per_byte/", 2**30, 20_000
 NOTES = {
-    "In the same minutes": "By results/two-cores/rivals.py, with configs/two-cores.yaml as it was at each line's commit: "
-    "the same tokens in the same order, the same tokenizer, all that is held out. Minutes are steps by the time of one, "
-    "measured by turns: the processor's on one core, the clock's on two. Commit and machine of each line are in "
-    "rivals.jsonl.",
+    "In the same minutes": "By results/two-cores/rivals.py, with configs/two-cores.yaml as it was at each line's "
+    "commit: the same tokens in the same order, the same tokenizer, all that is held out. Minutes are steps by the "
+    "time of one, measured by turns: the processor's on one core, the clock's on two. Commit and machine of each line "
+    "are in rivals.jsonl.",
     "With n-grams": "By results/two-cores/memory.py, of seed 0: an n-gram model of all that the run has read, and the "
     "mixture of both, whose weights are learned on the other half of the held-out documents.",
+    "Copying": "By results/two-cores/copying.py. So many tokens by chance, and the same again: nats per token the "
+    "first time, and the second. Held-out bits per byte beside it.",
 }
 
 
@@ -42,6 +44,7 @@ def main() -> None:
     parser.add_argument("--samples", type=option(Count), default=200, help="functions that are written, and parsed")
     parser.add_argument("--tried", type=Path, help="a JSONL file of paired trials")
     parser.add_argument("--rivals", type=Path, help="a JSONL file of other models, timed and scored")
+    parser.add_argument("--copying", type=Path, help="a JSONL file of what runs copy")
     options = parser.parse_args()
 
     page = options.out / "summary.json"
@@ -54,7 +57,8 @@ def main() -> None:
     tried = compare(options.tried) if options.tried else known.get("tried", [])
     rivals = against(options.rivals, list(records.values())) if options.rivals else known.get("rivals", [])
     mixed = mixtures(options.rivals) if options.rivals else known.get("mixed", [])
-    write(options.out, sorted(records.values(), key=lambda r: -r["weighted"]), tried, rivals, mixed)
+    copying = copied(options.copying) if options.copying else known.get("copying", [])
+    write(options.out, sorted(records.values(), key=lambda r: -r["weighted"]), tried, rivals, mixed, copying)
 
 
 def measure(
@@ -210,7 +214,13 @@ def against(path: Path, records: Sequence[dict[str, Any]]) -> list[dict[str, Any
         step, steps = timed["seconds"], tokens // timed["tokens"]
         total, active = (count / 1e6 for count in timed["parameters"])
         row = {"model": what, "cores": cores, "parameters, M": total, "active, M": active}
-        row |= {"seconds a step": step, "steps": steps, "tokens, M": tokens / 1e6, "minutes": step * steps / 60, "seeds": len(runs)}
+        row |= {
+            "seconds a step": step,
+            "steps": steps,
+            "tokens, M": tokens / 1e6,
+            "minutes": step * steps / 60,
+            "seeds": len(runs),
+        }
         row["weighted"] = fmean(run["weighted"] for run in runs)
         rows.append(row | {category: fmean(run["bits"][category] for run in runs) for category in runs[0]["bits"]})
     return sorted(rows, key=lambda row: row["weighted"])
@@ -229,12 +239,24 @@ def mixtures(path: Path) -> list[dict[str, Any]]:
     ]
 
 
+def copied(path: Path) -> list[dict[str, Any]]:
+    """What results/two-cores/copying.py left, a row a run."""
+    rows = []
+    for line in map(json.loads, path.read_text().splitlines()):
+        row = {key: line[key] for key in ("run", "seed", "weighted")} | line["bits"]
+        for length, (first, second) in line["nats"].items():
+            row |= {f"{length} tokens": first, f"{length} again": second}
+        rows.append(row)
+    return rows
+
+
 def write(
     out: Path,
     records: Sequence[dict[str, Any]],
     tried: Sequence[dict[str, Any]],
     rivals: Sequence[dict[str, Any]] = (),
     mixed: Sequence[dict[str, Any]] = (),
+    copying: Sequence[dict[str, Any]] = (),
 ) -> None:
     """summary.md and summary.json."""
     from mai_thinking.config.table import Interval, Table
@@ -263,8 +285,9 @@ def write(
         for record in records:
             machine = ", ".join(f"{key} {value}" for key, value in record["machine"].items())
             page.add(f"`{record['name']}`: commit {', '.join(record['commits'])}; {machine}.")
-    page.facts |= {"tried": tried, "rivals": rivals, "mixed": mixed}
-    for heading, found, digits in (("In the same minutes", rivals, 3), ("With n-grams", mixed, 3), ("Tried", tried, 4)):
+    page.facts |= {"tried": tried, "rivals": rivals, "mixed": mixed, "copying": copying}
+    tables = [("In the same minutes", rivals, 3), ("With n-grams", mixed, 3), ("Copying", copying, 3)]
+    for heading, found, digits in (*tables, ("Tried", tried, 4)):
         if found:
             rows = [list(row.values()) for row in found]
             page.add(Table(list(found[0]), rows, digits).markdown(), heading=heading)

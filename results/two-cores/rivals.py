@@ -4,7 +4,8 @@ A dense model of the record's active parameters, in our own trainer, and nanocha
 is not here: `NANOCHAT` names a folder that has `nanochat/gpt.py` and `nanochat/optim.py`. All read the rows of
 configs/two-cores.yaml in their order, of its tokenizer, and are scored on all that is held out. `time NAME …` measures
 steps, a few of each by turns, on `CORES` cores: of one the processor's seconds, of two, which should be quiet, the
-clock's. `run` trains, in as many threads or in `OMP_NUM_THREADS`. Each adds lines to rivals.jsonl, from which `python scripts/record.py --out results/two-cores --rivals results/two-cores/rivals.jsonl` makes the table.
+clock's. `run` trains, in as many threads or in `OMP_NUM_THREADS`. Each adds lines to rivals.jsonl, from which
+`python scripts/record.py --out results/two-cores --rivals results/two-cores/rivals.jsonl` makes the table.
 """
 
 import json
@@ -280,7 +281,9 @@ def main() -> None:
     lines = [train(rest[0], config, data)] if kind == "run" else list(measure(rest, config, data))
     with OUT.open("a") as file:
         for line in lines:
-            file.write(json.dumps(line | {"cores": CORES, "machine": describe(), "commit": code_version().commit}) + "\n")
+            file.write(
+                json.dumps(line | {"cores": CORES, "machine": describe(), "commit": code_version().commit}) + "\n"
+            )
             print(json.dumps(line))
 
 
