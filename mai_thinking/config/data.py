@@ -14,8 +14,7 @@ from mai_thinking.config.tasks import SerialFamily
 Category = Literal["code", "stem", "maths", "general", "multilingual"]
 Provenance = Literal["human", "procedural", "own-model", "third-party-model"]
 
-_ENDLESS = ("exercises", "serial", "repeats")
-EMBEDDED_CORPORA = ("stdlib", "stdlib-tests", "scientific", "manuals", "docstrings", *_ENDLESS)
+EMBEDDED_CORPORA = ("stdlib", "stdlib-tests", "scientific", "manuals", "docstrings", "exercises", "serial")
 """Corpora that every Python environment with this package already has; see `mai_thinking.data.embedded`."""
 EMBEDDED_PARTS = ("package/", "docstrings/")
 """Before the name of any installed package: its modules, or their longer docstrings."""
@@ -75,7 +74,7 @@ class SourceSection(Section):
     @property
     def endless(self) -> bool:
         """Whether it is made by rule and never ends."""
-        return self.kind == "embedded" and self.path in _ENDLESS
+        return self.kind == "embedded" and self.path in ("exercises", "serial")
 
     @field_validator("provenance")
     @classmethod

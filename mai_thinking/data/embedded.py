@@ -22,7 +22,6 @@ import xxhash
 from mai_thinking.config.data import DataSection, SerialSection, SourceSection
 from mai_thinking.data.documents import Document
 from mai_thinking.data.exercises import exercises
-from mai_thinking.data.repeats import repeats
 from mai_thinking.data.serial import serial_exercises
 from mai_thinking.errors import UsageError
 
@@ -44,8 +43,6 @@ def read_embedded(source: SourceSection) -> Iterator[Document]:
             return serial_exercises(source.serial or SerialSection())
         case "exercises":
             return exercises()
-        case "repeats":
-            return repeats()
         case "manuals":
             return _manuals()
         case "docstrings":
