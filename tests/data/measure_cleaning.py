@@ -191,12 +191,12 @@ def draw(out: Path) -> None:
     if speeds:
         names = list(next(iter(speeds.values()))["mb_per_s"])
         rows = [[name, *(one["mb_per_s"].get(name) for one in speeds.values())] for name in names]
-        rows += [["peak memory, GB", *(one["peak_gb"] for one in speeds.values())]]
+        rows += [["peak memory of all processes, GB", *(one["peak_gb"] for one in speeds.values())]]
         rows += [["of its largest process, GB", *(one.get("largest_gb", one["peak_gb"]) for one in speeds.values())]]
         rows += [["before anything was read, GB", *(one["gb_before"] for one in speeds.values())]]
-        rows += [["cores, a worker on each of two", *(one.get("processes", 1) for one in speeds.values())]]
         rows += [["documents", *(one["documents"] for one in speeds.values())]]
-        columns = ["MB a second of one core", *(f"{one['mb']:.0f} MB" for one in speeds.values())]
+        sizes = [f"{one['mb']:.0f} MB" + ", two workers" * (one.get("processes", 1) > 1) for one in speeds.values()]
+        columns = ["MB a second of one core", *sizes]
         page.add_table("speed", Table(columns, rows, digits=2), "Speed and memory, every stage on")
         page.facts["mb_per_s"] = {name: one["mb_per_s"] for name, one in speeds.items()}
         page.facts["peak_gb"] = {name: one["peak_gb"] for name, one in speeds.items()}
