@@ -247,9 +247,8 @@ def _draw_gains(page: Document, found: dict[str, Any]) -> None:
     page.add(
         f"Models of {found['parameters']:,} parameters, {found['tokens']:,} tokens each, of manuals, docstrings and "
         "the standard library that were dirtied by rule (furniture around every page, copies, templates), or as they "
-        "are. Each stage by itself, and all of them. Eq. 3 is of text that was set apart before, normalised by the "
-        "first run without cleaning. The gain is over the same text without cleaning, seed by seed; the interval is "
-        "Student's 95 %. "
+        "are where an arm says so. Eq. 3 is of text that was set apart before, normalised by the first run without "
+        "cleaning. The gain is over the same text without cleaning, seed by seed; the interval is Student's 95 %. "
         f"The loader's share of waiting in these runs: {100 * found['waiting']:.2f} %."
     )
 
