@@ -176,10 +176,11 @@ def test_lm_eval_scores_a_local_task(base: Path, tmp_path: Path) -> None:
 # ----------------------------------------------------------------------------------------- generation, the compiler
 
 
+@pytest.mark.parametrize("offset", [False, True])
 @pytest.mark.parametrize("attention", ["sdpa", "eager", "windowed_sdpa"])
-def test_generate_with_a_static_cache(attention: str) -> None:
+def test_generate_with_a_static_cache(attention: str, offset: bool) -> None:
     """The same tokens as with the cache that grows, from ragged prompts and beyond the window of 8."""
-    model = tiny_model(attention=attention)
+    model = tiny_model(attention=attention, offset_keys=offset)
     ids = torch.randint(2, 97, (3, 12), generator=torch.Generator().manual_seed(0))
     mask = (torch.arange(12) >= torch.tensor([[0], [4], [9]])).long()
     settings = GenerationConfig(max_new_tokens=20, do_sample=False, eos_token_id=None, pad_token_id=1)

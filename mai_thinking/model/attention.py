@@ -26,6 +26,7 @@ from transformers.masking_utils import (
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from mai_thinking.errors import UsageError
 from mai_thinking.model.configuration import GLOBAL, LOCAL, MaiThinkingConfig
 from mai_thinking.model.norm import RMSNorm
 from mai_thinking.model.packed_attention import Documents, find_documents, packed_attention, packed_block_mask
@@ -74,12 +75,23 @@ class Attention(nn.Module):
         q_BHTd = self.q_norm(self.q_proj(x_BTD).view(heads)).transpose(1, 2)
         k_BGTd = self.k_norm(self.k_proj(x_BTD).view(heads)).transpose(1, 2)
         v_BGTd = self.v_proj(x_BTD).view(heads).transpose(1, 2)
+        if self.config.offset_keys:
+            if "cache" in kwargs:
+                raise UsageError(
+                    "offset_keys: the transformers library's continuous batching keeps no key for the token behind "
+                    "it; use `generate`"
+                )
+            own_BGTh = second_halves(k_BGTd).to(v_BGTd.dtype)
+            k_BGTd = offset_keys(k_BGTd, own_BGTh, self._newest(past_key_values), kwargs["position_ids"])
         if self.is_local:
             q_BHTd, k_BGTd = rotate(q_BHTd, rotary), rotate(k_BGTd, rotary)
         # The norms and the rotation are fp32; the kernel takes one dtype and keeps its scores in fp32 by itself.
         q_BHTd, k_BGTd = q_BHTd.to(v_BGTd.dtype), k_BGTd.to(v_BGTd.dtype)
         if past_key_values is not None:
+            if self.config.offset_keys:  # what the next token's key takes is cached behind its own
+                k_BGTd = torch.cat((k_BGTd, own_BGTh), dim=-1)
             k_BGTd, v_BGTd = past_key_values.update(k_BGTd, v_BGTd, self.layer_idx)
+            k_BGTd = k_BGTd[..., : self.head_dim]
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
         heads_BTHd, weights = attend(
             self,
@@ -93,6 +105,36 @@ class Attention(nn.Module):
             **kwargs,
         )
         return self.o_proj(heads_BTHd.flatten(2)), weights
+
+    def _newest(self, cache: Cache | None) -> Tensor | None:
+        """What a cache keeps of its newest tokens' keys for the next ones, [B, G, 1, d/2]; None of an empty one."""
+        if cache is None:
+            return None
+        if (newest := getattr(cache, "newest_keys", None)) is not None:
+            keys_BG1k = newest(self.layer_idx)
+        elif self.layer_idx >= len(cache.layers) or not cache.layers[self.layer_idx].is_initialized:
+            return None
+        else:
+            layer = cache.layers[self.layer_idx]
+            room, seen = layer.keys.size(2), torch.as_tensor(layer.get_seq_length(), device=layer.keys.device)
+            keys_BG1k = layer.keys.index_select(2, seen.clamp(1, room).view(1) - 1)
+        return keys_BG1k[..., self.head_dim :]
+
+
+def second_halves(k_BGTd: Tensor) -> Tensor:
+    """[B, G, T, d/2]: of both halves that RoPE turns against each other, the second half: its slower pairs."""
+    return k_BGTd.unflatten(-1, (2, 2, -1))[..., 1, :].flatten(-2)
+
+
+def offset_keys(k_BGTd: Tensor, own_BGTh: Tensor, before_BG1h: Tensor | None, positions_BT: Tensor) -> Tensor:
+    """Keys whose `second_halves` are those of the token before: of `own_BGTh` moved on by one, behind `before_BG1h`.
+    A document's first token, at position 0, has zeros."""
+    shifted_BGTh = F.pad(own_BGTh, (0, 0, 1, 0))[:, :, :-1]
+    if before_BG1h is not None:
+        shifted_BGTh = torch.cat((before_BG1h, shifted_BGTh[:, :, 1:]), dim=2)
+    shifted_BGTh = shifted_BGTh.masked_fill((positions_BT == 0)[:, None, :, None], 0.0)
+    parts_BGT2p = k_BGTd.unflatten(-1, (2, 2, -1))[..., 0, :], shifted_BGTh.to(k_BGTd.dtype).unflatten(-1, (2, -1))
+    return torch.stack(parts_BGT2p, dim=-2).flatten(-3)
 
 
 def rotary_tables(position_ids: Tensor, head_dim: int, theta: float) -> RotaryTables:

@@ -63,6 +63,10 @@ class MaiThinkingConfig(PretrainedConfig):
     sliding_window: int = 512
     """A local layer's token sees itself and the `sliding_window - 1` tokens before it."""
     rope_theta: float = 10_000.0
+    offset_keys: bool = False
+    """Half of a key's dimensions, in local layers the slower pairs of RoPE, are those of the token before, so that one
+    layer finds what followed an earlier occurrence of a token. The report does not have it. Known from small fast
+    recipes ("partial key offset"); after Olsson et al., 2022, "In-context learning and induction heads"."""
     max_position_embeddings: int = 16_384
     """Longest context trained on. Nothing in the architecture depends on it: global layers have no positions."""
 
@@ -165,6 +169,11 @@ class MaiThinkingConfig(PretrainedConfig):
     def moe_layers(self) -> list[int]:
         """Indices of the layers whose feed-forward is a LatentMoE."""
         return [layer for layer in range(self.num_hidden_layers) if (layer + 1) % self.moe_period == 0]
+
+    @property
+    def cached_dims(self) -> tuple[int, int]:
+        """Sizes of a head's key and of its value as a cache keeps them."""
+        return self.head_dim + (self.head_dim // 2 if self.offset_keys else 0), self.head_dim
 
     def parameter_breakdown(self) -> dict[str, int]:
         """Parameters by part; `experts` counts all of them, `active_experts` the chosen ones of each layer."""
@@ -269,5 +278,7 @@ def _check(config: MaiThinkingConfig) -> None:
             f"model.num_attention_heads: {config.num_attention_heads} is not a multiple of "
             f"num_key_value_heads {config.num_key_value_heads}, which groups of query heads share"
         )
+    if config.offset_keys and config.head_dim % 4:
+        raise UsageError(f"model.head_dim: {config.head_dim} is not a multiple of 4, which offset_keys needs")
     if config.head_dim % 2:
         raise UsageError(f"model.head_dim: {config.head_dim} is odd; RoPE turns pairs, so use an even size")

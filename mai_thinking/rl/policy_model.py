@@ -187,7 +187,7 @@ def memory_of_policy(config: GrpoConfig, architecture: MaiThinkingConfig, ranks:
         min(architecture.sliding_window, section.row_length) if kind == LOCAL else section.row_length
         for kind in architecture.layer_types or []
     )
-    states = 2 * architecture.num_key_value_heads * architecture.head_dim * cast
+    states = architecture.num_key_value_heads * sum(architecture.cached_dims) * cast
     return memory_per_rank(architecture, config.execution, Work(ranks, tokens, tokens, cast)) | {
         "engine": cast * in_products + WEIGHT * wide,
         "its cache": config.rollouts.slots * kept * states,

@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.masking_utils import create_sliding_window_causal_mask
 
 from mai_thinking.model import MaiThinkingConfig, MaiThinkingForCausalLM, modeling
+from mai_thinking.model.attention import offset_keys, second_halves
 from mai_thinking.model.modeling import DecoderLayer
 from tiny_models import SIZES, tiny_model
 
@@ -17,10 +18,11 @@ def tokens(*shape: int, seed: int = 1) -> torch.Tensor:
     return torch.randint(2, SIZES["vocab_size"], shape, generator=torch.Generator().manual_seed(seed))
 
 
+@pytest.mark.parametrize("offset", [False, True])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_prefill_and_cached_decoding_equal_one_forward(attention: str) -> None:
+def test_prefill_and_cached_decoding_equal_one_forward(attention: str, offset: bool) -> None:
     """Past the window's length (8) too, in pieces of several sizes, and the local layers keep only the window."""
-    model, ids = tiny_model(attention=attention), tokens(2, 40)
+    model, ids = tiny_model(attention=attention, offset_keys=offset), tokens(2, 40)
     with torch.no_grad():
         whole = model(ids, use_cache=False).logits
         cache, pieces = None, []
@@ -65,8 +67,23 @@ def test_global_layer_ignores_positions_and_local_layers_only_their_differences(
     assert (here - unrotated).abs().max() > 1e-2
 
 
-def test_packed_documents_equal_documents_alone() -> None:
-    model = tiny_model()
+def test_half_of_an_offset_key_is_of_the_token_before() -> None:
+    """Of a head of 8, dimensions 2, 3, 6 and 7, which are RoPE's slower pairs; zeros for a document's first token."""
+    k_BGTd = torch.randn(2, 3, 7, 8, generator=torch.Generator().manual_seed(0))
+    positions = torch.tensor([[0, 1, 2, 3, 4, 5, 6], [5, 6, 0, 1, 2, 0, 1]])
+    before = torch.full((2, 3, 1, 4), 9.0)  # what a cache holds
+    found = offset_keys(k_BGTd, second_halves(k_BGTd), before, positions)
+    for row in range(2):
+        for place in range(7):
+            previous = k_BGTd[row, :, place - 1, [2, 3, 6, 7]] if place else before[row, :, 0]
+            expected = k_BGTd[row, :, place].clone()
+            expected[:, [2, 3, 6, 7]] = 0.0 if positions[row, place] == 0 else previous
+            assert torch.equal(found[row, :, place], expected)
+
+
+@pytest.mark.parametrize("offset", [False, True])
+def test_packed_documents_equal_documents_alone(offset: bool) -> None:
+    model = tiny_model(offset_keys=offset)
     first, second = tokens(1, 11, seed=1), tokens(1, 14, seed=2)
     packed = torch.cat((first, second), dim=1)
     positions = torch.cat((torch.arange(11), torch.arange(14)))[None]
@@ -78,8 +95,9 @@ def test_packed_documents_equal_documents_alone() -> None:
     assert (unmasked - alone).abs().max() > 1e-2  # the switch does something
 
 
-def test_padding_changes_nothing() -> None:
-    model, ids = tiny_model(), tokens(1, 9)
+@pytest.mark.parametrize("offset", [False, True])
+def test_padding_changes_nothing(offset: bool) -> None:
+    model, ids = tiny_model(offset_keys=offset), tokens(1, 9)
     padded = torch.cat((torch.full((1, 4), 1), ids), dim=1)
     mask = torch.cat((torch.zeros(1, 4), torch.ones(1, 9)), dim=1).long()
     positions = (mask.cumsum(-1) - 1).clamp(min=0)

@@ -72,8 +72,9 @@ class SlotCache:
         self._states: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         for kind, own in layers.items():
             room = self._window if kind == LOCAL else length
-            shape = (len(own), slots, config.num_key_value_heads, room, config.head_dim)
-            self._states[kind] = like.new_zeros(shape), like.new_zeros(shape)
+            shape = (len(own), slots, config.num_key_value_heads, room)
+            key, value = config.cached_dims
+            self._states[kind] = like.new_zeros(*shape, key), like.new_zeros(*shape, value)
         self._position_A = torch.zeros(0, dtype=torch.long, device=like.device)
         self._rows_A = torch.arange(slots, device=like.device)
         self._used = 0
@@ -113,12 +114,21 @@ class SlotCache:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Write this step's keys and values; → all of the layer's for the slots in use, views."""
         A = k_AG1d.size(0)
-        kind, index = self._place[layer]
-        place_A = self._position_A % self._window if kind == LOCAL else self._position_A
-        keys, values = (states[index] for states in self._states[kind])
+        keys, values, place_A = self._layer(layer, self._position_A)
         keys[self._rows_A[:A], :, place_A] = k_AG1d[:, :, 0]
         values[self._rows_A[:A], :, place_A] = v_AG1d[:, :, 0]
         return keys[:A, :, : self._used], values[:A, :, : self._used]
+
+    def newest_keys(self, layer: int) -> torch.Tensor:
+        """What is cached as the keys of the tokens before this step's, [A, G, 1, width]."""
+        keys, _, place_A = self._layer(layer, (self._position_A - 1).clamp(min=0))
+        return keys[self._rows_A[: len(place_A)], :, place_A, None]
+
+    def _layer(self, layer: int, position_A: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """A layer's keys and values, and where in them tokens at these positions lie."""
+        kind, index = self._place[layer]
+        keys, values = (states[index] for states in self._states[kind])
+        return keys, values, position_A % self._window if kind == LOCAL else position_A
 
 
 def layers_of(config: MaiThinkingConfig) -> dict[str, list[int]]:

@@ -46,8 +46,9 @@ def same(one: Rollout, other: Rollout) -> bool:
     )
 
 
-def test_greedy_equals_generate_with_ragged_prompts() -> None:
-    model = tiny_model()
+@pytest.mark.parametrize("offset", [False, True])
+def test_greedy_equals_generate_with_ragged_prompts(offset: bool) -> None:
+    model = tiny_model(offset_keys=offset)
     wanted = requests(groups=9, size=1)
     results = engine(model, slots=4, temperature=0.0).generate(wanted)
     ended = 0
