@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
-from record import against, compare, write
+from record import against, compare, copied, write
 
 from mai_thinking.training.sampling import parses
 
@@ -70,6 +70,20 @@ def test_another_model_is_given_the_minutes_that_its_own_step_takes(tmp_path: Pa
     write(tmp_path, [], [], rows)
     page = (tmp_path / "summary.md").read_text()
     assert "| slow | 1 | 3.000 | 1.000 | 0.500 | 1,200 | 2.458 | 10.000 | 2 | 2.500 | 2.500 |" in page
+
+
+def test_finished_runs_and_first_steps_are_tables_of_their_own(tmp_path: Path) -> None:
+    nats = {"nats": {"24": [9.0, 3.0]}}
+    lines = [
+        {"run": "a", "seed": 1, "tokens": 7, "weighted": 1.5, "bits": {"code": 1.4}} | nats,
+        {"changed": ["model.offset_keys=false"], "steps": 400, "seed": 0, "loss": 5.0, "seconds": 0.5} | nats,
+        {"changed": [], "steps": 400, "seed": 0, "loss": 4.0, "seconds": 0.6} | nats,
+    ]
+    (tmp_path / "copying.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    done, begun = copied(tmp_path / "copying.jsonl")
+    assert done == [{"run": "a", "seed": 1, "weighted": 1.5, "code": 1.4, "24 tokens": 9.0, "24 again": 3.0}]
+    assert [row["changed"] for row in begun] == ["model.offset_keys=false", "nothing"]
+    assert all((row["24 tokens"], row["24 again"]) == (9.0, 3.0) for row in begun)
 
 
 @pytest.mark.parametrize(
