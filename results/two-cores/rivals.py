@@ -113,6 +113,7 @@ def ours(config: PretrainConfig, data: PreparedData, *, dense: bool) -> Rival:
                 layer.is_moe, layer.feed_forward = False, DenseFeedForward(architecture).apply(model._init_weights)
         total = active = sum(p.numel() for p in model.parameters())
         what = f"dense: SwiGLU of {DENSE_WIDTH} in all six layers, the same trainer"
+        what += ", the same keys" * architecture.offset_keys
     learner = Learner(
         model, config, make_accelerator(config), balance=0.0 if dense else architecture.router_aux_loss_coef
     )
