@@ -110,14 +110,18 @@ class Attention(nn.Module):
         """What a cache keeps of its newest tokens' keys for the next ones, [B, G, 1, d/2]; None of an empty one."""
         if cache is None:
             return None
-        if (newest := getattr(cache, "newest_keys", None)) is not None:
-            keys_BG1k = newest(self.layer_idx)
-        elif self.layer_idx >= len(cache.layers) or not cache.layers[self.layer_idx].is_initialized:
-            return None
-        else:
-            layer = cache.layers[self.layer_idx]
+        if isinstance(cache, Cache):
+            layer = cache.layers[self.layer_idx] if self.layer_idx < len(cache.layers) else None
+            if layer is None or layer.keys is None:
+                return None
+            if not layer.keys.numel():  # after a crop to nothing, or in a cache that quantises
+                if layer.get_seq_length():
+                    raise UsageError("offset_keys: a quantised cache does not keep keys as they were; use another")
+                return None
             room, seen = layer.keys.size(2), torch.as_tensor(layer.get_seq_length(), device=layer.keys.device)
             keys_BG1k = layer.keys.index_select(2, seen.clamp(1, room).view(1) - 1)
+        else:
+            keys_BG1k = cache.newest_keys(self.layer_idx)
         return keys_BG1k[..., self.head_dim :]
 
 

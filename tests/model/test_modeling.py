@@ -5,9 +5,10 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, GenerationConfig
 from transformers.masking_utils import create_sliding_window_causal_mask
 
+from mai_thinking.errors import UsageError
 from mai_thinking.model import MaiThinkingConfig, MaiThinkingForCausalLM, modeling
 from mai_thinking.model.attention import offset_keys, second_halves
 from mai_thinking.model.modeling import DecoderLayer
@@ -33,6 +34,24 @@ def test_prefill_and_cached_decoding_equal_one_forward(attention: str, offset: b
     assert (torch.cat(pieces, dim=1) - whole).abs().max() < 1e-4
     lengths = [layer.keys.size(-2) for layer in cache.layers]
     assert lengths == [7, 7, 7, 7, 7, 40]
+
+
+def test_offset_keys_go_on_from_a_cropped_cache() -> None:
+    """As assisted generation crops it; to nothing too. A cache whose keys are gone is an error."""
+    model, ids = tiny_model(offset_keys=True), tokens(2, 20)
+    with torch.no_grad():
+        whole = model(ids, use_cache=False).logits
+        cache = DynamicCache()
+        for crop in (0, 8, 20):
+            if crop:
+                cache.crop(-crop)
+            start = 20 - crop if crop else 0
+            again = model(ids[:, start:], past_key_values=cache, use_cache=True).logits
+            assert (again - whole[:, start:]).abs().max() < 1e-4
+        cache.layers[0].get_seq_length = lambda: 20  # as one that quantises: it counts tokens whose keys it lacks
+        cache.layers[0].keys = torch.tensor([])
+        with pytest.raises(UsageError, match="quantised"):
+            model(ids[:, :1], past_key_values=cache, use_cache=True)
 
 
 def test_window_and_positions() -> None:
