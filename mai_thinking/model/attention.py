@@ -6,7 +6,7 @@ Source: MAI-Thinking-1 report §2.1. Kernels, masks and caches are the transform
 "windowed_sdpa" is ours: SDPA that does not compute, only to mask it, what lies outside a local layer's window; in half
 precision on a GPU, the flash kernel with documents' offsets in the mask's place (`model.packed_attention`).
 
-Shapes: B batch, T queries, H query heads, G key-value heads, d head size, W window, n blocks of W.
+Shapes: B batch, T queries, H query heads, G key-value heads, d head size, h half of it, W window, n blocks of W.
 """
 
 from typing import Any

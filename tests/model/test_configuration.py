@@ -90,6 +90,7 @@ def test_flops_count_products_and_attention_by_hand() -> None:
         ({"num_experts_per_tok": 13}, "num_experts_per_tok"),
         ({"num_attention_heads": 3}, "num_key_value_heads"),
         ({"head_dim": 7}, "even"),
+        ({"head_dim": 6, "offset_keys": True}, "multiple of 4"),
         ({"dropout": 1.0}, "dropout"),
         ({"latent_size": 0}, "latent_size"),
         ({"num_experts": 2.5}, "num_experts"),
