@@ -37,8 +37,9 @@ CODE = """
 
 
 @pytest.mark.slow
-def test_two_processes_compute_what_one_does(tmp_path: Path) -> None:
-    tiny_model(vocab_size=96).save_pretrained(tmp_path / "model")
+@pytest.mark.parametrize("offset", [False, True])
+def test_two_processes_compute_what_one_does(tmp_path: Path, offset: bool) -> None:
+    tiny_model(vocab_size=96, offset_keys=offset).save_pretrained(tmp_path / "model")
     (tmp_path / "compare.py").write_text(textwrap.dedent(CODE))
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [*launcher, str(tmp_path / "compare.py"), str(tmp_path / "model")]
