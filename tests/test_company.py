@@ -214,13 +214,10 @@ def test_generate_with_continuous_batching(attention: str) -> None:
 def test_continuous_batching_says_that_it_has_no_offset_keys() -> None:
     settings = GenerationConfig(max_new_tokens=2, do_sample=False, eos_token_id=96, pad_token_id=1)
     batching = ContinuousBatchingConfig(num_blocks=4, max_batch_tokens=16)
-    (output,) = (
-        tiny_model(offset_keys=True)
-        .generate_batch(
-            [[5, 6, 7]], generation_config=settings, continuous_batching_config=batching, progress_bar=False
-        )
-        .values()
+    outputs = tiny_model(offset_keys=True).generate_batch(
+        [[5, 6, 7]], generation_config=settings, continuous_batching_config=batching, progress_bar=False
     )
+    (output,) = outputs.values()
     assert "use `generate`" in output.error
 
 

@@ -208,7 +208,9 @@ def draw(out: Path) -> None:
     for size, part in ((name[-4:], part["found"]) for name, part in parts.items() if name.startswith("killed")):
         whole = speeds[f"speed-{size}"]["files"]
         other = sorted(name for name in whole | part["files"] if whole.get(name) != part["files"].get(name))
-        page.facts["killed"] = {"mb": part["mb"], "in": part["killed_in"], "files": len(whole), "other_files": other}
+        page.facts.setdefault("killed", {})[size] = {
+            "mb": part["mb"], "in": part["killed_in"], "files": len(whole), "other_files": other,
+        }  # fmt: skip
         page.add(
             f"{part['mb']:,.0f} MB, in {part['processes']} processes, killed {len(part['killed_in'])} times (behind "
             f"{', '.join(part['killed_in'])}): of {len(whole)} files, {len(other)} differ from those of one process "

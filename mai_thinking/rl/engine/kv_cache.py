@@ -121,7 +121,7 @@ class SlotCache:
 
     def newest_keys(self, layer: int) -> torch.Tensor:
         """What is cached as the keys of the tokens before this step's, [A, G, 1, width]."""
-        keys, _, place_A = self._layer(layer, (self._position_A - 1).clamp(min=0))
+        keys, _, place_A = self._layer(layer, self._position_A - 1)
         return keys[self._rows_A[: len(place_A)], :, place_A, None]
 
     def _layer(self, layer: int, position_A: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
