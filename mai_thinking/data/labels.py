@@ -10,7 +10,7 @@ from typing import Any
 
 from mai_thinking.data.decontamination import read_benchmark
 from mai_thinking.data.jsonl import shown
-from mai_thinking.data.words import WordHashes, hashed_features
+from mai_thinking.data.words import WordHashes, hashed_features, one_thread
 from mai_thinking.errors import UsageError
 
 _BATCH = 2048
@@ -38,6 +38,7 @@ def read_examples(labels: Mapping[str, Mapping[str, str]]) -> dict[str, dict[str
 class Labeller:
     """One classifier; the same examples give the same labels."""
 
+    @one_thread()
     def __init__(self, examples: Mapping[str, Sequence[str]]) -> None:
         """`examples`: label → texts."""
         from sklearn.feature_extraction.text import TfidfTransformer

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from mai_thinking.config.data import SemanticSection
 from mai_thinking.data.documents import Documents
 from mai_thinking.data.duplicates import Places
-from mai_thinking.data.words import hashed_features
+from mai_thinking.data.words import hashed_features, one_thread
 from mai_thinking.data.work import Arrays, Parts, Work
 
 _SAMPLE = 8192
@@ -27,10 +27,13 @@ _CLUSTERED = 131_072
 _BATCH = 2048
 _CLUSTER = 512
 """Documents of a cluster, on average."""
+_OFTEN = 1024
+"""Words that are so frequent in a cluster that their product is a dense one."""
 _NEAREST = 2
 """Clusters that a document is compared in, since two that are close may lie on either side of a border."""
 
 
+@one_thread()
 def semantic_duplicates(documents: Documents, section: SemanticSection, work: Work) -> Places:
     """For each document the place of an earlier representative that says the same; its own for representatives."""
     twins = np.arange(len(documents))
@@ -41,9 +44,10 @@ def semantic_duplicates(documents: Documents, section: SemanticSection, work: Wo
     with np.load(table) as file:
         rarity = file["rarity"]
     for members in clusters(work.each("embeddings", partial(_embeddings, table), documents), len(documents)):
-        vectors = _weighted(documents[members], rarity)
+        often, rest = _parted(_weighted(documents[members], rarity))
         for start in range(0, len(members), _CLUSTER):  # some clusters are far larger than others
-            closeness = (vectors[start : start + _CLUSTER] @ vectors[: start + _CLUSTER].T).toarray()
+            end = start + _CLUSTER
+            closeness = often[start:end] @ often[:end].T + (rest[start:end] @ rest[:end].T).toarray()
             close = np.tril(closeness >= section.similarity, start - 1)
             for row in np.flatnonzero(close.any(axis=1)):
                 place, like = members[start + row], members[np.flatnonzero(close[row])]
@@ -62,6 +66,16 @@ def _weighted(documents: Documents, rarity: NDArray[np.float32]) -> Any:
     return normalize(features, copy=False)
 
 
+def _parted(vectors: Any) -> tuple[NDArray[np.float32], Any]:
+    """The `_OFTEN` most frequent words [documents, words], dense, and the sparse rest: a sparse product takes for each
+    word the square of the documents that it stands in, and so most of its time for a few words."""
+    often = np.argsort(-np.bincount(vectors.indices, minlength=vectors.shape[1]), kind="stable")[:_OFTEN]
+    dense = np.ascontiguousarray(vectors[:, often].toarray())
+    vectors.data[np.isin(vectors.indices, often)] = 0
+    vectors.eliminate_zeros()
+    return dense, vectors
+
+
 def _fit(sample: Documents, dimensions: int, path: Path) -> None:
     """The words' rarity, and the singular vectors of a sample."""
     from sklearn.decomposition import TruncatedSVD
@@ -73,6 +87,7 @@ def _fit(sample: Documents, dimensions: int, path: Path) -> None:
         np.savez(file, allow_pickle=False, rarity=rarity, vectors=svd.components_.T.astype(np.float32))
 
 
+@one_thread()
 def _embeddings(table: Path, shard: int, documents: Documents) -> Arrays:
     """Unit vectors [documents, dimensions]; zero for one without words."""
     with np.load(table) as file:

@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterable, Sequence
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -113,13 +114,17 @@ class Encoder:
     `<|endoftext|>`, becomes ordinary tokens, and no document or question can fake a document's end."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.end_of_text = int(tokenizer.eos_token_id)
+        self._tokenizer, self.end_of_text = tokenizer, int(tokenizer.eos_token_id)
         self.vocab_size = vocabulary_size(tokenizer)
         self._backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
         self._backend.encode_special_tokens = True
         self._backend.no_truncation()
         self._backend.no_padding()
         self._cuts_as_ours, self._known = _cuts_as_ours(self._backend), dict[str, list[int]]()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Another process makes its own: a pickled backend has forgotten that text is text."""
+        return Encoder, (self._tokenizer,)
 
     def encode(self, text: str) -> list[int]:
         """The ids of `text`, without any special token. UsageError for half a surrogate pair, which is no text."""

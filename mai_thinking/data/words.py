@@ -2,7 +2,8 @@
 
 import re
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
@@ -86,6 +87,17 @@ def hashed_features(texts: Iterable[Hashes], *, longest: int, bits: int) -> Any:
         sizes.append(len(column))
     shape = (len(sizes) - 1, 1 << bits)
     return csr_matrix((np.concatenate(values), np.concatenate(columns), np.cumsum(sizes)), shape=shape)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Products and factors of matrices are the same bits on any number of cores: in parts, sums end otherwise, and a
+    cluster's border lies elsewhere. Those of a few thousand documents take no longer."""
+    import sklearn.cluster  # noqa: F401 — with SciPy, whose threads would not be limited if it came later
+    from threadpoolctl import threadpool_limits
+
+    with threadpool_limits(1):
+        yield
 
 
 class SortedHashes:

@@ -1,7 +1,10 @@
 """Stages of cleaning: what each finds of planted faults, what it leaves alone, who keeps what two sources have."""
 
 import json
+import os
 import random
+import subprocess
+import sys
 import tempfile
 import tracemalloc
 from collections.abc import Callable, Iterator
@@ -10,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import scipy.sparse
 from measure_cleaning import STAGES, harmed, outcomes, recall
 from planted import similarity
 
@@ -151,6 +155,47 @@ def test_a_cluster_is_compared_whole_however_large_it_is(corpus: Corpus, monkeyp
         monkeypatch.setattr(semantic, "_NEAREST", 100)
         stored = Stored(corpus.folder, texts)
         assert semantic_duplicates(stored.documents, SemanticSection(), stored.work).tolist() == [*range(40), 0]
+
+
+def test_frequent_words_and_the_rest_have_the_products_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    vectors = scipy.sparse.random_array((40, 200), density=0.2, rng=np.random.default_rng(0), dtype=np.float32).tocsr()
+    expected = (vectors @ vectors.T).toarray()
+    for often in (1, 20, 300):
+        monkeypatch.setattr(semantic, "_OFTEN", often)
+        dense, rest = semantic._parted(vectors.copy())
+        assert (rest.nnz == 0) == (often == 300)
+        np.testing.assert_allclose(dense @ dense.T + (rest @ rest.T).toarray(), expected, rtol=1e-5)
+
+
+FITTED = """
+import sys
+from pathlib import Path
+import numpy as np
+from mai_thinking.config.data import DataSection, SemanticSection
+from mai_thinking.data.semantic import semantic_duplicates
+from mai_thinking.data.work import Work
+from shard_tasks import stored
+from mai_thinking.data.cleaning import with_words
+draw = np.random.default_rng(0)
+texts = [" ".join(map(str, draw.zipf(1.3, 60))) for _ in range(1500)]
+with Work(Path(sys.argv[1]), processes=1) as work:
+    documents = with_words(stored(work, texts), work)
+    semantic_duplicates(documents, SemanticSection(), work)
+"""
+
+
+def test_singular_vectors_are_the_same_bits_on_any_number_of_cores(tmp_path: Path) -> None:
+    found = []
+    for cores in "12":
+        places = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1]), *sys.path])
+        variables = os.environ | {"PYTHONPATH": places, "OPENBLAS_NUM_THREADS": cores, "OMP_NUM_THREADS": cores}
+        subprocess.run([sys.executable, "-c", FITTED, str(tmp_path / cores)], env=variables, check=True)
+        with (
+            np.load(tmp_path / cores / "embedding.npz") as table,
+            np.load(next((tmp_path / cores / "embeddings").iterdir())) as part,
+        ):
+            found.append((table["vectors"].tobytes(), part["vectors"].tobytes()))
+    assert found[0] == found[1]
 
 
 def test_clusters_hold_one_shard_of_embeddings_and_a_sample(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import re
 from collections import deque
 from collections.abc import Callable
@@ -16,8 +17,9 @@ import torch
 
 from conftest import Corpus, source
 from mai_thinking.config.data import DataSection
-from mai_thinking.data import Loader, PreparedData, prepare
+from mai_thinking.data import Loader, PreparedData, documents, prepare
 from mai_thinking.data.accounting import left_out_table
+from mai_thinking.data.tokenizer import END_OF_TEXT
 from mai_thinking.errors import DataError, UsageError
 
 Make = Callable[..., DataSection]
@@ -224,6 +226,24 @@ def test_what_is_left_out_is_told(corpus: Corpus, section: Make, tmp_path: Path)
         assert "data: a: null dropped 1 of 32 documents (0 B of " in " ".join(said)
         assert "b.jsonl: 1 of 2 records have fewer than 8 words and are not looked for" in " ".join(said)
     assert "| a | max_line dropped 1 of 32 documents" in left_out_table(prepared.left_out)
+
+
+@pytest.mark.timeout(300)
+def test_two_processes_give_the_bytes_of_one(
+    corpus: Corpus, section: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every stage on, in text that spells a special token."""
+    monkeypatch.setattr(documents, "_SHARD", 1000)
+    texts = [f"\u00e9 {END_OF_TEXT} {text}" for text in corpus.documents(40)]
+    texts += [f"{corpus.document(40)}\nthe same line in many of them\n" for _ in range(6)]
+    path = corpus.jsonl("a.jsonl", texts)
+    stages = {"boilerplate": {"across": 3}, "templates": {}, "semantic": {}, "fuzzy_decontamination": {}}
+    found = []
+    for cores in (1, 2):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda process, cores=cores: set(range(cores)), raising=False)
+        config = section(source("a", path), cleaning=stages, cache_dir=str(tmp_path / str(cores)))
+        found.append({name: file["xxh3"] for name, file in prepare(config).manifest["files"].items()})
+    assert found[0] == found[1]
 
 
 def test_prepared_data_is_found_wherever_the_files_lie(corpus: Corpus, section: Make, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The tokenizer: any text survives, and no text can fake a document boundary."""
 
 import json
+import pickle
 import random
 from pathlib import Path
 
@@ -54,6 +55,14 @@ def test_words_that_are_cut_here_are_those_of_the_library() -> None:
     for start in range(0, len(texts), 50):
         found = encoder.encode_documents(texts[start : start + 50])
         assert [one.tolist() for one in found] == [encoder.encode_prompt(text) for text in texts[start : start + 50]]
+
+
+def test_an_encoder_that_another_process_gets_takes_text_for_text(two_sources: PreparedData) -> None:
+    """What spells a special token, too."""
+    encoder = pickle.loads(pickle.dumps(two_sources.encoder))
+    for text in SAMPLES:
+        assert encoder.encode(text) == two_sources.encoder.encode(text)
+    assert any(END_OF_TEXT in text for text in SAMPLES)
 
 
 def test_a_saved_tokenizer_is_the_same(two_sources: PreparedData, tmp_path: Path) -> None:
