@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,8 @@ def measure(megabytes: float) -> dict[str, Any]:
         command = [sys.executable, __file__, str(megabytes), "child"]
         child = subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL)
         while child.poll() is None:
-            seen.update(work.glob(".*.work/*/*.np?"))
+            with suppress(FileNotFoundError):  # of a folder that goes while it is read
+                seen.update(work.glob(".*.work/*/*.np?"))
             if len(seen) >= target:
                 os.killpg(child.pid, signal.SIGKILL)
                 child.wait()
