@@ -37,12 +37,14 @@ def loiter(marker: Path, shard: int, found: Documents) -> Arrays:
 
 
 def wait_on_a_worker(marker: Path, shard: int, found: Documents) -> Arrays:
-    """Note who tries the shard. The other machine's wait for their end, which takes the whole machine along."""
+    """Note who tries the shard, and wait until the machine that will die has one, which may start later than all would
+    be done. Its workers wait for their end, which takes the whole machine along."""
     import ray
 
     node = ray.get_runtime_context().get_node_id()
     with (marker / f"{shard} tried").open("a") as file:
         file.write(f"{node}\n")
-    while node == (marker / "doomed").read_text():
+    doomed = (marker / "doomed").read_text()
+    while node == doomed or not any(doomed in path.read_text() for path in marker.glob("* tried")):
         time.sleep(0.05)
     return bytes_of(shard, found)
