@@ -205,7 +205,9 @@ def draw(out: Path) -> None:
         }
         columns = ["peak memory, GB, in", *columns[1:]]
         page.add_table("stage_gb", Table(columns, [[name, *row] for name, row in stages.items()], digits=2))
-    for size, part in ((name[-4:], part["found"]) for name, part in parts.items() if name.startswith("killed")):
+    for size, part in (
+        (name.partition("-")[2], part["found"]) for name, part in parts.items() if name.startswith("killed")
+    ):
         whole = speeds[f"speed-{size}"]["files"]
         other = sorted(name for name in whole | part["files"] if whole.get(name) != part["files"].get(name))
         page.facts.setdefault("killed", {})[size] = {

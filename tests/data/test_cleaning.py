@@ -171,11 +171,11 @@ FITTED = """
 import sys
 from pathlib import Path
 import numpy as np
-from mai_thinking.config.data import DataSection, SemanticSection
+from shard_tasks import stored
+from mai_thinking.config.data import SemanticSection
+from mai_thinking.data.cleaning import with_words
 from mai_thinking.data.semantic import semantic_duplicates
 from mai_thinking.data.work import Work
-from shard_tasks import stored
-from mai_thinking.data.cleaning import with_words
 draw = np.random.default_rng(0)
 texts = [" ".join(map(str, draw.zipf(1.3, 60))) for _ in range(1500)]
 with Work(Path(sys.argv[1]), processes=1) as work:
