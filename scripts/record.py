@@ -4,7 +4,8 @@ RUNs are finished pre-training runs of one config that differ in their seed. Bes
 PPMd that has read the same training text first (extra `record`), and what `xz -9e` and `gzip -9` make of the held-out
 text alone. A record joins those that `--out` has already. `--tried` are the paired trials that
 results/two-cores/trial.py left, `--rivals` what results/two-cores/rivals.py left of other models in the same minutes,
-`--copying` what results/two-cores/copying.py found: each is a table of its own.
+`--copying` what results/two-cores/copying.py found, `--longer` runs of the best record's recipe with more steps: each
+is a table of its own.
 """
 
 import hashlib
@@ -23,6 +24,8 @@ from mai_thinking.config.command import Parser, exit_with, option
 
 BITS, MEMORY, GROUP = "bits_per_byte/", 2**30, 20_000
 NOTES = {
+    "With more steps": "The best record's recipe with other `steps`, so that the rate falls over all of them. Minutes "
+    "are those that the run took, on a machine that was shared; by steps timed by turns they are fewer.",
     "In the same minutes": "By results/two-cores/rivals.py, with configs/two-cores.yaml as it was at each line's "
     "commit: the same tokens in the same order, the same tokenizer, all that is held out. Minutes are steps by the "
     "time of one, measured by turns: the processor's on one core, the clock's on two. Commit and machine of each line "
@@ -48,6 +51,7 @@ def main() -> None:
     parser.add_argument("--tried", type=Path, help="a JSONL file of paired trials")
     parser.add_argument("--rivals", type=Path, help="a JSONL file of other models, timed and scored")
     parser.add_argument("--copying", type=Path, help="a JSONL file of what runs copy")
+    parser.add_argument("--longer", nargs="+", type=Path, default=[], help="runs of the best record with more steps")
     options = parser.parse_args()
 
     page = options.out / "summary.json"
@@ -61,7 +65,12 @@ def main() -> None:
     rivals = against(options.rivals, list(records.values())) if options.rivals else known.get("rivals", [])
     mixed = mixtures(options.rivals) if options.rivals else known.get("mixed", [])
     done, begun = copied(options.copying) if options.copying else (known.get("copying", []), known.get("learning", []))
-    write(options.out, sorted(records.values(), key=lambda r: -r["weighted"]), tried, rivals, mixed, done, begun)
+    longer = {record["name"]: record for record in known.get("longer", [])}
+    for run in options.longer:
+        record = measure([run], options.orders, options.samples, list(longer.values()))
+        longer[record["name"]] = record
+    ordered, more = (sorted(found.values(), key=lambda record: -record["weighted"]) for found in (records, longer))
+    write(options.out, ordered, tried, rivals, mixed, done, begun, more)
 
 
 def measure(
@@ -256,6 +265,21 @@ def copied(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     return done, begun
 
 
+def scores(records: Sequence[dict[str, Any]]) -> str:
+    """A table of records, each with its compressors below it."""
+    from mai_thinking.config.table import Interval, Table
+
+    rows, categories = [], list(records[0]["bits_per_byte"])
+    for record in records:
+        interval, weighted = record.get("interval"), record["weighted"]
+        told = [record["minutes"], record["tokens"] / 1e6, len(record["seeds"])]
+        told += [Interval(weighted, *interval) if interval else weighted]
+        rows.append([record["name"], *told, *record["bits_per_byte"].values(), record["parsed"]])
+        rows += [[n, *[None] * 4, *(v[c] for c in categories), None] for n, v in record["yardsticks"].items()]
+    columns = ["", "minutes", "tokens, M", "seeds", "weighted", *categories, "parsed"]
+    return Table(columns, rows).markdown()
+
+
 def write(
     out: Path,
     records: Sequence[dict[str, Any]],
@@ -264,34 +288,30 @@ def write(
     mixed: Sequence[dict[str, Any]] = (),
     copying: Sequence[dict[str, Any]] = (),
     learning: Sequence[dict[str, Any]] = (),
+    longer: Sequence[dict[str, Any]] = (),
 ) -> None:
     """summary.md and summary.json."""
-    from mai_thinking.config.table import Interval, Table
+    from mai_thinking.config.table import Table
     from mai_thinking.report.document import Document
 
     page = Document(out.name)
     if records:
         best = records[-1]
         page.facts |= {"best": {key: best[key] for key in ("bits_per_byte", "minutes", "seeds")}, "records": records}
-        rows, categories = [], list(best["bits_per_byte"])
-        for record in records:
-            interval, weighted = record.get("interval"), record["weighted"]
-            told = [record["minutes"], record["tokens"] / 1e6, len(record["seeds"])]
-            told += [Interval(weighted, *interval) if interval else weighted]
-            rows.append([record["name"], *told, *record["bits_per_byte"].values(), record["parsed"]])
-            rows += [[n, *[None] * 4, *(v[c] for c in categories), None] for n, v in record["yardsticks"].items()]
-        columns = ["", "minutes", "tokens, M", "seeds", "weighted", *categories, "parsed"]
-        page.add(Table(columns, rows).markdown(), heading="Records: held-out bits per byte")
+        page.facts["longer"] = longer
+        page.add(scores(records), heading="Records: held-out bits per byte")
         page.add(
             "Below each record: compressors on the same bytes. PPMd has read that run's training text first. "
             "In brackets Student's 95 % interval of the mean over seeds."
         )
         page.add("Weighted bits per byte at a step; before the last one on the first bytes of what is held out:")
-        for record in records:
+        for record in (*records, *longer):
             page.add(f"`{record['name']}`: " + ", ".join(f"{s} {bits:.3f}" for s, bits in record["curve"].items()))
-        for record in records:
+        for record in (*records, *longer):
             machine = ", ".join(f"{key} {value}" for key, value in record["machine"].items())
             page.add(f"`{record['name']}`: commit {', '.join(record['commits'])}; {machine}.")
+        if longer:
+            page.add(scores([best, *longer]), NOTES["With more steps"], heading="With more steps")
     page.facts |= {"tried": tried, "rivals": rivals, "mixed": mixed, "copying": copying, "learning": learning}
     tables = [("In the same minutes", rivals, 3), ("With n-grams", mixed, 3), ("Copying", copying, 3)]
     tables += [("How soon copying is learned", learning, 3)]

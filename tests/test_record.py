@@ -72,6 +72,22 @@ def test_another_model_is_given_the_minutes_that_its_own_step_takes(tmp_path: Pa
     assert "| slow | 1 | 3.000 | 1.000 | 0.500 | 1,200 | 2.458 | 10.000 | 2 | 2.500 | 2.500 |" in page
 
 
+def test_a_run_of_more_steps_is_no_record(tmp_path: Path) -> None:
+    """The best is that of the fixed minutes; the longer run stands beside it, with compressors that read as much."""
+    record = {"name": "short", "minutes": 20.0, "tokens": 7_000_000, "seeds": [0], "weighted": 1.5, "parsed": 0.1}
+    record |= {"bits_per_byte": {"code": 1.4}, "yardsticks": {"PPMd 8": {"code": 1.2}}, "curve": {400: 1.9}}
+    record |= {"commits": ["c0"], "machine": {"cores": 2}, "interval": None}
+    longer = record | {"name": "long", "minutes": 60.0, "weighted": 1.25, "yardsticks": {"PPMd 8": {"code": 1.125}}}
+    write(tmp_path, [record], [], longer=[longer])
+    facts = json.loads((tmp_path / "summary.json").read_text())
+    assert facts["best"] == {"bits_per_byte": {"code": 1.4}, "minutes": 20.0, "seeds": [0]}
+    assert [found["name"] for found in facts["longer"]] == ["long"]
+    above, below = (tmp_path / "summary.md").read_text().split("## With more steps")
+    assert "| long |" not in above
+    assert "| long | 60.000 | 7.000 | 1 | 1.250 | 1.400 | 0.100 |" in below
+    assert "| PPMd 8 |  |  |  |  | 1.125 |  |" in below
+
+
 def test_finished_runs_and_first_steps_are_tables_of_their_own(tmp_path: Path) -> None:
     nats = {"nats": {"24": [9.0, 3.0]}}
     lines = [

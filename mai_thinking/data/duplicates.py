@@ -136,11 +136,10 @@ def _shared_bands(parts: Parts, wanted: Places) -> tuple[Places, Places]:
 
 def _chosen(parts: Parts, places: Places, file: IO[bytes]) -> NDArray[np.uint32]:
     """The signatures at these places, which are in order, in a file."""
-    first, length = 0, 0
-    for signatures in parts.each("signatures") if len(places) else ():
-        begin, end = np.searchsorted(places, [first, first + len(signatures)])
-        file.write(signatures[places[begin:end] - first].tobytes())
-        first, length = first + len(signatures), signatures.shape[1]
+    length = 0
+    for signatures in parts.rows("signatures", places) if len(places) else ():
+        file.write(signatures.tobytes())
+        length = signatures.shape[1]
     file.flush()
     return np.memmap(file, np.uint32, "r", shape=(len(places), length)) if length else np.zeros((0, 1), np.uint32)
 

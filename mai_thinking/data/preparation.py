@@ -47,7 +47,7 @@ from mai_thinking.data.tokenizer import Encoder, architecture_folder, check_loss
 from mai_thinking.data.work import Arrays, Work
 from mai_thinking.errors import UsageError
 
-FORMAT = 4
+FORMAT = 5
 """Part of every key: one more whenever the same config and input give other tokens or other files. No hash of the code,
 since a comment would throw every user's prepared data away."""
 _LATER = {"boilerplate", "templates", "semantic", "fuzzy_decontamination", "labels", "drop_order"}

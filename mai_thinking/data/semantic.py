@@ -27,6 +27,8 @@ _CLUSTERED = 131_072
 _BATCH = 2048
 _CLUSTER = 512
 """Documents of a cluster, on average."""
+_LARGE = 2048
+"""Clusters that have more are cut: comparing takes the square, in time and in memory."""
 _OFTEN = 1024
 """Words that are so frequent in a cluster that their product is a dense one."""
 _NEAREST = 2
@@ -97,25 +99,53 @@ def _embeddings(table: Path, shard: int, documents: Documents) -> Arrays:
     return {"vectors": vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), np.float32(1e-9))}
 
 
-def clusters(embeddings: Parts, count: int) -> Iterator[NDArray[np.int64]]:
-    """The places of each cluster's members, in order; those near a border are in two."""
+def clusters(embeddings: Parts, count: int) -> Iterator[Places]:
+    """The places of each cluster's members, in order; those near a border are in two. Large ones are cut, each by
+    itself: near copies, which are in two clusters together, are seldom cut apart in both."""
     from sklearn.cluster import MiniBatchKMeans
 
     step, first, some = -(-count // _CLUSTERED), 0, []
     for vectors in embeddings.each("vectors"):
         some.append(vectors[-first % step :: step].copy())  # a view would keep them all
         first += len(vectors)
-    number = -(-count // _CLUSTER)
-    means = MiniBatchKMeans(number, n_init=1, random_state=0, batch_size=_BATCH)
+    means = MiniBatchKMeans(-(-count // _CLUSTER), n_init=1, random_state=0, batch_size=_BATCH)
     centres = means.fit(np.concatenate(some)).cluster_centers_
     nearest = np.concatenate([
         two_nearest(vectors[start : start + _BATCH] @ centres.T)
         for vectors in embeddings.each("vectors")
         for start in range(0, len(vectors), _BATCH)
     ])  # fmt: skip
-    order = np.argsort(nearest, axis=None, kind="stable")
-    ends = np.cumsum(np.bincount(nearest.ravel(), minlength=number))
-    yield from filter(len, np.split(order // nearest.shape[1], ends[:-1]))  # some have no members
+    large = list[Places]()
+    for members in _members(nearest):
+        if len(members) <= _LARGE:
+            yield members
+        else:
+            large.append(members)
+    while large:
+        together = [large.pop()]
+        while large and sum(map(len, together)) + len(large[-1]) <= _CLUSTERED:
+            together.append(large.pop())
+        places = np.unique(np.concatenate(together))
+        vectors = np.concatenate(list(embeddings.rows("vectors", places)))
+        for members in together:
+            yield from (members[part] for part in _cut(vectors[np.searchsorted(places, members)]))
+
+
+def _cut(vectors: NDArray[np.float32]) -> Iterator[Places]:
+    """The places of the members of each part; the largest is halved until there are enough. What cannot be told apart
+    stays whole."""
+    from sklearn.cluster import BisectingKMeans
+
+    halves = BisectingKMeans(-(-len(vectors) // _CLUSTER), random_state=0, bisecting_strategy="largest_cluster")
+    return _members(halves.fit_predict(vectors)[:, None])
+
+
+def _members(clusters: NDArray[np.int32]) -> Iterator[Places]:
+    """The places, in order, of each cluster's members, of the clusters [documents, 1 or more] that each is in; some
+    have none."""
+    order = np.argsort(clusters, axis=None, kind="stable")
+    ends = np.cumsum(np.bincount(clusters.ravel()))
+    yield from filter(len, np.split(order // clusters.shape[1], ends[:-1]))
 
 
 def two_nearest(closeness: NDArray[np.float32]) -> NDArray[np.int32]:

@@ -60,6 +60,14 @@ class Parts:
             with np.load(path) as file:
                 yield file[name]
 
+    def rows(self, name: str, places: NDArray[np.int64]) -> Iterator[NDArray[Any]]:
+        """Of one array of each shard the rows at these places of all, which are in order."""
+        first = 0
+        for rows in self.each(name):
+            begin, end = np.searchsorted(places, [first, first + len(rows)])
+            yield rows[places[begin:end] - first]
+            first += len(rows)
+
     def all(self, name: str) -> NDArray[Any]:
         """One array of all shards."""
         found = list(self.each(name))

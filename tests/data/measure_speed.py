@@ -87,12 +87,12 @@ def corpus(megabytes: float, cleaning: dict[str, Any]) -> tuple[DataSection, Pat
 def measure(megabytes: float, cleaning: dict[str, Any]) -> dict[str, Any]:
     """A preparation of so much text, in numbers."""
     config, folder = corpus(megabytes, cleaning)
-    before, peaks, largest = _peaks_gb()[0], dict[str, float](), dict[str, float]()
+    before, peaks = sum(_peaks_gb()), dict[str, list[float]]()
 
     def stage_ended(line: str) -> None:
         if stage := re.match("data: (.*) took", line):
-            peaks[stage[1]], largest[stage[1]] = _peaks_gb()
-            print(line, f"{peaks[stage[1]]:.2f} GB", file=sys.stderr, flush=True)
+            peaks[stage[1]] = _peaks_gb()
+            print(line, *(f"{peak:.2f} GB" for peak in peaks[stage[1]]), file=sys.stderr, flush=True)
 
     shutil.rmtree(folder / "cache", ignore_errors=True)
     data = prepare(config, log=stage_ended)
@@ -105,14 +105,15 @@ def measure(megabytes: float, cleaning: dict[str, Any]) -> dict[str, Any]:
         "mb_per_s": {name: size / max(value, 0.01) for name, value in seconds.items()} | {
             "all": size / sum(value for name, value in seconds.items() if ":" not in name)
         },
-        "gb_before": before, "peak_gb": max(peaks.values()), "stage_gb": peaks, "largest_gb": max(largest.values()),
+        "gb_before": before, "peak_gb": max(map(sum, peaks.values())), "largest_gb": max(map(max, peaks.values())),
+        "stage_gb": {stage: sum(one) for stage, one in peaks.items()}, "process_gb": peaks,
         "processes": len(os.sched_getaffinity(0)),
         "files": {name: file["xxh3"] for name, file in data.manifest["files"].items()},
     }  # fmt: skip
 
 
-def _peaks_gb() -> tuple[float, float]:
-    """The most memory since it was asked before: of all processes, each at its own worst time, and of the largest."""
+def _peaks_gb() -> list[float]:
+    """The most memory since it was asked before, of this process and of each other."""
     peaks = []
     for process in _processes():
         place = Path(f"/proc/{process.pid}")
@@ -120,7 +121,7 @@ def _peaks_gb() -> tuple[float, float]:
         (place / "clear_refs").write_text("5")
         assert kilobytes
         peaks.append(int(kilobytes[1]) / 1e6)
-    return sum(peaks), max(peaks)
+    return peaks
 
 
 if __name__ == "__main__":

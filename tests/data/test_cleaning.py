@@ -202,6 +202,7 @@ def test_clusters_hold_one_shard_of_embeddings_and_a_sample(monkeypatch: pytest.
     """Twenty shards of 1.3 MB, of which a thousandth decides on the means."""
     monkeypatch.setattr(semantic, "_CLUSTERED", 100)
     monkeypatch.setattr(semantic, "_CLUSTER", 5000)
+    monkeypatch.setattr(semantic, "_LARGE", 100_000)
 
     class Shards(Parts):
         def each(self, name: str) -> Iterator[Any]:
@@ -216,6 +217,39 @@ def test_clusters_hold_one_shard_of_embeddings_and_a_sample(monkeypatch: pytest.
     assert peak < 13e6
 
 
+def test_a_large_cluster_is_cut_and_near_copies_stay_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of 4,000 lie around one of 20 places, so that its clusters are far larger than others; 400 have a copy that
+    is a little off."""
+    monkeypatch.setattr(semantic, "_CLUSTER", 40)
+    draw = np.random.default_rng(0)
+    middles = draw.standard_normal((20, 16)) * 2
+    vectors = middles[np.where(draw.random(4000) < 0.5, 0, draw.integers(0, 20, 4000))] + draw.standard_normal(
+        (4000, 16)
+    )
+    copied = draw.choice(3600, 400, replace=False)
+    vectors[3600:] = vectors[copied] + 0.02 * draw.standard_normal((400, 16))
+    vectors = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+
+    class Shards(Parts):
+        def each(self, name: str) -> Iterator[Any]:
+            return iter(np.array_split(vectors, 7))
+
+    monkeypatch.setattr(semantic, "_LARGE", 4000)
+    assert max(map(len, semantic.clusters(Shards({}), 4000))) > 200
+    monkeypatch.setattr(semantic, "_LARGE", 100)
+    for room in (131_072, 600):  # the large ones together, or a few at once
+        monkeypatch.setattr(semantic, "_CLUSTERED", room)
+        found = list(semantic.clusters(Shards({}), 4000))
+        assert max(map(len, found)) <= 100
+        assert np.bincount(np.concatenate(found)).tolist() == [2] * 4000
+        assert all((np.diff(members) > 0).all() for members in found)
+        sets = [set(members.tolist()) for members in found]
+        together = [
+            any({int(a), b} <= members for members in sets) for a, b in zip(copied, range(3600, 4000), strict=True)
+        ]
+        assert np.mean(together) > 0.99
+
+
 def test_a_document_belongs_to_the_two_nearest_the_first_of_equals() -> None:
     closeness = np.array([[1, 3, 2, 3], [0, 0, 0, 0], [5, 1, 2, 4]], dtype=np.float32)
     assert semantic.two_nearest(closeness.copy()).tolist() == [[1, 3], [0, 1], [0, 3]]
@@ -223,8 +257,9 @@ def test_a_document_belongs_to_the_two_nearest_the_first_of_equals() -> None:
 
 
 def test_a_cluster_may_be_empty(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of copies of one text, which all lie nearest to the same two of four."""
+    """Of copies of one text, which all lie nearest to the same two of four; nothing can cut them."""
     monkeypatch.setattr(semantic, "_CLUSTER", 3)
+    monkeypatch.setattr(semantic, "_LARGE", 4)
     stored = Stored(corpus.folder, [corpus.document()] * 12)
     assert semantic_duplicates(stored.documents, SemanticSection(), stored.work).tolist() == [0] * 12
 
