@@ -208,15 +208,16 @@ def draw(out: Path) -> None:
     for size, part in (
         (name.partition("-")[2], part["found"]) for name, part in parts.items() if name.startswith("killed")
     ):
-        whole = speeds[f"speed-{size}"]["files"]
+        unhurt = speeds[f"speed-{size}"]
+        whole, others = unhurt["files"], unhurt.get("processes", 1)
         other = sorted(name for name in whole | part["files"] if whole.get(name) != part["files"].get(name))
         page.facts.setdefault("killed", {})[size] = {
             "mb": part["mb"], "in": part["killed_in"], "files": len(whole), "other_files": other,
         }  # fmt: skip
         page.add(
             f"{part['mb']:,.0f} MB, in {part['processes']} processes, killed {len(part['killed_in'])} times (behind "
-            f"{', '.join(part['killed_in'])}): of {len(whole)} files, {len(other)} differ from those of one process "
-            "that was not killed."
+            f"{', '.join(part['killed_in'])}): of {len(whole)} files, {len(other)} differ from those of one in "
+            f"{'a process' if others == 1 else f'{others} processes'} that was not killed."
         )
     rows = [
         [f"{engine}, {found['mb']:.0f} MB", found[engine]["kept"], found[engine]["mb_per_s"]]
