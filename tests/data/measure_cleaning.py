@@ -216,8 +216,8 @@ def draw(out: Path) -> None:
         }  # fmt: skip
         page.add(
             f"{part['mb']:,.0f} MB, in {part['processes']} processes, killed {len(part['killed_in'])} times (behind "
-            f"{', '.join(part['killed_in'])}): of {len(whole)} files, {len(other)} differ from those of one in "
-            f"{'a process' if others == 1 else f'{others} processes'} that was not killed."
+            f"{', '.join(part['killed_in'])}): of {len(whole)} files, {len(other)} differ from what "
+            f"{'one process' if others == 1 else f'{others} processes'} made that nobody killed."
         )
     rows = [
         [f"{engine}, {found['mb']:.0f} MB", found[engine]["kept"], found[engine]["mb_per_s"]]
