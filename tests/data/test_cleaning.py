@@ -209,6 +209,8 @@ def test_clusters_hold_one_shard_of_embeddings_and_a_sample(monkeypatch: pytest.
             draw = np.random.default_rng(0)
             return (draw.random((5000, 64), dtype=np.float32) for _ in range(20))
 
+    import sklearn.cluster  # noqa: F401 — which would count where this test is the first to need it
+
     tracemalloc.start()
     found = list(semantic.clusters(Shards({}), 100_000))
     peak = tracemalloc.get_traced_memory()[1]
